@@ -1,0 +1,161 @@
+"""Token ids of many renderings of one conversation, in time near-linear in the conversation."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids = NDArray[np.int32]
+
+
+class AddedTokens:
+    """What this package needs to know of a tokenizer's added tokens.
+
+    Attributes:
+        special: Pattern that matches a special added token (``special=True``), or None if there is
+            none.
+        boundary: Pattern that matches an added token at which texts can be split and encoded piece
+            by piece without a change in the ids, or None if this tokenizer has to encode each text
+            as a whole.
+        margin: Length of the longest such token, in characters.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        tokens = list(tokenizer.added_tokens_decoder.values())
+        self.special = _any_of([token.content for token in tokens if token.special])
+        # Raw tokens are found before the text is normalized, so they cut it first. One that takes
+        # up neighbouring whitespace or asks for word borders depends on the text around it: then
+        # nothing is split.
+        raw = [token for token in tokens if not token.normalized]
+        plain = not any(token.lstrip or token.rstrip or token.single_word for token in raw)
+        names = [token.content for token in raw] if plain and tokenizer.is_fast else []
+        self.boundary = _any_of(names)
+        self.margin = max(map(len, names), default=0)
+        if self.boundary is not None and not self._composes(tokenizer, names):
+            self.boundary = None
+
+    def _composes(self, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> bool:
+        """Return whether pieces give the ids of the whole, tried with every boundary token.
+
+        They don't where the first piece of a text is special: a prepended space, truncation, split
+        special tokens.
+        """
+        around = ["", "\n", " a", "b ", "\n\n c", "Über", "é", "{", "  ", "1"]
+        text = "x" + "".join(
+            name + around[number % len(around)]
+            for name in names
+            for number in range(len(around) if len(names) <= 64 else 1)
+        )
+        [whole], [composed] = encode_alone(tokenizer, [text]), encode_views(tokenizer, self, [text])
+        return np.array_equal(whole, composed)
+
+
+def _any_of(names: list[str]) -> re.Pattern[str] | None:
+    """Return a pattern of the names, the longest first, as the tokenizer prefers them."""
+    if not names:
+        return None
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+
+_ADDED_TOKENS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, AddedTokens]] = (
+    WeakKeyDictionary()
+)
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> AddedTokens:
+    """Return the tokenizer's added tokens, found once for each tokenizer and vocabulary size."""
+    known = _ADDED_TOKENS.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        known = (len(tokenizer), AddedTokens(tokenizer))
+        _ADDED_TOKENS[tokenizer] = known
+    return known[1]
+
+
+def encode_alone(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
+    """Return the ids of each text by itself, ``(num_tokens,)`` int32, no tokens added around it."""
+    if not texts:
+        return []
+    batch = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [np.asarray(ids, dtype=np.int32) for ids in batch]
+
+
+def encode_views(
+    tokenizer: PreTrainedTokenizerBase, added: AddedTokens, views: Sequence[str]
+) -> list[Ids]:
+    """Return what :func:`encode_alone` does, fast for successive texts that share long prefixes.
+
+    Added tokens are hard boundaries for a tokenizer: it encodes the text between two of them by
+    itself. So the ids up to the last boundary that a view shares with the one before are reused,
+    and every distinct piece of the rest is encoded once.
+    """
+    if added.boundary is None:
+        return encode_alone(tokenizer, views)
+    splits = list(_split(views, added.boundary, added.margin))
+    pieces = list(dict.fromkeys(piece for _, new in splits for piece in new))
+    ids_of = dict(zip(pieces, encode_alone(tokenizer, pieces), strict=True))
+    encoded = [np.empty(0, dtype=np.int32)]
+    ends = [0]  # in the ids of the last view, before its first piece and behind each piece
+    for num_kept, new in splits:
+        del ends[num_kept + 1 :]
+        parts = [ids_of[piece] for piece in new]
+        encoded.append(np.concatenate([encoded[-1][: ends[-1]], *parts]))
+        for part in parts:
+            ends.append(ends[-1] + part.size)
+    return encoded[1:]
+
+
+def _split(
+    views: Sequence[str], boundary: re.Pattern[str], margin: int
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield for each view how many pieces of the view before it begins with, and its other pieces.
+
+    >>> list(_split(["a|b", "a|bc|"], re.compile("[|]"), 1))
+    [(0, ['a', '|', 'b']), (2, ['bc', '|'])]
+    """
+    last = ""
+    cuts = [(0, 0)]  # behind each boundary of the last view: the characters and the pieces so far
+    for view in views:
+        # Whether a token is found where one was in the last view depends on the text up to the
+        # length of the longest token behind its begin.
+        shared = shared_prefix(last, view) - margin + 1
+        del cuts[max(1, bisect_right(cuts, shared, key=itemgetter(0))) :]
+        begin, num_kept = cuts[-1]
+        pieces = []
+        for match in boundary.finditer(view, begin):
+            if match.start() > begin:
+                pieces.append(view[begin : match.start()])
+            pieces.append(match.group())
+            begin = match.end()
+            cuts.append((begin, num_kept + len(pieces)))
+        if begin < len(view):
+            pieces.append(view[begin:])
+        yield num_kept, pieces
+        last = view
+
+
+def shared_prefix(a: str, b: str) -> int:
+    """Return the length of the longest common prefix of two texts.
+
+    >>> shared_prefix("abcd", "abxd")
+    2
+    """
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:  # a[:low] == b[:low] and a[:high] != b[:high]
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,53 @@
+"""Templates that compose: the conversation with the turn begins with the turn's context.
+
+Qwen3, Qwen2.5, Llama 3, Phi and most others. Whatever isn't another family is taken for one of
+these, and the checks on each turn show whether it is.
+"""
+
+from __future__ import annotations
+
+import re
+
+from onepass_trl.chat.encoding import shared_prefix
+from onepass_trl.chat.errors import TurnError
+from onepass_trl.chat.families.base import Family, Turn
+
+_REASONING_FIELD = re.compile(r"\b(reasoning_content|reasoning|thinking)\b")
+
+
+class Composable(Family):
+    """The completion is what the template writes for the turn behind the context."""
+
+    name = "composable"
+
+    def matches(self, template: str) -> bool:
+        """Return True: this is the family of templates that need no special treatment."""
+        return True
+
+    def reads_reasoning(self, template: str) -> bool:
+        """Return whether the template reads one of the message's reasoning fields.
+
+        If not (Llama, Qwen2.5), ``<think>..</think>`` in a content is content: it stays in later
+        contexts too.
+        """
+        return _REASONING_FIELD.search(template) is not None
+
+    def completion(self, turn: Turn) -> str:
+        """Return the end of the conversation's rendering, behind the context."""
+        if "reasoning_content" in turn.message and not self.reads_reasoning(turn.template.text):
+            raise TurnError(
+                "it has reasoning, but the template has no place for any and would drop it; use a "
+                "template of a reasoning model, or put it into the content as <think>..</think> if "
+                "later turns are to see it"
+            )
+        full = turn.template.render(turn.messages, prompt=False)
+        if not full.startswith(turn.context):
+            at = shared_prefix(full, turn.context)
+            raise TurnError(
+                "this is a template of an unknown family: with the turn, it doesn't go on from "
+                f"the turn's context. Where the context has {turn.context[at : at + 40]!r}, the "
+                f"conversation has {full[at : at + 40]!r}. Use the template of a supported family, "
+                "check chat_template_kwargs (a prompt that turns thinking off excludes turns with "
+                "reasoning), or add a family in onepass_trl/chat/families"
+            )
+        return full[len(turn.context) :].removesuffix(turn.template.closing)

@@ -1,0 +1,56 @@
+"""gpt-oss (harmony): a turn is one or more messages in channels.
+
+The prompt ends in ``<|start|>assistant``. Behind it stand the reasoning, as
+``<|channel|>analysis<|message|>reasoning<|end|><|start|>assistant``, and then the answer, as
+``<|channel|>final<|message|>content<|return|>``, or a tool call, as
+`` to=functions.name<|channel|>commentary json<|message|>{..}<|call|>``.
+
+The template writes it so, but drops the analysis of earlier tool calls as soon as the last turn is
+an answer: then the conversation doesn't begin with the turn's context. So a turn is rendered alone;
+what the template writes for it is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from onepass_trl.chat.errors import TurnError
+from onepass_trl.chat.families.base import Family, Turn
+
+_HEADER = "<|start|>assistant"
+
+
+class GptOss(Family):
+    """The completion is what the template writes for the turn behind an empty question."""
+
+    name = "gpt-oss"
+    remedies: ClassVar[Mapping[str, str]] = {
+        "both content and thinking": (
+            "gpt-oss has one place for text before a tool call: join content and reasoning of "
+            "that message into one of the two"
+        ),
+        "no previous assistant message with a tool call": (
+            "put the assistant message with the tool call before each tool message"
+        ),
+        "<|channel|> tags": (
+            "put the reasoning into 'reasoning_content' and the answer into 'content'"
+        ),
+    }
+
+    def matches(self, template: str) -> bool:
+        """Return whether the template writes harmony's channels."""
+        return all(
+            f"{_HEADER}<|channel|>{name}<|message|>" in template for name in ("analysis", "final")
+        )
+
+    def completion(self, turn: Turn) -> str:
+        """Return the turn's channels, through ``<|return|>`` or ``<|call|>``."""
+        calls = len(turn.message.get("tool_calls", ()))
+        if calls > 1:
+            raise TurnError(
+                f"it has {calls} tool calls, of which the gpt-oss template writes only the first; "
+                "split it into one assistant message for each call, each followed by its tool "
+                "message"
+            )
+        return turn.rendered_alone(turn.message, _HEADER)

@@ -1,0 +1,220 @@
+"""Messages in one form: the only place that knows the spellings of reasoning and tool calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from onepass_trl.chat.errors import ChatFormatError
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+
+def normalize_messages(messages: Iterable[Any], *, inline_reasoning: bool) -> list[Message]:
+    """Return copies of the messages in the one form that the rest of this package works with.
+
+    Every message has a known ``role`` and a string ``content``. An assistant message may have
+    ``reasoning_content`` (a non-empty string, repeated as ``thinking``, the name that some
+    templates read) and ``tool_calls`` (a non-empty list of ``{"type": "function", "function":
+    {"name": str, "arguments": dict}, ...}``). Keys whose value is None are dropped, since datasets
+    fill missing keys with None; nulls inside tool arguments are kept. A ``train`` flag stays.
+
+    Args:
+        messages: Messages in the OpenAI form.
+        inline_reasoning: Whether ``<think>..</think>`` at the start of an assistant's content is
+            reasoning. If not, it is left in the content.
+
+    Raises:
+        ChatFormatError: if a message isn't in a form that is understood; it names the message.
+
+    >>> answer = {"role": "assistant", "content": "<think>2+2</think>4"}
+    >>> normalize_messages([answer], inline_reasoning=True)
+    [{'role': 'assistant', 'content': '4', 'reasoning_content': '2+2', 'thinking': '2+2'}]
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise ChatFormatError(
+            f"messages must be a list of {{'role': .., 'content': ..}} dicts, got "
+            f"{type(messages).__name__}"
+        )
+    return [_normalize(message, index, inline_reasoning) for index, message in enumerate(messages)]
+
+
+def _normalize(message: Any, index: int, inline_reasoning: bool) -> Message:
+    if not isinstance(message, Mapping):
+        _refuse(index, f"must be a dict with 'role' and 'content', got {type(message).__name__}")
+    out = {key: value for key, value in message.items() if value is not None}
+    role = out.get("role")
+    if role not in ROLES:
+        _refuse(index, f"has role {role!r}, expected one of {', '.join(ROLES)}; rename it")
+    out["content"] = _text(out.get("content", ""), index)
+    train = out.get("train", False)
+    if not isinstance(train, bool) or (train and role != "assistant"):
+        _refuse(
+            index,
+            f"has train={train!r} and role {role!r}; only an assistant's may be true, others false",
+        )
+    if role == "assistant":
+        _move_reasoning(out, index, inline_reasoning)
+        calls = _tool_calls(out.pop("tool_calls", []), index)
+        if calls:
+            out["tool_calls"] = calls
+    elif out.get("tool_calls"):
+        _refuse(index, f"has tool_calls but role {role!r}; only assistant messages call tools")
+    else:
+        out.pop("tool_calls", None)
+    return out
+
+
+def _refuse(index: int, problem: str) -> NoReturn:
+    raise ChatFormatError(f"message {index} {problem}")
+
+
+def _text(content: Any, index: int) -> str:
+    """Return the content as one string, from a string or a list of text parts."""
+    if not isinstance(content, str):
+        if not isinstance(content, (list, tuple)):
+            _refuse(
+                index,
+                f"has content of type {type(content).__name__}, expected a string or a list of "
+                "text parts",
+            )
+        content = "".join(_part_text(part, index) for part in content)
+    if not _encodable(content):
+        _refuse(
+            index, "has content with an unpaired surrogate, which no tokenizer encodes; remove it"
+        )
+    return content
+
+
+def _part_text(part: Any, index: int) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        _refuse(
+            index,
+            f"has a content part of type {type(part).__name__}, expected {{'type': 'text', "
+            f"'text': ..}}",
+        )
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "text":
+        _refuse(index, "has a text part without a 'text' string")
+    _refuse(
+        index,
+        f"has a content part of type {kind!r}: vision and audio data isn't supported, only text; "
+        "train such rows with TRL's SFTTrainer or remove the part",
+    )
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _move_reasoning(message: Message, index: int, inline_reasoning: bool) -> None:
+    """Put the message's reasoning, however it is spelled, into the two keys that templates read."""
+    given = {key: message.pop(key) for key in REASONING_KEYS if key in message}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            _refuse(index, f"has {key} of type {type(value).__name__}, expected a string")
+        if not _encodable(value):
+            _refuse(
+                index,
+                f"has {key} with an unpaired surrogate, which no tokenizer encodes; remove it",
+            )
+    values = {value for value in given.values() if value}
+    if len(values) > 1:
+        _refuse(index, f"has different reasoning in {' and '.join(given)}; keep one of them")
+    reasoning = values.pop() if values else ""
+    if inline_reasoning and message["content"].lstrip().startswith(THINK_OPEN):
+        inner, closed, rest = message["content"].lstrip()[len(THINK_OPEN) :].partition(THINK_CLOSE)
+        if not closed:
+            _refuse(
+                index,
+                f"has content that opens {THINK_OPEN} and never closes it with {THINK_CLOSE}; "
+                "close it",
+            )
+        if reasoning:
+            _refuse(
+                index,
+                f"has reasoning twice, in {' and '.join(given)} and as {THINK_OPEN} in its "
+                "content; keep one of them",
+            )
+        reasoning, message["content"] = inner.strip("\n"), rest.lstrip("\n")
+    if reasoning:
+        message["reasoning_content"] = message["thinking"] = reasoning
+
+
+def _tool_calls(calls: Any, index: int) -> list[dict[str, Any]]:
+    if isinstance(calls, (str, Mapping)) or not isinstance(calls, Iterable):
+        _refuse(
+            index, f"has tool_calls of type {type(calls).__name__}, expected a list of tool calls"
+        )
+    return [_tool_call(call, index, number) for number, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, index: int, number: int) -> dict[str, Any]:
+    """Return the call in its nested form, with the arguments as a dict and other keys kept."""
+    form = "{'function': {'name': .., 'arguments': {..}}}"
+    if not isinstance(call, Mapping):
+        _refuse(index, f"has tool call {number} of type {type(call).__name__}, expected {form}")
+    out = {key: value for key, value in call.items() if value is not None}
+    if "function" in out:
+        function = out.pop("function")
+    else:
+        function = {key: out.pop(key) for key in ("name", "arguments") if key in out}
+    if not isinstance(function, Mapping):
+        _refuse(
+            index,
+            f"has tool call {number} with function of type {type(function).__name__}, expected "
+            f"{form}",
+        )
+    function = {key: value for key, value in function.items() if value is not None}
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        _refuse(index, f"has tool call {number} without a function name, expected {form}")
+    function["arguments"] = _arguments(function.get("arguments", {}), index, number)
+    return {"type": "function", **out, "function": function}
+
+
+def _arguments(arguments: Any, index: int, number: int) -> dict[str, Any]:
+    problem = f"has tool call {number} with arguments that"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(
+                arguments, object_pairs_hook=_unique, parse_constant=_no_constant
+            )
+        except ValueError as error:
+            _refuse(index, f"{problem} aren't valid JSON: {error}; got {arguments[:80]!r}")
+    if not isinstance(arguments, Mapping):
+        _refuse(
+            index, f"{problem} are {type(arguments).__name__}, expected a dict or a JSON object"
+        )
+    try:
+        encodable = _encodable(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        _refuse(index, f"{problem} can't be written as JSON: {error}")
+    if not encodable:
+        _refuse(
+            index, f"{problem} hold an unpaired surrogate, which no tokenizer encodes; remove it"
+        )
+    return dict(arguments)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError(f"a key stands twice in {[key for key, _ in pairs]}")
+    return unique
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} isn't JSON")

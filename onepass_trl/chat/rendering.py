@@ -1,0 +1,164 @@
+"""One pass for each trained assistant turn of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from onepass_trl.chat.checks import check_generable, end_of_turn
+from onepass_trl.chat.encoding import (
+    AddedTokens,
+    added_tokens,
+    encode_alone,
+    encode_views,
+)
+from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
+from onepass_trl.chat.families import Family, Turn, family_of
+from onepass_trl.chat.messages import Message, normalize_messages
+from onepass_trl.chat.template import Template
+from onepass_trl.passes import Pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["all", "last"] | Sequence[int]
+
+
+def render_passes(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: TrainOn = "all",
+) -> list[Pass]:
+    """Return one pass for each trained assistant turn, in order.
+
+    A pass is what inference sees and then must generate. The context of a turn is what
+    ``tokenizer.apply_chat_template(messages[:index], tools=tools, add_generation_prompt=True,
+    **chat_template_kwargs)`` gives. The completion is tokenized by itself and trained through the
+    end-of-turn token, where the pass ends.
+
+    Args:
+        messages: Messages in the OpenAI form. Reasoning may stand in ``reasoning_content``,
+            ``reasoning``, ``thinking``, or as ``<think>..</think>`` at the start of the content;
+            arguments of tool calls may be dicts or JSON text. ``"train": False`` in an assistant
+            message switches its turn off.
+        tokenizer: A tokenizer with a chat template.
+        tools: Tools as ``apply_chat_template`` takes them.
+        chat_template_kwargs: Further arguments of the template, such as ``{"enable_thinking":
+            True}``.
+        train_on: Which assistant turns are trained: ``"all"``, ``"last"``, or their numbers among
+            the assistant turns of the conversation, from 0; negative ones count from the end.
+
+    Raises:
+        ChatFormatError: if no turn is left to train; if a message can't be understood; if a trained
+            turn has nothing before it; or if its reasoning, content or tool calls would not all
+            stand in its own pass. The message names the turn and the template family.
+    """
+    template = Template(tokenizer, tools, chat_template_kwargs)
+    family = family_of(template.text)
+    normal = normalize_messages(messages, inline_reasoning=family.reads_reasoning(template.text))
+    trained = _trained_turns(normal, train_on)
+    added = added_tokens(tokenizer)
+    conversation = _Conversation(template, family, added, normal)
+    contexts, completions = zip(*(conversation.texts(*turn) for turn in trained), strict=True)
+    context_ids = encode_views(tokenizer, added, contexts)
+    [first_ids] = encode_alone(tokenizer, contexts[:1])
+    if not np.array_equal(context_ids[0], first_ids):
+        raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")
+    completion_ids = encode_alone(tokenizer, completions)
+    return [
+        Pass(np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts]))
+        for parts in zip(context_ids, completion_ids, strict=True)
+    ]
+
+
+def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple[int, int]]:
+    """Return number and message index of each turn to train; takes out the ``train`` flags."""
+    flags = [message.pop("train", True) for message in messages]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise ChatFormatError(
+            f"none of the {len(messages)} messages is from the assistant, so there is nothing to "
+            "train; remove the conversation or add an assistant message"
+        )
+    chosen = _chosen(train_on, len(turns))
+    trained = [
+        (number, index) for number, index in enumerate(turns) if number in chosen and flags[index]
+    ]
+    if not trained:
+        raise ChatFormatError(
+            f"train_on={train_on!r} and the messages' 'train' flags leave none of the {len(turns)} "
+            "assistant turns to train; remove the conversation or change them"
+        )
+    return trained
+
+
+def _chosen(train_on: TrainOn, num_turns: int) -> set[int]:
+    if train_on == "all":
+        return set(range(num_turns))
+    if train_on == "last":
+        return {num_turns - 1}
+    if isinstance(train_on, (str, bytes)) or not isinstance(train_on, Iterable):
+        raise ChatFormatError(
+            f"train_on must be 'all', 'last' or a list of turn numbers, got {train_on!r}"
+        )
+    for number in train_on:
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+            raise ChatFormatError(f"train_on must list whole turn numbers, got {number!r}")
+        if not -num_turns <= number < num_turns:
+            raise ChatFormatError(
+                f"train_on lists turn {number}, but the conversation has {num_turns} assistant "
+                f"turns, {-num_turns}..{num_turns - 1}"
+            )
+    return {int(number) % num_turns for number in train_on}
+
+
+class _Conversation:
+    """The texts of a conversation's turns, from messages in their normal and in prepared form."""
+
+    def __init__(
+        self, template: Template, family: Family, added: AddedTokens, messages: Sequence[Message]
+    ) -> None:
+        self._template = template
+        self._family = family
+        self._added = added
+        self._messages = messages
+        self._prepared = [family.prepare(message) for message in messages]
+
+    def texts(self, number: int, index: int) -> tuple[str, str]:
+        """Return context and completion of a turn, checked, through the end-of-turn token."""
+        try:
+            return self._texts(index)
+        except TemplateRefusal as refusal:
+            problem = f"the template refuses the messages up to it: {refusal}"
+            for part, remedy in self._family.remedies.items():
+                if part in problem:
+                    problem += f" ({remedy})"
+        except TurnError as error:
+            problem = str(error)
+        raise ChatFormatError(
+            f"assistant turn {number} (message {index}, template family {self._family.name}): "
+            f"{problem}"
+        )
+
+    def _texts(self, index: int) -> tuple[str, str]:
+        message = self._messages[index]
+        check_generable(message, self._added.special, self._template.text)
+        if index == 0:
+            raise TurnError(_NOTHING_BEFORE)
+        context = self._template.render(self._prepared[:index], prompt=True)
+        if not context:
+            raise TurnError(_NOTHING_BEFORE)
+        turn = Turn(self._template, self._prepared[: index + 1], context)
+        completion = self._family.completion(turn)
+        return context, completion[: end_of_turn(completion, message, self._added.special)]
+
+
+_NOTHING_BEFORE = (
+    "nothing stands before it, so there is no context from which it could be generated; put a "
+    "system or user message before it, or switch it off with 'train': false"
+)

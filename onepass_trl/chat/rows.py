@@ -1,0 +1,354 @@
+"""Dataset rows to conversations: the forms in which chats are stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.messages import Message
+from onepass_trl.chat.rendering import TrainOn, render_passes
+from onepass_trl.passes import Pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100
+"""The label of a token that isn't trained."""
+
+NullArguments = Literal["error", "keep", "drop"]
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_LIST_COLUMNS = ("messages", "prompt", "completion", "conversations", "passes", "images")
+_FORMS = (
+    "'messages'; 'prompt' and 'completion' as lists of messages; 'conversations' (ShareGPT); "
+    "'passes' as a list of {'input_ids', 'labels'}"
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The arguments of :func:`onepass_trl.chat.render_passes` that a dataset row holds.
+
+    Attributes:
+        messages: The messages, in the OpenAI form.
+        tools: The tools, or None.
+        chat_template_kwargs: Further arguments of the chat template.
+        train_on: The turns of the row's ``completion``, or ``"all"``.
+    """
+
+    messages: list[Message]
+    tools: list[Any] | None
+    chat_template_kwargs: dict[str, Any]
+    train_on: TrainOn
+
+
+def row_to_conversation(
+    row: Mapping[str, Any], *, null_arguments: NullArguments = "error"
+) -> Conversation:
+    """Return the conversation that a dataset row holds.
+
+    The forms, the first that the row has being taken: ``messages``; ``prompt`` and ``completion``
+    as lists of messages, of which only the completion's turns are trained; ``conversations``
+    (ShareGPT: ``from`` and ``value``, or ``role`` and ``content``, with an optional ``system``
+    column); each also as the JSON text of such a list. Beside it the row may have ``tools`` and
+    ``chat_template_kwargs``, each also as JSON text; their null entries are dropped, as datasets
+    fill missing keys with nulls.
+
+    Args:
+        row: A row of a dataset.
+        null_arguments: What to do with a null among the arguments of a tool call. In an Arrow
+            struct column (what ``Dataset.from_list`` makes) every call gets the argument names of
+            all calls, filled with nulls, and real nulls can't be told from those: ``"drop"`` them
+            there. In a column of type ``Json`` (what loading JSON lines makes) they are real:
+            ``"keep"`` them. ``"error"`` refuses them.
+
+    Raises:
+        ChatFormatError: if the row has none of these forms, images, or something that can't be
+            read.
+
+    >>> row_to_conversation({"conversations": [{"from": "human", "value": "Hi"}]}).messages
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    if null_arguments not in ("error", "keep", "drop"):
+        raise ChatFormatError(
+            f"null_arguments must be 'error', 'keep' or 'drop', got {null_arguments!r}"
+        )
+    row, is_text = _from_json_text(row)
+    if is_text:
+        null_arguments = "keep"
+    _refuse_other_data(row)
+    train_on: TrainOn = "all"
+    if row.get("messages") is not None:
+        messages = _message_list(row, "messages")
+    elif row.get("prompt") is not None and row.get("completion") is not None:
+        prompt, completion = _message_list(row, "prompt"), _message_list(row, "completion")
+        messages = prompt + completion
+        turns = [m.get("role") == "assistant" for m in messages]
+        train_on = list(range(sum(turns[: len(prompt)]), sum(turns)))
+        if not train_on:
+            raise ChatFormatError("'completion' has no assistant message, so nothing is trained")
+    elif row.get("conversations") is not None:
+        messages = _from_sharegpt(row)
+    else:
+        raise ChatFormatError(
+            f"the row has none of the accepted forms: {_FORMS}. Its columns are "
+            f"{', '.join(map(repr, row)) or 'none'}; rename or convert them"
+        )
+    return Conversation(
+        messages=[_settle_nulls(m, i, null_arguments) for i, m in enumerate(messages)],
+        tools=_decoded(row, "tools", list),
+        chat_template_kwargs=_decoded(row, "chat_template_kwargs", dict) or {},
+        train_on=train_on,
+    )
+
+
+def row_to_passes(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: TrainOn = "all",
+    null_arguments: NullArguments = "error",
+) -> list[Pass]:
+    """Return the passes of a dataset row, of any form that is accepted.
+
+    Args:
+        row: A row as :func:`row_to_conversation` takes it, or one with ``passes``: a list of
+            ``{"input_ids", "labels"}``, where a label is -100 or the id at its own index.
+        tokenizer: A tokenizer with a chat template.
+        tools: The tools of rows that have none of their own.
+        chat_template_kwargs: Further arguments of the chat template; the row's own come first.
+        train_on: As for :func:`onepass_trl.chat.render_passes`. For a row with a ``completion`` it
+            must be ``"all"`` or ``"last"``, and is meant of the completion's turns.
+        null_arguments: As for :func:`row_to_conversation`.
+
+    Raises:
+        ChatFormatError: if the row can't be read or rendered.
+    """
+    row, _ = _from_json_text(row) if isinstance(row.get("passes"), str) else (row, False)
+    if row.get("passes") is not None:
+        return _given_passes(row["passes"])
+    conversation = row_to_conversation(row, null_arguments=null_arguments)
+    if conversation.train_on != "all":
+        if train_on not in ("all", "last"):
+            raise ChatFormatError(
+                f"train_on={train_on!r} lists turns, but the row's 'completion' already says which "
+                "are trained; use 'all' or 'last', or give the row as 'messages'"
+            )
+        train_on = conversation.train_on if train_on == "all" else "last"
+    return render_passes(
+        conversation.messages,
+        tokenizer,
+        tools=tools if conversation.tools is None else conversation.tools,
+        chat_template_kwargs={**(chat_template_kwargs or {}), **conversation.chat_template_kwargs},
+        train_on=train_on,
+    )
+
+
+def _from_json_text(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """Return the row with the columns that hold a JSON list as text decoded, and whether any did.
+
+    JSON text is the one way to store messages of any shape in an Arrow table unchanged: its nulls
+    are real.
+    """
+    decoded = {}
+    for column in _LIST_COLUMNS:
+        value = row.get(column)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                decoded[column] = json.loads(value)
+            except ValueError:
+                continue  # plain text that begins with a bracket
+    return ({**row, **decoded}, True) if decoded else (row, False)
+
+
+def _refuse_other_data(row: Mapping[str, Any]) -> None:
+    """Raise an error for rows with images and for plain text, which need no passes."""
+    for column in ("image", "images"):
+        if row.get(column) is not None and row[column] != []:
+            raise ChatFormatError(
+                f"the row has vision data in column {column!r}, which isn't supported, only text; "
+                "train it with TRL's SFTTrainer or remove the column"
+            )
+    if any(row.get(column) is not None for column in ("messages", "conversations")):
+        return
+    for column in ("text", "prompt", "completion"):
+        if isinstance(row.get(column), str):
+            raise ChatFormatError(
+                f"the row has plain text in column {column!r}: it is one sequence, which TRL's "
+                "SFTTrainer trains the same; use that, or give the row in one of the accepted "
+                f"forms: {_FORMS}"
+            )
+
+
+def _message_list(row: Mapping[str, Any], column: str) -> list[Message]:
+    value = row[column]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(m, Mapping) for m in value):
+        raise ChatFormatError(
+            f"column {column!r} must be a list of message dicts, got {type(value).__name__}: "
+            f"{str(value)[:80]!r}"
+        )
+    return [dict(message) for message in value]
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
+    messages = [
+        _from_sharegpt_message(message, index)
+        for index, message in enumerate(_message_list(row, "conversations"))
+    ]
+    if row.get("system"):
+        if messages and messages[0].get("role") == "system":
+            raise ChatFormatError(
+                "the row has a 'system' column and a system message in 'conversations'; keep one"
+            )
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return messages
+
+
+def _from_sharegpt_message(message: Message, index: int) -> Message:
+    """Return the message with ``role`` and ``content`` for ``from`` and ``value``."""
+    out = {key: value for key, value in message.items() if value is not None}
+    sender = out.pop("from", None)
+    if sender is None:
+        return out
+    if "role" in out or "value" not in out or "content" in out:
+        raise ChatFormatError(
+            f"message {index} of 'conversations' must have 'from' and 'value', or 'role' and "
+            f"'content', got {', '.join(map(repr, message))}"
+        )
+    out = {"role": _SHAREGPT_ROLES.get(sender, sender), "content": out.pop("value"), **out}
+    if sender == "function_call":
+        out["content"], out["tool_calls"] = _function_calls(out["content"], index)
+    return out
+
+
+def _function_calls(value: Any, index: int) -> tuple[str, list[Any]]:
+    """Return the inline reasoning before the calls, if any, and the calls."""
+    thought = ""
+    if isinstance(value, str):
+        before, closed, after = value.rpartition("</think>")
+        if closed and before.lstrip().startswith("<think>"):
+            thought, value = before + closed, after
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ChatFormatError(
+                f"message {index} of 'conversations' is from function_call, but its value isn't "
+                f"JSON: {error}; got {value[:80]!r}, expected {{'name': .., 'arguments': {{..}}}}"
+            ) from error
+    return thought, value if isinstance(value, list) else [value]
+
+
+def _decoded(row: Mapping[str, Any], column: str, kind: type) -> Any:
+    """Return a column given as itself or as JSON text, without null entries; None if empty."""
+    value = row.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value else None
+        except ValueError as error:
+            raise ChatFormatError(
+                f"column {column!r} isn't valid JSON: {error}; got {str(value)[:80]!r}"
+            ) from error
+    if value is None:
+        return None
+    if not isinstance(value, kind):
+        raise ChatFormatError(
+            f"column {column!r} must be a {kind.__name__} or JSON text of one, got "
+            f"{type(value).__name__}"
+        )
+    return without_nulls(value)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return the value without null entries of dicts at any depth; lists keep theirs.
+
+    >>> without_nulls({"a": None, "b": [{"c": None}, None]})
+    {'b': [{}, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _settle_nulls(message: Message, index: int, null_arguments: NullArguments) -> Message:
+    calls = message.get("tool_calls")
+    if null_arguments == "keep" or not isinstance(calls, (list, tuple)):
+        return message
+    clean = [without_nulls(call) for call in calls]
+    if null_arguments == "error":
+        for number, (call, cleaned) in enumerate(zip(calls, clean, strict=True)):
+            if _call_arguments(call) not in (None, _call_arguments(cleaned)):
+                raise ChatFormatError(
+                    f"message {index}: tool call {number} has a null among its arguments, which "
+                    "may be a value or may have been filled in by an Arrow struct column; store "
+                    "the arguments as JSON text, or say which it is with null_arguments='keep' or "
+                    "null_arguments='drop'"
+                )
+    return {**message, "tool_calls": clean}
+
+
+def _call_arguments(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return None
+    function = call.get("function")
+    return (function if isinstance(function, Mapping) else call).get("arguments")
+
+
+def _given_passes(passes: Any) -> list[Pass]:
+    if not isinstance(passes, (list, tuple)) or not passes:
+        raise ChatFormatError(
+            f"'passes' must be a non-empty list of {{'input_ids', 'labels'}}, got "
+            f"{str(passes)[:80]!r}"
+        )
+    made = [_given_pass(given, number) for number, given in enumerate(passes)]
+    if not any(item.num_trained for item in made):
+        raise ChatFormatError(
+            f"no label of the row's {len(made)} passes is trained: all are {IGNORED_LABEL}; remove "
+            "the row"
+        )
+    return made
+
+
+def _given_pass(given: Any, number: int) -> Pass:
+    keys = ("input_ids", "labels")
+    if not isinstance(given, Mapping) or any(given.get(key) is None for key in keys):
+        raise ChatFormatError(
+            f"pass {number} must be a dict with 'input_ids' and 'labels', got {str(given)[:80]}"
+        )
+    ids, labels = (np.asarray(given[key]) for key in keys)
+    if (
+        ids.ndim != 1
+        or ids.shape != labels.shape
+        or not all(a.dtype.kind in "iu" for a in (ids, labels))
+    ):
+        raise ChatFormatError(
+            f"pass {number} needs lists of whole numbers of one length, got input_ids {ids.dtype} "
+            f"{ids.shape} and labels {labels.dtype} {labels.shape}"
+        )
+    trained = labels != IGNORED_LABEL
+    wrong = np.flatnonzero(trained & (labels != ids))
+    if wrong.size:
+        at = int(wrong[0])
+        raise ChatFormatError(
+            f"pass {number} has label {labels[at]} at index {at}, expected {IGNORED_LABEL} or the "
+            f"id there, {ids[at]}: labels stand at their own token, not shifted"
+        )
+    try:
+        return Pass(ids, trained)
+    except ValueError as error:
+        raise ChatFormatError(f"pass {number}: {error}") from error

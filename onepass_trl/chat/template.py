@@ -1,0 +1,102 @@
+"""A tokenizer's chat template, and what it writes for a list of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateError
+
+from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Arguments of apply_chat_template that aren't the caller's to choose here.
+RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+
+
+class Template:
+    """The chat template that a tokenizer uses for given tools and template arguments.
+
+    Attributes:
+        text: The Jinja source of the template.
+
+    Raises:
+        ChatFormatError: if the tokenizer has no chat template, or a template argument is reserved.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[Any] | None,
+        kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tools = None if tools is None else list(tools)
+        self._kwargs = dict(kwargs or {})
+        reserved = sorted(RESERVED & self._kwargs.keys())
+        if reserved:
+            raise ChatFormatError(
+                f"chat_template_kwargs must not set {', '.join(reserved)}: rendering decides it; "
+                "remove it"
+            )
+        try:
+            self.text: str = tokenizer.get_chat_template(
+                self._kwargs.get("chat_template"), tools=self._tools
+            )
+        except ValueError as error:
+            raise ChatFormatError(
+                f"the tokenizer has no chat template to render with ({error}); set "
+                "tokenizer.chat_template"
+            ) from error
+
+    @cached_property
+    def closing(self) -> str:
+        """The token with which the template ends a whole conversation, ``""`` if there is none.
+
+        Phi-3's writes ``<|endoftext|>`` even behind a question that awaits its answer. Such a token
+        isn't part of a turn: no later context holds it.
+        """
+        question = [{"role": "user", "content": ""}]
+        whole, eos = self.render(question, prompt=False), self._tokenizer.eos_token
+        if not eos or not whole.endswith(eos):
+            return ""
+        return "" if self.render(question, prompt=True).startswith(whole) else eos
+
+    def render(self, messages: Sequence[dict[str, Any]], *, prompt: bool) -> str:
+        """Return the text of the messages, with the generation prompt after it if ``prompt``.
+
+        Raises:
+            TemplateRefusal: if the template raises an error for these messages.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=self._tools,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                **self._kwargs,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise TemplateRefusal(str(error)) from error
+        assert isinstance(text, str)
+        return text

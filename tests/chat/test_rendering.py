@@ -1,0 +1,317 @@
+"""What a pass holds: contexts, completions, the choice of turns, and the errors."""
+
+
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from onepass_trl.chat import ChatFormatError, render_passes
+from tests.chat.tokenizers import SMALL, small_tokenizer, texts
+
+TWO_TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "reasoning_content": "Two and two.", "content": "4"},
+    {"role": "user", "content": "And 3+3?"},
+    {"role": "assistant", "reasoning_content": "Three and three.", "content": "6"},
+]
+CALL = {
+    "type": "function",
+    "function": {"name": "search", "arguments": {"query": "träge", "limit": 3}},
+}
+TOOL_TURNS = [
+    {"role": "user", "content": "Search."},
+    {"role": "assistant", "reasoning_content": "I search.", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "search", "content": "found"},
+    {"role": "assistant", "reasoning_content": "It is there.", "content": "Found it."},
+]
+GOLDEN = {
+    ("qwen3", "two"): [
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "<think>\nTwo and two.\n</think>\n\n4<|im_end|>",
+        ),
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+            "<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nAnd 3+3?<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "<think>\nThree and three.\n</think>\n\n6<|im_end|>",
+        ),
+    ],
+    ("qwen3", "tool"): [
+        (
+            "<|im_start|>user\nSearch.<|im_end|>\n<|im_start|>assistant\n",
+            '<think>\nI search.\n</think>\n\n<tool_call>\n{"name": "search", "arguments": '
+            '{"query": "träge", "limit": 3}}\n</tool_call><|im_end|>',
+        ),
+        (
+            "<|im_start|>user\nSearch.<|im_end|>\n<|im_start|>assistant\n<think>\nI search.\n"
+            '</think>\n\n<tool_call>\n{"name": "search", "arguments": {"query": "träge", '
+            '"limit": 3}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\nfound\n'
+            "</tool_response><|im_end|>\n<|im_start|>assistant\n",
+            "<think>\nIt is there.\n</think>\n\nFound it.<|im_end|>",
+        ),
+    ],
+    ("deepseekv3", "two"): [
+        (
+            "<｜begin▁of▁sentence｜>Be brief.<｜User｜>2+2?<｜Assistant｜><think>\n",
+            "Two and two.\n</think>\n\n4<｜end▁of▁sentence｜>",
+        ),
+        (
+            "<｜begin▁of▁sentence｜>Be brief.<｜User｜>2+2?<｜Assistant｜>4<｜end▁of▁sentence｜>"
+            "<｜User｜>And 3+3?<｜Assistant｜><think>\n",
+            "Three and three.\n</think>\n\n6<｜end▁of▁sentence｜>",
+        ),
+    ],
+    ("deepseekv3", "tool"): [
+        (
+            "<｜begin▁of▁sentence｜><｜User｜>Search.<｜Assistant｜><think>\n",
+            "I search.\n</think>\n\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
+            '<｜tool▁sep｜>search\n```json\n{"query": "träge", "limit": 3}\n```'
+            "<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>",
+        ),
+        (
+            "<｜begin▁of▁sentence｜><｜User｜>Search.<｜Assistant｜><｜tool▁calls▁begin｜>"
+            '<｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n{"query": "träge", '
+            '"limit": 3}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
+            "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>found<｜tool▁output▁end｜>"
+            "<｜tool▁outputs▁end｜>",
+            "<think>\nIt is there.\n</think>\n\nFound it.<｜end▁of▁sentence｜>",
+        ),
+    ],
+    ("gptoss", "two"): [
+        (
+            "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user"
+            "<|message|>2+2?<|end|><|start|>assistant",
+            "<|channel|>analysis<|message|>Two and two.<|end|><|start|>assistant<|channel|>final"
+            "<|message|>4<|return|>",
+        ),
+        (
+            "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user"
+            "<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|end|><|start|>"
+            "user<|message|>And 3+3?<|end|><|start|>assistant",
+            "<|channel|>analysis<|message|>Three and three.<|end|><|start|>assistant<|channel|>"
+            "final<|message|>6<|return|>",
+        ),
+    ],
+    ("gptoss", "tool"): [
+        (
+            "<|start|>user<|message|>Search.<|end|><|start|>assistant",
+            "<|channel|>analysis<|message|>I search.<|end|><|start|>assistant to=functions.search"
+            '<|channel|>commentary json<|message|>{"query": "träge", "limit": 3}<|call|>',
+        ),
+        (
+            "<|start|>user<|message|>Search.<|end|><|start|>assistant<|channel|>analysis"
+            "<|message|>I search.<|end|><|start|>assistant to=functions.search<|channel|>"
+            'commentary json<|message|>{"query": "träge", "limit": 3}<|call|><|start|>'
+            'functions.search to=assistant<|channel|>commentary<|message|>"found"<|end|>'
+            "<|start|>assistant",
+            "<|channel|>analysis<|message|>It is there.<|end|><|start|>assistant<|channel|>final"
+            "<|message|>Found it.<|return|>",
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize(("family", "case"), GOLDEN)
+def test_golden(family, case):
+    tokenizer = small_tokenizer(family)
+    passes = render_passes(TWO_TURNS if case == "two" else TOOL_TURNS, tokenizer)
+    rendered = [texts(tokenizer, item) for item in passes]
+    if family == "gptoss":  # its system message holds the date
+        rendered = [(context.partition("<|end|>")[2], turn) for context, turn in rendered]
+    assert rendered == GOLDEN[family, case]
+
+
+def test_deepseek_prompt_without_opener():
+    tokenizer = copy.deepcopy(small_tokenizer("deepseekv3"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("｜><think>\\n", "｜>")
+    context, completion = texts(tokenizer, render_passes(TWO_TURNS, tokenizer)[0])
+    assert context.endswith("<｜Assistant｜>")
+    assert completion == "<think>\nTwo and two.\n</think>\n\n4<｜end▁of▁sentence｜>"
+    without = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in TWO_TURNS]
+    assert texts(tokenizer, render_passes(without, tokenizer)[0])[1] == "4<｜end▁of▁sentence｜>"
+
+
+def test_deepseek_closes_the_reasoning_that_the_prompt_opens():
+    tokenizer = small_tokenizer("deepseekv3")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    completion = texts(tokenizer, render_passes(messages, tokenizer)[0])[1]
+    assert completion == "\n</think>\n\nHello<｜end▁of▁sentence｜>"
+
+
+def test_phi3_stops_at_the_end_of_the_turn():
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    tokenizer = small_tokenizer("phi3")
+    assert texts(tokenizer, render_passes(messages, tokenizer)[0])[1] == "Hello<|end|>"
+
+
+def test_llama_keeps_inline_reasoning_in_later_contexts():
+    answer = "<think>\nEasy.\n</think>\n\n4"
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    tokenizer = small_tokenizer("llama3_1")
+    first, second = render_passes(messages, tokenizer)
+    assert texts(tokenizer, first)[1] == answer + "<|eot_id|>"
+    assert answer in texts(tokenizer, second)[0]
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_context_is_the_prompt_of_inference(family):
+    tokenizer = small_tokenizer(family)
+    messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in TWO_TURNS]
+    for index, item in zip((2, 4), render_passes(messages, tokenizer), strict=True):
+        prompt = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True)
+        assert item.token_ids[~item.trained].tolist() == prompt["input_ids"]
+        assert np.all(np.diff(item.trained.astype(int)) >= 0)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "inline"])
+@pytest.mark.parametrize("family", ["qwen3", "deepseekv3", "gptoss"])
+def test_every_spelling_of_reasoning_gives_the_same_passes(family, key):
+    messages = copy.deepcopy(TWO_TURNS)
+    for message in messages:
+        reasoning = message.pop("reasoning_content", None)
+        if reasoning and key == "inline":
+            message["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
+        elif reasoning:
+            message[key] = reasoning
+    tokenizer = small_tokenizer(family)
+    for a, b in zip(
+        render_passes(messages, tokenizer), render_passes(TWO_TURNS, tokenizer), strict=True
+    ):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        assert a.trained.tolist() == b.trained.tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseekv3", "gptoss"])
+def test_arguments_as_json_text_and_flat_calls_give_the_same_passes(family):
+    messages = copy.deepcopy(TOOL_TURNS)
+    arguments = '{"query": "tr\\u00e4ge",  "limit": 3}'
+    messages[1]["tool_calls"] = [{"name": "search", "arguments": arguments}]
+    tokenizer = small_tokenizer(family)
+    for a, b in zip(
+        render_passes(messages, tokenizer), render_passes(TOOL_TURNS, tokenizer), strict=True
+    ):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+
+
+def test_the_messages_are_left_alone():
+    messages = copy.deepcopy(TOOL_TURNS)
+    messages[1]["train"] = False
+    before = copy.deepcopy(messages)
+    render_passes(messages, small_tokenizer("qwen3"))
+    assert messages == before
+
+
+@pytest.mark.parametrize(
+    ("train_on", "turns"),
+    [("all", [0, 1]), ("last", [1]), ([0], [0]), ([-1, 1], [1]), ((1, 0), [0, 1])],
+)
+def test_train_on(train_on, turns):
+    tokenizer = small_tokenizer("qwen3")
+    every = render_passes(TWO_TURNS, tokenizer)
+    chosen = render_passes(TWO_TURNS, tokenizer, train_on=train_on)
+    assert [c.token_ids.tolist() for c in chosen] == [every[t].token_ids.tolist() for t in turns]
+
+
+def test_a_message_switches_its_turn_off():
+    messages = copy.deepcopy(TWO_TURNS)
+    messages[2]["train"] = False
+    tokenizer = small_tokenizer("qwen3")
+    [item] = render_passes(messages, tokenizer)
+    assert item.token_ids.tolist() == render_passes(TWO_TURNS, tokenizer)[1].token_ids.tolist()
+
+
+def test_nulls_that_a_dataset_fills_in_change_nothing():
+    keys = {key for message in TOOL_TURNS for key in message}
+    filled = [{key: message.get(key) for key in keys} for message in TOOL_TURNS]
+    tokenizer = small_tokenizer("qwen3")
+    for a, b in zip(
+        render_passes(filled, tokenizer), render_passes(TOOL_TURNS, tokenizer), strict=True
+    ):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+
+
+def user(text="Hi"):
+    return {"role": "user", "content": text}
+
+
+def answer(text="Hello", **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+ERRORS = [
+    ("qwen3", [user()], {}, "none of the 1 messages is from the assistant"),
+    ("qwen3", [], {}, "none of the 0 messages"),
+    ("qwen3", [answer(), user(), answer()], {}, r"turn 0 \(message 0, .* nothing stands before it"),
+    ("qwen3", [user(), answer(train=False)], {}, "leave none of the 1 assistant turns"),
+    ("qwen3", TWO_TURNS, {"train_on": []}, "leave none of the 2"),
+    ("qwen3", TWO_TURNS, {"train_on": [2]}, r"lists turn 2, .* 2 assistant turns, -2\.\.1"),
+    ("qwen3", TWO_TURNS, {"train_on": [True]}, "whole turn numbers"),
+    ("qwen3", TWO_TURNS, {"train_on": "first"}, "must be 'all', 'last' or a list"),
+    ("qwen3", TWO_TURNS, {"chat_template_kwargs": {"tokenize": False}}, "must not set tokenize"),
+    ("qwen3", TWO_TURNS, {"chat_template_kwargs": {"enable_thinking": False}}, "unknown family"),
+    ("qwen3", [user(), answer("a<|im_end|>b")], {}, r"contains the special token '<\|im_end\|>'"),
+    ("qwen3", [user(), answer("a</think>b")], {}, "content contains '</think>'"),
+    ("qwen3", [user(), answer(reasoning="a</think>b")], {}, "reasoning_content contains"),
+    ("qwen3", [{"role": "system", "content": "S"}, answer(reasoning="xyz")], {}, "its reasoning"),
+    ("llama3_1", [user(), answer(reasoning="Hm")], {}, "template has no place for any"),
+    (
+        "llama3_1",
+        [*TOOL_TURNS[:1], answer("See", tool_calls=[CALL])],
+        {},
+        "composable.*its content",
+    ),
+    (
+        "gptoss",
+        [user(), answer(reasoning="Hm", tool_calls=[CALL])],
+        {},
+        "gpt-oss.*refuses.*join content and reasoning",
+    ),
+    ("gptoss", [user(), answer("", tool_calls=[CALL, CALL])], {}, "2 tool calls, .*only the first"),
+    (
+        "gptoss",
+        [user(), {"role": "tool", "content": "x"}, answer()],
+        {},
+        "before each tool message",
+    ),
+    ("deepseekv3", [user(), answer("a</think>b")], {}, "content contains '</think>'"),
+]
+
+
+@pytest.mark.parametrize(("family", "messages", "kwargs", "match"), ERRORS)
+def test_errors(family, messages, kwargs, match):
+    with pytest.raises(ChatFormatError, match=match):
+        render_passes(messages, small_tokenizer(family), **kwargs)
+
+
+def test_tokenizer_without_a_template():
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    tokenizer.chat_template = None
+    with pytest.raises(ChatFormatError, match="no chat template"):
+        render_passes(TWO_TURNS, tokenizer)
+
+
+def test_template_without_end_of_turn():
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(ChatFormatError, match=r"turn 0 \(message 1, .*no special token ends"):
+        render_passes([user(), answer()], tokenizer)
+
+
+def test_short_answers_are_not_found_in_markup():
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("content.lstrip('\\n')", "''")
+    for text in ("t", "end", "im", "k"):
+        with pytest.raises(ChatFormatError, match="its content"):
+            render_passes([user(), answer(text)], tokenizer)
