@@ -1,0 +1,18 @@
+"""From passes to rows: the prefix tree, its layout as one flat sequence, and rows of at most
+``max_length`` tokens."""
+
+from onepass_trl.data.layout import Layout, concatenate, linearize
+from onepass_trl.data.packing import Overflow, limit_passes, pack, split_passes
+from onepass_trl.data.tree import TokenTree, build_tree
+
+__all__ = [
+    "Layout",
+    "Overflow",
+    "TokenTree",
+    "build_tree",
+    "concatenate",
+    "limit_passes",
+    "linearize",
+    "pack",
+    "split_passes",
+]

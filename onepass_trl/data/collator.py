@@ -1,0 +1,101 @@
+"""Rows to batch tensors. The only data stage that knows torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from onepass_trl.data.layout import IGNORE_INDEX, TOKEN_COLUMNS, Layout, concatenate
+
+_DTYPES = {
+    "input_ids": torch.int64,
+    "position_ids": torch.int64,
+    "shift_labels": torch.int64,
+    "weights": torch.float32,
+    "visible_end": torch.int32,
+    "num_passes": torch.int64,
+}
+
+
+@dataclass
+class OnePassCollator:
+    """Collates rows into one batch, padded on the right to its longest row.
+
+    A padding token sees itself only, is seen by nothing else and has no target, so no attention
+    mask is needed.
+
+    Returns a dict of tensors, all ``(batch, seq)`` but the last:
+
+    - ``input_ids``, ``position_ids``, ``shift_labels``: int64
+    - ``weights``: float32
+    - ``visible_end``: int32
+    - ``num_passes``: int64; 0 on padding and fork copies
+    - ``num_turns``: ``(batch,)`` int64
+
+    Args:
+        pad_token_id: id of the padding tokens; any id of the vocabulary does.
+        padding_free: put all rows after one another into a single row instead of padding them to
+            the same length.
+        pad_to_multiple_of: pad the sequence to a multiple of this.
+
+    >>> from onepass_trl import Pass, build_tree, linearize
+    >>> long = linearize(build_tree([Pass([1, 2, 3], [0, 1, 1])]))
+    >>> short = linearize(build_tree([Pass([4, 5], [0, 1])]))
+    >>> batch = OnePassCollator()([long, short])
+    >>> batch["input_ids"]
+    tensor([[1, 2, 3],
+            [4, 5, 0]])
+    >>> batch["shift_labels"]
+    tensor([[   2,    3, -100],
+            [   5, -100, -100]])
+    >>> batch["visible_end"]
+    tensor([[3, 3, 3],
+            [2, 2, 3]], dtype=torch.int32)
+    >>> OnePassCollator(padding_free=True)([long, short])["visible_end"]
+    tensor([[3, 3, 3, 5, 5]], dtype=torch.int32)
+    """
+
+    pad_token_id: int = 0
+    padding_free: bool = False
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Layout | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the batch of `rows`: layouts, or rows of a dataset with the same columns."""
+        layouts = [row if isinstance(row, Layout) else _as_layout(row) for row in rows]
+        num_turns = torch.tensor([layout.num_turns for layout in layouts])
+        if self.padding_free:
+            layouts = [concatenate(layouts)]
+            num_turns = num_turns.sum(dim=0, keepdim=True)
+        length = max(len(layout) for layout in layouts)
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+        fill: dict[str, int] = {"input_ids": self.pad_token_id, "shift_labels": IGNORE_INDEX}
+        batch = {
+            name: torch.full((len(layouts), length), fill.get(name, 0), dtype=dtype)
+            for name, dtype in _DTYPES.items()
+        }
+        batch["visible_end"][:] = torch.arange(1, length + 1, dtype=torch.int32)
+        for index, layout in enumerate(layouts):
+            for name in TOKEN_COLUMNS:
+                batch[name].numpy()[index, : len(layout)] = getattr(layout, name)
+        return {**batch, "num_turns": num_turns}
+
+
+def _as_layout(row: Mapping[str, Any]) -> Layout:
+    missing = [name for name in (*TOKEN_COLUMNS, "num_turns") if name not in row]
+    if missing:
+        raise ValueError(
+            "a row for OnePassCollator needs the columns of a Layout, missing: "
+            f"{', '.join(missing)}; got: {', '.join(row)}. Let OnePassSFTTrainer prepare the "
+            "dataset, or make rows with onepass_trl.linearize"
+        )
+    arrays: dict[str, Any] = {
+        name: np.asarray(row[name], dtype=np.float32 if name == "weights" else np.int32)
+        for name in TOKEN_COLUMNS
+    }
+    return Layout(**arrays, num_turns=int(row["num_turns"]))

@@ -1,0 +1,137 @@
+"""A tree as one flat row of tokens, with everything the model and the loss need to know of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onepass_trl.data.tree import ROOT, TokenTree
+
+IGNORE_INDEX = -100
+
+
+@dataclass(eq=False)
+class Layout:
+    """One row: the tokens of a tree (or of several, packed) in depth-first order.
+
+    Every array has shape ``(num_tokens,)``.
+
+    Attributes:
+        input_ids: int32.
+        position_ids: int32, the token's index in its own pass.
+        shift_labels: int32, the token that this position must predict, or -100. Targets are
+            explicit because the next token of the row need not be the next token of the pass.
+        weights: float32, in how many passes that target is trained; 0 where there is none.
+        visible_end: int32, see `onepass_trl.visibility`: the end of the subtree that sees this
+            token.
+        num_passes: int32, how many passes hold this token; 0 for fork copies. Its sum is what
+            N-pass would compute.
+        num_turns: how many passes the row trains.
+    """
+
+    input_ids: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
+    shift_labels: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    visible_end: NDArray[np.int32]
+    num_passes: NDArray[np.int32]
+    num_turns: int
+
+    def __len__(self) -> int:
+        return self.input_ids.size
+
+
+TOKEN_COLUMNS = (
+    "input_ids",
+    "position_ids",
+    "shift_labels",
+    "weights",
+    "visible_end",
+    "num_passes",
+)
+
+
+def linearize(tree: TokenTree) -> Layout:
+    """Return the row of a tree: depth first, the heaviest child first.
+
+    So the trunk of a conversation becomes contiguous, and each branch sees one contiguous prefix
+    and itself.
+
+    A node's last token must predict the first token of every trained child. A position has one
+    target, so for each further trained child a copy of that token stands right before it: same
+    position, visible to itself only. Its hidden state equals the original's, and nothing else sees
+    it.
+
+    >>> from onepass_trl import Pass, build_tree
+    >>> row = linearize(build_tree([Pass([1, 2, 3], [0, 0, 1]), Pass([1, 2, 4, 5], [0, 0, 1, 1])]))
+    >>> print(row.input_ids, row.position_ids, row.shift_labels, row.visible_end, sep="\\n")
+    [1 2 2 4 5 3]
+    [0 1 1 2 3 2]
+    [-100    3    4    5 -100 -100]
+    [6 2 6 5 5 6]
+    """
+    length = tree.num_row_tokens()
+    sizes = tree.subtree_num_tokens()
+    row = Layout(
+        input_ids=np.empty(length, dtype=np.int32),
+        position_ids=np.empty(length, dtype=np.int32),
+        shift_labels=np.full(length, IGNORE_INDEX, dtype=np.int32),
+        weights=np.zeros(length, dtype=np.float32),
+        visible_end=np.empty(length, dtype=np.int32),
+        num_passes=np.empty(length, dtype=np.int32),
+        num_turns=tree.num_passes,
+    )
+    start = 0
+    for index, depth, children in tree.depth_first():
+        if index == ROOT:
+            continue
+        node = tree.nodes[index]
+        num_copies = tree.num_fork_copies(index)
+        num_tokens = node.token_ids.size
+        end = start + num_tokens + num_copies
+        last = end - 1
+        body = slice(start, start + num_tokens - 1)
+        copies = slice(start + num_tokens - 1, last)
+
+        row.input_ids[body], row.input_ids[copies.start : end] = (
+            node.token_ids[:-1],
+            node.token_ids[-1],
+        )
+        row.position_ids[body] = np.arange(depth, depth + num_tokens - 1)
+        row.position_ids[copies.start : end] = depth + num_tokens - 1
+        row.visible_end[start:end] = start + sizes[index]
+        row.visible_end[copies] = np.arange(copies.start + 1, copies.stop + 1)
+        row.num_passes[start:end] = node.num_passes
+        row.num_passes[copies] = 0
+
+        inner = node.weights[1:]
+        row.shift_labels[body] = np.where(inner > 0, node.token_ids[1:], IGNORE_INDEX)
+        row.weights[body] = inner
+        trained = [tree.nodes[child] for child in children if tree.nodes[child].weights[0]]
+        for position, child in zip(range(last, copies.start - 1, -1), trained, strict=False):
+            row.shift_labels[position] = child.token_ids[0]
+            row.weights[position] = child.weights[0]
+        start = end
+    return row
+
+
+def concatenate(rows: Sequence[Layout]) -> Layout:
+    """Return one row that holds `rows` after one another; tokens of different rows don't see each
+    other.
+
+    >>> from onepass_trl import Pass, build_tree
+    >>> row = linearize(build_tree([Pass([1, 2], [0, 1])]))
+    >>> concatenate([row, row]).visible_end
+    array([2, 2, 4, 4], dtype=int32)
+    """
+    if not rows:
+        raise ValueError("a row needs at least one layout, got none")
+    starts = np.cumsum([0, *(len(row) for row in rows[:-1])])
+    arrays = {name: np.concatenate([getattr(row, name) for row in rows]) for name in TOKEN_COLUMNS}
+    arrays["visible_end"] = np.concatenate(
+        [row.visible_end + np.int32(start) for row, start in zip(rows, starts, strict=True)]
+    )
+    return Layout(**arrays, num_turns=sum(row.num_turns for row in rows))

@@ -1,0 +1,143 @@
+"""The prefix tree of a set of passes: what several passes share stands in it once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onepass_trl.passes import Pass
+
+ROOT = 0
+
+
+@dataclass(eq=False)
+class Node:
+    """A run of tokens that the same passes go through.
+
+    Attributes:
+        token_ids: ``(num_tokens,)`` int32; empty for the root only.
+        weights: ``(num_tokens,)`` int32, in how many passes each token is trained.
+        num_passes: how many passes go through this node.
+        children: index of each child node by its first token.
+    """
+
+    token_ids: NDArray[np.int32]
+    weights: NDArray[np.int32]
+    num_passes: int
+    children: dict[int, int] = field(default_factory=dict)
+
+
+class TokenTree:
+    """A prefix tree of passes.
+
+    ``nodes[0]`` is the root: it holds no token and stands before the first token of every pass, so
+    passes that share nothing are its children. Grow a tree with `insert`, or build it whole with
+    `build_tree`.
+    """
+
+    def __init__(self) -> None:
+        empty = np.empty(0, dtype=np.int32)
+        self.nodes = [Node(empty, empty, 0)]
+        self.num_passes = 0
+
+    def insert(self, pass_: Pass) -> int:
+        """Merge one pass into the tree and return the index of the node in which it ends.
+
+        The index stays valid when later passes split that node.
+        """
+        nodes, ids, trained = self.nodes, pass_.token_ids, pass_.trained
+        self.num_passes += 1
+        nodes[ROOT].num_passes += 1
+        index, offset = ROOT, 0
+        while offset < ids.size:
+            child = nodes[index].children.get(int(ids[offset]))
+            if child is None:
+                nodes.append(Node(ids[offset:], trained[offset:].astype(np.int32), 1))
+                nodes[index].children[int(ids[offset])] = len(nodes) - 1
+                return len(nodes) - 1
+            shared = _common_prefix_length(nodes[child].token_ids, ids[offset:])
+            if shared < nodes[child].token_ids.size:
+                child = self._split(index, child, shared)
+            nodes[child].weights += trained[offset : offset + shared]
+            nodes[child].num_passes += 1
+            index, offset = child, offset + shared
+        return index
+
+    def _split(self, parent: int, index: int, length: int) -> int:
+        """Move the first `length` tokens of a node into a new node above it and return the new
+        node's index."""
+        node = self.nodes[index]
+        upper = Node(node.token_ids[:length], node.weights[:length].copy(), node.num_passes)
+        node.token_ids, node.weights = node.token_ids[length:], node.weights[length:].copy()
+        upper.children[int(node.token_ids[0])] = index
+        self.nodes.append(upper)
+        self.nodes[parent].children[int(upper.token_ids[0])] = len(self.nodes) - 1
+        return len(self.nodes) - 1
+
+    def num_fork_copies(self, index: int) -> int:
+        """Return how many copies of a node's last token linearizing adds: one for each trained
+        child but the first."""
+        node = self.nodes[index]
+        if len(node.children) < 2:
+            return 0
+        num_targets = sum(bool(self.nodes[child].weights[0]) for child in node.children.values())
+        return max(num_targets - 1, 0)
+
+    def num_row_tokens(self) -> int:
+        """Return the length of the tree's layout: its tokens and fork copies."""
+        return sum(
+            node.token_ids.size + self.num_fork_copies(i) for i, node in enumerate(self.nodes)
+        )
+
+    def subtree_num_tokens(self) -> list[int]:
+        """Return the number of row tokens of each node's subtree."""
+        order = [ROOT]
+        for index in order:  # grows while it is read: parents before children
+            order.extend(self.nodes[index].children.values())
+        sizes = [node.token_ids.size + self.num_fork_copies(i) for i, node in enumerate(self.nodes)]
+        for index in reversed(order):
+            sizes[index] += sum(sizes[child] for child in self.nodes[index].children.values())
+        return sizes
+
+    def depth_first(self) -> Iterator[tuple[int, int, list[int]]]:
+        """Yield (node index, tokens above the node, its children in order), parents first, the
+        heaviest child first.
+
+        The heaviest child is the one whose subtree has most tokens; ties keep the order of
+        insertion.
+        """
+        sizes = self.subtree_num_tokens()
+        stack = [(ROOT, 0)]
+        while stack:
+            index, depth = stack.pop()
+            node = self.nodes[index]
+            children = sorted(node.children.values(), key=lambda child: -sizes[child])
+            yield index, depth, children
+            stack.extend((child, depth + node.token_ids.size) for child in reversed(children))
+
+
+def build_tree(passes: Sequence[Pass]) -> TokenTree:
+    """Return the prefix tree of `passes`.
+
+    Raises:
+        ValueError: if there are no passes.
+
+    >>> tree = build_tree([Pass([1, 2, 3], [0, 0, 1]), Pass([1, 2, 4, 5], [0, 0, 0, 1])])
+    >>> [node.token_ids.tolist() for node in tree.nodes]
+    [[], [3], [1, 2], [4, 5]]
+    """
+    if not passes:
+        raise ValueError("a tree needs at least one pass, got none")
+    tree = TokenTree()
+    for pass_ in passes:
+        tree.insert(pass_)
+    return tree
+
+
+def _common_prefix_length(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    length = min(a.size, b.size)
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
