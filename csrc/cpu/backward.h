@@ -1,0 +1,228 @@
+// Backward: a task is one tile of keys of one key head, visited by every query that sees it, of
+// every head of its group. Keys lie along the vector lanes; the probabilities are recomputed from
+// lse:
+//   P = exp(scale Q K^T - lse),  dS = P (dO V^T - delta),
+//   dV^T += dO^T P,  dK^T += Q^T dS  (kept in the task),  dQ = scale dS K  (added to memory).
+// dQ is summed over key tiles in ascending order whatever the number of threads, hence
+// deterministic: each task publishes how far it has come (`progress`), and adds its part for a
+// query tile only after the key tile visited before it has. Tasks are claimed in ascending order,
+// so the task that is waited for is always running.
+#pragma once
+
+#include <thread>
+
+#include "gemm.h"
+
+namespace onepass::cpu::ONEPASS_VARIANT {
+
+template <typename T>
+struct BackwardTile {
+  int64_t d_qk_padded;
+  T* keys;         // (kTile, d_qk_padded), scaled
+  T* keys_t;       // (d_qk, kTile), scaled
+  T* values_t;     // (d_v, kTile)
+  T* dkeys_t;      // (d_qk, kTile)
+  T* dvalues_t;    // (d_v, kTile)
+  T* queries;      // (kTile, d_qk)
+  T* douts;        // (kTile, d_v)
+  T* probability;  // (kTile queries, kTile)
+  T* dscores;      // (kTile queries, kTile)
+  T* dqueries;     // (kTile, d_qk_padded)
+  T* factor;       // (kTile)
+  Int<T>* index;   // (kTile)
+  Int<T>* end;     // (kTile), 0 beyond the last key
+  Int<T>* position;
+
+  BackwardTile(const Params& p, Scratch& scratch) : d_qk_padded(round_up(p.d_qk, Simd<T>::lanes)) {
+    keys = scratch.take<T>(kTile * d_qk_padded);
+    keys_t = scratch.take<T>(p.d_qk * kTile);
+    values_t = scratch.take<T>(p.d_v * kTile);
+    dkeys_t = scratch.take<T>(p.d_qk * kTile);
+    dvalues_t = scratch.take<T>(p.d_v * kTile);
+    queries = scratch.take<T>(kTile * p.d_qk);
+    douts = scratch.take<T>(kTile * p.d_v);
+    probability = scratch.take<T>(kTile * kTile);
+    dscores = scratch.take<T>(kTile * kTile);
+    dqueries = scratch.take<T>(kTile * d_qk_padded);
+    factor = scratch.take<T>(kTile);
+    index = scratch.take<Int<T>>(kTile);
+    end = scratch.take<Int<T>>(kTile);
+    position = scratch.take<Int<T>>(kTile);
+  }
+};
+
+// The queries [first, last] of one query tile that may see a key tile.
+ONEPASS_INLINE QueryTile visiting(const KeyTile& queries, const KeyTile& keys) {
+  QueryTile tile = query_tile(queries);
+  tile.first = tile.first > keys.first ? tile.first : keys.first;
+  tile.last = tile.last < keys.max_end - 1 ? tile.last : keys.max_end - 1;
+  return tile;
+}
+
+ONEPASS_INLINE bool visits(const Params& p, const KeyTile& queries, const KeyTile& keys) {
+  return coverage(query_tile(queries), keys, p.window) != Coverage::skipped;
+}
+
+// From scores and dP, in place: probability = P, dscores = dS with respect to scale Q K^T.
+template <typename T, bool kPartial>
+void differentiate(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
+                   int64_t b, int64_t head) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t row_offset = (b * p.heads + head) * p.seq;
+  const T* lse = static_cast<const T*>(p.lse) + row_offset;
+  const T* delta = static_cast<const T*>(p.delta) + row_offset;
+  const T cap = p.softcap, inverse_cap = p.softcap > 0 ? 1 / p.softcap : 0;
+  for (int32_t query = queries.first; query <= queries.last; ++query) {
+    const int64_t row = (query - queries.first) * kTile;
+    const Int<T> position = p.window > 0 ? p.positions[b * p.seq + query] : 0;
+    for (int lane = 0; lane < kTile; lane += lanes) {
+      Vec<T> score = load(tile.probability + row + lane), slope = broadcast<T>(1);
+      if (p.softcap > 0) {
+        const Vec<T> capped = tanh(score * inverse_cap);
+        score = capped * cap;
+        slope = 1 - capped * capped;
+      }
+      Vec<T> probability = exp(score - lse[query]);
+      Vec<T> dscore = probability * (load(tile.dscores + row + lane) - delta[query]) * slope;
+      if constexpr (kPartial) {
+        const IntVec<T> i = IntVec<T>{} + static_cast<Int<T>>(query);
+        IntVec<T> mask = visible(i, load_int<T>(tile.index + lane), load_int<T>(tile.end + lane));
+        if (p.window > 0)
+          mask &= in_window(IntVec<T>{} + position, load_int<T>(tile.position + lane), p.window);
+        probability = mask ? probability : Vec<T>{};
+        dscore = mask ? dscore : Vec<T>{};
+      }
+      store(tile.probability + row + lane, probability);
+      store(tile.dscores + row + lane, dscore);
+    }
+  }
+}
+
+// Waits until the last key tile before `k` that visits query tile `t` has added its part of dQ.
+inline void wait_for_turn(const BackwardParams& p, const KeyTile* tiles, const int32_t* progress,
+                          int64_t k, int64_t t, int32_t step) {
+  int64_t previous = k - 1;
+  while (previous >= 0 && !visits(p, tiles[t], tiles[previous])) --previous;
+  if (previous < 0) return;
+  for (int spin = 0; __atomic_load_n(progress + previous, __ATOMIC_ACQUIRE) <= step; ++spin) {
+    if (spin >= 256) std::this_thread::yield();
+  }
+}
+
+template <typename Storage, typename T>
+void visit(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
+           const KeyTile& keys, int64_t b, int64_t head) {
+  const int rows = queries.last - queries.first + 1, num_keys = keys.last - keys.first + 1;
+  load_rows<Storage, T>(p.q, b, head, queries.first, rows, p.d_qk, T(1), tile.queries, p.d_qk);
+  load_rows<Storage, T>(p.dout, b, head, queries.first, rows, p.d_v, T(1), tile.douts, p.d_v);
+  gemm<false, T>(rows, kTile, p.d_qk, {tile.queries, p.d_qk, 1}, tile.keys_t, kTile,
+                 tile.probability, kTile);
+  gemm<false, T>(rows, kTile, p.d_v, {tile.douts, p.d_v, 1}, tile.values_t, kTile, tile.dscores,
+                 kTile);
+  if (coverage(queries, keys, p.window) == Coverage::full) {
+    differentiate<T, false>(p, tile, queries, b, head);
+  } else {
+    differentiate<T, true>(p, tile, queries, b, head);
+  }
+  gemm<true, T>(p.d_v, kTile, rows, {tile.douts, 1, p.d_v}, tile.probability, kTile, tile.dvalues_t,
+                kTile);
+  gemm<true, T>(p.d_qk, kTile, rows, {tile.queries, 1, p.d_qk}, tile.dscores, kTile, tile.dkeys_t,
+                kTile);
+  gemm<false, T>(rows, tile.d_qk_padded, num_keys, {tile.dscores, kTile, 1}, tile.keys,
+                 tile.d_qk_padded, tile.dqueries, tile.d_qk_padded);
+}
+
+template <typename T>
+void add_dqueries(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
+                  int64_t b, int64_t head) {
+  for (int32_t query = queries.first; query <= queries.last; ++query) {
+    T* dq = static_cast<T*>(p.dq.data) + b * p.dq.batch_stride + head * p.dq.head_stride +
+            query * p.dq.seq_stride;
+    const T* part = tile.dqueries + (query - queries.first) * tile.d_qk_padded;
+    for (int64_t d = 0; d < p.d_qk; ++d) dq[d] += part[d];
+  }
+}
+
+template <typename Storage, typename T>
+void start_tile(const BackwardParams& p, const BackwardTile<T>& tile, const KeyTile& keys,
+                int64_t b, int64_t kv_head) {
+  const int num_keys = keys.last - keys.first + 1;
+  const T scale = p.scale;
+  load_rows<Storage, T>(p.k, b, kv_head, keys.first, num_keys, p.d_qk, scale, tile.keys,
+                        tile.d_qk_padded);
+  load_transposed<Storage, T>(p.k, b, kv_head, keys.first, num_keys, p.d_qk, scale, tile.keys_t);
+  load_transposed<Storage, T>(p.v, b, kv_head, keys.first, num_keys, p.d_v, T(1), tile.values_t);
+  for (int64_t i = 0; i < p.d_qk * kTile; ++i) tile.dkeys_t[i] = 0;
+  for (int64_t i = 0; i < p.d_v * kTile; ++i) tile.dvalues_t[i] = 0;
+  for (int lane = 0; lane < kTile; ++lane) {
+    const int64_t key = b * p.seq + keys.first + lane;
+    tile.index[lane] = keys.first + lane;
+    tile.end[lane] = lane < num_keys ? p.visible_end[key] : 0;
+    tile.position[lane] = lane < num_keys && p.window > 0 ? p.positions[key] : 0;
+  }
+}
+
+template <typename Storage, typename T>
+void backward(const BackwardParams& p, int64_t task, void* memory) {
+  const int64_t k = task % p.num_tiles, kv_head = task / p.num_tiles % p.kv_heads;
+  const int64_t b = task / p.num_tiles / p.kv_heads, group = p.heads / p.kv_heads;
+  const KeyTile* tiles = p.tiles + b * p.num_tiles;
+  int32_t* progress = p.progress + (b * p.kv_heads + kv_head) * p.num_tiles;
+  const KeyTile& keys = tiles[k];
+  Scratch scratch{static_cast<char*>(memory)};
+  const BackwardTile<T> tile(p, scratch);
+  start_tile<Storage>(p, tile, keys, b, kv_head);
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t head = kv_head * group + g;
+    for (int64_t t = k; t <= (keys.max_end - 1) / kTile; ++t) {
+      if (!visits(p, tiles[t], keys)) continue;
+      const QueryTile queries = visiting(tiles[t], keys);
+      visit<Storage>(p, tile, queries, keys, b, head);
+      const int32_t step = g * p.num_tiles + t;
+      wait_for_turn(p, tiles, progress, k, t, step);
+      add_dqueries(p, tile, queries, b, head);
+      __atomic_store_n(progress + k, step + 1, __ATOMIC_RELEASE);
+    }
+  }
+  const int num_keys = keys.last - keys.first + 1;
+  for (int lane = 0; lane < kTile; ++lane) tile.factor[lane] = p.scale;
+  store_transposed<Storage>(p.dk, b, kv_head, keys.first, num_keys, p.d_qk, tile.dkeys_t,
+                            tile.factor);
+  for (int lane = 0; lane < kTile; ++lane) tile.factor[lane] = 1;
+  store_transposed<Storage>(p.dv, b, kv_head, keys.first, num_keys, p.d_v, tile.dvalues_t,
+                            tile.factor);
+}
+
+// delta = sum_d dout * out - dlse for one tile of queries of one head.
+template <typename Storage, typename T>
+void delta(const BackwardParams& p, int64_t task) {
+  const int64_t t = task % p.num_tiles, head = task / p.num_tiles % p.heads,
+                b = task / p.num_tiles / p.heads;
+  const KeyTile& queries = p.tiles[b * p.num_tiles + t];
+  for (int64_t query = queries.first; query <= queries.last; ++query) {
+    const Storage* out = static_cast<const Storage*>(p.out.data) + b * p.out.batch_stride +
+                         head * p.out.head_stride + query * p.out.seq_stride;
+    const Storage* dout = static_cast<const Storage*>(p.dout.data) + b * p.dout.batch_stride +
+                          head * p.dout.head_stride + query * p.dout.seq_stride;
+    T partial[16] = {};  // independent sums, for the vector unit
+    int64_t d = 0;
+    for (; d + 16 <= p.d_v; d += 16) {
+      for (int i = 0; i < 16; ++i) partial[i] += widen<T>(dout[d + i]) * widen<T>(out[d + i]);
+    }
+    for (; d < p.d_v; ++d) partial[0] += widen<T>(dout[d]) * widen<T>(out[d]);
+    T sum = 0;
+    for (T x : partial) sum += x;
+    const int64_t row = (b * p.heads + head) * p.seq + query;
+    static_cast<T*>(p.delta)[row] =
+        p.dlse == nullptr ? sum : sum - static_cast<const T*>(p.dlse)[row];
+  }
+}
+
+template <typename T>
+int64_t backward_scratch_bytes(const Params& p) {
+  Scratch scratch{nullptr};
+  BackwardTile<T>(p, scratch);
+  return scratch.bytes;
+}
+
+}  // namespace onepass::cpu::ONEPASS_VARIANT

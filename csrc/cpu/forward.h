@@ -1,0 +1,195 @@
+// Forward: a task is one tile of queries of one head. Queries lie along the vector lanes, so that
+// the online softmax (running maximum and sum per query) needs no reduction across lanes and K and
+// V no transpose:
+//   scores (keys, lanes) = K Q^T,  acc (d_v, lanes) += V^T exp(scores - max).
+// The task walks the visible blocks of keys, up to kChunkBlocks adjacent ones per softmax step.
+#pragma once
+
+#include "gemm.h"
+
+namespace onepass::cpu::ONEPASS_VARIANT {
+
+// The queries of a task, and the state of their softmax.
+template <typename T>
+struct ForwardTile {
+  T* queries;     // (d_qk, kTile), scaled
+  T* keys;        // (chunk, d_qk)
+  T* values;      // (chunk, d_v)
+  T* scores;      // (chunk, kTile)
+  T* acc;         // (d_v, kTile)
+  T* row_max;     // (kTile)
+  T* row_sum;     // (kTile)
+  Int<T>* index;  // (kTile)
+  Int<T>* position;
+
+  ForwardTile(const Params& p, Scratch& scratch) {
+    constexpr int chunk = kChunkBlocks * kKeyBlock;
+    queries = scratch.take<T>(p.d_qk * kTile);
+    keys = scratch.take<T>(chunk * p.d_qk);
+    values = scratch.take<T>(chunk * p.d_v);
+    scores = scratch.take<T>(chunk * kTile);
+    acc = scratch.take<T>(p.d_v * kTile);
+    row_max = scratch.take<T>(kTile);
+    row_sum = scratch.take<T>(kTile);
+    index = scratch.take<Int<T>>(kTile);
+    position = scratch.take<Int<T>>(kTile);
+  }
+};
+
+template <typename T>
+ONEPASS_INLINE IntVec<T> visible_lanes(const Params& p, const ForwardTile<T>& tile, int64_t b,
+                                       int64_t key, int lane) {
+  const Int<T> first = key, end = p.visible_end[b * p.seq + key];
+  IntVec<T> mask = visible(load_int<T>(tile.index + lane), IntVec<T>{} + first, IntVec<T>{} + end);
+  if (p.window > 0) {
+    const Int<T> position = p.positions[b * p.seq + key];
+    mask &= in_window(load_int<T>(tile.position + lane), IntVec<T>{} + position, p.window);
+  }
+  return mask;
+}
+
+// One online softmax step: scores become probabilities up to the final 1 / row_sum.
+template <typename T>
+void softmax_step(const ForwardTile<T>& tile, int num_keys, int64_t d_v) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int lane = 0; lane < kTile; lane += lanes) {
+    const Vec<T> old_max = load(tile.row_max + lane);
+    Vec<T> new_max = old_max;
+    for (int n = 0; n < num_keys; ++n)
+      new_max = max<T>(new_max, load(tile.scores + n * kTile + lane));
+    Vec<T> sum = Vec<T>{};
+    for (int n = 0; n < num_keys; ++n) {
+      const Vec<T> probability = exp(load(tile.scores + n * kTile + lane) - new_max);
+      sum += probability;
+      store(tile.scores + n * kTile + lane, probability);
+    }
+    const Vec<T> decay = exp(old_max - new_max);
+    store(tile.row_max + lane, new_max);
+    store(tile.row_sum + lane, load(tile.row_sum + lane) * decay + sum);
+    for (int64_t d = 0; d < d_v; ++d)
+      store(tile.acc + d * kTile + lane, load(tile.acc + d * kTile + lane) * decay);
+  }
+}
+
+template <typename T>
+bool all_finite(const T* x, int64_t count) {
+  T sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i] * 0;  // 0, or NaN once an element is not finite
+  return sum == 0;
+}
+
+// acc += V^T P where a key that a query does not see must not reach it even as 0 * NaN.
+template <typename T>
+void add_values_seen(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t key,
+                     int num_keys) {
+  for (int n = 0; n < num_keys; ++n) {
+    for (int lane = 0; lane < kTile; lane += Simd<T>::lanes) {
+      const IntVec<T> mask = visible_lanes(p, tile, b, key + n, lane);
+      const Vec<T> probability = load(tile.scores + n * kTile + lane);
+      for (int64_t d = 0; d < p.d_v; ++d) {
+        T* acc = tile.acc + d * kTile + lane;
+        store(acc, load(acc) + (mask ? probability * tile.values[n * p.d_v + d] : Vec<T>{}));
+      }
+    }
+  }
+}
+
+template <typename Storage, typename T>
+void attend(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t kv_head, int64_t key,
+            int num_keys, bool partial) {
+  constexpr int lanes = Simd<T>::lanes;
+  load_rows<Storage, T>(p.k, b, kv_head, key, num_keys, p.d_qk, T(1), tile.keys, p.d_qk);
+  load_rows<Storage, T>(p.v, b, kv_head, key, num_keys, p.d_v, T(1), tile.values, p.d_v);
+  gemm<false, T>(num_keys, kTile, p.d_qk, {tile.keys, p.d_qk, 1}, tile.queries, kTile, tile.scores,
+                 kTile);
+  if (p.softcap > 0) {
+    const T cap = p.softcap, inverse = 1 / p.softcap;
+    for (int i = 0; i < num_keys * kTile; i += lanes) {
+      store(tile.scores + i, tanh(load(tile.scores + i) * inverse) * cap);
+    }
+  }
+  if (partial) {
+    const Vec<T> unseen = broadcast<T>(-__builtin_inf());
+    for (int n = 0; n < num_keys; ++n) {
+      for (int lane = 0; lane < kTile; lane += lanes) {
+        T* score = tile.scores + n * kTile + lane;
+        store(score, visible_lanes(p, tile, b, key + n, lane) ? load(score) : unseen);
+      }
+    }
+  }
+  softmax_step(tile, num_keys, p.d_v);
+  if (partial && !all_finite(tile.values, num_keys * p.d_v)) {
+    add_values_seen(p, tile, b, key, num_keys);
+  } else {
+    gemm<true, T>(p.d_v, kTile, num_keys, {tile.values, 1, p.d_v}, tile.scores, kTile, tile.acc,
+                  kTile);
+  }
+}
+
+template <typename T>
+void start_tile(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t head, int64_t begin,
+                int rows) {
+  // Below any score, yet finite: max - max is 0 for a query that has not seen a key yet.
+  const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__ / 4) : T(-__DBL_MAX__ / 4);
+  T max = lowest, sum = 0;
+  if (p.sinks != nullptr) {
+    const T sink = static_cast<const T*>(p.sinks)[head];
+    max = sink < lowest ? lowest : sink;
+    sum = ::exp(static_cast<double>(sink - max));
+  }
+  for (int lane = 0; lane < kTile; ++lane) {
+    const int64_t query = begin + (lane < rows ? lane : rows - 1);
+    tile.row_max[lane] = max;
+    tile.row_sum[lane] = sum;
+    tile.index[lane] = query;
+    tile.position[lane] = p.window > 0 ? p.positions[b * p.seq + query] : 0;
+  }
+  for (int64_t i = 0; i < p.d_v * kTile; ++i) tile.acc[i] = 0;
+}
+
+template <typename Storage, typename T>
+void forward(const Params& p, int64_t task, void* memory) {
+  // The last tile first: it sees the most keys.
+  const int64_t t = p.num_tiles - 1 - task % p.num_tiles, head = task / p.num_tiles % p.heads;
+  const int64_t b = task / p.num_tiles / p.heads, kv_head = head / (p.heads / p.kv_heads);
+  const QueryTile queries = query_tile(p.tiles[b * p.num_tiles + t]);
+  const int rows = queries.last - queries.first + 1;
+  Scratch scratch{static_cast<char*>(memory)};
+  const ForwardTile<T> tile(p, scratch);
+  start_tile(p, tile, b, head, queries.first, rows);
+  load_transposed<Storage, T>(p.q, b, head, queries.first, rows, p.d_qk, T(p.scale), tile.queries);
+
+  const KeyTile* blocks = p.key_blocks + b * p.num_blocks;
+  const int64_t num_blocks = queries.last / kKeyBlock + 1;
+  for (int64_t block = 0; block < num_blocks;) {
+    const int64_t begin = block;
+    bool partial = false;
+    for (; block < num_blocks && block < begin + kChunkBlocks; ++block) {
+      const Coverage covered = coverage(queries, blocks[block], p.window);
+      if (covered == Coverage::skipped) break;
+      partial |= covered == Coverage::partial;
+    }
+    if (block == begin) {
+      ++block;
+      continue;
+    }
+    const int num_keys = blocks[block - 1].last - blocks[begin].first + 1;
+    attend<Storage>(p, tile, b, kv_head, blocks[begin].first, num_keys, partial);
+  }
+
+  T* lse = static_cast<T*>(p.lse) + (b * p.heads + head) * p.seq + queries.first;
+  for (int r = 0; r < rows; ++r) {
+    lse[r] = tile.row_max[r] + static_cast<T>(::log(static_cast<double>(tile.row_sum[r])));
+    tile.row_sum[r] = 1 / tile.row_sum[r];
+  }
+  store_transposed<Storage>(p.out, b, head, queries.first, rows, p.d_v, tile.acc, tile.row_sum);
+}
+
+template <typename T>
+int64_t forward_scratch_bytes(const Params& p) {
+  Scratch scratch{nullptr};
+  ForwardTile<T>(p, scratch);
+  return scratch.bytes;
+}
+
+}  // namespace onepass::cpu::ONEPASS_VARIANT

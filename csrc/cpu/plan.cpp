@@ -1,0 +1,57 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace onepass::cpu {
+
+std::vector<KeyTile> make_tiles(const int32_t* visible_end, const int32_t* positions, int64_t seq,
+                                int64_t size) {
+  std::vector<KeyTile> tiles;
+  tiles.reserve((seq + size - 1) / size);
+  for (int64_t first = 0; first < seq; first += size) {
+    const int64_t end = std::min(first + size, seq);
+    const auto [min_end, max_end] = std::minmax_element(visible_end + first, visible_end + end);
+    KeyTile tile{
+        static_cast<int32_t>(first), static_cast<int32_t>(end - 1), *min_end, *max_end, 0, 0};
+    if (positions != nullptr) {
+      const auto [min_position, max_position] =
+          std::minmax_element(positions + first, positions + end);
+      tile.min_position = *min_position;
+      tile.max_position = *max_position;
+    }
+    tiles.push_back(tile);
+  }
+  return tiles;
+}
+
+bool is_tree(const int32_t* visible_end, int64_t seq) {
+  std::vector<int32_t> open;  // the ends of the subtrees that key j stands in, innermost last
+  for (int64_t key = 0; key < seq; ++key) {
+    const int32_t end = visible_end[key];
+    if (end <= key || end > seq) return false;
+    while (!open.empty() && open.back() <= key) open.pop_back();
+    if (!open.empty() && end > open.back()) return false;
+    if (open.empty() || end < open.back()) open.push_back(end);
+  }
+  return true;
+}
+
+TileCounts count_tiles(const int32_t* visible_end, int64_t seq, int64_t query_tile,
+                       int64_t key_tile) {
+  const std::vector<KeyTile> keys = make_tiles(visible_end, nullptr, seq, key_tile);
+  TileCounts counts;
+  for (int64_t first = 0; first < seq; first += query_tile) {
+    const auto last = static_cast<int32_t>(std::min(first + query_tile, seq) - 1);
+    const QueryTile queries{static_cast<int32_t>(first), last, 0, 0};
+    for (const KeyTile& tile : keys) {
+      if (tile.first > last) break;
+      const Coverage covered = coverage(queries, tile, /*window=*/0);
+      ++(covered == Coverage::skipped ? counts.skipped
+         : covered == Coverage::full  ? counts.full
+                                      : counts.partial);
+    }
+  }
+  return counts;
+}
+
+}  // namespace onepass::cpu

@@ -1,0 +1,57 @@
+// The rule of onepass_trl/visibility.py for compiled code, and what follows from it for tiles.
+//
+// Query i sees key j iff j <= i < visible_end[j] and, with a window, positions[i] - positions[j] <
+// window.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define ONEPASS_INLINE __host__ __device__ __forceinline__
+#else
+// Always inlined: the header is compiled for several instruction sets, and no copy may outlive its
+// own.
+#define ONEPASS_INLINE __attribute__((always_inline)) inline
+#endif
+
+namespace onepass {
+
+// Integers or vectors of integers; `window` is tested apart because few layers have one.
+template <typename Query, typename Key>
+ONEPASS_INLINE auto visible(Query query, Key key, Key visible_end) {
+  return (key <= query) & (query < visible_end);
+}
+
+template <typename Query, typename Key>
+ONEPASS_INLINE auto in_window(Query query_position, Key key_position, int32_t window) {
+  return query_position - key_position < window;
+}
+
+// A tile of consecutive queries, [first, last] inclusive, and the range of their positions.
+struct QueryTile {
+  int32_t first, last;
+  int32_t min_position, max_position;
+};
+
+// A tile of consecutive keys, [first, last] inclusive, and the range of their ends and positions.
+struct KeyTile {
+  int32_t first, last;
+  int32_t min_end, max_end;
+  int32_t min_position, max_position;
+};
+
+enum class Coverage { skipped, partial, full };
+
+// `window` is 0 for none. Exact without a window; with one, `skipped` and `full` are exact
+// statements and `partial` may be said of a tile that is either.
+ONEPASS_INLINE Coverage coverage(const QueryTile& query, const KeyTile& key, int32_t window) {
+  if (key.first > query.last || key.max_end <= query.first ||
+      (window > 0 && query.min_position - key.max_position >= window)) {
+    return Coverage::skipped;
+  }
+  const bool all_visible = key.last <= query.first && key.min_end > query.last;
+  const bool all_in_window = window == 0 || query.max_position - key.min_position < window;
+  return all_visible && all_in_window ? Coverage::full : Coverage::partial;
+}
+
+}  // namespace onepass

@@ -1,0 +1,167 @@
+"""Tree attention through FlexAttention, for CUDA devices without a validated kernel.
+
+Compiled on CUDA, with dynamic shapes, so that rows of new lengths do not compile again. On other
+devices it runs eagerly, which materializes all scores and on a CPU has no backward: only good for
+comparing it with the other implementations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.utils.weak import WeakIdKeyDictionary
+
+BLOCK = 128
+
+# visible_end -> (its version, positions, their version, window) -> BlockMask. All layers of a
+# forward pass share their block masks, which go when the row's visible_end goes.
+_block_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def flex_tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_end: Tensor,
+    *,
+    scale: float,
+    positions: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `(out, lse)` as `dense_tree_attention` does, from the same arguments."""
+    batch, heads, seq, _ = q.shape
+    if 0 in (batch, heads, seq):
+        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=torch.float32)
+    run: Callable[..., Any] = flex_attention
+    if q.device.type == "cuda":
+        run = _compiled_flex_attention()
+    out, aux = run(
+        q,
+        k,
+        v,
+        score_mod=None if softcap is None else _softcap_mod(softcap),
+        block_mask=_cached_block_mask(visible_end, positions, window),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return (out, aux.lse) if sinks is None else add_sinks(out, aux.lse, sinks)
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `(out, lse)` with one more logit per head, of value zero; differentiable.
+
+    Args:
+        out: ``(batch, heads, seq, d_v)``.
+        lse: ``(batch, heads, seq)`` float.
+        sinks: ``(heads,)``.
+    """
+    sinks = sinks.to(lse.dtype)[None, :, None]
+    remaining = torch.sigmoid(lse - sinks)  # the probability that the sink leaves
+    return (out * remaining[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _softcap_mod(softcap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def _mask_mod(
+    visible_end: Tensor, positions: Tensor | None, window: int | None
+) -> Callable[..., Tensor]:
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < visible_end[b, key])
+
+    if window is None:
+        return mask_mod
+    assert positions is not None
+
+    def window_mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_window = positions[b, query] - positions[b, key] < window
+        return (key <= query) & (query < visible_end[b, key]) & in_window
+
+    return window_mask_mod
+
+
+def _cached_block_mask(
+    visible_end: Tensor, positions: Tensor | None, window: int | None
+) -> BlockMask:
+    if window is None:
+        positions = None
+    tensors = [x for x in (visible_end, positions) if x is not None]
+    # While tracing there is nothing to keep, and inference tensors have no version to tell a change
+    # by.
+    if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors):
+        return build_block_mask(visible_end, positions, window)
+    key = (
+        visible_end._version,
+        id(positions),
+        positions is not None and positions._version,
+        window,
+    )
+    masks = _block_masks.setdefault(visible_end, {})
+    if key not in masks:
+        # Aliases, lest the entry keep its own key alive. The entry does keep the positions, so
+        # their id stays theirs.
+        masks[key] = positions, build_block_mask(visible_end.detach(), positions, window)
+    return masks[key][1]
+
+
+def build_block_mask(
+    visible_end: Tensor, positions: Tensor | None, window: int | None
+) -> BlockMask:
+    """Return the `BlockMask` of a row from the ranges of its blocks: O((seq / 128)^2).
+
+    Args:
+        visible_end: ``(batch, seq)`` int32.
+        positions: ``(batch, seq)`` int32, or None without a window.
+        window: None for none.
+    """
+    seq = visible_end.shape[1]
+    num_blocks = (seq + BLOCK - 1) // BLOCK
+    first = torch.arange(num_blocks, device=visible_end.device) * BLOCK
+    last = torch.clamp(first + BLOCK, max=seq) - 1
+    min_end, max_end = _block_ranges(visible_end, num_blocks)
+    query_first, query_last = first[:, None], last[:, None]
+    seen = (first <= query_last) & (query_first < max_end[:, None, :])
+    full = (last <= query_first) & (query_last < min_end[:, None, :])
+    if window is not None:
+        assert positions is not None
+        min_position, max_position = _block_ranges(positions, num_blocks)
+        seen &= min_position[:, :, None] - max_position[:, None, :] < window
+        full &= max_position[:, :, None] - min_position[:, None, :] < window
+    return BlockMask.from_kv_blocks(
+        *_block_list(seen & ~full),
+        *_block_list(seen & full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_mask_mod(visible_end, positions, window),
+        seq_lengths=(seq, seq),
+    )
+
+
+def _block_ranges(x: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Return the minimum and maximum of each block, ``(batch, num_blocks)`` each."""
+    padded = torch.cat([x, x[:, -1:].expand(-1, num_blocks * BLOCK - x.shape[1])], dim=1)
+    blocks = padded.view(x.shape[0], num_blocks, BLOCK)
+    return blocks.amin(-1), blocks.amax(-1)
+
+
+def _block_list(visited: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many key blocks each query block visits, and the blocks, visited first."""
+    counts = visited.sum(-1, dtype=torch.int32)
+    order = torch.argsort(visited.to(torch.int8), dim=-1, descending=True, stable=True)
+    return counts[:, None], order[:, None].to(torch.int32)

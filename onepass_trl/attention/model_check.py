@@ -1,0 +1,92 @@
+"""Which models can be trained in one pass: those that mix tokens by causal attention only."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
+# Not token mixers: configurations of hybrid models list these among their layers.
+MLP_LAYERS = ("mlp", "moe", "dense", "sparse")
+# Modules that carry state along the row, or choose keys by themselves, in models whose
+# configuration does not say so.
+OTHER_MIXERS = re.compile(
+    "Mamba|SSM|Delta(Net|Rule|Attention)|R[Ww][Kk][Vv]|ShortConv|Conv1d|Recurrent|Retention|Hyena|"
+    "xLSTM|Linear_?Attention|Lightning_?Attention|Indexer"
+)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a PEFT wrapper, or the model itself.
+
+    Raises:
+        ValueError: it is not a transformers model.
+    """
+    unwrap = getattr(model, "get_base_model", None)
+    base = model if unwrap is None else unwrap()
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"model is a {type(base).__name__}, expected a transformers PreTrainedModel or a PEFT "
+            f"model around one"
+        )
+    return base
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError, naming the layers and the reason, if `model` cannot be trained in one pass.
+
+    Every token mixer must be causal attention, full or with a sliding window, that goes through
+    transformers' attention
+    interface: only that can be told to branch at the nodes of a tree.
+    """
+    base = base_model(model)
+    config = base.config.get_text_config(decoder=True)
+    name = type(base).__name__
+
+    def refuse(reason: str) -> ValueError:
+        return ValueError(f"{name} cannot be trained in one pass: {reason}")
+
+    if base.config.is_encoder_decoder:
+        raise refuse("it is an encoder-decoder, expected a decoder-only model")
+    if layers := _unsupported_layers(base, config):
+        kinds = "; ".join(f"{kind} in {_layer_list(at)}" for kind, at in layers.items())
+        raise refuse(
+            f"{kinds}. Such layers do not attend by a mask, so they cannot follow the branches of "
+            f"a tree; only "
+            f"{' and '.join(SUPPORTED_LAYERS)} layers can"
+        )
+    if not base._supports_attention_backend or not base._can_set_attn_implementation():
+        raise refuse("its attention does not go through transformers' AttentionInterface")
+    if getattr(config, "attention_chunk_size", None) and not hasattr(config, "layer_types"):
+        raise refuse("its attention is chunked (attention_chunk_size), which is not supported")
+    if not getattr(config, "is_causal", True):
+        raise refuse("its config says is_causal=False, expected causal attention")
+    dropout = getattr(config, "attention_dropout", 0.0) or 0.0
+    if dropout > 0:
+        raise refuse(
+            f"attention_dropout is {dropout}, expected 0: set config.attention_dropout = 0.0"
+        )
+
+
+def _unsupported_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, list[int]]:
+    """Return kind -> layer indices, by the configuration if it says, else by class names."""
+    kinds: dict[str, list[int]] = defaultdict(list)
+    layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    for index, kind in enumerate(layer_types or ()):
+        if kind not in (*SUPPORTED_LAYERS, *MLP_LAYERS, "attention"):
+            kinds[repr(kind)].append(index)
+    if kinds:
+        return kinds
+    for path, module in model.named_modules():
+        layer = re.search(r"\.(\d+)(\.|$)", path)
+        class_name = type(module).__name__
+        if layer and OTHER_MIXERS.search(class_name) and int(layer[1]) not in kinds[class_name]:
+            kinds[class_name].append(int(layer[1]))
+    return {kind: layers for kind, layers in kinds.items() if layers}
+
+
+def _layer_list(layers: list[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"

@@ -1,0 +1,127 @@
+"""The op ``onepass::tree_attention``: schema, fake implementation and autograd of all devices.
+
+The CPU implementation is `csrc/cpu/tree_attention.cpp`, registered when `onepass_trl._C` is loaded.
+Importing this module works without it. Arguments, once for both ops:
+
+- ``q`` ``(batch, heads, seq, d_qk)``, ``k`` ``(batch, kv_heads, seq, d_qk)``, ``v`` ``(batch,
+  kv_heads, seq, d_v)`` of one dtype, any strides (free of copies where the last dimension is
+  contiguous);
+- ``visible_end`` ``(batch, seq)`` int32; ``positions`` ``(batch, seq)`` int32, read only with a
+  window;
+- ``sinks`` ``(heads,)`` in the dtype of lse;
+- ``window`` 0 for none; ``softcap`` 0.0 for none;
+- ``out`` ``(batch, heads, seq, d_v)`` in q's dtype, laid out so that ``out.transpose(1, 2)`` is
+  contiguous;
+- ``lse`` ``(batch, heads, seq)``, float64 for float64 inputs, else float32: natural logarithm, sink
+  included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EXTENSION_ERROR: ImportError | None = None
+"""Why the compiled extension could not be loaded; None when it is."""
+
+_library = torch.library.Library("onepass", "DEF")
+_library.define(
+    "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_end, Tensor? positions, "
+    "Tensor? sinks, float scale, int window, float softcap) -> (Tensor out, Tensor lse)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "tree_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor visible_end, Tensor? positions, Tensor? sinks, float scale, int window, "
+    "float softcap) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of lse and sinks: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _empty_heads_last(like: Tensor, width: int | torch.SymInt) -> Tensor:
+    batch, heads, seq, _ = like.shape
+    return like.new_empty((batch, seq, heads, width)).transpose(1, 2)
+
+
+@torch.library.register_fake("onepass::tree_attention", lib=_library)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_end: Tensor,
+    positions: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    out = _empty_heads_last(q, v.shape[3])
+    return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+
+
+@torch.library.register_fake("onepass::tree_attention_backward", lib=_library)
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    visible_end: Tensor,
+    positions: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (_empty_heads_last(x, x.shape[3]) for x in (q, k, v))
+    return dq, dk, dv, lse.new_empty((0,) if sinks is None else sinks.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, visible_end, positions, sinks, ctx.scale, ctx.window, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, v, *output, visible_end, positions, sinks)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, visible_end, positions, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = torch.ops.onepass.tree_attention_backward(
+        torch.zeros_like(out) if dout is None else dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        visible_end,
+        positions,
+        sinks,
+        ctx.scale,
+        ctx.window,
+        ctx.softcap,
+    )
+    return dq, dk, dv, None, None, None if sinks is None else dsinks, None, None, None
+
+
+torch.library.register_autograd(
+    "onepass::tree_attention", _backward, setup_context=_setup_context, lib=_library
+)
+
+try:
+    from onepass_trl import _C  # registers the CPU implementations
+except ImportError as error:
+    EXTENSION_ERROR = error
+
+
+def build_info() -> dict[str, Any]:
+    """Return the facts about the compiled extension: compiler, torch version, instruction sets."""
+    return _C.build_info()

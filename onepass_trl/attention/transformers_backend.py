@@ -1,0 +1,317 @@
+"""Tree attention as the attention implementation "onepass" of transformers.
+
+Importing this module registers it. `use_onepass_attention` switches a model over; then
+
+    model(input_ids, position_ids=position_ids, visible_end=visible_end)
+
+runs every attention layer by the one rule, and `visible_end` alone decides what is seen (an
+`attention_mask` of padding is not read: padding is a subtree of its own). Without `visible_end`, as
+in generation, the model computes what it computes with "sdpa", or with "eager" where its attention
+has a softcap or sinks, which SDPA lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from onepass_trl.attention.api import Impl, tree_attention
+from onepass_trl.attention.model_check import base_model, check_model
+
+__all__ = ["DeferredMask", "check_model", "onepass_attention", "register", "use_onepass_attention"]
+
+NAME = "onepass"
+
+# position_ids (int64) -> (its version, the int32 positions of the op), so that layers share them.
+_int32_positions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class DeferredMask:
+    """The arguments of `sdpa_mask`, and the mask once a layer without `visible_end` needs it.
+
+    Models build their masks before the first layer, where `visible_end` is not known. Deferring
+    them keeps training free of ``(seq, seq)`` tensors.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.window: int | None = arguments.get("local_size")
+        self.is_custom: bool = arguments.get("use_vmap", False)
+        self._mask: Tensor | None = None
+        self._is_built = False
+
+    def materialize(self) -> Tensor | None:
+        """Return the ``(batch, 1, seq, seq)`` bool mask, or None for plain causal attention."""
+        if not self._is_built:
+            self._mask, self._is_built = sdpa_mask(**self.arguments), True
+        return self._mask
+
+    def contiguous(self) -> Tensor | None:
+        """Return the mask: `generate` with a static cache prepares masks ahead of the model."""
+        mask = self.materialize()
+        return None if mask is None else mask.contiguous()
+
+
+def onepass_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    **kwargs: Any,
+) -> DeferredMask | Tensor | None:
+    """Return a `DeferredMask`, or with cached keys, where there is no tree to wait for, the mask of
+    "sdpa".
+    """
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        **kwargs,
+    }
+    # A static cache counts with tensors: their values may not be read while compiling.
+    is_static = isinstance(q_offset, Tensor)
+    if is_static or q_length != kv_length or q_offset != 0 or kv_offset != 0:
+        return sdpa_mask(**arguments)
+    return DeferredMask(arguments)
+
+
+def onepass_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: DeferredMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    visible_end: Tensor | None = None,
+    attention_impl: Impl = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return ``(out, None)``, out ``(batch, seq, heads, d_v)``, as attention functions do.
+
+    Args:
+        module: the attention layer, for its name, configuration and training mode.
+        query: ``(batch, heads, seq, d_qk)``.
+        key: ``(batch, kv_heads, seq, d_qk)``.
+        value: ``(batch, kv_heads, seq, d_v)``.
+        attention_mask: what `onepass_mask` returned for this layer.
+        dropout: must be 0 with `visible_end`.
+        scaling: factor of the scores.
+        is_causal: must not be False with `visible_end`.
+        position_bias: must be None with `visible_end`.
+        sliding_window: window of this layer, in positions.
+        softcap: cap of the scores.
+        s_aux: ``(heads,)``, one sink per head.
+        position_ids: ``(batch, seq)`` or ``(1, seq)``, with any leading axes; needed with a window.
+        visible_end: ``(batch, seq)`` int32, or None to compute what "sdpa" or "eager" would.
+        attention_impl: implementation of `tree_attention`.
+        **kwargs: what else the model passes, handed on to "sdpa" without `visible_end`.
+
+    Raises:
+        ValueError: the layer asks for something that the one rule does not cover.
+    """
+    if visible_end is None:
+        mask = attention_mask
+        if isinstance(mask, DeferredMask):
+            mask = mask.materialize()
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                mask,
+                dropout=dropout,
+                scaling=scaling,
+                is_causal=is_causal,
+                position_bias=position_bias,
+                **kwargs,
+            )
+        return _eager_attention(module, query, key, value, mask, dropout, scaling, softcap, s_aux)
+    _check_layer(
+        module, query, key, attention_mask, dropout, is_causal, position_bias, sliding_window
+    )
+    positions = None
+    if sliding_window is not None:
+        positions = _positions(module, position_ids, visible_end)
+    out = tree_attention(
+        query,
+        key,
+        value,
+        visible_end,
+        scale=scaling,
+        positions=positions,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        impl=attention_impl,
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _layer_name(module: nn.Module) -> str:
+    return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+
+
+def _check_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: DeferredMask | Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+    sliding_window: int | None,
+) -> None:
+    """Raise ValueError if this call is not causal attention by the one rule."""
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(f"one-pass attention in {_layer_name(module)}: {what}")
+
+    if key.shape[2] != query.shape[2]:
+        raise refuse(
+            f"{key.shape[2]} keys for {query.shape[2]} queries: visible_end describes a whole row, "
+            f"so pass no "
+            "past_key_values with it"
+        )
+    if dropout > 0 and module.training:
+        raise refuse(
+            f"dropout is {dropout}, expected 0: set attention_dropout=0.0 in the model's config"
+        )
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise refuse("the layer is not causal, and visible_end describes causal attention")
+    if position_bias is not None:
+        raise refuse("position_bias changes the scores, which this attention does not support")
+    if isinstance(attention_mask, Tensor):
+        raise refuse(
+            f"a mask of shape {tuple(attention_mask.shape)} and visible_end: pass only one of the "
+            f"two"
+        )
+    if attention_mask is not None and attention_mask.is_custom:
+        raise refuse(
+            "the model adds its own rule to the causal mask, which visible_end would replace"
+        )
+    if attention_mask is not None and attention_mask.window != sliding_window:
+        raise refuse(
+            f"its mask has a window of {attention_mask.window}, but its attention is told "
+            f"{sliding_window} "
+            "(sliding_window): chunked attention is not supported, and a window must be passed to "
+            "the attention function"
+        )
+    if sliding_window is None and _layer_type(module) == "sliding_attention":
+        raise refuse("a sliding_attention layer passes no sliding_window to its attention function")
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    layer_idx = getattr(module, "layer_idx", None)
+    if layer_types is None or layer_idx is None or layer_idx >= len(layer_types):
+        return None
+    return layer_types[layer_idx]
+
+
+def _positions(module: nn.Module, position_ids: Tensor | None, visible_end: Tensor) -> Tensor:
+    """Return position ids as ``(batch, seq)`` int32, the same tensor for all layers of a pass."""
+    if position_ids is None:
+        raise ValueError(
+            f"one-pass attention in {_layer_name(module)}: its window is measured in positions, "
+            "and got none: pass position_ids to the model"
+        )
+    if (
+        torch.compiler.is_compiling()
+        or position_ids.dtype == torch.int32
+        or position_ids.is_inference()
+    ):
+        return _cast_positions(position_ids, visible_end)
+    version, positions = _int32_positions.get(position_ids, (None, None))
+    if version != position_ids._version or positions.shape != visible_end.shape:
+        positions = _cast_positions(position_ids, visible_end)
+        _int32_positions[position_ids] = position_ids._version, positions
+    return positions
+
+
+def _cast_positions(position_ids: Tensor, visible_end: Tensor) -> Tensor:
+    # Multimodal rotary embeddings have one plane per axis; the first one counts tokens.
+    if position_ids.ndim > 2:
+        position_ids = position_ids.reshape(-1, *position_ids.shape[-2:])[0]
+    return position_ids.to(torch.int32).expand(visible_end.shape)
+
+
+def _eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, None]:
+    """Return what the eager attention of Gemma 2 (softcap) and gpt-oss (sinks) returns for the mask
+    of "sdpa".
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, group), repeat_kv(value, group)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and query.shape[2] > 1:  # what "sdpa" leaves to its flag is_causal
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores + torch.where(mask, 0.0, lowest).to(scores.dtype)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = probabilities[..., : key.shape[2]]
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Register "onepass" with transformers' interfaces; done on import, harmless to repeat."""
+    attention: Callable[..., Any] = onepass_attention
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, onepass_mask)
+
+
+def use_onepass_attention(model: nn.Module) -> None:
+    """Switch a model (or the model inside a PEFT wrapper) to "onepass", after `check_model`.
+
+    Raises:
+        ValueError: the model cannot be trained in one pass.
+    """
+    check_model(model)
+    register()
+    base = base_model(model)
+    base.set_attn_implementation(NAME)
+    for module in base.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
+            raise ValueError(
+                f"{type(module).__name__} keeps "
+                f"attn_implementation={module.config._attn_implementation!r}, expected "
+                f"{NAME!r}: its attention cannot be replaced"
+            )
+
+
+register()

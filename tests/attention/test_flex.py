@@ -1,0 +1,94 @@
+"""FlexAttention with the same rule. On a CPU it runs eagerly and has no backward: compiled parity
+needs a GPU.
+"""
+
+import gc
+
+import pytest
+import torch
+
+from onepass_trl.attention import flex, tree_attention
+from onepass_trl.attention.reference import visibility_mask
+
+from .cases import Shape, error, make_case
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.mark.parametrize("seq", [0, 1, 128, 300])
+@pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 2.0, "sinks": True}])
+def test_equals_the_reference(seq, options):
+    shape = Shape(batch=2, heads=4, kv_heads=2, seq=seq, d_qk=16, d_v=8)
+    case = make_case(shape, dtype=torch.float32, **options)
+    inputs = {name: x.float() for name, x in case.inputs.items()}
+    expected = tree_attention(
+        **inputs, visible_end=case.visible_end, **case.options, impl="dense", return_lse=True
+    )
+    actual = tree_attention(
+        **inputs, visible_end=case.visible_end, **case.options, impl="flex", return_lse=True
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert error(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_blocks_are_those_of_the_dense_mask(window):
+    case = make_case(Shape(batch=3, seq=1000), seed=1)
+    positions = case.options["positions"]
+    blocks = flex.build_block_mask(case.visible_end, positions, window)
+    mask = visibility_mask(case.visible_end, positions, window)
+    padded = torch.nn.functional.pad(mask, (0, 24, 0, 24)).view(3, 8, 128, 8, 128)
+    inside = torch.ones(1000, 1000, dtype=torch.bool)
+    outside = ~torch.nn.functional.pad(inside, (0, 24, 0, 24)).view(8, 128, 8, 128)
+    some, all_ = padded.any(4).any(2), (padded | outside).all(4).all(2)
+
+    def listed(counts, indices):
+        visited = torch.zeros(3, 8, 8, dtype=torch.bool)
+        for b, q in torch.cartesian_prod(torch.arange(3), torch.arange(8)).tolist():
+            visited[b, q, indices[b, 0, q, : counts[b, 0, q]].long()] = True
+        return visited
+
+    partial = listed(blocks.kv_num_blocks, blocks.kv_indices)
+    full = listed(blocks.full_kv_num_blocks, blocks.full_kv_indices)
+    assert not (partial & full).any()
+    assert not (some & ~(partial | full)).any()
+    assert not (full & ~all_).any()
+    if window is None:
+        assert torch.equal(partial | full, some)
+
+
+def test_sinks_have_the_gradients_of_the_reference():
+    case = make_case(Shape(heads=2, kv_heads=2), sinks=True)
+    results = []
+    for through_lse in (False, True):
+        leaves = {name: x.clone().requires_grad_() for name, x in case.inputs.items()}
+        sinks = leaves.pop("sinks") if through_lse else None
+        out, lse = tree_attention(
+            **leaves, visible_end=case.visible_end, impl="dense", return_lse=True
+        )
+        if through_lse:
+            out, lse = flex.add_sinks(out, lse, sinks)
+            leaves["sinks"] = sinks
+        grads = torch.autograd.grad([out, lse], list(leaves.values()), [case.dout, case.dlse])
+        results.append([out, lse, *grads])
+    for actual, expected in zip(*results, strict=True):
+        assert error(actual, expected) < 1e-12
+
+
+def test_layers_share_block_masks_until_the_row_goes():
+    case = make_case(Shape(), seed=2)
+    positions, ends = case.options["positions"], case.visible_end.clone()
+    held = len(flex._block_masks)
+    first = flex._cached_block_mask(ends, positions, 5)
+    assert flex._cached_block_mask(ends, positions, 5) is first
+    assert flex._cached_block_mask(ends, positions, 6) is not first
+    assert flex._cached_block_mask(ends, positions, None) is flex._cached_block_mask(
+        ends, None, None
+    )
+    positions[0, 0] += 0  # changed in place: a new version
+    assert flex._cached_block_mask(ends, positions, 5) is not first
+    assert len(flex._block_masks) == held + 1
+    del ends, first
+    gc.collect()
+    assert len(flex._block_masks) == held

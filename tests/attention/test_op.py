@@ -1,0 +1,121 @@
+"""The op within PyTorch: gradcheck, opcheck, compilation, checkpointing, autocast."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from onepass_trl.attention import tree_attention
+
+from .cases import Shape, error, make_case
+
+SMALL = Shape(batch=2, heads=4, kv_heads=2, seq=12, d_qk=3, d_v=2)
+OPTIONS = [{}, {"window": 4, "softcap": 3.0, "sinks": True}]
+
+
+def arguments(case, *, requires_grad=True):
+    """The positional arguments of torch.ops.onepass.tree_attention."""
+    leaves = {n: x.clone().requires_grad_(requires_grad) for n, x in case.inputs.items()}
+    options = case.options
+    return (
+        leaves["q"],
+        leaves["k"],
+        leaves["v"],
+        case.visible_end,
+        options["positions"] if options["window"] else None,
+        leaves.get("sinks"),
+        0.4,
+        options["window"] or 0,
+        options["softcap"] or 0.0,
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all"])
+def test_gradcheck(options):
+    case = make_case(Shape(heads=2, seq=7, d_qk=3, d_v=2), **options)
+    q, k, v, ends, positions, sinks, *rest = arguments(case)
+
+    def run(q, k, v, sinks):
+        return torch.ops.onepass.tree_attention(q, k, v, ends, positions, sinks, *rest)
+
+    assert torch.autograd.gradcheck(run, (q, k, v, sinks), fast_mode=False)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(options, dtype):
+    case = make_case(SMALL, **options)
+    case.inputs = {
+        n: x.to(torch.float32 if n == "sinks" else dtype) for n, x in case.inputs.items()
+    }
+    inputs = arguments(case)
+    torch.library.opcheck(torch.ops.onepass.tree_attention.default, inputs)
+    out, lse = torch.ops.onepass.tree_attention(*arguments(case, requires_grad=False))
+    backward = (out.clone(), None, *(x.detach() if torch.is_tensor(x) else x for x in inputs[:3]))
+    backward = (*backward, out, lse, *arguments(case, requires_grad=False)[3:])
+    torch.library.opcheck(torch.ops.onepass.tree_attention_backward.default, backward)
+
+
+def test_gradient_of_lse_alone():
+    case = make_case(SMALL, sinks=True)
+    results = []
+    for impl in ("cpu", "dense"):
+        leaves = {name: x.clone().requires_grad_() for name, x in case.inputs.items()}
+        _, lse = tree_attention(**leaves, visible_end=case.visible_end, impl=impl, return_lse=True)
+        lse.backward(case.dlse)
+        results.append([leaves[name].grad for name in ("q", "k", "sinks")])
+    for actual, expected in zip(*results, strict=True):
+        assert error(actual, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all"])
+def test_compile_full_graph(options):
+    case = make_case(SMALL, dtype=torch.float32, **options)
+    expected = case.run("cpu", torch.float32)
+    leaves = {name: x.float().requires_grad_() for name, x in case.inputs.items()}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(visible_end, leaves):
+        return tree_attention(**leaves, visible_end=visible_end, **case.options, return_lse=True)
+
+    out, lse = run(case.visible_end, leaves)
+    gradients = torch.autograd.grad(
+        [out, lse], list(leaves.values()), [case.dout.float(), case.dlse.float()]
+    )
+    for actual, name in zip((out, lse, *gradients), expected, strict=True):
+        assert torch.equal(actual, expected[name]), name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    case = make_case(SMALL)
+    leaves = [x.clone().requires_grad_() for x in case.inputs.values()]
+    out = checkpoint(tree_attention, *leaves, case.visible_end, use_reentrant=use_reentrant)
+    out.backward(case.dout)
+    case.dlse = torch.zeros_like(case.dlse)
+    expected = case.run("cpu")
+    for leaf, name in zip(leaves, ("dq", "dk", "dv"), strict=True):
+        assert error(leaf.grad, expected[name]) < 1e-14
+
+
+def test_autocast_casts_to_its_dtype():
+    case = make_case(SMALL, sinks=True)
+    q, k, v, sinks = (x.float().requires_grad_() for x in case.inputs.values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = tree_attention(q, k.bfloat16(), v, case.visible_end, sinks=sinks)
+    expected = tree_attention(
+        q.bfloat16(), k.bfloat16(), v.bfloat16(), case.visible_end, sinks=sinks
+    )
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+    assert sinks.grad.dtype == torch.float32
+
+
+def test_meta_tensors_give_shapes():
+    q = torch.empty(2, 4, 7, 8, device="meta", dtype=torch.bfloat16)
+    v = torch.empty(2, 2, 7, 6, device="meta", dtype=torch.bfloat16)
+    ends = torch.empty(2, 7, device="meta", dtype=torch.int32)
+    out, lse = torch.ops.onepass.tree_attention(q, q[:, :2], v, ends, None, None, 1.0, 0, 0.0)
+    assert (out.shape, out.dtype) == ((2, 4, 7, 6), torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((2, 4, 7), torch.float32)

@@ -1,0 +1,132 @@
+"""Every input that does not fit is an error that says what it is and what was expected."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from onepass_trl.attention import available_impls, tree_attention
+from onepass_trl.visibility import VisibilityError, check_visible_end
+
+Q = torch.zeros(2, 4, 6, 8)
+KV = torch.zeros(2, 2, 6, 8)
+ENDS = torch.full((2, 6), 6, dtype=torch.int32)
+POSITIONS = torch.arange(6, dtype=torch.int32).expand(2, -1)
+
+BAD_INPUTS = {
+    "q dim": ({"q": Q[0]}, r"q has shape \(4, 6, 8\), expected \(batch, heads, seq, head_dim\)"),
+    "k seq": ({"k": KV[:, :, :5]}, r"k has shape \(2, 2, 5, 8\), expected .* no KV cache"),
+    "k batch": ({"k": KV[:1]}, r"k has shape \(1, 2, 6, 8\)"),
+    "v dim": ({"v": KV[0]}, r"v has shape \(2, 6, 8\)"),
+    "k dtype": ({"k": KV.double()}, r"k is torch.float64, expected torch.float32"),
+    "head_dim": ({"k": KV[..., :4]}, "k has head_dim 4 and q 8"),
+    "no head_dim": ({"q": Q[..., :0], "k": KV[..., :0]}, "at least 1"),
+    "groups": ({"q": Q[:, :3]}, "q has 3 heads, k 2 and v 2"),
+    "kv heads": ({"v": KV[:, :1]}, "q has 4 heads, k 2 and v 1"),
+    "ends dtype": (
+        {"visible_end": ENDS.long()},
+        "visible_end is torch.int64 .*expected torch.int32",
+    ),
+    "ends shape": (
+        {"visible_end": ENDS[:1]},
+        r"visible_end .* shape \(1, 6\), expected .*\(2, 6\)",
+    ),
+    "ends device": ({"visible_end": ENDS.to("meta")}, "visible_end is on meta, expected cpu"),
+    "k device": ({"k": KV.to("meta")}, "k is on meta, expected cpu"),
+    "window": ({"window": 0, "positions": POSITIONS}, "window is 0, expected at least 1"),
+    "no positions": ({"window": 3}, "a window is measured in positions"),
+    "positions dtype": ({"positions": POSITIONS.long()}, "positions is torch.int64"),
+    "positions shape": ({"positions": POSITIONS[:, :4]}, r"positions .* shape \(2, 4\)"),
+    "positions device": ({"positions": POSITIONS.to("meta")}, "positions is on meta"),
+    "softcap": ({"softcap": 0.0}, "softcap is 0.0, expected a positive number"),
+    "softcap nan": ({"softcap": float("nan")}, "softcap is nan"),
+    "sinks shape": ({"sinks": torch.zeros(2)}, r"sinks is torch.float32 of shape \(2,\), .*\(4,\)"),
+    "sinks dtype": ({"sinks": torch.zeros(4, dtype=torch.int32)}, "expected a floating dtype"),
+    "sinks device": ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta"),
+    "impl": ({"impl": "fast"}, "impl is 'fast', expected one of auto, cuda, cpu, flex, dense"),
+    "cuda": ({"impl": "cuda"}, "no CUDA kernel; use impl='flex'"),
+    "float16": (
+        {"q": Q.half(), "k": KV.half(), "v": KV.half()},
+        "impl='cpu': q is torch.float16, expected one of torch.float32, torch.float64, "
+        "torch.bfloat16",
+    ),
+    "flex float64": (
+        {"q": Q.double(), "k": KV.double(), "v": KV.double(), "impl": "flex"},
+        "impl='flex': q is torch.float64",
+    ),
+    "device": (
+        {
+            "q": Q.to("meta"),
+            "k": KV.to("meta"),
+            "v": KV.to("meta"),
+            "visible_end": ENDS.to("meta"),
+        },
+        "q is on meta, and no implementation is validated",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        tree_attention(**{"q": Q, "k": KV, "v": KV, "visible_end": ENDS, **change})
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [[2, 3, 3, 6, 6, 6], [0, 6, 6, 6, 6, 6], [7, 6, 6, 6, 6, 6], [6, 4, 5, 6, 6, 6]],
+    ids=str,
+)
+def test_not_a_tree_is_the_error_of_the_definition(ends):
+    row = torch.tensor(ends, dtype=torch.int32)
+    with pytest.raises(VisibilityError) as expected:
+        check_visible_end(row.numpy())
+    with pytest.raises(VisibilityError) as actual:
+        tree_attention(Q, KV, KV, torch.stack([ENDS[0], row]))
+    assert str(actual.value) == str(expected.value)
+
+
+def test_the_op_checks_what_memory_safety_needs():
+    op = torch.ops.onepass.tree_attention
+    for change, message in (
+        ({1: KV[:, :, :5]}, r"k has shape \[2, 2, 5, 8\], expected \[2, 2, 6, 8\]"),
+        ({3: ENDS[:1]}, r"visible_end has shape \[1, 6\]"),
+        ({3: ENDS.long()}, "visible_end is Long"),
+        ({5: torch.zeros(3)}, r"sinks has shape \[3\], expected \[4\]"),
+        ({7: 3}, "pass positions too"),
+        ({0: Q.half(), 1: KV.half(), 2: KV.half()}, "q is Half, expected float32"),
+    ):
+        arguments = [Q, KV, KV, ENDS, None, None, 1.0, 0, 0.0]
+        for index, value in change.items():
+            arguments[index] = value
+        with pytest.raises(ValueError, match=message):
+            op(*arguments)
+
+
+def test_impls_say_where_they_run():
+    impls = {impl.name: impl for impl in available_impls()}
+    assert list(impls) == ["cuda", "cpu", "flex", "dense"]
+    assert not impls["cuda"].built
+    assert impls["cpu"].devices == ("cpu",)
+    assert "gcc" in impls["cpu"].detail or "clang" in impls["cpu"].detail
+
+
+def test_without_the_extension_only_its_impl_is_missing():
+    program = (
+        "import sys; sys.modules['onepass_trl._C'] = None\n"
+        "import torch\n"
+        "from onepass_trl.attention import *\n"
+        "from onepass_trl.attention import available_impls\n"
+        "q = torch.zeros(1, 1, 3, 4); ends = torch.full((1, 3), 3, dtype=torch.int32)\n"
+        "tree_attention(q, q, q, ends, impl='dense')\n"
+        "assert not available_impls()[1].built\n"
+        "try:\n"
+        "    tree_attention(q, q, q, ends)\n"
+        "except ExtensionNotBuiltError as error:\n"
+        "    print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "build it with `pip install --no-build-isolation -e .`" in run.stdout
