@@ -1,0 +1,136 @@
+"""`OnePassSFTConfig`: TRL's ``SFTConfig`` and what one-pass training adds to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from onepass_trl.chat.rendering import TrainOn
+from onepass_trl.data import packing
+
+NULL_ARGUMENTS = ("auto", "error", "keep", "drop")
+
+
+@dataclass
+class OnePassSFTConfig(SFTConfig):
+    """Configuration of `OnePassSFTTrainer`: every option of ``trl.SFTConfig`` keeps its meaning,
+    and these are added.
+
+    Parameters:
+        train_on: which assistant turns of a conversation are trained: ``"all"``, ``"last"``, or a
+            list of turn indices such as ``[0, 2]`` (as a string on the command line). A message
+            with ``"train": false`` is never trained.
+        overflow: what happens to a pass (the context and completion of one turn) longer than
+            ``max_length``: ``"truncate"`` (its first ``max_length`` tokens are kept, as in
+            ``SFTTrainer``), ``"error"`` or ``"drop"``. What is lost is counted and reported. A
+            conversation of which only the whole tree is too long loses nothing: it is split into
+            several rows.
+        null_arguments: what a null among the arguments of a tool call is. An Arrow struct column
+            gives every call the argument names of all calls, filled with nulls, and real nulls
+            can't be told from those: ``"drop"`` removes them, ``"keep"`` keeps them, ``"error"``
+            refuses them. ``"auto"`` keeps them in columns that hold JSON (where they are real) and
+            is ``"error"`` elsewhere.
+        attention_impl: implementation of tree attention: ``"auto"``, ``"cuda"``, ``"cpu"``,
+            ``"flex"`` or ``"dense"``. See `onepass_trl.tree_attention`.
+
+    Raises:
+        ValueError: for an option of ``SFTConfig`` that one-pass training can't honour.
+    """
+
+    train_on: str = field(
+        default="all",
+        metadata={"help": "Assistant turns to train: 'all', 'last' or a list of turn indices."},
+    )
+    overflow: str = field(
+        default="truncate",
+        metadata={
+            "help": "What to do with a turn whose context and completion exceed `max_length`.",
+            "choices": list(packing.OVERFLOW_POLICIES),
+        },
+    )
+    null_arguments: str = field(
+        default="auto",
+        metadata={
+            "help": "What a null among a tool call's arguments is: a value to 'keep', a filler "
+            "to 'drop', an 'error'. 'auto' keeps it in columns that hold JSON, else raises.",
+            "choices": list(NULL_ARGUMENTS),
+        },
+    )
+    attention_impl: str = field(
+        default="auto",
+        metadata={
+            "help": "Implementation of tree attention.",
+            "choices": ["auto", "cuda", "cpu", "flex", "dense"],
+        },
+    )
+
+    @property
+    def trained_turns(self) -> TrainOn:
+        """What ``train_on`` means: ``"all"``, ``"last"`` or the list of turn indices."""
+        return _parse_train_on(self.train_on)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train_on = json.dumps(_parse_train_on(self.train_on)).strip('"')
+        if self.overflow not in packing.OVERFLOW_POLICIES:
+            raise ValueError(
+                f"overflow must be one of {', '.join(packing.OVERFLOW_POLICIES)}, got "
+                f"{self.overflow!r}"
+            )
+        if self.null_arguments not in NULL_ARGUMENTS:
+            raise ValueError(
+                f"null_arguments must be one of {', '.join(NULL_ARGUMENTS)}, got "
+                f"{self.null_arguments!r}"
+            )
+        if self.activation_offloading and self.device.type == "cpu":
+            raise ValueError(
+                "activation_offloading moves activations from an accelerator to the CPU, so it "
+                "needs an accelerator; this run uses the CPU. Set activation_offloading=False"
+            )
+        if self.packing and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy={self.packing_strategy!r} cuts rows in the middle of a turn, so "
+                "its tokens would "
+                'lose their context. Use packing_strategy="bfd": conversations longer than '
+                "max_length are split "
+                "along their branches, nothing is cut"
+            )
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"truncation_mode={self.truncation_mode!r} would train turns on a context that "
+                "inference never sees. "
+                'Use the default "keep_start", or overflow="drop" to leave long turns out'
+            )
+        if self.completion_only_loss is False:
+            raise ValueError(
+                "completion_only_loss=False asks for a loss on what the user wrote; one-pass "
+                "training trains what the model generates. Leave completion_only_loss unset, or "
+                "use SFTTrainer"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} needs the full logits with "
+                "labels shifted along the row, which a tree of turns doesn't have. Set "
+                "label_smoothing_factor=0"
+            )
+
+
+def _parse_train_on(value: str | Sequence[int]) -> TrainOn:
+    if value == "all":
+        return "all"
+    if value == "last":
+        return "last"
+    parsed: object = value
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = None
+    if isinstance(parsed, list) and all(type(index) is int for index in parsed):
+        return parsed
+    raise ValueError(
+        f"train_on must be 'all', 'last' or a list of turn indices such as [0, 2], got {value!r}"
+    )

@@ -1,0 +1,245 @@
+"""Datasets of conversations to datasets of rows, with `datasets`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar, cast
+
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from onepass_trl.chat.rows import NullArguments, TrainOn, row_to_passes
+from onepass_trl.data import (
+    Layout,
+    Overflow,
+    TokenTree,
+    build_tree,
+    concatenate,
+    limit_passes,
+    linearize,
+    pack,
+    split_passes,
+)
+from onepass_trl.data.layout import TOKEN_COLUMNS
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+
+# Rows are made and packed this many at a time, so that memory stays bounded and a stream can be
+# packed.
+RENDER_BATCH_SIZE = 16
+PACK_BATCH_SIZE = 1000
+
+_MESSAGE_COLUMNS = ("messages", "prompt", "completion", "conversations")
+ROW_COLUMNS = (*TOKEN_COLUMNS, "num_turns")
+_ROW_FEATURES = {
+    **{name: List(Value("int32")) for name in TOKEN_COLUMNS},
+    "weights": List(Value("float32")),
+    "num_turns": Value("int32"),
+}
+# What was lost of a conversation stands in its first row. A conversation of which nothing is left
+# still has one, empty row until it is counted.
+_OVERFLOW_COLUMNS = tuple(asdict(Overflow()))
+_RENDERED_FEATURES = {
+    **_ROW_FEATURES,
+    **{f"overflow_{name}": Value("int64") for name in _OVERFLOW_COLUMNS},
+}
+
+
+@dataclass(frozen=True)
+class PreparationOptions:
+    """How rows are made: see `OnePassSFTConfig` for each."""
+
+    max_length: int | None
+    overflow: str
+    train_on: TrainOn
+    packing: bool
+    null_arguments: NullArguments = "error"
+    num_proc: int | None = None
+    shuffle_seed: int | None = None
+
+
+def is_prepared(column_names: list[str]) -> bool:
+    """Return whether a dataset with these columns already consists of rows."""
+    return set(ROW_COLUMNS) <= set(column_names)
+
+
+def prepare_dataset(
+    dataset: AnyDataset,
+    column_names: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions,
+    name: str,
+) -> AnyDataset:
+    """Return `dataset` as rows: the columns of `Layout`, at most ``options.max_length`` tokens
+    each.
+
+    Args:
+        dataset: conversations in any form that `onepass_trl.chat.rows` accepts.
+        column_names: its columns; they are removed.
+        name: what to call the dataset in messages and progress bars ("train", "eval" ..).
+
+    Raises:
+        ValueError: if a conversation can't be rendered; the message names its row. If nothing is
+            left to train.
+    """
+    streaming = isinstance(dataset, IterableDataset)
+    if not streaming and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"the {name} dataset has a transform (Dataset.with_transform), and preparing it would "
+            "bake the transform's present output into the rows. Apply it with Dataset.map first"
+        )
+    dataset = dataset.with_format(None)
+    kwargs: dict[str, Any] = {} if streaming else {"num_proc": options.num_proc}
+
+    def described(text: str) -> dict[str, Any]:
+        return kwargs if streaming else {**kwargs, "desc": f"{text} {name} dataset"}
+
+    dataset = dataset.map(
+        _render_batch,
+        batched=True,
+        batch_size=RENDER_BATCH_SIZE,
+        with_indices=True,
+        remove_columns=column_names,
+        features=Features(_RENDERED_FEATURES),
+        fn_kwargs={"tokenizer": tokenizer, "options": options, "name": name, "warn": streaming},
+        **described("Rendering"),
+    )
+    if isinstance(dataset, Dataset):
+        lost_rows = _report_overflow(dataset, options, name)
+        if lost_rows:
+            dataset = dataset.filter(
+                _has_tokens, input_columns="input_ids", **described("Dropping empty rows of")
+            )
+    else:
+        dataset = dataset.filter(_has_tokens, input_columns="input_ids")
+    dataset = dataset.select_columns(list(ROW_COLUMNS))
+    if options.packing:
+        if options.shuffle_seed is not None:
+            dataset = dataset.shuffle(seed=options.shuffle_seed)
+        dataset = dataset.with_format("numpy").map(
+            _pack_batch,
+            batched=True,
+            batch_size=PACK_BATCH_SIZE,
+            features=Features(_ROW_FEATURES),
+            fn_kwargs={"max_length": options.max_length},
+            **described("Packing"),
+        )
+    if options.shuffle_seed is not None:
+        dataset = dataset.shuffle(seed=options.shuffle_seed)
+    return dataset.with_format("numpy")
+
+
+def settle_null_arguments(dataset: Dataset | IterableDataset, choice: str) -> NullArguments:
+    """Return what ``null_arguments=choice`` means for this dataset: nulls of a JSON column are
+    real."""
+    if choice != "auto":
+        return cast(NullArguments, choice)
+    columns = {
+        name: feature
+        for name, feature in (dataset.features or {}).items()
+        if name in _MESSAGE_COLUMNS
+    }
+    return "keep" if columns and all(map(_holds_json, columns.values())) else "error"
+
+
+def _holds_json(feature: Any) -> bool:
+    if isinstance(feature, Json):
+        return True
+    if isinstance(feature, dict):
+        return any(map(_holds_json, feature.values()))
+    return isinstance(feature, List) and _holds_json(feature.feature)
+
+
+def make_rows(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
+) -> tuple[list[Layout], Overflow]:
+    """Return the rows of one conversation, and what an overflow policy took away."""
+    passes = row_to_passes(
+        row, tokenizer, train_on=options.train_on, null_arguments=options.null_arguments
+    )
+    if options.max_length is None:
+        return [linearize(build_tree(passes))], Overflow()
+    passes, lost = limit_passes(passes, options.max_length, options.overflow)
+    if not passes:
+        return [], lost
+    return [linearize(tree) for tree in split_passes(passes, options.max_length)], lost
+
+
+def _render_batch(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions,
+    name: str,
+    warn: bool,
+) -> dict[str, list[Any]]:
+    output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
+    for position, index in enumerate(indices):
+        row = {column: values[position] for column, values in batch.items()}
+        try:
+            layouts, lost = make_rows(row, tokenizer, options)
+        except ValueError as error:
+            raise ValueError(f"row {index} of the {name} dataset: {error}") from error
+        if warn and lost.num_passes:
+            logger.warning(
+                "row %d of the %s dataset: %s",
+                index,
+                name,
+                _describe(lost, options.max_length, options.overflow),
+            )
+        for number, layout in enumerate(layouts or [linearize(TokenTree())]):
+            for column in ROW_COLUMNS:
+                output[column].append(getattr(layout, column))
+            for column, count in asdict(lost if number == 0 else Overflow()).items():
+                output[f"overflow_{column}"].append(count)
+    return output
+
+
+def _pack_batch(batch: dict[str, list[Any]], max_length: int) -> dict[str, list[Any]]:
+    rows = [Layout(*values) for values in zip(*(batch[name] for name in ROW_COLUMNS), strict=True)]
+    packed = [
+        concatenate([rows[index] for index in group])
+        for group in pack([len(row) for row in rows], max_length)
+    ]
+    return {name: [getattr(row, name) for row in packed] for name in ROW_COLUMNS}
+
+
+def _has_tokens(input_ids: Any) -> bool:
+    return len(input_ids) > 0
+
+
+def _report_overflow(dataset: Dataset, options: PreparationOptions, name: str) -> bool:
+    """Log what was lost in the whole dataset; return whether some conversations have no row
+    left."""
+    table = dataset.data
+    totals = {column: table[f"overflow_{column}"].to_numpy() for column in _OVERFLOW_COLUMNS}
+    lost = Overflow(
+        num_passes=int(totals["num_passes"].sum()),
+        num_lost_turns=int(totals["num_lost_turns"].sum()),
+        num_lost_tokens=int(totals["num_lost_tokens"].sum()),
+        longest=int(totals["longest"].max(initial=0)),
+    )
+    num_turns = table["num_turns"].to_numpy()
+    if lost.num_passes:
+        logger.warning(
+            "%s dataset: %s", name, _describe(lost, options.max_length, options.overflow)
+        )
+    if not num_turns.any():
+        raise ValueError(
+            f"the {name} dataset has no row left to train: "
+            f"{_describe(lost, options.max_length, options.overflow)}"
+        )
+    return not num_turns.all()
+
+
+def _describe(lost: Overflow, max_length: int | None, overflow: str) -> str:
+    return (
+        f"{lost.num_passes} turns are longer than max_length={max_length} (the longest with its "
+        f"context: {lost.longest} tokens); overflow={overflow!r} lost {lost.num_lost_tokens} "
+        f"trained tokens, {lost.num_lost_turns} turns whole. Raise max_length to {lost.longest} to "
+        "keep them all"
+    )

@@ -1,0 +1,377 @@
+"""`OnePassSFTTrainer`: TRL's ``SFTTrainer``, trained one pass per conversation with the loss of N
+passes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeAlias
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+
+from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
+from onepass_trl.data.collator import OnePassCollator
+from onepass_trl.training import preparation
+from onepass_trl.training.config import OnePassSFTConfig
+
+logger = logging.getLogger(__name__)
+
+AnyDataset: TypeAlias = "Dataset | IterableDataset"
+# What each batch adds to the totals of `_Totals`, beside the loss.
+_COUNTS = ("row_tokens", "npass_tokens", "trained_tokens", "turns")
+
+
+class OnePassSFTTrainer(SFTTrainer):
+    """Trains on multi-turn conversations with hidden reasoning in one pass each, with exactly the
+    loss of N passes.
+
+    A drop-in replacement for ``trl.SFTTrainer``: same arguments, same options (see
+    `OnePassSFTConfig`), same callbacks, trackers, checkpoints and launchers. Saved checkpoints load
+    in plain transformers.
+
+    The loss is the mean negative log-likelihood of what the model generates (reasoning, answers,
+    tool calls, the end of each turn), each turn in the context that inference gives it (arXiv
+    2504.18246).
+
+    Datasets have one conversation a row, in any of these forms:
+
+    - ``messages``: a list of messages; ``tools`` and ``chat_template_kwargs`` may stand beside it
+    - ``prompt`` and ``completion``: lists of messages; the turns of the completion are trained
+    - ``conversations``: ShareGPT's ``from`` / ``value`` messages
+    - ``passes``: lists of ``{"input_ids": .., "labels": ..}``, any sequences that share prefixes
+
+    Logged beside TRL's metrics, as totals since the start: ``row_tokens``, ``npass_tokens`` (what N
+    passes would have computed), ``npass_ratio`` (their quotient), ``trained_tokens`` and ``turns``.
+
+    Args:
+        model: a model id or path, a model, or a PEFT model, as for ``SFTTrainer``. Its attention
+            must go through transformers' attention interface.
+        args: `OnePassSFTConfig`; an ``SFTConfig`` or ``TrainingArguments`` is converted.
+        data_collator: None, or an `OnePassCollator`.
+
+    The other arguments are those of ``SFTTrainer``.
+
+    Raises:
+        ValueError: if the model, the dataset or an option can't be trained this way; the message
+            says why and what to do instead.
+    """
+
+    _tag_names = ("trl", "sft", "onepass-trl")
+    _name = "OnePassSFT"
+    _paper = {  # noqa: RUF012 (TRL's own attribute)
+        "title": "One-Pass to Reason: Token Duplication and Block-Sparse Mask for Efficient "
+        "Fine-Tuning on Multi-Turn Reasoning",
+        "id": "2504.18246",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: TrainingArguments | None = None,
+        data_collator: OnePassCollator | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, AnyDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: Any = None,
+        formatting_func: Callable | None = None,
+    ) -> None:
+        args = _one_pass_config(args, model)
+        _refuse(
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=formatting_func,
+        )
+        if data_collator is not None and not isinstance(data_collator, OnePassCollator):
+            raise ValueError(
+                f"data_collator must be an OnePassCollator, got {type(data_collator).__name__}: a "
+                "batch needs visible_end, position_ids and shift_labels. Leave it unset to get the "
+                "right one"
+            )
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(peft_config).__name__} puts virtual tokens before the row, which shifts "
+                "every position of the tree. Use an adapter such as LoraConfig"
+            )
+        _check_train_dataset(train_dataset)
+        if isinstance(model, str):
+            args.model_init_kwargs = _one_pass_model_kwargs(args.model_init_kwargs)
+        else:
+            check_model(model)
+        # TRL's flag would swap in a template with generation markers. Here the loss is on what the
+        # assistant generates, always and token by token.
+        args.assistant_only_loss = False
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "context and sequence parallelism cut a row into pieces, but a token of a tree may "
+                "see any earlier part of it. Set cp_size and sp_size to 1; FSDP2, DeepSpeed ZeRO "
+                "and tensor parallelism shard the model instead"
+            )
+        use_onepass_attention(self.model)
+        self.data_collator = data_collator or OnePassCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            padding_free=self.padding_free,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+        self._totals = {"train": torch.zeros(len(_COUNTS)), "eval": torch.zeros(len(_COUNTS))}
+
+    def _prepare_dataset(
+        self,
+        dataset: AnyDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: OnePassSFTConfig,
+        packing: bool,
+        formatting_func: Callable | None,
+        dataset_name: str,
+    ) -> AnyDataset:
+        _check_not_empty(dataset_name, dataset)
+        column_names = get_dataset_column_names(dataset)
+        if preparation.is_prepared(column_names):
+            return dataset
+        if packing and args.max_length is None:
+            raise ValueError(
+                "packing fills rows up to max_length, which is None: set max_length, or "
+                "packing=False"
+            )
+        options = preparation.PreparationOptions(
+            max_length=args.max_length,
+            overflow=args.overflow,
+            train_on=args.trained_turns,
+            packing=packing,
+            null_arguments=preparation.settle_null_arguments(dataset, args.null_arguments),
+            num_proc=args.dataset_num_proc,
+            shuffle_seed=args.seed if args.shuffle_dataset else None,
+        )
+        with global_then_local_main_first():
+            return preparation.prepare_dataset(
+                dataset, column_names, self._tokenizer, options, dataset_name
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(preparation.ROW_COLUMNS)
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        # Trainer counts labels. A target that N-pass trains several times counts as often.
+        counted = [
+            batch["shift_labels"].flatten().repeat_interleave(batch["weights"].flatten().long())
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(
+            [{"labels": labels, "shift_labels": labels} for labels in counted], device
+        )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the weighted mean negative log-likelihood of the targets (or DFT's), and record
+        the metrics.
+
+        Args:
+            inputs: a batch of `OnePassCollator`.
+            num_items_in_batch: sum of the target weights over all micro-batches and processes of
+                the step; None for this batch's own.
+
+        Raises:
+            ValueError: if outputs are asked for: the fused LM head builds no logits.
+            FloatingPointError: if the loss is not finite.
+        """
+        if return_outputs:
+            raise ValueError(
+                "OnePassSFTTrainer computes no logits for metrics or predictions: labels don't "
+                "follow one another along the row of a tree. Evaluate with "
+                "prediction_loss_only=True, or generate"
+            )
+        inputs = dict(inputs)
+        weights, num_passes, num_turns = (
+            inputs.pop(key) for key in ("weights", "num_passes", "num_turns")
+        )
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+            # The router statistics are means over tokens. Counting each as often as N passes would
+            # see it makes them (and so the auxiliary loss) the ones of N passes; padding and fork
+            # copies count nothing.
+            inputs["attention_mask"] = num_passes
+        outputs = model(
+            **inputs,
+            use_cache=False,
+            fused_lm_head=True,
+            attention_impl=self.args.attention_impl,
+        )
+
+        weights = weights.to(outputs.log_probs.device)
+        token_loss = -outputs.log_probs * weights
+        if self.args.loss_type == "dft":  # arXiv 2508.05629
+            token_loss = token_loss * outputs.log_probs.detach().exp()
+        num_items = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = token_loss.sum() / torch.as_tensor(num_items, device=weights.device).clamp(min=1)
+        # As in SFTTrainer: `num_items_in_batch` counts the tokens of all processes and DDP averages
+        # their gradients; the auxiliary loss is a mean per micro-batch.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            steps = (
+                self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            )
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+
+        real = num_passes.to(weights.device) > 0
+        row_tokens = (real | (weights > 0)).sum()
+        counts = torch.stack([row_tokens, num_passes.sum(), weights.sum(), num_turns.sum()])
+        self._record(loss, outputs, weights, counts)
+        return loss
+
+    def _record(
+        self,
+        loss: torch.Tensor,
+        outputs: Any,
+        weights: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """Gather the metrics of a batch over all processes, in one collective."""
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        aux_loss = outputs.aux_loss.detach() if self.aux_loss_enabled else loss.new_zeros(())
+        local = torch.stack(
+            [
+                loss.detach().float(),
+                aux_loss.float(),
+                (outputs.entropy.detach() * weights).sum().float(),
+                (outputs.is_top1 * weights).sum().float(),
+            ]
+        )
+        gathered = (
+            self.accelerator.gather(torch.cat([local, counts.to(local)])[None]).double().cpu()
+        )
+        if not gathered[:, 0].isfinite().all():
+            raise FloatingPointError(
+                f"the loss is {gathered[:, 0].tolist()} (one value per process) at step "
+                f"{self.state.global_step}: the weights or activations overflowed. Look for NaN in "
+                "the model's weights, lower learning_rate, set max_grad_norm, or train in bf16 "
+                "instead of fp16"
+            )
+        if self.aux_loss_enabled:
+            metrics["aux_loss"].append(gathered[:, 1].mean().item())
+        totals = gathered.sum(dim=0)
+        trained = totals[4 + _COUNTS.index("trained_tokens")].clamp(min=1)
+        metrics["entropy"].append((totals[2] / trained).item())
+        metrics["mean_token_accuracy"].append((totals[3] / trained).item())
+
+        self._totals[mode] = self._totals[mode] + totals[4:] / self._tp_size
+        named = dict(zip(_COUNTS, self._totals[mode].tolist(), strict=True))
+        for name, total in named.items():
+            metrics[name] = [round(total)]
+        metrics["npass_ratio"] = [named["npass_tokens"] / max(named["row_tokens"], 1)]
+        self._total_train_tokens = round(self._totals["train"][0].item())
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log TRL's metrics and the totals of this trainer; those of an evaluation start anew each
+        time."""
+        super().log(logs, start_time)
+        if not self.model.training:
+            self._totals["eval"].zero_()
+
+
+def _one_pass_config(
+    args: TrainingArguments | None, model: str | PreTrainedModel
+) -> OnePassSFTConfig:
+    if isinstance(args, OnePassSFTConfig):
+        return args
+    if args is None:
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        return OnePassSFTConfig(f"{model_id.split('/')[-1]}-SFT")
+    # Not by to_dict, which hides the values of eos_token, hub_token and the like.
+    known = {field.name for field in fields(OnePassSFTConfig)}
+    given = [field.name for field in fields(args) if field.init and field.name in known]
+    return OnePassSFTConfig(**{name: getattr(args, name) for name in given})
+
+
+def _refuse(**arguments: Any) -> None:
+    """Raise for an argument of SFTTrainer that has no meaning on trees."""
+    reasons = {
+        "compute_loss_func": "it gets logits and labels that are shifted along the row; override "
+        "compute_loss of a subclass instead",
+        "compute_metrics": "it gets logits and labels that are shifted along the row; use "
+        "callbacks that generate, or the logged mean_token_accuracy and entropy",
+        "preprocess_logits_for_metrics": "no logits are built",
+        "formatting_func": "it turns a conversation into one text, and the turns are lost; convert "
+        "the dataset to messages with Dataset.map instead",
+    }
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"OnePassSFTTrainer can't honour {name}: {reasons[name]}")
+
+
+def _one_pass_model_kwargs(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    kwargs = dict(model_init_kwargs or {})
+    asked = kwargs.get("attn_implementation")
+    if asked not in (None, "onepass"):
+        logger.warning(
+            "attn_implementation=%r can't see a tree of turns: training with 'onepass' instead, "
+            "which is chosen further by attention_impl. The saved model loads with any "
+            "implementation.",
+            asked,
+        )
+    return {**kwargs, "attn_implementation": "onepass"}
+
+
+def _check_train_dataset(dataset: Any) -> None:
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return  # SFTTrainer says what is missing
+    _check_not_empty("train", dataset)
+    if vision := {"image", "images"} & set(get_dataset_column_names(dataset)):
+        raise ValueError(
+            f"the train dataset has the column {sorted(vision)[0]!r}: OnePassSFTTrainer trains "
+            "text conversations. Remove the column if the images don't matter, or train vision "
+            "data with SFTTrainer"
+        )
+
+
+def _check_not_empty(name: str, dataset: Any) -> None:
+    if dataset is not None and next(iter(dataset), None) is None:
+        raise ValueError(f"the {name} dataset is empty: it needs at least one conversation")

@@ -1,0 +1,68 @@
+"""Trains two steps of SGD on four conversations and saves the losses and the weights; started by
+test_distributed.py.
+
+torchrun --nproc-per-node 2 -m tests.training.distributed_worker FOLDER JSON_OPTIONS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
+from tests.conversations import as_row, forked_rollouts, random_chat
+from tests.models import make_model
+
+CONVERSATIONS = [
+    random_chat(4, seed=1),
+    random_chat(2, seed=2),
+    forked_rollouts(3),
+    random_chat(1, seed=3),
+]
+
+
+def main(folder: str, options: dict) -> None:
+    torch.set_num_threads(1)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<pad>",
+    )
+    settings = dict(
+        output_dir=folder,
+        max_length=None,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        activation_checkpointing=False,
+        max_steps=2,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    trainer = OnePassSFTTrainer(
+        make_model(options.pop("model", "qwen3")),
+        OnePassSFTConfig(**{**settings, **options}),
+        train_dataset=Dataset.from_list([as_row(passes) for passes in CONVERSATIONS]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(f"{folder}/model")
+    if trainer.accelerator.is_main_process:
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        Path(folder, "history.json").write_text(json.dumps(history))
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,83 @@
+"""Two gloo processes on the CPU give the losses and the weights of one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+FSDP2 = dict(
+    fsdp=True,
+    fsdp_config=dict(
+        version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        transformer_layer_cls_to_wrap=["Qwen3DecoderLayer"],
+        state_dict_type="FULL_STATE_DICT",
+    ),
+)
+
+
+def run(folder: Path, num_processes: int, **options) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(num_processes),
+        "--master-port",
+        str(port),
+    ]
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "tests.training.distributed_worker",
+        str(folder),
+        json.dumps(options),
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    history = json.loads((folder / "history.json").read_text())
+    return history, load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("single") / "run", 1, per_device_train_batch_size=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(per_device_train_batch_size=2),
+        dict(per_device_train_batch_size=1, gradient_accumulation_steps=2),
+        dict(per_device_train_batch_size=2, **FSDP2),
+    ],
+    ids=["ddp", "ddp_accumulation", "fsdp2"],
+)
+def test_two_processes_equal_one(options, single, tmp_path):
+    expected_history, expected_weights = single
+    history, weights = run(tmp_path / "run", 2, **options)
+    for actual, expected in zip(history, expected_history, strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        for key in ("row_tokens", "npass_tokens", "trained_tokens", "turns", "num_tokens"):
+            assert actual[key] == expected[key]
+        if "gradient_accumulation_steps" not in options:  # a mean of micro-batch means
+            assert actual["mean_token_accuracy"] == pytest.approx(expected["mean_token_accuracy"])
+    assert weights.keys() == expected_weights.keys()
+    for name, expected in expected_weights.items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-6, msg=name)

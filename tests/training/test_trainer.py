@@ -1,0 +1,374 @@
+"""Every option of TRL's trainer keeps its meaning; what can't be honoured is an error."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTConfig
+
+from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
+from tests.conversations import as_row, forked_rollouts, random_chat
+from tests.models import make_model
+
+CONVERSATIONS = [random_chat(3, seed=seed) for seed in range(6)]
+ROWS = [as_row(passes) for passes in CONVERSATIONS]
+
+
+@pytest.fixture
+def train(tmp_path, tiny_tokenizer):
+    """Make a trainer on random conversations; keyword arguments of the config or the trainer
+    override."""
+
+    def make(
+        model=None, dataset=None, eval_dataset=None, args=None, trainer_kwargs=None, **options
+    ):
+        settings = dict(
+            output_dir=str(tmp_path),
+            max_length=None,
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+            logging_steps=1,
+            max_steps=2,
+            learning_rate=1e-2,
+            per_device_train_batch_size=2,
+        )
+        return OnePassSFTTrainer(
+            model if model is not None else make_model("qwen3"),
+            args or OnePassSFTConfig(**{**settings, **options}),
+            train_dataset=Dataset.from_list(ROWS) if dataset is None else dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tiny_tokenizer,
+            **(trainer_kwargs or {}),
+        )
+
+    return make
+
+
+def history(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def test_what_n_pass_would_have_computed_is_logged(train):
+    trainer = train(max_steps=3)
+    trainer.train()
+    passes = [pass_ for conversation in CONVERSATIONS for pass_ in conversation]
+    rows = [len(row["input_ids"]) for row in trainer.train_dataset]
+    assert history(trainer, "row_tokens")[-1] == sum(rows)
+    assert history(trainer, "num_tokens")[-1] == sum(rows)
+    assert history(trainer, "npass_tokens")[-1] == sum(map(len, passes))
+    assert history(trainer, "npass_ratio")[-1] == pytest.approx(sum(map(len, passes)) / sum(rows))
+    assert history(trainer, "trained_tokens")[-1] == sum(pass_.num_trained for pass_ in passes)
+    assert history(trainer, "turns")[-1] == len(passes)
+    assert len(history(trainer, "mean_token_accuracy")) == len(history(trainer, "entropy")) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(packing=True, max_length=300),
+        dict(packing=True, max_length=300, eval_packing=False),
+        dict(gradient_accumulation_steps=3),
+        dict(bf16=True),
+        dict(loss_type="dft"),
+        dict(assistant_only_loss=True),
+        dict(shuffle_dataset=True),
+        dict(dataset_num_proc=2),
+        dict(neftune_noise_alpha=5.0),
+        dict(train_sampling_strategy="group_by_length"),
+        dict(activation_checkpointing_kwargs={"use_reentrant": True}),
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_train(train, options):
+    trainer = train(**options)
+    trainer.train()
+    losses = history(trainer, "loss")
+    assert len(losses) == 2
+    assert all(loss > 0 for loss in losses)
+
+
+def test_the_loss_falls(train):
+    trainer = train(max_steps=25, per_device_train_batch_size=6, lr_scheduler_type="constant")
+    trainer.train()
+    losses = history(trainer, "loss")
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_lora_trains_the_adapter_only(train):
+    from peft import LoraConfig
+
+    trainer = train(trainer_kwargs={"peft_config": LoraConfig(r=4, task_type="CAUSAL_LM")})
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {
+        name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])
+    }
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_evaluation_on_one_and_several_sets(train):
+    dataset = Dataset.from_list(ROWS[:3])
+    one = train(eval_dataset=dataset, eval_strategy="steps", eval_steps=1)
+    one.train()
+    assert len(history(one, "eval_loss")) == 2
+    assert history(one, "eval_turns") == [9, 9]
+
+    several = train(eval_dataset={"a": dataset, "b": Dataset.from_list(ROWS[3:])})
+    metrics = several.evaluate()
+    assert {"eval_a_loss", "eval_b_loss"} <= metrics.keys()
+    assert several.evaluate(Dataset.from_list(ROWS[3:]))["eval_loss"] == pytest.approx(
+        metrics["eval_b_loss"]
+    )
+
+
+def test_streaming(train):
+    def generate():
+        yield from ROWS
+
+    stream = IterableDataset.from_generator(generate)
+    trainer = train(dataset=stream, packing=True, max_length=300)
+    trainer.train()
+    assert len(history(trainer, "loss")) == 2
+
+
+def test_resuming_continues_as_if_never_stopped(train, tmp_path):
+    whole = train(max_steps=4, save_strategy="no")
+    whole.train()
+
+    first = train(max_steps=4, save_steps=2)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+            return control
+
+    first.add_callback(Stop())
+    first.train()
+    resumed = train(max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, expected), actual in zip(
+        whole.model.named_parameters(), resumed.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, msg=name)
+
+
+def test_a_checkpoint_loads_in_plain_transformers(train, tmp_path):
+    trainer = train()
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    ids = torch.arange(3, 20)[None]
+    trainer.model.eval()
+    expected = trainer.model(input_ids=ids).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert "onepass" not in (tmp_path / "model" / "config.json").read_text()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as A; "
+        f"A.from_pretrained({str(tmp_path / 'model')!r}); assert not any(m.startswith('onepass') "
+        "for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_model_card_names_the_method(train, tmp_path):
+    trainer = train(max_steps=1, save_steps=1)
+    trainer.train()
+    card = (
+        (tmp_path / "checkpoint-1" / "README.md").read_text()
+        if (tmp_path / "checkpoint-1" / "README.md").exists()
+        else (tmp_path / "README.md").read_text()
+    )
+    assert "2504.18246" in card
+    assert "onepass-trl" in card
+
+
+def test_configs_of_trl_are_converted(train, tmp_path):
+    args = SFTConfig(
+        str(tmp_path),
+        max_length=77,
+        eos_token="<|im_end|>",
+        learning_rate=3e-4,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    trainer = train(args=args)
+    assert isinstance(trainer.args, OnePassSFTConfig)
+    assert (trainer.args.max_length, trainer.args.learning_rate) == (77, 3e-4)
+    assert trainer.args.eos_token == "<|im_end|>"
+
+
+def test_a_model_id_is_loaded_with_one_pass_attention(train, tmp_path, caplog):
+    make_model("llama").save_pretrained(tmp_path / "llama")
+    trainer = train(
+        model=str(tmp_path / "llama"),
+        model_init_kwargs={"attn_implementation": "flash_attention_2"},
+    )
+    assert trainer.model.config._attn_implementation == "onepass"
+    assert "training with 'onepass' instead" in caplog.text
+    trainer.train()
+
+
+def test_what_overflow_loses_is_counted(train, caplog):
+    longest = max(len(pass_) for conversation in CONVERSATIONS for pass_ in conversation)
+    long_turns = [len(p) for c in CONVERSATIONS for p in c if len(p) > longest // 2]
+    with caplog.at_level(logging.WARNING):
+        train(max_length=longest // 2, overflow="drop")
+    assert (
+        f"train dataset: {len(long_turns)} turns are longer than max_length={longest // 2}"
+        in caplog.text
+    )
+    assert f"{len(long_turns)} turns whole" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"row \d of the train dataset: pass \d .* tokens, but max_length is"
+    ):
+        train(max_length=longest // 2, overflow="error")
+    with pytest.raises(ValueError, match="no row left to train"):
+        train(max_length=2, overflow="drop")
+
+
+def test_a_conversation_that_overflows_whole_leaves_the_others(train):
+    short = [random_chat(1, seed=9, low=1, high=3)]
+    rows = [as_row(passes) for passes in [CONVERSATIONS[0], *short]]
+    trainer = train(dataset=Dataset.from_list(rows), max_length=12, overflow="drop")
+    assert [int(row["num_turns"]) for row in trainer.train_dataset] == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(packing=True, max_length=64, packing_strategy="wrapped"), 'packing_strategy="bfd"'),
+        (dict(packing=True, max_length=64, packing_strategy="bfd_split"), 'packing_strategy="bfd"'),
+        (dict(packing=True), "set max_length"),
+        (dict(completion_only_loss=False), "use SFTTrainer"),
+        (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0"),
+        (dict(activation_offloading=True), "needs an accelerator"),
+        (dict(null_arguments="maybe"), "null_arguments must be one of"),
+        (dict(overflow="cut"), "overflow must be one of"),
+        (dict(train_on="first"), "train_on must be"),
+        (dict(train_on="[0, 0.5]"), "train_on must be"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_errors(train, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(**options)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "formatting_func"],
+)
+def test_functions_of_logits_are_errors(train, argument):
+    with pytest.raises(ValueError, match=f"can't honour {argument}"):
+        train(trainer_kwargs={argument: print})
+
+
+def test_other_collators_and_prompt_learning_are_errors(train):
+    from peft import PrefixTuningConfig
+
+    with pytest.raises(ValueError, match="data_collator must be an OnePassCollator, got dict"):
+        train(trainer_kwargs={"data_collator": {}})
+    with pytest.raises(ValueError, match="virtual tokens"):
+        train(
+            trainer_kwargs={
+                "peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "hello"}], "SFTTrainer"),
+        ([{"prompt": "a", "completion": "b"}], "SFTTrainer"),
+        ([{"question": "hello"}], "question"),
+        ([{"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}], "image"),
+        (
+            [{"messages": [{"role": "user", "content": "hi"}]}],
+            "row 0 of the train dataset.*assistant",
+        ),
+        (
+            [*ROWS, {"passes": [{"input_ids": [1, 2], "labels": [-100, 3]}]}],
+            "row 6 of the train dataset",
+        ),
+    ],
+    ids=["text", "plain_prompt", "unknown", "vision", "no_assistant", "label"],
+)
+def test_datasets_that_cannot_be_trained_are_errors(train, rows, message):
+    with pytest.raises(ValueError, match=message):
+        train(dataset=Dataset.from_list(rows))
+
+
+def test_empty_datasets_are_errors(train):
+    with pytest.raises(ValueError, match="train dataset is empty"):
+        train(dataset=Dataset.from_dict({"messages": []}))
+    with pytest.raises(ValueError, match="eval dataset is empty"):
+        train(eval_dataset=Dataset.from_dict({"messages": []}))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train):
+    model = make_model("qwen3")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss is \[nan\].*at step 0"):
+        train(model=model).train()
+
+
+def test_predictions_with_logits_are_errors(train):
+    trainer = train(eval_dataset=Dataset.from_list(ROWS[:1]))
+    with pytest.raises(ValueError, match="computes no logits"):
+        trainer.predict(trainer.eval_dataset)
+
+
+def test_prepared_rows_are_taken_as_they_are(train):
+    prepared = train(eval_dataset=Dataset.from_list(ROWS)).eval_dataset
+    again = train(dataset=prepared).train_dataset
+    assert [row["visible_end"].tolist() for row in again] == [
+        row["visible_end"].tolist() for row in prepared
+    ]
+
+
+def test_weights_and_fork_copies_reach_the_loss(train):
+    trainer = train(
+        dataset=Dataset.from_list([as_row(forked_rollouts(3))]), per_device_train_batch_size=1
+    )
+    row = trainer.train_dataset[0]
+    assert row["weights"].max() == 2
+    assert (row["num_passes"] == 0).sum() == 2
+    trainer.train()
+    assert history(trainer, "trained_tokens")[0] == 28
+
+
+def test_chats_are_rendered_with_the_tokenizer(train, tiny_tokenizer):
+    messages = [
+        {"role": "user", "content": "Two plus two?"},
+        {"role": "assistant", "reasoning_content": "Add them.", "content": "Four."},
+        {"role": "user", "content": "Plus one?"},
+        {"role": "assistant", "reasoning_content": "Four and one.", "content": "Five."},
+    ]
+    model = make_model("qwen3", vocab_size=len(tiny_tokenizer))
+    forms = [
+        [{"messages": messages}],
+        [{"prompt": messages[:3], "completion": messages[3:]}],
+        [
+            {
+                "messages": messages,
+                "tools": json.dumps([]),
+                "chat_template_kwargs": {"enable_thinking": True},
+            }
+        ],
+    ]
+    turns = [
+        int(train(model=model, dataset=Dataset.from_list(rows)).train_dataset[0]["num_turns"])
+        for rows in forms
+    ]
+    assert turns == [2, 1, 2]
+    last = train(model=model, dataset=Dataset.from_list(forms[0]), train_on="last")
+    assert last.train_dataset[0]["num_turns"] == 1
