@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-VOCAB_SIZE = 128
+VOCAB_SIZE = 512
 # Shorter than a turn of the test conversations, so that windows end inside and across segments.
 WINDOW = 5
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from trl import SFTConfig
 
 from onepass_trl.chat.rendering import TrainOn
@@ -73,6 +74,9 @@ class OnePassSFTConfig(SFTConfig):
         return _parse_train_on(self.train_on)
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
+            # TRL's default of bf16 raises on a machine without an accelerator.
+            self.bf16 = False
         super().__post_init__()
         self.train_on = json.dumps(_parse_train_on(self.train_on)).strip('"')
         if self.overflow not in packing.OVERFLOW_POLICIES:

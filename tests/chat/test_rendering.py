@@ -1,7 +1,5 @@
 """What a pass holds: contexts, completions, the choice of turns, and the errors."""
 
-
-
 from __future__ import annotations
 
 import copy

@@ -5,8 +5,6 @@ stand in their own pass; and a parser of the family's output, TRL's where it has
 message back.
 """
 
-
-
 from __future__ import annotations
 
 import json

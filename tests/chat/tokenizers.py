@@ -1,7 +1,5 @@
 """Small tokenizers with the chat templates of real model families, and the folder of real ones."""
 
-
-
 from __future__ import annotations
 
 import functools

@@ -205,6 +205,12 @@ def test_configs_of_trl_are_converted(train, tmp_path):
     assert trainer.args.eos_token == "<|im_end|>"
 
 
+def test_defaults_work_without_an_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert OnePassSFTConfig(str(tmp_path)).bf16 is False
+    assert OnePassSFTConfig(str(tmp_path), use_cpu=True).bf16 is True  # TRL's
+
+
 def test_a_model_id_is_loaded_with_one_pass_attention(train, tmp_path, caplog):
     make_model("llama").save_pretrained(tmp_path / "llama")
     trainer = train(

@@ -1,0 +1,72 @@
+# `make demo` and `make test` need python3 >= 3.10 with venv and a C++ compiler, nothing else: they set up .venv first.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+BUILD_INPUTS := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+BENCHMARKS := $(wildcard benchmarks/bench_*.py)
+
+.PHONY: help venv demo test check format cuda bench clean
+
+help:
+	@echo "make venv    set up .venv and build the package into it ($(TORCH); override with TORCH=...)"
+	@echo "make demo    train a small model on examples/conversations.jsonl and compare with N-pass (3 minutes)"
+	@echo "make test    run the tests"
+	@echo "make check   formatting, lint, types, layers"
+	@echo "make format  format Python and C++"
+	@echo "make cuda    build with the CUDA kernels (needs nvcc, not a GPU)"
+	@echo "make bench   run the benchmarks and regenerate the tables of benchmarks/README.md"
+	@echo "make clean   remove .venv, builds, caches and runs"
+
+venv: .venv/installed
+
+# Torch comes first, by itself: the package is built against the torch that is installed.
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install '$(TORCH)'
+	$(BIN)/python -m pip install setuptools wheel ninja pybind11 numpy
+	touch $@
+
+.venv/installed: .venv/torch $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python examples/demo.py
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \
+	  | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs -r $(BIN)/clang-format -i
+
+ifeq ($(wildcard csrc/cuda/*),)
+cuda:
+	@echo "make cuda: this version has no CUDA kernels yet (no csrc/cuda); CUDA devices use FlexAttention." >&2
+	@exit 1
+else
+cuda: venv
+	ONEPASS_CUDA=1 $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+endif
+
+bench: venv
+	set -e; for script in $(BENCHMARKS); do \
+	  name=$$(basename $$script .py); name=$${name#bench_}; echo "== $$name"; \
+	  $(BIN)/python $$script --json benchmarks/results/$$name.json; done
+	$(BIN)/python benchmarks/make_tables.py
+
+clean:
+	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find onepass_trl -name '*.so' -delete
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,70 @@
+"""Writes the tables of README.md here from the newest result of each benchmark in results/.
+
+    python benchmarks/make_tables.py
+
+Each table stands between ``<!-- name -->`` and ``<!-- end -->``; everything else is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def newest_results() -> dict[str, dict[str, Any]]:
+    """Return the newest record of each benchmark, by its name."""
+    records = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+    records.sort(key=lambda record: record["date"])
+    return {record["name"]: record for record in records}
+
+
+def format_cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def format_table(record: dict[str, Any]) -> str:
+    """Return the results as a Markdown table, above it what they were measured on."""
+    rows = record["results"]
+    machine, versions = record["machine"], record["versions"]
+    lines = [
+        f"`{record['command']}`  ",
+        f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads, torch "
+        f"{versions['torch']}, commit {record['commit']}, {record['date']}",
+    ]
+    if len(rows) == 1:  # a single result reads better downwards
+        lines += ["", "| figure | value |", "|---|---|"]
+        lines += [f"| {column} | {format_cell(value)} |" for column, value in rows[0].items()]
+        return "\n".join(lines)
+    same = [column for column in rows[0] if all(row[column] == rows[0][column] for row in rows)]
+    if same:
+        lines[-1] += "  "
+        lines.append(", ".join(f"{column} {format_cell(rows[0][column])}" for column in same))
+    columns = [column for column in rows[0] if column not in same]
+    lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(format_cell(row[c]) for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    page = HERE / "README.md"
+    text = page.read_text(encoding="utf-8")
+    for name, record in newest_results().items():
+        text, count = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+            lambda match, record=record: f"{match[1]}\n{format_table(record)}\n\n{match[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+        if count != 1:
+            raise SystemExit(f"benchmarks/README.md has no place for {name!r}: add <!-- {name} -->")
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

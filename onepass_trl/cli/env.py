@@ -1,0 +1,76 @@
+"""`onepass-trl env`: what a bug report needs to say. Works whatever is missing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "numpy")
+
+
+def main(argv: list[str]) -> int:
+    """Print one ``name: value`` line each; return 0."""
+    argparse.ArgumentParser(
+        prog="onepass-trl env", description="Print versions, attention implementations and devices."
+    ).parse_args(argv)
+    for name, value in _facts():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    from onepass_trl import __version__
+
+    yield "onepass_trl", __version__
+    yield "platform", platform.platform()
+    yield "python", platform.python_version()
+    for package in _PACKAGES:
+        yield package, _version(package)
+    try:
+        import torch
+    except (
+        ImportError
+    ) as error:  # also a broken installation: a library of torch that does not load
+        yield "torch", f"cannot be imported: {error}"
+        return
+    yield "threads", f"{torch.get_num_threads()} (of {os.cpu_count()} CPUs)"
+    yield from _devices()
+    yield from _attention()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        yield "devices", "cpu"
+        return
+    if accelerator.type != "cuda":
+        yield "devices", f"{torch.accelerator.device_count()} x {accelerator.type}"
+        return
+    yield "cuda", f"{torch.version.cuda or torch.version.hip} (of this torch)"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index}",
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB",
+        )
+
+
+def _attention() -> Iterator[tuple[str, str]]:
+    from onepass_trl.attention import available_impls
+
+    for status in available_impls():
+        state = f"usable on {', '.join(status.devices)}" if status.devices else "not usable"
+        yield f"attention {status.name}", f"{state} ({status.detail})"

@@ -1,0 +1,147 @@
+"""`onepass-trl sft`: TRL's `trl sft` with `OnePassSFTTrainer`, same flags, YAML and launcher.
+
+``onepass-trl sft ...`` starts this module through accelerate, in as many processes as asked for.
+To launch it otherwise: ``accelerate launch -m onepass_trl.cli.sft ...`` or
+``torchrun -m onepass_trl.cli.sft ...``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+
+def main(argv: list[str]) -> int:
+    """Launch the training named by `argv` through accelerate and return its exit status."""
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    # Parsed here too, so that wrong flags are reported once and before any process starts. What the
+    # parser doesn't know is accelerate's: --num_processes, --accelerate_config ..
+    *_, from_config, from_argv = make_parser().parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launch_arguments = resolve_accelerate_config_argument(from_config + from_argv)
+    training_arguments = _without(argv, from_argv)
+    command = [*launch_arguments, "--module", "onepass_trl.cli.sft", *training_arguments]
+    options = launch_command_parser().parse_args(command)
+    if options.num_cpu_threads_per_process is None and not torch.accelerator.is_available():
+        # accelerate's own choice is one thread, which suits machines that compute elsewhere.
+        num_cpus = os.cpu_count() or 1
+        options.num_cpu_threads_per_process = max(num_cpus // (options.num_processes or 1), 1)
+    try:
+        launch_command(options)
+    except subprocess.CalledProcessError as error:  # one process; it has said what is wrong
+        return error.returncode
+    except ChildFailedError as error:  # several
+        _, failure = error.get_first_failure()
+        return failure.exitcode
+    return 0
+
+
+def make_parser() -> Any:
+    """Return the `TrlParser` of `trl sft`, with `OnePassSFTConfig` in place of `SFTConfig`."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from onepass_trl.training import OnePassSFTConfig
+
+    types = (ScriptArguments, OnePassSFTConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(types, prog="onepass-trl sft")
+
+
+def train(argv: list[str]) -> int:
+    """Train in this process, as `argv` says; return 0."""
+    from trl import get_peft_config, get_quantization_config
+
+    from onepass_trl.training import OnePassSFTTrainer
+
+    script_args, training_args, model_args, mixture = make_parser().parse_args_and_config(
+        argv, fail_with_unknown_args=False
+    )
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    wants_eval = training_args.eval_strategy != "no"
+    train_dataset, eval_dataset = load_datasets(script_args, mixture, wants_eval)
+    trainer = OnePassSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
+    trainer.end()
+    return 0
+
+
+def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any, Any | None]:
+    """Return the training split and, where `wants_eval`, the evaluation split.
+
+    Args:
+        script_args: TRL's `ScriptArguments`.
+        mixture: TRL's `DatasetMixtureConfig`. If it names datasets, these are taken instead of
+            the one of `script_args`.
+        wants_eval: whether the run evaluates.
+    """
+    from trl import get_dataset
+
+    from onepass_trl.cli.dataset import load_conversations
+
+    if mixture.datasets:
+        splits = get_dataset(mixture)
+        if wants_eval and script_args.dataset_test_split not in splits:
+            raise ValueError(
+                f"the run evaluates, but the mixture has only the splits {sorted(splits)}, not "
+                f"{script_args.dataset_test_split!r}: set test_split_size (e.g. 0.05), or "
+                "eval_strategy no"
+            )
+        test = splits[script_args.dataset_test_split] if wants_eval else None
+        return splits[script_args.dataset_train_split], test
+    if not script_args.dataset_name:
+        raise ValueError(
+            "no dataset: give --dataset_name (Hub name or local file), or `datasets:` in the "
+            "YAML file"
+        )
+
+    def load(split: str) -> Any:
+        return load_conversations(
+            script_args.dataset_name,
+            split,
+            config=script_args.dataset_config,
+            streaming=script_args.dataset_streaming,
+        )
+
+    test = load(script_args.dataset_test_split) if wants_eval else None
+    return load(script_args.dataset_train_split), test
+
+
+def _without(arguments: list[str], removed: list[str]) -> list[str]:
+    """Return `arguments` less `removed`, an ordered subsequence of it."""
+    kept, rest = [], list(removed)
+    for argument in arguments:
+        if rest and argument == rest[0]:
+            rest.pop(0)
+        else:
+            kept.append(argument)
+    return kept
+
+
+if __name__ == "__main__":
+    from onepass_trl.cli import report_errors
+
+    raise SystemExit(report_errors(train, sys.argv[1:]))

@@ -1,0 +1,172 @@
+"""`onepass-trl verify`: one pass against N passes, on your model and conversations."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onepass_trl.passes import Pass
+    from onepass_trl.tools.verify import Comparison
+
+_HEADER = (
+    "                       tokens                              relative difference   seconds\n"
+    "conversation  turns   N-pass / one pass = ratio   loss      of loss   gradient    "
+    "N-pass / one pass = ratio"
+)
+
+
+def main(argv: list[str]) -> int:
+    """Compare conversations as `argv` says; return 0 if all agree within tolerance, else 1."""
+    options = _parse(argv)
+    from tqdm import tqdm
+
+    from onepass_trl.tools.verify import compare
+
+    conversations = _load_passes(options)
+    model = _load_model(options)
+    compare(
+        model, conversations[0][:1]
+    )  # not reported: the first use allocates, compiles and starts threads
+    comparisons = [
+        compare(model, passes)
+        for passes in tqdm(conversations, desc="verify", unit="conversation", leave=False)
+    ]
+    print(format_table(comparisons))
+    tolerances = (options.loss_tolerance, options.gradient_tolerance)
+    failed = [index for index, item in enumerate(comparisons) if not item.agrees(*tolerances)]
+    limits = f"within {tolerances[0]:g} (loss) and {tolerances[1]:g} (gradients)"
+    if not failed:
+        print(f"One pass agrees with N-pass {limits} on {len(comparisons)} conversations.")
+        return 0
+    worst = max(failed, key=lambda index: comparisons[index].gradient_difference)
+    print(
+        f"One pass differs from N-pass: {len(failed)} of {len(comparisons)} conversations are not "
+        f"{limits}. Largest gradient difference: conversation {worst}, "
+        f"{comparisons[worst].worst_parameter}."
+    )
+    if options.dtype != "float32":
+        print(
+            f"{options.dtype} rounds more than float32: --dtype float32 tells rounding from error."
+        )
+    return 1
+
+
+def format_table(comparisons: list[Comparison]) -> str:
+    """Return the comparisons as lines of text, one for each conversation, and their totals."""
+    lines = [_HEADER, *(_line(str(i), [item]) for i, item in enumerate(comparisons))]
+    return "\n".join([*lines, _line("all", comparisons)])
+
+
+def _line(name: str, items: list[Comparison]) -> str:
+    num_trained = sum(item.num_trained for item in items)
+    loss = sum(item.one_pass_loss * item.num_trained for item in items) / num_trained
+    tokens = [sum(getattr(item, f"{way}_pass_tokens") for item in items) for way in ("n", "one")]
+    seconds = [sum(getattr(item, f"{way}_pass_seconds") for item in items) for way in ("n", "one")]
+    return (
+        f"{name:>12} {sum(item.num_turns for item in items):6}"
+        f"{tokens[0]:9} / {tokens[1]:<7} = {tokens[0] / tokens[1]:5.2f}"
+        f"{loss:9.4f}"
+        f"{max(item.loss_difference for item in items):15.1e}"
+        f"{max(item.gradient_difference for item in items):11.1e}"
+        f"{seconds[0]:10.3f} / {seconds[1]:<7.3f} = {seconds[0] / seconds[1]:5.2f}"
+    )
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="onepass-trl verify",
+        description="Compute loss and gradients of some conversations in N separate passes and in "
+        "one, and compare both, their tokens and their time. Exits with 1 if loss or gradients "
+        "differ beyond tolerance.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model_name_or_path", required=True, help="model of the Hub, or a folder")
+    parser.add_argument(
+        "--model_from_config",
+        action="store_true",
+        help="take random weights, so that the folder needs no more than config and tokenizer",
+    )
+    parser.add_argument(
+        "--dataset_name",
+        required=True,
+        help="dataset of the Hub, or a .jsonl, .json or .parquet file",
+    )
+    parser.add_argument("--dataset_config", help="configuration of the dataset")
+    parser.add_argument(
+        "--dataset_split", default="train", help="split, or a slice such as train[100:]"
+    )
+    parser.add_argument(
+        "-k",
+        "--num_conversations",
+        type=int,
+        default=4,
+        help="how many conversations, from the first",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32"
+    )
+    parser.add_argument("--max_length", type=int, help="cut each pass to its first tokens")
+    parser.add_argument(
+        "--loss_tolerance", type=float, default=1e-6, help="largest relative difference of the loss"
+    )
+    parser.add_argument(
+        "--gradient_tolerance",
+        type=float,
+        default=1e-4,
+        help="largest difference of a parameter's gradient, relative in norm",
+    )
+    options = parser.parse_args(argv)
+    if options.num_conversations < 1:
+        parser.error(f"--num_conversations must be at least 1, got {options.num_conversations}")
+    return options
+
+
+def _load_passes(options: argparse.Namespace) -> list[list[Pass]]:
+    from transformers import AutoTokenizer
+
+    from onepass_trl.chat.rows import row_to_passes
+    from onepass_trl.cli.dataset import load_conversations
+    from onepass_trl.data import limit_passes
+    from onepass_trl.training.preparation import settle_null_arguments
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+    dataset = load_conversations(
+        options.dataset_name, options.dataset_split, config=options.dataset_config
+    )
+    null_arguments = settle_null_arguments(dataset, "auto")
+    conversations = []
+    for index in range(min(options.num_conversations, len(dataset))):
+        passes = row_to_passes(dataset[index], tokenizer, null_arguments=null_arguments)
+        if options.max_length is not None:
+            passes, overflow = limit_passes(passes, options.max_length, "truncate")
+            if overflow.num_passes:
+                print(
+                    f"conversation {index}: {overflow.num_passes} passes cut to "
+                    f"{options.max_length} tokens (the longest has {overflow.longest}), "
+                    f"{overflow.num_lost_turns} of them left out"
+                )
+            if not passes:
+                raise ValueError(
+                    f"conversation {index} has no trained token within --max_length "
+                    f"{options.max_length}: its longest pass has {overflow.longest} tokens; raise "
+                    "--max_length"
+                )
+        conversations.append(passes)
+    if not conversations:
+        raise ValueError(f"split {options.dataset_split!r} of {options.dataset_name!r} has no rows")
+    return conversations
+
+
+def _load_model(options: argparse.Namespace) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    dtype = getattr(torch, options.dtype)
+    if options.model_from_config:
+        set_seed(0)
+        config = AutoConfig.from_pretrained(options.model_name_or_path)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=dtype)
+    return model.to(torch.accelerator.current_accelerator() or "cpu")

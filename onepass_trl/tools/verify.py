@@ -1,0 +1,230 @@
+"""One pass against N separate passes on the same conversation: tokens, loss, gradients, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from onepass_trl.data import build_tree, linearize
+from onepass_trl.data.layout import IGNORE_INDEX
+from onepass_trl.passes import Pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A gradient below this share of the whole gradient's norm is measured against that share: it is a
+# sum of larger terms that cancel (the extreme is a key bias without rotary embedding, of gradient
+# zero), so its rounding error follows their size and not its own.
+_GRADIENT_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One pass against N separate passes.
+
+    Attributes:
+        num_turns: how many passes N-pass needs.
+        num_trained: trained tokens, the same in both.
+        n_pass_tokens: tokens that N-pass computes.
+        one_pass_tokens: tokens that one pass computes.
+        n_pass_loss: mean negative log-likelihood of the trained tokens.
+        one_pass_loss: the same from one pass.
+        gradient_difference: largest ``norm(one_pass - n_pass) / norm(n_pass)`` of a parameter's
+            gradients.
+        worst_parameter: the name of that parameter.
+        n_pass_seconds: time of forward and backward.
+        one_pass_seconds: time of forward and backward.
+    """
+
+    num_turns: int
+    num_trained: int
+    n_pass_tokens: int
+    one_pass_tokens: int
+    n_pass_loss: float
+    one_pass_loss: float
+    gradient_difference: float
+    worst_parameter: str
+    n_pass_seconds: float
+    one_pass_seconds: float
+
+    @property
+    def loss_difference(self) -> float:
+        """The difference of the losses, relative to N-pass."""
+        return abs(self.one_pass_loss - self.n_pass_loss) / abs(self.n_pass_loss)
+
+    @property
+    def token_ratio(self) -> float:
+        """How many times more tokens N-pass computes."""
+        return self.n_pass_tokens / self.one_pass_tokens
+
+    @property
+    def speedup(self) -> float:
+        """How many times longer N-pass takes."""
+        return self.n_pass_seconds / self.one_pass_seconds
+
+    def agrees(self, loss_tolerance: float, gradient_tolerance: float) -> bool:
+        """Return whether both differences are within tolerance; a NaN never is."""
+        return (
+            self.loss_difference <= loss_tolerance
+            and self.gradient_difference <= gradient_tolerance
+        )
+
+
+def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
+    """Return how the loss and gradients of one pass differ from those of N separate passes.
+
+    N-pass is one ordinary causal forward and backward for each pass, with SDPA, or with eager
+    attention where the model has no SDPA or softcaps its scores (which SDPA can't). One pass is the
+    row of the prefix tree. The model is compared in evaluation mode, so without dropout. Afterwards
+    it is as before, except that it holds no gradients.
+
+    Args:
+        model: a causal language model of transformers.
+        passes: of one conversation, see `onepass_trl.render_passes`.
+
+    Raises:
+        ValueError: if no token of `passes` or no parameter is trained, or one-pass attention does
+            not support the model.
+    """
+    from onepass_trl.attention.transformers_backend import use_onepass_attention
+
+    num_trained = sum(pass_.num_trained for pass_ in passes)
+    if num_trained == 0:
+        raise ValueError(
+            f"nothing to compare: none of the {len(passes)} passes has a trained token"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("nothing to compare: no parameter of the model requires a gradient")
+    row = linearize(build_tree(passes))
+
+    def n_pass() -> float:
+        return sum(_backward_pass(model, pass_, num_trained) for pass_ in passes)
+
+    def one_pass() -> float:
+        positions = np.flatnonzero(row.shift_labels != IGNORE_INDEX)
+        return _backward(
+            model,
+            row.input_ids,
+            row.shift_labels[positions],
+            positions,
+            row.weights[positions].astype(np.float64) / num_trained,
+            position_ids=_tensor(row.position_ids, model)[None].long(),
+            visible_end=_tensor(row.visible_end, model)[None],
+        )
+
+    implementation, training = model.config._attn_implementation, model.training
+    model.eval()
+    try:
+        model.set_attn_implementation(_reference_attention(model))
+        n_pass_loss, n_pass_gradients, n_pass_seconds = _measure(model, n_pass)
+        use_onepass_attention(model)
+        one_pass_loss, one_pass_gradients, one_pass_seconds = _measure(model, one_pass)
+    finally:
+        model.set_attn_implementation(implementation)
+        model.train(training)
+    difference, worst = _gradient_difference(n_pass_gradients, one_pass_gradients)
+    return Comparison(
+        num_turns=len(passes),
+        num_trained=num_trained,
+        n_pass_tokens=sum(map(len, passes)),
+        one_pass_tokens=len(row),
+        n_pass_loss=n_pass_loss,
+        one_pass_loss=one_pass_loss,
+        gradient_difference=difference,
+        worst_parameter=worst,
+        n_pass_seconds=n_pass_seconds,
+        one_pass_seconds=one_pass_seconds,
+    )
+
+
+def _reference_attention(model: PreTrainedModel) -> str:
+    config = model.config.get_text_config()
+    softcaps = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if model._supports_sdpa and not softcaps else "eager"
+
+
+def _measure(
+    model: PreTrainedModel, run: Callable[[], float]
+) -> tuple[float, dict[str, torch.Tensor], float]:
+    """Return what `run` returns, the gradients it left in the model, and its seconds."""
+    model.zero_grad(set_to_none=True)
+    _synchronize(model)
+    start = time.perf_counter()
+    loss = run()
+    _synchronize(model)
+    seconds = time.perf_counter() - start
+    gradients = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    model.zero_grad(set_to_none=True)
+    return loss, gradients, seconds
+
+
+def _backward_pass(model: PreTrainedModel, pass_: Pass, num_trained: int) -> float:
+    targets = np.flatnonzero(pass_.trained)
+    weights = np.full(targets.size, 1 / num_trained)
+    return _backward(model, pass_.token_ids, pass_.token_ids[targets], targets - 1, weights)
+
+
+def _backward(
+    model: PreTrainedModel,
+    input_ids: np.ndarray,
+    targets: np.ndarray,
+    positions: np.ndarray,
+    weights: np.ndarray,
+    **inputs: torch.Tensor,
+) -> float:
+    """Return the weighted negative log-likelihood of `targets` at `positions` of one row, after
+    backpropagating it."""
+    if positions.size == 0:
+        return 0.0
+    logits = model(
+        input_ids=_tensor(input_ids, model)[None].long(),
+        use_cache=False,
+        logits_to_keep=_tensor(positions, model),
+        **inputs,
+    ).logits[0]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = functional.cross_entropy(logits, _tensor(targets, model).long(), reduction="none")
+    loss = losses @ _tensor(weights, model).to(losses.dtype)
+    loss.backward()
+    return loss.item()
+
+
+def _gradient_difference(
+    expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]
+) -> tuple[float, str]:
+    """Return the largest relative difference of a parameter's gradients, and its name."""
+    if expected.keys() != actual.keys():
+        odd = sorted(expected.keys() ^ actual.keys())
+        return float("inf"), f"{odd[0]} (has a gradient in one of the two only)"
+    norms = {name: _norm(gradient) for name, gradient in expected.items()}
+    floor = _GRADIENT_FLOOR * sum(norm**2 for norm in norms.values()) ** 0.5
+    differences = {
+        name: _norm(actual[name] - expected[name]) / max(norm, floor)
+        for name, norm in norms.items()
+    }
+    # NaN sorts as the largest.
+    worst = max(differences, key=lambda name: (np.isnan(differences[name]), differences[name]))
+    return differences[worst], worst
+
+
+def _norm(gradient: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+
+
+def _tensor(array: np.ndarray, model: PreTrainedModel) -> torch.Tensor:
+    return torch.from_numpy(array).to(model.device)
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)

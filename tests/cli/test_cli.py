@@ -1,0 +1,191 @@
+import contextlib
+import json
+
+import pytest
+import yaml
+
+from onepass_trl.cli import main, report_errors
+from onepass_trl.cli.dataset import load_conversations
+from onepass_trl.cli.sft import train
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {n} plus {n}?"},
+            {"role": "assistant", "reasoning_content": "Double it.", "content": f"{2 * n}."},
+            {"role": "user", "content": "And one more?"},
+            {
+                "role": "assistant",
+                "reasoning_content": f"{2 * n} and 1.",
+                "content": f"{2 * n + 1}.",
+            },
+        ]
+    }
+    for n in range(8)
+]
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    return path
+
+
+@pytest.fixture
+def sft_flags(tiny_model_dir, chats, tmp_path):
+    return [
+        f"--model_name_or_path={tiny_model_dir}",
+        f"--dataset_name={chats}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--max_steps=2",
+        "--logging_steps=1",
+        "--report_to=none",
+        "--bf16=False",
+        "--use_cpu",
+    ]
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in ("sft", "verify", "env"))
+
+
+def test_an_unknown_verb_is_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["trian"])
+    assert error.value.code == 2
+    assert "trian" in capsys.readouterr().err
+
+
+def test_env_prints_versions_and_implementations(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert "torch: " in out
+    assert "attention cpu: usable on cpu" in out
+
+
+@pytest.mark.slow
+def test_sft_trains_and_saves(sft_flags, tmp_path, capfd):
+    """Through accelerate, as a user starts it; the evaluation split is cut from the same file."""
+    flags = [*sft_flags, "--dataset_train_split=train[:6]", "--dataset_test_split=train[6:]"]
+    assert (
+        main(["sft", *flags, "--eval_strategy=steps", "--eval_steps=1", "--num_processes=1"]) == 0
+    )
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    out = capfd.readouterr().out
+    assert "eval_loss" in out
+    assert "npass_tokens" in out
+
+
+def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats):
+    options = dict(flag.removeprefix("--").split("=") for flag in sft_flags if "=" in flag)
+    options = {key: yaml.safe_load(value) for key, value in options.items()}
+    del options["dataset_name"]
+    options["datasets"] = [{"path": "json", "data_files": str(chats)}]
+    config = tmp_path / "sft.yaml"
+    config.write_text(yaml.safe_dump({**options, "use_cpu": True, "packing": True}))
+    assert train(["--config", str(config)]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_name=missing.jsonl"], "there is no such file"),
+        (["--dataset_test_split=test", "--eval_strategy=epoch"], "has no split 'test'"),
+        (["--overflow=cut"], "invalid choice"),
+        (["--packing_strategy=wrapped", "--packing"], "packing_strategy="),
+    ],
+)
+def test_wrong_input_is_one_message_and_status_two(sft_flags, flags, message, capsys):
+    with contextlib.suppress(SystemExit):  # of argparse, which has status 2 as well
+        assert report_errors(train, [*sft_flags, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_unknown_flags_are_refused_before_anything_starts(sft_flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["sft", *sft_flags, "--lerning_rate=1"])
+    assert error.value.code == 2
+    assert "--lerning_rate" in capsys.readouterr().err
+
+
+def test_verify_agrees_and_says_so(tiny_model_dir, chats, capsys):
+    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "2"]
+    assert main(["verify", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "One pass agrees with N-pass" in out
+    assert main(["verify", *flags, "--model_from_config"]) == 0
+
+
+def test_verify_ends_with_one_if_they_differ(tiny_model_dir, chats, capsys):
+    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
+    assert main(["verify", *flags, "--gradient_tolerance=1e-30"]) == 1
+    assert "One pass differs from N-pass" in capsys.readouterr().out
+
+
+def test_verify_names_what_is_missing(tiny_model_dir, tmp_path, capsys):
+    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={tmp_path / 'no.jsonl'}"]
+    assert main(["verify", *flags]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+class TestLocalFiles:
+    def test_values_of_any_shape_survive(self, tmp_path):
+        """Tool arguments of different shapes, nulls and long numbers, which `datasets` changes."""
+        rows = [
+            {"messages": [{"arguments": {"x": 3.1622776601683795, "y": None}}], "id": 1},
+            {"messages": [{"arguments": {"z": [1, "a"]}}], "tools": []},
+        ]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+        loaded = load_conversations(str(path), "train")
+        assert [json.loads(row["messages"]) for row in loaded] == [row["messages"] for row in rows]
+        assert [row["tools"] for row in loaded] == [None, "[]"]
+
+    def test_slices_patterns_and_streams(self, tmp_path):
+        for name in ("a", "b"):
+            text = json.dumps([{"messages": [{"content": f"{name}{n}"}]} for n in range(4)])
+            (tmp_path / f"{name}.json").write_text(text)
+        pattern = str(tmp_path / "*.json")
+        assert len(load_conversations(pattern, "train")) == 8
+        assert len(load_conversations(pattern, "train[:75%]")) == 6
+        assert "b3" in load_conversations(pattern, "train[-1:]")[0]["messages"]
+        assert len(list(load_conversations(pattern, "train", streaming=True))) == 8
+
+    def test_changed_files_are_read_again(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"messages": []}\n')
+        assert len(load_conversations(str(path), "train")) == 1
+        path.write_text('{"messages": []}\n{"messages": []}\n')
+        assert len(load_conversations(str(path), "train")) == 2
+
+    def test_parquet(self, tmp_path):
+        from datasets import Dataset
+
+        path = tmp_path / "rows.parquet"
+        Dataset.from_list(CHATS).to_parquet(path)
+        assert len(load_conversations(str(path), "train[2:]")) == 6
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('{"messages": []}\n{"messages": [}\n', "line 2 is not JSON"),
+            ("[1, 2]\n", "line 1 must be a JSON object"),
+        ],
+    )
+    def test_broken_lines_are_named(self, tmp_path, text, message):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_conversations(str(path), "train")
+
+    def test_a_local_file_has_no_configurations(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"messages": []}\n')
+        with pytest.raises(ValueError, match="drop --dataset_config"):
+            load_conversations(str(path), "train", config="main")
