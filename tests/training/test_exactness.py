@@ -1,14 +1,18 @@
 """One pass against N separate ordinary passes: the same loss and the same gradients, in float32."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, Pass
+from onepass_trl.tools import verify
 from onepass_trl.tools.verify import compare
 from tests.conversations import as_row, forked_rollouts, random_chat
+from tests.data.strategies import pass_lists
 from tests.models import MODELS, make_model
 
 LOSS_TOLERANCE = 1e-6
@@ -17,10 +21,25 @@ GRADIENT_TOLERANCE = 1e-4
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("passes", [random_chat(4), forked_rollouts(3)], ids=["chat", "rollouts"])
-def test_one_pass_equals_n_passes(name, passes):
+def test_one_pass_equals_n_passes(name, passes, monkeypatch):
+    monkeypatch.setattr(verify, "_GRADIENT_FLOOR", 0.0)  # each parameter against its own norm
     comparison = compare(make_model(name), passes)
     assert comparison.loss_difference <= LOSS_TOLERANCE
     assert comparison.gradient_difference <= GRADIENT_TOLERANCE, comparison.worst_parameter
+
+
+@functools.cache
+def windowed_model():
+    return make_model("gemma3")
+
+
+@settings(max_examples=25, deadline=None)
+@given(pass_lists(max_passes=5, max_length=14))
+def test_one_pass_equals_n_passes_on_any_tree(passes):
+    """Random trees: repeated, nested and disjoint passes, targets anywhere, a window inside them."""
+    if any(pass_.num_trained for pass_ in passes):
+        comparison = compare(windowed_model(), passes)
+        assert comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE), comparison
 
 
 def n_pass_loss(model: torch.nn.Module, passes: list[Pass], dft: bool = False) -> torch.Tensor:
