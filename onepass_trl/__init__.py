@@ -1,5 +1,4 @@
-"""One-pass supervised fine-tuning of reasoning models: the loss of N passes from one, with tree
-attention.
+"""One-pass supervised fine-tuning of reasoning models, with tree attention.
 
 The names below are loaded on first use, so that ``import onepass_trl`` needs neither the compiled
 extension nor TRL.

@@ -1,5 +1,4 @@
-"""A pass: one sequence that inference would see, and which of its tokens the model must learn to
-generate."""
+"""A pass: what inference sees and must generate in one turn, and which tokens are trained."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One forward pass of ordinary (N-pass) training: a context and the completion generated after
-    it.
+    """One forward pass of ordinary (N-pass) training: a context and its completion.
 
     Attributes:
         token_ids: ``(num_tokens,)`` int32. Context and completion, in order.

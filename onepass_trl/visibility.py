@@ -25,19 +25,16 @@ def causal_visible_end(num_tokens: int) -> NDArray[np.int32]:
 
 
 def check_visible_end(visible_end: NDArray[np.int32]) -> None:
-    """Raise `VisibilityError` unless every key sees itself and the intervals ``[j,
-    visible_end[j])`` nest.
+    """Raise `VisibilityError` unless the intervals ``[j, visible_end[j])`` hold j and nest.
 
     Args:
         visible_end: ``(num_tokens,)`` int32.
 
     >>> check_visible_end(np.array([4, 2, 4, 4], dtype=np.int32))
-    >>> check_visible_end(np.array([2, 3, 3], dtype=np.int32))
+    >>> check_visible_end(np.array([2, 3, 3], dtype=np.int32))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    onepass_trl.visibility.VisibilityError: visible_end is not a tree: key 1 is visible until 3, but
-    it stands inside \
-the subtree of key 0, which ends at 2
+    onepass_trl.visibility.VisibilityError: visible_end is not a tree: key 1 is visible until 3, ...
     """
     num_tokens = visible_end.size
     index = np.arange(num_tokens)
@@ -88,8 +85,7 @@ def dense_mask(
 
 
 def num_visible_pairs(visible_end: NDArray[np.int32]) -> int:
-    """Return how many (query, key) pairs are visible: the useful attention work of a row without a
-    window.
+    """Return how many (query, key) pairs a row without a window has: the useful work.
 
     >>> num_visible_pairs(causal_visible_end(4))
     10

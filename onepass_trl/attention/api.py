@@ -149,8 +149,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, visible_end: Tensor) -> None
         if x.ndim != 4 or x.shape[0] != batch or x.shape[2] != seq:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, expected (batch {batch}, kv_heads, seq {seq}, "
-                f"head_dim) as in q; "
-                "tree attention has no KV cache"
+                "head_dim) as in q; tree attention has no KV cache"
             )
         if x.dtype != q.dtype:
             raise ValueError(f"{name} is {x.dtype}, expected {q.dtype} as q: cast it first")
@@ -159,14 +158,12 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, visible_end: Tensor) -> None
     if k.shape[1] != v.shape[1] or k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(
             f"q has {heads} heads, k {k.shape[1]} and v {v.shape[1]}: expected k and v to have the "
-            f"same number, "
-            "dividing the number of q"
+            "same number, dividing the number of q"
         )
     if visible_end.dtype != torch.int32 or visible_end.shape != (batch, seq):
         raise ValueError(
             f"visible_end is {visible_end.dtype} of shape {tuple(visible_end.shape)}, expected "
-            f"torch.int32 of shape "
-            f"{(batch, seq)}"
+            f"torch.int32 of shape {(batch, seq)}"
         )
     for name, x in (("k", k), ("v", v), ("visible_end", visible_end)):
         if x.device != q.device:
@@ -190,8 +187,7 @@ def _check_options(
         if positions.dtype != torch.int32 or positions.shape != visible_end.shape:
             raise ValueError(
                 f"positions is {positions.dtype} of shape {tuple(positions.shape)}, expected "
-                f"torch.int32 of shape "
-                f"{tuple(visible_end.shape)}"
+                f"torch.int32 of shape {tuple(visible_end.shape)}"
             )
         if positions.device != q.device:
             raise ValueError(f"positions is on {positions.device}, expected {q.device} as q")
@@ -201,8 +197,7 @@ def _check_options(
         if sinks.shape != q.shape[1:2] or not sinks.is_floating_point():
             raise ValueError(
                 f"sinks is {sinks.dtype} of shape {tuple(sinks.shape)}, expected a floating dtype "
-                f"and one per head: "
-                f"{tuple(q.shape[1:2])}"
+                f"and one per head: {tuple(q.shape[1:2])}"
             )
         if sinks.device != q.device:
             raise ValueError(f"sinks is on {sinks.device}, expected {q.device} as q")
@@ -218,8 +213,7 @@ def _choose(impl: Impl, q: Tensor) -> str:
         if device not in ("cpu", "cuda"):
             raise ValueError(
                 f"q is on {q.device}, and no implementation is validated for {device}: move the "
-                f"tensors to a CPU or "
-                "CUDA device, or pass impl='flex' or 'dense'"
+                "tensors to a CPU or CUDA device, or pass impl='flex' or 'dense'"
             )
         impl = "cpu" if device == "cpu" else "flex"
     if impl == "cpu":
@@ -242,6 +236,5 @@ def _dtype_message(impl: str, dtype: torch.dtype, supported: tuple[torch.dtype, 
 def _not_built_message() -> str:
     return (
         f"the compiled extension onepass_trl._C cannot be loaded ({ops.EXTENSION_ERROR}): build it "
-        f"with "
-        f"`{BUILD_COMMAND}` in the repository, or pass impl='dense' for small inputs"
+        f"with `{BUILD_COMMAND}` in the repository, or pass impl='dense' for small inputs"
     )

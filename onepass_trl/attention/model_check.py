@@ -14,8 +14,7 @@ MLP_LAYERS = ("mlp", "moe", "dense", "sparse")
 # Modules that carry state along the row, or choose keys by themselves, in models whose
 # configuration does not say so.
 OTHER_MIXERS = re.compile(
-    "Mamba|SSM|Delta(Net|Rule|Attention)|R[Ww][Kk][Vv]|ShortConv|Conv1d|Recurrent|Retention|Hyena|"
-    "xLSTM|Linear_?Attention|Lightning_?Attention|Indexer"
+    "Mamba|SSM|Delta(Net|Rule|Attention)|R[Ww][Kk][Vv]|ShortConv|Conv1d|Recurrent|Retention|Hyena|xLSTM|Linear_?Attention|Lightning_?Attention|Indexer"
 )
 
 
@@ -30,7 +29,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
             f"model is a {type(base).__name__}, expected a transformers PreTrainedModel or a PEFT "
-            f"model around one"
+            "model around one"
         )
     return base
 
@@ -55,8 +54,7 @@ def check_model(model: nn.Module) -> None:
         kinds = "; ".join(f"{kind} in {_layer_list(at)}" for kind, at in layers.items())
         raise refuse(
             f"{kinds}. Such layers do not attend by a mask, so they cannot follow the branches of "
-            f"a tree; only "
-            f"{' and '.join(SUPPORTED_LAYERS)} layers can"
+            f"a tree; only {' and '.join(SUPPORTED_LAYERS)} layers can"
         )
     if not base._supports_attention_backend or not base._can_set_attn_implementation():
         raise refuse("its attention does not go through transformers' AttentionInterface")

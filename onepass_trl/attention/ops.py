@@ -28,8 +28,8 @@ EXTENSION_ERROR: ImportError | None = None
 
 _library = torch.library.Library("onepass", "DEF")
 _library.define(
-    "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_end, Tensor? positions, "
-    "Tensor? sinks, float scale, int window, float softcap) -> (Tensor out, Tensor lse)",
+    "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_end, Tensor? positions, Tensor? "
+    "sinks, float scale, int window, float softcap) -> (Tensor out, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(

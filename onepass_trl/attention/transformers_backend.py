@@ -67,9 +67,7 @@ def onepass_mask(
     kv_offset: int = 0,
     **kwargs: Any,
 ) -> DeferredMask | Tensor | None:
-    """Return a `DeferredMask`, or with cached keys, where there is no tree to wait for, the mask of
-    "sdpa".
-    """
+    """Return a `DeferredMask`, or with cached keys (so without a tree) the mask of "sdpa"."""
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -188,8 +186,7 @@ def _check_layer(
     if key.shape[2] != query.shape[2]:
         raise refuse(
             f"{key.shape[2]} keys for {query.shape[2]} queries: visible_end describes a whole row, "
-            f"so pass no "
-            "past_key_values with it"
+            "so pass no past_key_values with it"
         )
     if dropout > 0 and module.training:
         raise refuse(
@@ -202,7 +199,7 @@ def _check_layer(
     if isinstance(attention_mask, Tensor):
         raise refuse(
             f"a mask of shape {tuple(attention_mask.shape)} and visible_end: pass only one of the "
-            f"two"
+            "two"
         )
     if attention_mask is not None and attention_mask.is_custom:
         raise refuse(
@@ -211,9 +208,8 @@ def _check_layer(
     if attention_mask is not None and attention_mask.window != sliding_window:
         raise refuse(
             f"its mask has a window of {attention_mask.window}, but its attention is told "
-            f"{sliding_window} "
-            "(sliding_window): chunked attention is not supported, and a window must be passed to "
-            "the attention function"
+            f"{sliding_window} (sliding_window): chunked attention is not supported, and a window "
+            "must be passed to the attention function"
         )
     if sliding_window is None and _layer_type(module) == "sliding_attention":
         raise refuse("a sliding_attention layer passes no sliding_window to its attention function")
@@ -265,9 +261,7 @@ def _eager_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, None]:
-    """Return what the eager attention of Gemma 2 (softcap) and gpt-oss (sinks) returns for the mask
-    of "sdpa".
-    """
+    """Return what eager attention of Gemma 2 (softcap) and gpt-oss (sinks) returns."""
     group = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, group), repeat_kv(value, group)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -309,8 +303,8 @@ def use_onepass_attention(model: nn.Module) -> None:
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
             raise ValueError(
                 f"{type(module).__name__} keeps "
-                f"attn_implementation={module.config._attn_implementation!r}, expected "
-                f"{NAME!r}: its attention cannot be replaced"
+                f"attn_implementation={module.config._attn_implementation!r}, expected {NAME!r}: "
+                "its attention cannot be replaced"
             )
 
 

@@ -1,5 +1,4 @@
-"""Conversations to passes: what inference sees and must generate, for every trained assistant
-turn."""
+"""Conversations to passes: what inference sees and must generate in each trained turn."""
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.rendering import render_passes

@@ -97,8 +97,8 @@ def _part_text(part: Any, index: int) -> str:
     if not isinstance(part, Mapping):
         _refuse(
             index,
-            f"has a content part of type {type(part).__name__}, expected {{'type': 'text', "
-            f"'text': ..}}",
+            f"has a content part of type {type(part).__name__}, expected {{'type': 'text', 'text': "
+            f"..}}",
         )
     kind = part.get("type")
     if kind == "text" and isinstance(part.get("text"), str):

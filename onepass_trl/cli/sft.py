@@ -15,24 +15,21 @@ from typing import Any
 
 def main(argv: list[str]) -> int:
     """Launch the training named by `argv` through accelerate and return its exit status."""
-    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     # Parsed here too, so that wrong flags are reported once and before any process starts. What the
     # parser doesn't know is accelerate's: --num_processes, --accelerate_config ..
-    *_, from_config, from_argv = make_parser().parse_args_and_config(
+    _, training_args, *_, from_config, from_argv = make_parser().parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     launch_arguments = resolve_accelerate_config_argument(from_config + from_argv)
     training_arguments = _without(argv, from_argv)
     command = [*launch_arguments, "--module", "onepass_trl.cli.sft", *training_arguments]
     options = launch_command_parser().parse_args(command)
-    if options.num_cpu_threads_per_process is None and not torch.accelerator.is_available():
-        # accelerate's own choice is one thread, which suits machines that compute elsewhere.
-        num_cpus = os.cpu_count() or 1
-        options.num_cpu_threads_per_process = max(num_cpus // (options.num_processes or 1), 1)
+    if training_args.device.type == "cpu":
+        _share_cpu(options)
     try:
         launch_command(options)
     except subprocess.CalledProcessError as error:  # one process; it has said what is wrong
@@ -41,6 +38,24 @@ def main(argv: list[str]) -> int:
         _, failure = error.get_first_failure()
         return failure.exitcode
     return 0
+
+
+def _share_cpu(options: Any) -> None:
+    """Start the processes of a CPU run as processes of torch.distributed, and share out its CPUs.
+
+    accelerate starts one process instead of several unless it believes in GPUs, and gives it one
+    thread, which suits machines that compute elsewhere.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    num_processes = options.num_processes
+    if num_processes is None and options.config_file is not None:
+        num_processes = load_config_from_file(options.config_file).num_processes
+    num_processes = num_processes or 1
+    if num_processes > 1 and not options.use_fsdp and not options.use_deepspeed:
+        options.multi_gpu = True
+    if options.num_cpu_threads_per_process is None:
+        options.num_cpu_threads_per_process = max((os.cpu_count() or 1) // num_processes, 1)
 
 
 def make_parser() -> Any:
@@ -62,6 +77,12 @@ def train(argv: list[str]) -> int:
     script_args, training_args, model_args, mixture = make_parser().parse_args_and_config(
         argv, fail_with_unknown_args=False
     )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != training_args.world_size:
+        raise ValueError(
+            f"{started} processes were started, but each would train alone: on the CPU they find "
+            "one another with --use_cpu"
+        )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -85,6 +106,9 @@ def train(argv: list[str]) -> int:
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
+    # No process leaves while the first one is still saving. With Gloo the barrier also keeps DDP's
+    # destructor from waiting for a thread that waits for the interpreter lock the destructor holds.
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
     return 0
 
@@ -114,8 +138,8 @@ def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any
         return splits[script_args.dataset_train_split], test
     if not script_args.dataset_name:
         raise ValueError(
-            "no dataset: give --dataset_name (Hub name or local file), or `datasets:` in the "
-            "YAML file"
+            "no dataset: give --dataset_name (Hub name or local file), or `datasets:` in the YAML "
+            "file"
         )
 
     def load(split: str) -> Any:

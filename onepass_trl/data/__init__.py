@@ -1,5 +1,4 @@
-"""From passes to rows: the prefix tree, its layout as one flat sequence, and rows of at most
-``max_length`` tokens."""
+"""From passes to rows: the prefix tree, its layout as one flat sequence, packing."""
 
 from onepass_trl.data.layout import Layout, concatenate, linearize
 from onepass_trl.data.packing import Overflow, limit_passes, pack, split_passes

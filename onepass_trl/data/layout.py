@@ -119,8 +119,7 @@ def linearize(tree: TokenTree) -> Layout:
 
 
 def concatenate(rows: Sequence[Layout]) -> Layout:
-    """Return one row that holds `rows` after one another; tokens of different rows don't see each
-    other.
+    """Return one row that holds `rows` after one another; they don't see each other.
 
     >>> from onepass_trl import Pass, build_tree
     >>> row = linearize(build_tree([Pass([1, 2], [0, 1])]))

@@ -1,5 +1,4 @@
-"""Rows of at most ``max_length`` tokens: what to do with long passes, large trees and short
-rows."""
+"""Rows of at most ``max_length`` tokens, from long passes, large trees and short rows."""
 
 from __future__ import annotations
 
@@ -114,8 +113,7 @@ def split_passes(passes: Sequence[Pass], max_length: int) -> list[TokenTree]:
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Return groups of indices whose lengths sum to at most `max_length`: best fit, the longest
-    first.
+    """Return groups of indices whose lengths sum to at most `max_length`: best fit decreasing.
 
     Raises:
         ValueError: if a length is larger than `max_length`.

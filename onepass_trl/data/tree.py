@@ -67,8 +67,7 @@ class TokenTree:
         return index
 
     def _split(self, parent: int, index: int, length: int) -> int:
-        """Move the first `length` tokens of a node into a new node above it and return the new
-        node's index."""
+        """Move a node's first `length` tokens into a new node above it; return the new index."""
         node = self.nodes[index]
         upper = Node(node.token_ids[:length], node.weights[:length].copy(), node.num_passes)
         node.token_ids, node.weights = node.token_ids[length:], node.weights[length:].copy()
@@ -78,8 +77,7 @@ class TokenTree:
         return len(self.nodes) - 1
 
     def num_fork_copies(self, index: int) -> int:
-        """Return how many copies of a node's last token linearizing adds: one for each trained
-        child but the first."""
+        """Return how often a node's last token is copied: once per trained child but the first."""
         node = self.nodes[index]
         if len(node.children) < 2:
             return 0
@@ -103,8 +101,7 @@ class TokenTree:
         return sizes
 
     def depth_first(self) -> Iterator[tuple[int, int, list[int]]]:
-        """Yield (node index, tokens above the node, its children in order), parents first, the
-        heaviest child first.
+        """Yield (node index, tokens above it, its ordered children), the heaviest child first.
 
         The heaviest child is the one whose subtree has most tokens; ties keep the order of
         insertion.

@@ -182,8 +182,7 @@ def _backward(
     weights: np.ndarray,
     **inputs: torch.Tensor,
 ) -> float:
-    """Return the weighted negative log-likelihood of `targets` at `positions` of one row, after
-    backpropagating it."""
+    """Backpropagate the weighted loss of `targets` at `positions` of one row, and return it."""
     if positions.size == 0:
         return 0.0
     logits = model(

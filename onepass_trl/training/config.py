@@ -17,10 +17,13 @@ NULL_ARGUMENTS = ("auto", "error", "keep", "drop")
 
 @dataclass
 class OnePassSFTConfig(SFTConfig):
-    """Configuration of `OnePassSFTTrainer`: every option of ``trl.SFTConfig`` keeps its meaning,
-    and these are added.
+    """Configuration of `OnePassSFTTrainer`.
+
+    Every option of ``trl.SFTConfig`` keeps its meaning; these are added.
 
     Parameters:
+        bf16: as in TRL, but by default off on machines without an accelerator, where TRL's default
+            raises.
         train_on: which assistant turns of a conversation are trained: ``"all"``, ``"last"``, or a
             list of turn indices such as ``[0, 2]`` (as a string on the command line). A message
             with ``"train": false`` is never trained.
@@ -41,6 +44,10 @@ class OnePassSFTConfig(SFTConfig):
         ValueError: for an option of ``SFTConfig`` that one-pass training can't honour.
     """
 
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Train in bf16; by default wherever there is an accelerator."},
+    )
     train_on: str = field(
         default="all",
         metadata={"help": "Assistant turns to train: 'all', 'last' or a list of turn indices."},
@@ -99,8 +106,7 @@ class OnePassSFTConfig(SFTConfig):
                 f"packing_strategy={self.packing_strategy!r} cuts rows in the middle of a turn, so "
                 "its tokens would "
                 'lose their context. Use packing_strategy="bfd": conversations longer than '
-                "max_length are split "
-                "along their branches, nothing is cut"
+                "max_length are split along their branches, nothing is cut"
             )
         if self.truncation_mode != "keep_start":
             raise ValueError(

@@ -74,8 +74,7 @@ def prepare_dataset(
     options: PreparationOptions,
     name: str,
 ) -> AnyDataset:
-    """Return `dataset` as rows: the columns of `Layout`, at most ``options.max_length`` tokens
-    each.
+    """Return `dataset` as rows of `Layout` columns, at most ``options.max_length`` tokens each.
 
     Args:
         dataset: conversations in any form that `onepass_trl.chat.rows` accepts.
@@ -134,8 +133,7 @@ def prepare_dataset(
 
 
 def settle_null_arguments(dataset: Dataset | IterableDataset, choice: str) -> NullArguments:
-    """Return what ``null_arguments=choice`` means for this dataset: nulls of a JSON column are
-    real."""
+    """Return what `choice` means for this dataset: nulls in a JSON column are real."""
     if choice != "auto":
         return cast(NullArguments, choice)
     columns = {
@@ -213,8 +211,7 @@ def _has_tokens(input_ids: Any) -> bool:
 
 
 def _report_overflow(dataset: Dataset, options: PreparationOptions, name: str) -> bool:
-    """Log what was lost in the whole dataset; return whether some conversations have no row
-    left."""
+    """Log what the dataset lost; return whether some conversations have no row left."""
     table = dataset.data
     totals = {column: table[f"overflow_{column}"].to_numpy() for column in _OVERFLOW_COLUMNS}
     lost = Overflow(

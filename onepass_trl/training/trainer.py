@@ -1,5 +1,4 @@
-"""`OnePassSFTTrainer`: TRL's ``SFTTrainer``, trained one pass per conversation with the loss of N
-passes."""
+"""`OnePassSFTTrainer`: TRL's ``SFTTrainer``, one pass per conversation."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ _COUNTS = ("row_tokens", "npass_tokens", "trained_tokens", "turns")
 
 
 class OnePassSFTTrainer(SFTTrainer):
-    """Trains on multi-turn conversations with hidden reasoning in one pass each, with exactly the
-    loss of N passes.
+    """Trains on multi-turn conversations in one pass each, with exactly the loss of N passes.
 
     A drop-in replacement for ``trl.SFTTrainer``: same arguments, same options (see
     `OnePassSFTConfig`), same callbacks, trackers, checkpoints and launchers. Saved checkpoints load
@@ -109,8 +107,8 @@ class OnePassSFTTrainer(SFTTrainer):
         if data_collator is not None and not isinstance(data_collator, OnePassCollator):
             raise ValueError(
                 f"data_collator must be an OnePassCollator, got {type(data_collator).__name__}: a "
-                "batch needs visible_end, position_ids and shift_labels. Leave it unset to get the "
-                "right one"
+                "batch needs visible_end, position_ids and shift_labels. Leave it unset to get "
+                "the right one"
             )
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(
@@ -142,9 +140,9 @@ class OnePassSFTTrainer(SFTTrainer):
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
-                "context and sequence parallelism cut a row into pieces, but a token of a tree may "
-                "see any earlier part of it. Set cp_size and sp_size to 1; FSDP2, DeepSpeed ZeRO "
-                "and tensor parallelism shard the model instead"
+                "context and sequence parallelism cut a row into pieces, but a token of a tree "
+                "may see any earlier part of it. Set cp_size and sp_size to 1; FSDP2, DeepSpeed "
+                "ZeRO and tensor parallelism shard the model instead"
             )
         use_onepass_attention(self.model)
         self.data_collator = data_collator or OnePassCollator(
@@ -208,8 +206,7 @@ class OnePassSFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the weighted mean negative log-likelihood of the targets (or DFT's), and record
-        the metrics.
+        """Return the weighted mean loss of the targets (NLL or DFT), and record the metrics.
 
         Args:
             inputs: a batch of `OnePassCollator`.
@@ -310,8 +307,7 @@ class OnePassSFTTrainer(SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's metrics and the totals of this trainer; those of an evaluation start anew each
-        time."""
+        """Log TRL's metrics and this trainer's totals; those of an evaluation start anew."""
         super().log(logs, start_time)
         if not self.model.training:
             self._totals["eval"].zero_()

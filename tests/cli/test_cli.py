@@ -1,5 +1,6 @@
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from onepass_trl.cli import main, report_errors
 from onepass_trl.cli.dataset import load_conversations
 from onepass_trl.cli.sft import train
 
+ACCELERATE = Path(__file__).parents[2] / "examples" / "accelerate"
 CHATS = [
     {
         "messages": [
@@ -77,6 +79,25 @@ def test_sft_trains_and_saves(sft_flags, tmp_path, capfd):
     out = capfd.readouterr().out
     assert "eval_loss" in out
     assert "npass_tokens" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    ["--num_processes=2", f"--accelerate_config={ACCELERATE / 'ddp_cpu.yaml'}"],
+    ids=["flags", "file"],
+)
+def test_sft_trains_in_two_processes(sft_flags, launcher, capfd):
+    """A step of two processes takes twice the rows of one: 2 of the 8 at batch size 1."""
+    flags = [*sft_flags, "--per_device_train_batch_size=1"]
+    assert main(["sft", *flags, *launcher.split("=")]) == 0
+    assert "'epoch': '0.25'" in capfd.readouterr().out
+
+
+def test_processes_that_would_train_alone_are_refused(sft_flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="each would train alone"):
+        train([flag for flag in sft_flags if flag != "--use_cpu"])
 
 
 def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats):

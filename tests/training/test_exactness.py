@@ -36,7 +36,7 @@ def windowed_model():
 @settings(max_examples=25, deadline=None)
 @given(pass_lists(max_passes=5, max_length=14))
 def test_one_pass_equals_n_passes_on_any_tree(passes):
-    """Random trees: repeated, nested and disjoint passes, targets anywhere, a window inside them."""
+    """Random trees: repeated, nested, disjoint passes, targets anywhere, a window inside them."""
     if any(pass_.num_trained for pass_ in passes):
         comparison = compare(windowed_model(), passes)
         assert comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE), comparison

@@ -37,8 +37,8 @@ class Composable(Family):
         if "reasoning_content" in turn.message and not self.reads_reasoning(turn.template.text):
             raise TurnError(
                 "it has reasoning, but the template has no place for any and would drop it; use a "
-                "template of a reasoning model, or put it into the content as <think>..</think> if "
-                "later turns are to see it"
+                "template of a reasoning model, or put it into the content as <think>..</think> "
+                "if later turns are to see it"
             )
         full = turn.template.render(turn.messages, prompt=False)
         if not full.startswith(turn.context):
