@@ -14,6 +14,8 @@ from tests.chat.tokenizers import small_tokenizer
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
 CALLS = [{"function": {"name": "f", "arguments": {"a": None, "b": {"c": None, "d": 1}}}}]
 
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
 
 def ids(passes):
     return [(item.token_ids.tolist(), item.trained.tolist()) for item in passes]
@@ -145,3 +147,37 @@ ERRORS = [
 def test_errors(row, match):
     with pytest.raises(ChatFormatError, match=match):
         row_to_passes(row, small_tokenizer("qwen3"))
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "prompt"])
+def test_lists_may_be_given_as_json_text(column):
+    row = {
+        "messages": {"messages": CHAT},
+        "conversations": {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+        },
+        "prompt": {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    }[column]
+    as_text = {key: json.dumps(value) for key, value in row.items()}
+    assert row_to_conversation(as_text) == row_to_conversation(row)
+
+
+def test_nulls_in_json_text_are_real():
+    call = {"function": {"name": "search", "arguments": {"query": "x", "limit": None}}}
+    messages = [{"role": "user", "content": "Go"}, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(ChatFormatError, match="null among its arguments"):
+        row_to_conversation({"messages": messages})
+    kept = row_to_conversation({"messages": json.dumps(messages)}).messages
+    assert kept[1]["tool_calls"][0]["function"]["arguments"] == {"query": "x", "limit": None}
+
+
+def test_plain_text_that_begins_with_a_bracket_is_still_plain_text():
+    with pytest.raises(ChatFormatError, match="plain text in column 'prompt'"):
+        row_to_conversation({"prompt": "[citation needed", "completion": "a"})
+
+
+def test_passes_may_be_given_as_json_text():
+    passes = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]
+    (made,) = row_to_passes({"passes": json.dumps(passes)}, None)
+    assert made.token_ids.tolist() == [1, 2, 3]
+    assert made.trained.tolist() == [False, True, True]
