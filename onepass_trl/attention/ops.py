@@ -116,6 +116,16 @@ torch.library.register_autograd(
     "onepass::tree_attention", _backward, setup_context=_setup_context, lib=_library
 )
 
+
+def _not_twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+    raise RuntimeError(
+        "tree attention can't be differentiated twice with the compiled kernels, as a gradient "
+        "penalty or a Hessian product would need. Use impl='dense'"
+    )
+
+
+torch.library.register_autograd("onepass::tree_attention_backward", _not_twice, lib=_library)
+
 try:
     from onepass_trl import _C  # registers the CPU implementations
 except ImportError as error:

@@ -22,7 +22,8 @@ def normalize_messages(messages: Iterable[Any], *, inline_reasoning: bool) -> li
     ``reasoning_content`` (a non-empty string, repeated as ``thinking``, the name that some
     templates read) and ``tool_calls`` (a non-empty list of ``{"type": "function", "function":
     {"name": str, "arguments": dict}, ...}``). Keys whose value is None are dropped, since datasets
-    fill missing keys with None; nulls inside tool arguments are kept. A ``train`` flag stays.
+    fill missing keys with None; nulls inside tool arguments are kept. A ``train`` flag stays, and a
+    ``weight`` of 0 or 1 becomes one.
 
     Args:
         messages: Messages in the OpenAI form.
@@ -52,6 +53,8 @@ def _normalize(message: Any, index: int, inline_reasoning: bool) -> Message:
     if role not in ROLES:
         _refuse(index, f"has role {role!r}, expected one of {', '.join(ROLES)}; rename it")
     out["content"] = _text(out.get("content", ""), index)
+    if "weight" in out:
+        _read_weight(out, index)
     train = out.get("train", False)
     if not isinstance(train, bool) or (train and role != "assistant"):
         _refuse(
@@ -68,6 +71,19 @@ def _normalize(message: Any, index: int, inline_reasoning: bool) -> Message:
     else:
         out.pop("tool_calls", None)
     return out
+
+
+def _read_weight(message: Message, index: int) -> None:
+    """Turn ``weight``, the spelling of OpenAI's fine-tuning files, into a ``train`` flag."""
+    weight = message.pop("weight")
+    if weight not in (0, 1) or message.get("train", bool(weight)) != bool(weight):
+        _refuse(
+            index,
+            f"has weight={weight!r} and train={message.get('train')!r}; a turn is trained "
+            "('train': true, or weight 1) or not ('train': false, or weight 0)",
+        )
+    if message.get("role") == "assistant":
+        message["train"] = bool(weight)
 
 
 def _refuse(index: int, problem: str) -> NoReturn:

@@ -140,6 +140,11 @@ class _Conversation:
                     problem += f" ({remedy})"
         except TurnError as error:
             problem = str(error)
+        if index > 0 and self._messages[index - 1]["role"] == "assistant":
+            problem += (
+                "; the message before it is from the assistant too, which most templates can't "
+                "continue: join the two, or put a user or tool message between them"
+            )
         raise ChatFormatError(
             f"assistant turn {number} (message {index}, template family {self._family.name}): "
             f"{problem}"

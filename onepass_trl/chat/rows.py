@@ -63,8 +63,8 @@ def row_to_conversation(
     as lists of messages, of which only the completion's turns are trained; ``conversations``
     (ShareGPT: ``from`` and ``value``, or ``role`` and ``content``, with an optional ``system``
     column); each also as the JSON text of such a list. Beside it the row may have ``tools`` and
-    ``chat_template_kwargs``, each also as JSON text; their null entries are dropped, as datasets
-    fill missing keys with nulls.
+    ``chat_template_kwargs``, each also as JSON text; unless they are text, their null entries are
+    dropped, as datasets fill missing keys with nulls.
 
     Args:
         row: A row of a dataset.
@@ -249,13 +249,26 @@ def _function_calls(value: Any, index: int) -> tuple[str, list[Any]]:
                 f"message {index} of 'conversations' is from function_call, but its value isn't "
                 f"JSON: {error}; got {value[:80]!r}, expected {{'name': .., 'arguments': {{..}}}}"
             ) from error
-    return thought, value if isinstance(value, list) else [value]
+        value = [_with_json_arguments(call) for call in _as_list(value)]
+    return thought, _as_list(value)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _with_json_arguments(call: Any) -> Any:
+    """Return a call that was JSON text with its arguments as JSON text: their nulls are real."""
+    if isinstance(call, Mapping) and isinstance(call.get("arguments"), Mapping):
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+    return call
 
 
 def _decoded(row: Mapping[str, Any], column: str, kind: type) -> Any:
-    """Return a column given as itself or as JSON text, without null entries; None if empty."""
+    """Return a column given as itself, without null entries, or as JSON text, with them."""
     value = row.get(column)
-    if isinstance(value, str):
+    is_text = isinstance(value, str)
+    if is_text:
         try:
             value = json.loads(value) if value else None
         except ValueError as error:
@@ -269,7 +282,7 @@ def _decoded(row: Mapping[str, Any], column: str, kind: type) -> Any:
             f"column {column!r} must be a {kind.__name__} or JSON text of one, got "
             f"{type(value).__name__}"
         )
-    return without_nulls(value)
+    return value if is_text else without_nulls(value)
 
 
 def without_nulls(value: Any) -> Any:

@@ -34,6 +34,7 @@ class OnePassCollator:
     - ``weights``: float32
     - ``visible_end``: int32
     - ``num_passes``: int64; 0 on padding and fork copies
+    - ``attention_mask``: int64; 0 on padding, for code that counts tokens
     - ``num_turns``: ``(batch,)`` int64
 
     Args:
@@ -83,7 +84,9 @@ class OnePassCollator:
         for index, layout in enumerate(layouts):
             for name in TOKEN_COLUMNS:
                 batch[name].numpy()[index, : len(layout)] = getattr(layout, name)
-        return {**batch, "num_turns": num_turns}
+        lengths = torch.tensor([[len(layout)] for layout in layouts])
+        attention_mask = (torch.arange(length) < lengths).long()
+        return {**batch, "attention_mask": attention_mask, "num_turns": num_turns}
 
 
 def _as_layout(row: Mapping[str, Any]) -> Layout:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
 
+import pyarrow.compute as compute
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -77,13 +79,13 @@ def prepare_dataset(
     """Return `dataset` as rows of `Layout` columns, at most ``options.max_length`` tokens each.
 
     Args:
-        dataset: conversations in any form that `onepass_trl.chat.rows` accepts.
+        dataset: conversations in any form that `onepass_trl.chat.rows` accepts, or rows.
         column_names: its columns; they are removed.
         name: what to call the dataset in messages and progress bars ("train", "eval" ..).
 
     Raises:
-        ValueError: if a conversation can't be rendered; the message names its row. If nothing is
-            left to train.
+        ValueError: if a conversation can't be rendered, or a given row is too long; the message
+            names its row. If nothing is left to train.
     """
     streaming = isinstance(dataset, IterableDataset)
     if not streaming and dataset.format["type"] == "custom":
@@ -92,29 +94,14 @@ def prepare_dataset(
             "bake the transform's present output into the rows. Apply it with Dataset.map first"
         )
     dataset = dataset.with_format(None)
-    kwargs: dict[str, Any] = {} if streaming else {"num_proc": options.num_proc}
 
     def described(text: str) -> dict[str, Any]:
-        return kwargs if streaming else {**kwargs, "desc": f"{text} {name} dataset"}
+        return {} if streaming else {"num_proc": options.num_proc, "desc": f"{text} {name} dataset"}
 
-    dataset = dataset.map(
-        _render_batch,
-        batched=True,
-        batch_size=RENDER_BATCH_SIZE,
-        with_indices=True,
-        remove_columns=column_names,
-        features=Features(_RENDERED_FEATURES),
-        fn_kwargs={"tokenizer": tokenizer, "options": options, "name": name, "warn": streaming},
-        **described("Rendering"),
-    )
-    if isinstance(dataset, Dataset):
-        lost_rows = _report_overflow(dataset, options, name)
-        if lost_rows:
-            dataset = dataset.filter(
-                _has_tokens, input_columns="input_ids", **described("Dropping empty rows of")
-            )
+    if is_prepared(column_names):
+        _check_row_lengths(dataset, options.max_length, name)
     else:
-        dataset = dataset.filter(_has_tokens, input_columns="input_ids")
+        dataset = _render(dataset, column_names, tokenizer, options, name, described)
     dataset = dataset.select_columns(list(ROW_COLUMNS))
     if options.packing:
         if options.shuffle_seed is not None:
@@ -132,6 +119,61 @@ def prepare_dataset(
     return dataset.with_format("numpy")
 
 
+def _render(
+    dataset: AnyDataset,
+    column_names: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions,
+    name: str,
+    described: Callable[[str], dict[str, Any]],
+) -> AnyDataset:
+    """Return the rows of all conversations; what an overflow policy took away is reported."""
+    features = dataset.features
+    dataset = dataset.map(
+        _render_batch,
+        batched=True,
+        batch_size=RENDER_BATCH_SIZE,
+        with_indices=True,
+        remove_columns=column_names,
+        features=Features(_RENDERED_FEATURES),
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "options": options,
+            "name": name,
+            "warn": isinstance(dataset, IterableDataset),
+            "features": features,
+        },
+        **described("Rendering"),
+    )
+    if isinstance(dataset, Dataset):
+        if _report_overflow(dataset, options, name):
+            dataset = dataset.filter(
+                _has_tokens, input_columns="input_ids", **described("Dropping empty rows of")
+            )
+        return dataset
+    dataset = dataset.filter(_has_tokens, input_columns="input_ids")
+    if next(iter(dataset), None) is None:
+        raise ValueError(
+            f"the {name} dataset has no row left to train: all turns are longer than "
+            f"max_length={options.max_length} and overflow={options.overflow!r}. Raise max_length"
+        )
+    return dataset
+
+
+def _check_row_lengths(
+    dataset: Dataset | IterableDataset, max_length: int | None, name: str
+) -> None:
+    """Raise for a row of a prepared dataset that is too long: a tree can't be cut afterwards."""
+    if max_length is None or isinstance(dataset, IterableDataset):
+        return
+    longest = compute.max(compute.list_value_length(dataset.data["input_ids"])).as_py() or 0
+    if longest > max_length:
+        raise ValueError(
+            f"a row of the prepared {name} dataset has {longest} tokens, but max_length is "
+            f"{max_length}: prepare the conversations with this max_length, or raise it"
+        )
+
+
 def settle_null_arguments(dataset: Dataset | IterableDataset, choice: str) -> NullArguments:
     """Return what `choice` means for this dataset: nulls in a JSON column are real."""
     if choice != "auto":
@@ -142,6 +184,35 @@ def settle_null_arguments(dataset: Dataset | IterableDataset, choice: str) -> Nu
         if name in _MESSAGE_COLUMNS
     }
     return "keep" if columns and all(map(_holds_json, columns.values())) else "error"
+
+
+def _with_exact_nulls(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
+    """Return the row with tools and template arguments as JSON text, less a struct's fillers.
+
+    A struct column gives every row the keys of all rows, filled with nulls; nulls in `Json` values
+    are real. Only the column's type tells them apart, so it is settled here.
+    """
+    if features is None:
+        return row
+    columns = [name for name in ("tools", "chat_template_kwargs") if name in features]
+    exact = {
+        name: json.dumps(_without_fillers(row[name], features[name]))
+        for name in columns
+        if row[name] is not None and not isinstance(row[name], str)
+    }
+    return {**row, **exact}
+
+
+def _without_fillers(value: Any, feature: Any) -> Any:
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {
+            key: _without_fillers(item, feature[key])
+            for key, item in value.items()
+            if item is not None
+        }
+    if isinstance(feature, List) and isinstance(value, list):
+        return [_without_fillers(item, feature.feature) for item in value]
+    return value
 
 
 def _holds_json(feature: Any) -> bool:
@@ -174,10 +245,12 @@ def _render_batch(
     options: PreparationOptions,
     name: str,
     warn: bool,
+    features: Features | None,
 ) -> dict[str, list[Any]]:
     output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
     for position, index in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}
+        row = _with_exact_nulls(row, features)
         try:
             layouts, lost = make_rows(row, tokenizer, options)
         except ValueError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeAlias
 
+import pyarrow.compute as compute
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
@@ -51,7 +52,7 @@ class OnePassSFTTrainer(SFTTrainer):
     - ``conversations``: ShareGPT's ``from`` / ``value`` messages
     - ``passes``: lists of ``{"input_ids": .., "labels": ..}``, any sequences that share prefixes
 
-    Logged beside TRL's metrics, as totals since the start: ``row_tokens``, ``npass_tokens`` (what N
+    Logged beside TRL's metrics, as totals of the run: ``row_tokens``, ``npass_tokens`` (what N
     passes would have computed), ``npass_ratio`` (their quotient), ``trained_tokens`` and ``turns``.
 
     Args:
@@ -116,6 +117,8 @@ class OnePassSFTTrainer(SFTTrainer):
                 "every position of the tree. Use an adapter such as LoraConfig"
             )
         _check_train_dataset(train_dataset)
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            _check_prepared(train_dataset, eval_dataset)
         if isinstance(model, str):
             args.model_init_kwargs = _one_pass_model_kwargs(args.model_init_kwargs)
         else:
@@ -145,6 +148,7 @@ class OnePassSFTTrainer(SFTTrainer):
                 "ZeRO and tensor parallelism shard the model instead"
             )
         use_onepass_attention(self.model)
+        _check_vocabulary("train", self.train_dataset, self.model)
         self.data_collator = data_collator or OnePassCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             padding_free=self.padding_free,
@@ -163,8 +167,6 @@ class OnePassSFTTrainer(SFTTrainer):
     ) -> AnyDataset:
         _check_not_empty(dataset_name, dataset)
         column_names = get_dataset_column_names(dataset)
-        if preparation.is_prepared(column_names):
-            return dataset
         if packing and args.max_length is None:
             raise ValueError(
                 "packing fills rows up to max_length, which is None: set max_length, or "
@@ -224,8 +226,8 @@ class OnePassSFTTrainer(SFTTrainer):
                 "prediction_loss_only=True, or generate"
             )
         inputs = dict(inputs)
-        weights, num_passes, num_turns = (
-            inputs.pop(key) for key in ("weights", "num_passes", "num_turns")
+        weights, num_passes, num_turns, attention_mask = (
+            inputs.pop(key) for key in ("weights", "num_passes", "num_turns", "attention_mask")
         )
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
@@ -256,9 +258,9 @@ class OnePassSFTTrainer(SFTTrainer):
             )
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
-        real = num_passes.to(weights.device) > 0
-        row_tokens = (real | (weights > 0)).sum()
-        counts = torch.stack([row_tokens, num_passes.sum(), weights.sum(), num_turns.sum()])
+        counts = torch.stack(
+            [attention_mask.sum(), num_passes.sum(), weights.sum(), num_turns.sum()]
+        )
         self._record(loss, outputs, weights, counts)
         return loss
 
@@ -365,6 +367,35 @@ def _check_train_dataset(dataset: Any) -> None:
             f"the train dataset has the column {sorted(vision)[0]!r}: OnePassSFTTrainer trains "
             "text conversations. Remove the column if the images don't matter, or train vision "
             "data with SFTTrainer"
+        )
+
+
+def _check_prepared(train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise unless all datasets consist of rows, as ``skip_prepare_dataset`` says."""
+    named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in {"train": train_dataset, **named}.items():
+        if dataset is None:
+            continue
+        columns = get_dataset_column_names(dataset)
+        if not preparation.is_prepared(columns):
+            raise ValueError(
+                f"dataset_kwargs={{'skip_prepare_dataset': True}}, but the {name} dataset has the "
+                f"columns {', '.join(columns)} and not those of a Layout: unset it, and the "
+                "conversations are prepared"
+            )
+
+
+def _check_vocabulary(name: str, dataset: Any, model: Any) -> None:
+    """Raise for a token id that the model has no embedding for."""
+    embeddings = model.get_input_embeddings()
+    if not isinstance(dataset, Dataset) or not isinstance(embeddings, torch.nn.Embedding):
+        return
+    largest = compute.max(compute.list_flatten(dataset.data["input_ids"])).as_py()
+    if largest is not None and largest >= embeddings.num_embeddings:
+        raise ValueError(
+            f"the {name} dataset has the token id {largest}, but the model has "
+            f"{embeddings.num_embeddings} embeddings: use the model's own tokenizer, or call "
+            "model.resize_token_embeddings(len(tokenizer)) first"
         )
 
 

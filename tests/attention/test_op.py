@@ -119,3 +119,12 @@ def test_meta_tensors_give_shapes():
     out, lse = torch.ops.onepass.tree_attention(q, q[:, :2], v, ends, None, None, 1.0, 0, 0.0)
     assert (out.shape, out.dtype) == ((2, 4, 7, 6), torch.bfloat16)
     assert (lse.shape, lse.dtype) == ((2, 4, 7), torch.float32)
+
+
+def test_second_derivatives_are_refused():
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+    visible_end = torch.full((1, 8), 8, dtype=torch.int32)
+    out = tree_attention(q, q, q, visible_end)
+    (gradient,) = torch.autograd.grad(out.pow(2).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='dense'"):
+        gradient.pow(2).sum().backward()

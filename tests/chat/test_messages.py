@@ -109,3 +109,17 @@ def test_errors(message, match):
 def test_messages_must_be_a_list(messages):
     with pytest.raises(ChatFormatError, match="must be a list"):
         normalize_messages(messages, inline_reasoning=True)
+
+
+def test_a_weight_of_openai_files_is_a_train_flag():
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "A", "weight": 0},
+        {"role": "assistant", "content": "B", "weight": 1},
+    ]
+    flags = [m.get("train") for m in normalize_messages(messages, inline_reasoning=True)]
+    assert flags == [None, False, True]
+    with pytest.raises(ChatFormatError, match=r"message 0 has weight=0\.5"):
+        normalize_messages(
+            [{"role": "assistant", "content": "A", "weight": 0.5}], inline_reasoning=True
+        )

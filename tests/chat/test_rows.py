@@ -27,13 +27,19 @@ def calling(calls):
 
 def test_messages_with_tools_and_template_arguments_as_json():
     filled = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": None}}]
-    for tools, kwargs in ((filled, {"a": 1, "b": None}), (json.dumps(filled), '{"a": 1}')):
+    for tools, kwargs in ((filled, {"a": 1, "b": None}), (json.dumps(TOOLS), '{"a": 1}')):
         row = {"messages": TWO_TURNS, "tools": tools, "chat_template_kwargs": kwargs, "id": 3}
         conversation = row_to_conversation(row)
         assert conversation.messages == TWO_TURNS
         assert conversation.tools == TOOLS
         assert conversation.chat_template_kwargs == {"a": 1}
         assert conversation.train_on == "all"
+
+
+def test_nulls_of_tools_in_json_text_are_real():
+    """``"default": null`` is part of the prompt that inference sees."""
+    row = {"messages": TWO_TURNS, "tools": '[{"name": "f", "default": null}]'}
+    assert row_to_conversation(row).tools == [{"name": "f", "default": None}]
 
 
 def test_only_the_completion_is_trained():
@@ -57,11 +63,12 @@ def test_sharegpt():
         {"from": "observation", "value": "found"},
         {"from": "gpt", "value": "Found it.", "reasoning_content": "There."},
     ]
+    as_text = {**call, "arguments": json.dumps(call["arguments"])}  # its nulls are real
     row = {"conversations": conversations, "system": "Be brief."}
     assert row_to_conversation(row).messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Search."},
-        {"role": "assistant", "content": "<think>Hm</think>", "tool_calls": [call]},
+        {"role": "assistant", "content": "<think>Hm</think>", "tool_calls": [as_text]},
         {"role": "tool", "content": "found"},
         {"role": "assistant", "content": "Found it.", "reasoning_content": "There."},
     ]

@@ -378,3 +378,51 @@ def test_chats_are_rendered_with_the_tokenizer(train, tiny_tokenizer):
     assert turns == [2, 1, 2]
     last = train(model=model, dataset=Dataset.from_list(forms[0]), train_on="last")
     assert last.train_dataset[0]["num_turns"] == 1
+
+
+def test_prepared_rows_obey_the_options(train):
+    prepared = train().train_dataset
+    packed = train(dataset=prepared, packing=True, max_length=300).train_dataset
+    assert len(packed) < len(prepared)
+    assert sum(row["num_turns"] for row in packed) == sum(row["num_turns"] for row in prepared)
+    with pytest.raises(ValueError, match=r"prepared train dataset has .* max_length is 8"):
+        train(dataset=prepared, max_length=8)
+
+
+def test_skipping_preparation_of_conversations_is_an_error(train):
+    with pytest.raises(ValueError, match="the train dataset has the columns passes"):
+        train(dataset_kwargs={"skip_prepare_dataset": True})
+
+
+def test_ids_without_an_embedding_are_errors(train):
+    row = {"passes": [{"input_ids": [1, 99999], "labels": [-100, 99999]}]}
+    with pytest.raises(ValueError, match="token id 99999, but the model has 512 embeddings"):
+        train(dataset=Dataset.from_list([row]))
+
+
+def test_a_stream_of_which_everything_is_dropped_is_an_error(train):
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(ValueError, match="no row left to train"):
+        train(dataset=stream, max_length=2, overflow="drop")
+
+
+def test_nulls_of_a_tool_schema_survive_unless_a_struct_filled_them(train, tiny_tokenizer):
+    from datasets import Features, Json, List, Value
+
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    tool = {"name": "f", "parameters": {"default": None}}
+    other = {"name": "g", "parameters": {"limit": 1}}
+    rows = [{"messages": messages, "tools": [tool]}, {"messages": messages, "tools": [other]}]
+    message = {"role": Value("string"), "content": Value("string")}
+    for dataset, expected in [
+        (
+            Dataset.from_list(
+                rows, features=Features({"messages": List(message), "tools": List(Json())})
+            ),
+            '"parameters": {"default": null}',
+        ),
+        (Dataset.from_list(rows), '"parameters": {}'),
+    ]:
+        model = make_model("qwen3", vocab_size=len(tiny_tokenizer))
+        ids = train(model=model, dataset=dataset).train_dataset[0]["input_ids"]
+        assert expected in tiny_tokenizer.decode(ids)
