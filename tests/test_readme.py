@@ -22,7 +22,7 @@ COMMANDS = re.findall(r"^ {4}(\S.*?)(?: {2,}#.*)?$", README, flags=re.MULTILINE)
 def test_python_blocks_run(code, tmp_path, monkeypatch, tiny_tokenizer, tiny_model_dir):
     """The block is run as it is; the names it takes for granted are a folder and a dataset."""
     monkeypatch.chdir(tmp_path)
-    dataset = Dataset.from_list([as_row(random_chat(2))])
+    dataset = Dataset.from_list([as_row(random_chat(2, vocab_size=len(tiny_tokenizer)))])
     names = {"model": str(tiny_model_dir), "dataset": dataset}
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["trainer"].train_dataset) == 1

@@ -62,11 +62,40 @@ def check_model(model: nn.Module) -> None:
         raise refuse("its attention is chunked (attention_chunk_size), which is not supported")
     if not getattr(config, "is_causal", True):
         raise refuse("its config says is_causal=False, expected causal attention")
-    dropout = getattr(config, "attention_dropout", 0.0) or 0.0
-    if dropout > 0:
-        raise refuse(
-            f"attention_dropout is {dropout}, expected 0: set config.attention_dropout = 0.0"
-        )
+    for key in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        dropout = getattr(config, key, 0.0) or 0.0
+        if dropout > 0:
+            raise refuse(f"{key} is {dropout}, expected 0: set config.{key} = 0.0")
+
+
+def check_rotary_embedding(model: nn.Module, max_length: int | None) -> None:
+    """Raise ValueError if rotary frequencies would depend on what else stands in a row.
+
+    The types "dynamic" and "longrope" choose them by the longest position of the whole batch: a
+    short pass in a long row would not get those that it gets alone.
+
+    Args:
+        max_length: the longest pass in tokens, None for any length.
+    """
+    base = base_model(model)
+    config = base.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer = parameters.values() if "rope_type" not in parameters else [parameters]
+    for rope in by_layer:
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind not in ("dynamic", "longrope"):
+            continue
+        limit = config.max_position_embeddings
+        if kind == "longrope":
+            limit = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", limit
+            )
+        if max_length is None or max_length > limit:
+            raise ValueError(
+                f"{type(base).__name__} has rotary embeddings of type {kind!r}, whose frequencies "
+                f"change for the whole row once a position reaches {limit}, so its short turns "
+                f"would differ from inference. Set max_length to at most {limit} (got {max_length})"
+            )
 
 
 def _unsupported_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, list[int]]:

@@ -12,7 +12,8 @@ has a softcap or sinks, which SDPA lacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,12 +26,36 @@ from transformers.masking_utils import sdpa_mask
 from onepass_trl.attention.api import Impl, tree_attention
 from onepass_trl.attention.model_check import base_model, check_model
 
-__all__ = ["DeferredMask", "check_model", "onepass_attention", "register", "use_onepass_attention"]
+__all__ = [
+    "DeferredMask",
+    "check_model",
+    "onepass_attention",
+    "register",
+    "use_onepass_attention",
+    "visible_end_required",
+]
 
 NAME = "onepass"
 
 # position_ids (int64) -> (its version, the int32 positions of the op), so that layers share them.
 _int32_positions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+_visible_end_required = False
+
+
+@contextmanager
+def visible_end_required() -> Iterator[None]:
+    """Make a layer that gets no `visible_end` raise: its model dropped it on the way.
+
+    Such a layer would fall back to plain causal attention over the whole row.
+    """
+    global _visible_end_required
+    _visible_end_required = True
+    try:
+        yield
+    finally:
+        _visible_end_required = False
 
 
 class DeferredMask:
@@ -46,6 +71,12 @@ class DeferredMask:
         self.is_custom: bool = arguments.get("use_vmap", False)
         self._mask: Tensor | None = None
         self._is_built = False
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the model reads {name!r} of its attention mask, which one-pass attention replaces by "
+            "visible_end: models that compute with the mask themselves can't be trained in one pass"
+        )
 
     def materialize(self) -> Tensor | None:
         """Return the ``(batch, 1, seq, seq)`` bool mask, or None for plain causal attention."""
@@ -125,6 +156,12 @@ def onepass_attention(
         ValueError: the layer asks for something that the one rule does not cover.
     """
     if visible_end is None:
+        if _visible_end_required:
+            raise ValueError(
+                f"{_layer_name(module)} got no visible_end: the model doesn't hand what is passed to "
+                "its forward on to its attention, so it can't be trained in one pass. Use "
+                "SFTTrainer with one row per turn"
+            )
         mask = attention_mask
         if isinstance(mask, DeferredMask):
             mask = mask.materialize()

@@ -85,7 +85,7 @@ def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple
             f"none of the {len(messages)} messages is from the assistant, so there is nothing to "
             "train; remove the conversation or add an assistant message"
         )
-    chosen = _chosen(train_on, len(turns))
+    chosen = chosen_turns(train_on, len(turns))
     trained = [
         (number, index) for number, index in enumerate(turns) if number in chosen and flags[index]
     ]
@@ -97,7 +97,12 @@ def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple
     return trained
 
 
-def _chosen(train_on: TrainOn, num_turns: int) -> set[int]:
+def chosen_turns(train_on: TrainOn, num_turns: int) -> set[int]:
+    """Return the numbers, from 0, of the turns that `train_on` means.
+
+    Raises:
+        ChatFormatError: if it is none of the accepted forms, or lists a turn that isn't there.
+    """
     if train_on == "all":
         return set(range(num_turns))
     if train_on == "last":

@@ -11,7 +11,7 @@ import numpy as np
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.messages import Message
-from onepass_trl.chat.rendering import TrainOn, render_passes
+from onepass_trl.chat.rendering import TrainOn, chosen_turns, render_passes
 from onepass_trl.passes import Pass
 
 if TYPE_CHECKING:
@@ -140,7 +140,9 @@ def row_to_passes(
     """
     row, _ = _from_json_text(row) if isinstance(row.get("passes"), str) else (row, False)
     if row.get("passes") is not None:
-        return _given_passes(row["passes"])
+        given = _given_passes(row["passes"])
+        chosen = chosen_turns(train_on, len(given))
+        return [pass_ for number, pass_ in enumerate(given) if number in chosen]
     conversation = row_to_conversation(row, null_arguments=null_arguments)
     if conversation.train_on != "all":
         if train_on not in ("all", "last"):

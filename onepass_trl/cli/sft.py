@@ -106,10 +106,14 @@ def train(argv: list[str]) -> int:
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
-    # No process leaves while the first one is still saving. With Gloo the barrier also keeps DDP's
-    # destructor from waiting for a thread that waits for the interpreter lock the destructor holds.
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
+    # The first process may still be saving. The trainer, and with it DDP, is freed before the
+    # process group: DDP's destructor would free the group while it holds the interpreter lock, for
+    # which a thread of the group may be waiting.
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    del trainer
+    accelerator.free_memory()
+    accelerator.end_training()
     return 0
 
 

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from onepass_trl.tools.verify import Comparison
 
 _HEADER = (
-    "                       tokens                              relative difference   seconds\n"
-    "conversation  turns   N-pass / one pass = ratio   loss      of loss   gradient    "
-    "N-pass / one pass = ratio"
+    f"{'':19}{'tokens':>9}{'':19}{'':9}{'rel. difference':>26}{'seconds':>11}\n"
+    f"{'conversation':>12} {'turns':>6}{'N-pass':>9} / one pass = ratio"
+    f"{'loss':>9}{'of loss':>15}{'gradient':>11}{'N-pass':>10} / one pass = ratio"
 )
 
 
@@ -65,11 +65,11 @@ def _line(name: str, items: list[Comparison]) -> str:
     seconds = [sum(getattr(item, f"{way}_pass_seconds") for item in items) for way in ("n", "one")]
     return (
         f"{name:>12} {sum(item.num_turns for item in items):6}"
-        f"{tokens[0]:9} / {tokens[1]:<7} = {tokens[0] / tokens[1]:5.2f}"
+        f"{tokens[0]:9} / {tokens[1]:<8} = {tokens[0] / tokens[1]:5.2f}"
         f"{loss:9.4f}"
         f"{max(item.loss_difference for item in items):15.1e}"
         f"{max(item.gradient_difference for item in items):11.1e}"
-        f"{seconds[0]:10.3f} / {seconds[1]:<7.3f} = {seconds[0] / seconds[1]:5.2f}"
+        f"{seconds[0]:10.3f} / {seconds[1]:<8.3f} = {seconds[0] / seconds[1]:5.2f}"
     )
 
 

@@ -92,7 +92,10 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
         ValueError: if no token of `passes` or no parameter is trained, or one-pass attention does
             not support the model.
     """
-    from onepass_trl.attention.transformers_backend import use_onepass_attention
+    from onepass_trl.attention.transformers_backend import (
+        use_onepass_attention,
+        visible_end_required,
+    )
 
     num_trained = sum(pass_.num_trained for pass_ in passes)
     if num_trained == 0:
@@ -124,7 +127,8 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
         model.set_attn_implementation(_reference_attention(model))
         n_pass_loss, n_pass_gradients, n_pass_seconds = _measure(model, n_pass)
         use_onepass_attention(model)
-        one_pass_loss, one_pass_gradients, one_pass_seconds = _measure(model, one_pass)
+        with visible_end_required():
+            one_pass_loss, one_pass_gradients, one_pass_seconds = _measure(model, one_pass)
     finally:
         model.set_attn_implementation(implementation)
         model.train(training)

@@ -91,6 +91,11 @@ class OnePassSFTConfig(SFTConfig):
                 f"overflow must be one of {', '.join(packing.OVERFLOW_POLICIES)}, got "
                 f"{self.overflow!r}"
             )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(
+                f"max_length must be at least 2 (a token of context and its target) or None, got "
+                f"{self.max_length}"
+            )
         if self.null_arguments not in NULL_ARGUMENTS:
             raise ValueError(
                 f"null_arguments must be one of {', '.join(NULL_ARGUMENTS)}, got "

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pyarrow.compute as compute
-from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat.rows import NullArguments, TrainOn, row_to_passes
@@ -29,6 +32,8 @@ from onepass_trl.data.layout import TOKEN_COLUMNS
 logger = logging.getLogger(__name__)
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+
+_LISTS = (List, LargeList)
 
 # Rows are made and packed this many at a time, so that memory stays bounded and a stream can be
 # packed.
@@ -51,6 +56,15 @@ _RENDERED_FEATURES = {
 }
 
 
+@cache
+def _code_digest() -> str:
+    """Return a digest of the modules that make rows."""
+    package = Path(__file__).parents[1]
+    files = [package / "passes.py", *sorted((package / "chat").rglob("*.py"))]
+    files += [*sorted((package / "data").glob("*.py")), Path(__file__)]
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 @dataclass(frozen=True)
 class PreparationOptions:
     """How rows are made: see `OnePassSFTConfig` for each."""
@@ -62,6 +76,8 @@ class PreparationOptions:
     null_arguments: NullArguments = "error"
     num_proc: int | None = None
     shuffle_seed: int | None = None
+    code: str = field(default_factory=lambda: _code_digest())
+    """The cache of `datasets` must not outlive the code that made its rows."""
 
 
 def is_prepared(column_names: list[str]) -> bool:
@@ -111,7 +127,7 @@ def prepare_dataset(
             batched=True,
             batch_size=PACK_BATCH_SIZE,
             features=Features(_ROW_FEATURES),
-            fn_kwargs={"max_length": options.max_length},
+            fn_kwargs={"max_length": options.max_length, "code": options.code},
             **described("Packing"),
         )
     if options.shuffle_seed is not None:
@@ -160,13 +176,21 @@ def _render(
     return dataset
 
 
+def token_ids(dataset: Dataset) -> Any:
+    """Return the ``input_ids`` of a prepared dataset, its own rows only, as an Arrow array of
+    lists."""
+    if dataset._indices is None:
+        return dataset.data["input_ids"]
+    return dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+
+
 def _check_row_lengths(
     dataset: Dataset | IterableDataset, max_length: int | None, name: str
 ) -> None:
     """Raise for a row of a prepared dataset that is too long: a tree can't be cut afterwards."""
     if max_length is None or isinstance(dataset, IterableDataset):
         return
-    longest = compute.max(compute.list_value_length(dataset.data["input_ids"])).as_py() or 0
+    longest = compute.max(compute.list_value_length(token_ids(dataset))).as_py() or 0
     if longest > max_length:
         raise ValueError(
             f"a row of the prepared {name} dataset has {longest} tokens, but max_length is "
@@ -178,12 +202,10 @@ def settle_null_arguments(dataset: Dataset | IterableDataset, choice: str) -> Nu
     """Return what `choice` means for this dataset: nulls in a JSON column are real."""
     if choice != "auto":
         return cast(NullArguments, choice)
-    columns = {
-        name: feature
-        for name, feature in (dataset.features or {}).items()
-        if name in _MESSAGE_COLUMNS
-    }
-    return "keep" if columns and all(map(_holds_json, columns.values())) else "error"
+    columns = [
+        feature for name, feature in (dataset.features or {}).items() if name in _MESSAGE_COLUMNS
+    ]
+    return "keep" if columns and all(map(_has_exact_arguments, columns)) else "error"
 
 
 def _with_exact_nulls(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
@@ -210,17 +232,22 @@ def _without_fillers(value: Any, feature: Any) -> Any:
             for key, item in value.items()
             if item is not None
         }
-    if isinstance(feature, List) and isinstance(value, list):
+    if isinstance(feature, _LISTS) and isinstance(value, list):
         return [_without_fillers(item, feature.feature) for item in value]
     return value
 
 
-def _holds_json(feature: Any) -> bool:
-    if isinstance(feature, Json):
-        return True
-    if isinstance(feature, dict):
-        return any(map(_holds_json, feature.values()))
-    return isinstance(feature, List) and _holds_json(feature.feature)
+def _has_exact_arguments(feature: Any) -> bool:
+    """Return whether nulls among tool-call arguments in a column of this type can't be fillers."""
+    if isinstance(feature, _LISTS):
+        return _has_exact_arguments(feature.feature)
+    if not isinstance(feature, dict):
+        return True  # Json, or text
+    if isinstance(feature.get("arguments"), (dict, *_LISTS)):
+        return False
+    return all(
+        _has_exact_arguments(feature[key]) for key in ("tool_calls", "function") if key in feature
+    )
 
 
 def make_rows(
@@ -270,7 +297,7 @@ def _render_batch(
     return output
 
 
-def _pack_batch(batch: dict[str, list[Any]], max_length: int) -> dict[str, list[Any]]:
+def _pack_batch(batch: dict[str, list[Any]], max_length: int, code: str) -> dict[str, list[Any]]:
     rows = [Layout(*values) for values in zip(*(batch[name] for name in ROW_COLUMNS), strict=True)]
     packed = [
         concatenate([rows[index] for index in group])

@@ -22,7 +22,12 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
-from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
+from onepass_trl.attention.model_check import check_rotary_embedding
+from onepass_trl.attention.transformers_backend import (
+    check_model,
+    use_onepass_attention,
+    visible_end_required,
+)
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.training import preparation
 from onepass_trl.training.config import OnePassSFTConfig
@@ -148,6 +153,7 @@ class OnePassSFTTrainer(SFTTrainer):
                 "ZeRO and tensor parallelism shard the model instead"
             )
         use_onepass_attention(self.model)
+        check_rotary_embedding(self.model, args.max_length)
         _check_vocabulary("train", self.train_dataset, self.model)
         self.data_collator = data_collator or OnePassCollator(
             pad_token_id=self._tokenizer.pad_token_id,
@@ -235,12 +241,13 @@ class OnePassSFTTrainer(SFTTrainer):
             # see it makes them (and so the auxiliary loss) the ones of N passes; padding and fork
             # copies count nothing.
             inputs["attention_mask"] = num_passes
-        outputs = model(
-            **inputs,
-            use_cache=False,
-            fused_lm_head=True,
-            attention_impl=self.args.attention_impl,
-        )
+        with visible_end_required():
+            outputs = model(
+                **inputs,
+                use_cache=False,
+                fused_lm_head=True,
+                attention_impl=self.args.attention_impl,
+            )
 
         weights = weights.to(outputs.log_probs.device)
         token_loss = -outputs.log_probs * weights
@@ -390,7 +397,7 @@ def _check_vocabulary(name: str, dataset: Any, model: Any) -> None:
     embeddings = model.get_input_embeddings()
     if not isinstance(dataset, Dataset) or not isinstance(embeddings, torch.nn.Embedding):
         return
-    largest = compute.max(compute.list_flatten(dataset.data["input_ids"])).as_py()
+    largest = compute.max(compute.list_flatten(preparation.token_ids(dataset))).as_py()
     if largest is not None and largest >= embeddings.num_embeddings:
         raise ValueError(
             f"the {name} dataset has the token id {largest}, but the model has "

@@ -257,6 +257,7 @@ def test_a_conversation_that_overflows_whole_leaves_the_others(train):
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0"),
         (dict(activation_offloading=True), "needs an accelerator"),
         (dict(null_arguments="maybe"), "null_arguments must be one of"),
+        (dict(max_length=1), "max_length must be at least 2"),
         (dict(overflow="cut"), "overflow must be one of"),
         (dict(train_on="first"), "train_on must be"),
         (dict(train_on="[0, 0.5]"), "train_on must be"),
@@ -426,3 +427,56 @@ def test_nulls_of_a_tool_schema_survive_unless_a_struct_filled_them(train, tiny_
         model = make_model("qwen3", vocab_size=len(tiny_tokenizer))
         ids = train(model=model, dataset=dataset).train_dataset[0]["input_ids"]
         assert expected in tiny_tokenizer.decode(ids)
+
+
+def test_a_subset_of_prepared_rows_is_checked_alone(train):
+    prepared = train().train_dataset
+    shortest = min(len(row["input_ids"]) for row in prepared)
+    subset = prepared.filter(lambda row: len(row["input_ids"]) == shortest)
+    assert len(train(dataset=subset, max_length=shortest).train_dataset) == len(subset)
+
+
+def test_train_on_chooses_among_given_passes(train):
+    assert {int(row["num_turns"]) for row in train(train_on="last").train_dataset} == {1}
+    with pytest.raises(ValueError, match="lists turn 7"):
+        train(train_on="[7]")
+
+
+def test_a_model_that_drops_visible_end_is_an_error(train):
+    from transformers import NemotronConfig, NemotronForCausalLM
+
+    config = NemotronConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    with pytest.raises(ValueError, match="got no visible_end"):
+        train(model=NemotronForCausalLM(config)).train()
+
+
+def test_rotary_embeddings_that_depend_on_the_row_are_errors(train):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = make_model("llama", max_position_embeddings=32, rope_parameters=rope)
+    with pytest.raises(ValueError, match="Set max_length to at most 32"):
+        train(model=model)
+    train(model=model, max_length=32)
+
+
+def test_fillers_next_to_json_are_not_taken_for_nulls(train):
+    from datasets import Features, Json, LargeList, List, Value
+
+    from onepass_trl.training.preparation import settle_null_arguments
+
+    def settled(arguments, wrap=List):
+        call = {"function": {"name": Value("string"), "arguments": arguments}}
+        message = {"role": Value("string"), "metadata": Json(), "tool_calls": wrap(call)}
+        dataset = Dataset.from_dict(
+            {"messages": []}, features=Features({"messages": wrap(message)})
+        )
+        return settle_null_arguments(dataset, "auto")
+
+    assert settled(Json()) == settled(Value("string")) == settled(Json(), LargeList) == "keep"
+    assert settled({"a": Value("int64")}) == settled({"a": Value("int64")}, LargeList) == "error"
