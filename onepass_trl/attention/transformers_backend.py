@@ -158,8 +158,8 @@ def onepass_attention(
     if visible_end is None:
         if _visible_end_required:
             raise ValueError(
-                f"{_layer_name(module)} got no visible_end: the model doesn't hand what is passed to "
-                "its forward on to its attention, so it can't be trained in one pass. Use "
+                f"{_layer_name(module)} got no visible_end: the model doesn't hand what it is given "
+                "on to its attention, so it can't be trained in one pass. Use "
                 "SFTTrainer with one row per turn"
             )
         mask = attention_mask
