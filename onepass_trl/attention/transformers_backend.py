@@ -158,7 +158,7 @@ def onepass_attention(
     if visible_end is None:
         if _visible_end_required:
             raise ValueError(
-                f"{_layer_name(module)} got no visible_end: the model doesn't hand what it is given "
+                f"{_layer_name(module)} got no visible_end: the model doesn't hand what it gets "
                 "on to its attention, so it can't be trained in one pass. Use "
                 "SFTTrainer with one row per turn"
             )
