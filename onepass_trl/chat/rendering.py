@@ -158,6 +158,11 @@ class _Conversation:
     def _texts(self, index: int) -> tuple[str, str]:
         message = self._messages[index]
         check_generable(message, self._added.special, self._template.text)
+        if not (message["content"] or message.keys() & {"reasoning_content", "tool_calls"}):
+            raise TurnError(
+                "it is empty: no reasoning, content or tool call, so the model would learn to "
+                "answer nothing; remove it, or switch it off with 'train': false"
+            )
         if index == 0:
             raise TurnError(_NOTHING_BEFORE)
         context = self._template.render(self._prepared[:index], prompt=True)

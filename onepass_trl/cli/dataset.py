@@ -78,6 +78,8 @@ def _load_json(name: str, files: list[str], split: str, streaming: bool) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     columns = list(dict.fromkeys(key for file in files for row in _read_json(file) for key in row))
+    if not columns:
+        raise ValueError(f"{name!r} holds no rows: it needs one JSON object a line")
     features = Features({column: Value("string") for column in columns})
     # Size and time of the files are there for the cache: it must not outlive their content.
     stamps = tuple((Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files)
@@ -95,7 +97,11 @@ def _load_json(name: str, files: list[str], split: str, streaming: bool) -> Any:
         raise error.__cause__ or error from None
     except (ValueError, AssertionError) as error:
         raise _no_split(name, split, error) from None
-    return dataset.select(range(part.from_ or 0, len(dataset) if part.to is None else part.to))
+    end = len(dataset) if part.to is None else min(part.to, len(dataset))
+    rows = range(part.from_ or 0, end)
+    if not rows:
+        raise ValueError(f"{split!r} of {name!r} holds none of its {len(dataset)} rows")
+    return dataset.select(rows)
 
 
 def _read_json(file: str) -> Iterator[dict[str, Any]]:

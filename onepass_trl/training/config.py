@@ -50,7 +50,7 @@ class OnePassSFTConfig(SFTConfig):
     )
     train_on: str = field(
         default="all",
-        metadata={"help": "Assistant turns to train: 'all', 'last' or a list of turn indices."},
+        metadata={"help": "Assistant turns to train: 'all', 'last' or a list such as '[0, 2]'."},
     )
     overflow: str = field(
         default="truncate",
@@ -105,6 +105,11 @@ class OnePassSFTConfig(SFTConfig):
             raise ValueError(
                 "activation_offloading moves activations from an accelerator to the CPU, so it "
                 "needs an accelerator; this run uses the CPU. Set activation_offloading=False"
+            )
+        if self.attention_impl == "flex" and self.device.type == "cpu":
+            raise ValueError(
+                "attention_impl='flex' can't train on a CPU: FlexAttention has no backward there. "
+                "Use 'auto'"
             )
         if self.packing and self.packing_strategy != "bfd":
             raise ValueError(

@@ -60,7 +60,12 @@ def turns(draw):
 
 conversations = st.lists(turns(), min_size=1, max_size=3).map(lambda parts: list(chain(*parts)))
 
-REASONS = ("contains the special token", "contains '</think>'", "only the first")
+REASONS = (
+    "it is empty",
+    "contains the special token",
+    "contains '</think>'",
+    "only the first",
+)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "deepseekv3", "gptoss"])

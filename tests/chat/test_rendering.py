@@ -313,3 +313,9 @@ def test_short_answers_are_not_found_in_markup():
     for text in ("t", "end", "im", "k"):
         with pytest.raises(ChatFormatError, match="its content"):
             render_passes([user(), answer(text)], tokenizer)
+
+
+def test_an_empty_turn_is_refused():
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]
+    with pytest.raises(ChatFormatError, match=r"message 1, .*it is empty"):
+        render_passes(messages, small_tokenizer("qwen3"))

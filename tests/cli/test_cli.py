@@ -205,6 +205,15 @@ class TestLocalFiles:
         with pytest.raises(ValueError, match=message):
             load_conversations(str(path), "train")
 
+    def test_empty_files_and_slices_are_errors(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("")
+        with pytest.raises(ValueError, match="holds no rows"):
+            load_conversations(str(path), "train")
+        path.write_text('{"messages": []}\n')
+        with pytest.raises(ValueError, match="holds none of its 1 rows"):
+            load_conversations(str(path), "train[5:]")
+
     def test_a_local_file_has_no_configurations(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text('{"messages": []}\n')

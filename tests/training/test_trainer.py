@@ -257,6 +257,7 @@ def test_a_conversation_that_overflows_whole_leaves_the_others(train):
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0"),
         (dict(activation_offloading=True), "needs an accelerator"),
         (dict(null_arguments="maybe"), "null_arguments must be one of"),
+        (dict(attention_impl="flex"), "can't train on a CPU"),
         (dict(max_length=1), "max_length must be at least 2"),
         (dict(overflow="cut"), "overflow must be one of"),
         (dict(train_on="first"), "train_on must be"),
