@@ -61,7 +61,12 @@ def main(folder: str, options: dict) -> None:
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         Path(folder, "history.json").write_text(json.dumps(history))
-    trainer.accelerator.wait_for_everyone()
+    # DDP goes before the process group: its destructor could wait for a thread of the group.
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    del trainer
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
