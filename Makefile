@@ -6,7 +6,7 @@ BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help venv demo test check format cuda bench clean
+.PHONY: help venv demo test check format cuda wheel bench clean
 
 help:
 	@echo "make venv    set up .venv and build the package into it ($(TORCH); override with TORCH=...)"
@@ -14,7 +14,8 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, layers"
 	@echo "make format  format Python and C++"
-	@echo "make cuda    build with the CUDA kernels (needs nvcc, not a GPU)"
+	@echo "make cuda    build the CUDA library too (needs nvcc, not a GPU)"
+	@echo "make wheel   a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
 	@echo "make bench   run the benchmarks and regenerate the tables of benchmarks/README.md"
 	@echo "make clean   remove .venv, builds, caches and runs"
 
@@ -29,7 +30,7 @@ venv: .venv/installed
 	touch $@
 
 .venv/installed: .venv/torch $(BUILD_INPUTS)
-	$(BIN)/python -m pip install --no-build-isolation -e '.[dev]'
+	ONEPASS_CUDA=0 $(BIN)/python -m pip install --no-build-isolation -e '.[dev]'
 	touch $@
 
 # Threads that wait sleep instead of spinning. It costs a few percent on an idle machine and is several
@@ -47,22 +48,19 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \
 	  | xargs -r $(BIN)/clang-format --dry-run -Werror
 
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs -r $(BIN)/clang-format -i
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs -r $(BIN)/clang-format -i
 
-ifeq ($(wildcard csrc/cuda/*),)
-cuda:
-	@echo "make cuda: this version has no CUDA kernels yet (no csrc/cuda); CUDA devices use FlexAttention." >&2
-	@exit 1
-else
 cuda: venv
-	ONEPASS_CUDA=1 $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
-endif
+	$(BIN)/python csrc/cuda/cuda_build.py
+
+wheel: venv
+	ONEPASS_CUDA=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
 bench: venv
 	set -e; for script in $(BENCHMARKS); do \
@@ -73,4 +71,5 @@ bench: venv
 clean:
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find onepass_trl -name '*.so' -delete
+	rm -f onepass_trl/_cuda.json
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,14 +1,35 @@
-"""Builds the compiled extension `onepass_trl._C`; everything else is in pyproject.toml."""
+"""Builds the compiled parts: `onepass_trl._C` for CPUs, and `onepass_trl/_cuda.so` where asked for.
 
+Everything else is in pyproject.toml; `csrc/cuda/cuda_build.py` says what decides about CUDA.
+"""
+
+import os
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+sys.path.insert(0, str(Path(__file__).parent / "csrc" / "cuda"))
+import cuda_build
+
 # at::parallel_for runs on OpenMP, from a header: without this flag the kernels would be serial.
 # Apple's compiler has none.
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+
+
+class BuildBoth(BuildExtension):
+    """Builds the CUDA library next to the extension, in the source tree or in the wheel."""
+
+    def run(self):
+        """Build the extension, then the CUDA library."""
+        options = cuda_build.options_of(dict(os.environ))
+        super().run()
+        if options is not None:
+            library = Path(self.get_ext_fullpath("onepass_trl._C")).with_name("_cuda.so")
+            cuda_build.build(options, Path("build/cuda"), library)
+
 
 setup(
     ext_modules=[
@@ -19,5 +40,5 @@ setup(
             extra_link_args=openmp,
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildBoth},
 )

@@ -155,12 +155,10 @@ void run_tasks(int64_t num_tasks, int64_t scratch_bytes, const Run& run) {
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> tree_attention(const at::Tensor& q, const at::Tensor& k,
-                                                  const at::Tensor& v,
-                                                  const at::Tensor& visible_end,
-                                                  const OptionalTensor& positions,
-                                                  const OptionalTensor& sinks, double scale,
-                                                  int64_t window, double softcap) {
+std::tuple<at::Tensor, at::Tensor> tree_attention(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& visible_end,
+    const OptionalTensor& positions, const OptionalTensor& sinks, double scale, int64_t window,
+    double softcap, const OptionalTensor& /*plan*/) {
   const Kernels& kernels = kernels_for(q.scalar_type());
   Call<Params> call(q, k, v, visible_end, positions, sinks, scale, window, softcap);
   Params& p = call.params;
@@ -178,7 +176,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> tree_attention_backwa
     const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& q, const at::Tensor& k,
     const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
     const at::Tensor& visible_end, const OptionalTensor& positions, const OptionalTensor& sinks,
-    double scale, int64_t window, double softcap) {
+    double scale, int64_t window, double softcap, const OptionalTensor& /*plan*/) {
   const auto type = q.scalar_type(), accumulation = accumulation_type(type);
   const Kernels& kernels = kernels_for(type);
   Call<BackwardParams> call(q, k, v, visible_end, positions, sinks, scale, window, softcap);

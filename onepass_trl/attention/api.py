@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from onepass_trl.attention import ops
+from onepass_trl.attention import cuda_library, ops
 from onepass_trl.attention.flex import flex_tree_attention
 from onepass_trl.attention.reference import dense_tree_attention
 
@@ -44,11 +44,38 @@ def available_impls() -> list[ImplStatus]:
         cpu = ImplStatus("cpu", False, (), _not_built_message())
     flex = "compiled FlexAttention" if "cuda" in devices else "torch sees no CUDA device"
     return [
-        ImplStatus("cuda", False, (), "no CUDA kernel in this version; CUDA devices use 'flex'"),
+        _cuda_status("cuda" in devices),
         cpu,
         ImplStatus("flex", True, devices[1:], flex),
         ImplStatus("dense", True, devices, "eager reference, O(seq^2) memory"),
     ]
+
+
+def _cuda_status(has_device: bool) -> ImplStatus:
+    capability = torch.cuda.get_device_capability() if has_device else None
+    reason = cuda_library.missing(capability)
+    build = cuda_library.BUILD
+    if build is None:
+        return ImplStatus("cuda", False, (), reason or "")
+    head_dims = ", ".join(f"{d_qk}/{d_v}" for d_qk, d_v in build.head_dims)
+    built = f"nvcc {build.nvcc}, sm_{', sm_'.join(build.archs)}, head sizes {head_dims}"
+    if reason is None and capability is None:
+        reason = "torch sees no CUDA device"
+    if reason is not None:
+        return ImplStatus("cuda", True, (), f"{built}; {reason}")
+    chosen = sum(
+        cuda_library.is_validated(capability, dtype, pair)  # type: ignore[arg-type]
+        for dtype in cuda_library.DTYPES
+        for pair in build.head_dims
+    )
+    total = len(cuda_library.DTYPES) * len(build.head_dims)
+    return ImplStatus(
+        "cuda",
+        True,
+        ("cuda",),
+        f"{built}; {chosen} of {total} pairs of dtype and head size validated on this device: "
+        "'auto' takes those, and 'flex' for the others",
+    )
 
 
 def tree_attention(
@@ -70,50 +97,57 @@ def tree_attention(
     Differentiable in q, k, v and sinks. Under autocast q, k and v are cast to the autocast dtype.
 
     Args:
-        q: ``(batch, heads, seq, d_qk)``, on a CPU float32, float64 or bfloat16.
+        q: ``(batch, heads, seq, d_qk)``, on a CPU float32, float64 or bfloat16; "cuda" takes
+            bfloat16 and float16.
         k: ``(batch, kv_heads, seq, d_qk)``; ``heads`` is a multiple of ``kv_heads``.
         v: ``(batch, kv_heads, seq, d_v)``.
         visible_end: ``(batch, seq)`` int32: key j is seen by the queries
             ``[j, visible_end[j])``. The intervals nest.
-        scale: factor of the scores, ``1 / sqrt(d_qk)`` unless given.
+        scale: factor of the scores, ``1 / sqrt(d_qk)`` unless given; positive for "cuda".
         positions: ``(batch, seq)`` int32 position ids, needed with a window.
         window: query i also needs ``positions[i] - positions[j] < window`` to see key j.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: ``(heads,)`` floating, one more logit per head that takes probability and gives no
             value.
-        impl: "auto" takes "cpu" for CPU tensors and "flex" for CUDA tensors; any other name is used
-            or refused.
+        impl: "auto" takes "cpu" for CPU tensors; for CUDA tensors "cuda" where it is built and
+            validated for the device, dtype and head size, else "flex". Any other name is used or
+            refused.
         return_lse: also return the natural logarithm of the softmax's denominator, sink included.
 
     Returns:
         ``out`` ``(batch, heads, seq, d_v)`` in the dtype of q, or ``(out, lse)`` with ``lse``
         ``(batch, heads, seq)`` float32 (float64 for float64 inputs). ``out.transpose(1, 2)`` is
-        contiguous with "cpu".
+        contiguous with "cpu" and "cuda", which also give the same bits every time, gradients too.
 
     Raises:
         ValueError: an argument that does not fit the others, or that the implementation does not
             support.
         VisibilityError: `visible_end` is not a tree (a ValueError; checked by "cpu").
-        ExtensionNotBuiltError: "cpu" without the compiled extension.
+        ExtensionNotBuiltError: "cpu" or "cuda" without its compiled library.
     """
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, visible_end)
     _check_options(q, visible_end, positions, window, softcap, sinks)
-    chosen = _choose(impl, q)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    chosen = _choose(impl, q, v, scale)
     if sinks is not None:
         sinks = sinks.to(ops.accumulation_dtype(q.dtype))
-    if chosen == "cpu":
+    if chosen in ("cpu", "cuda"):
+        used_positions = None if window is None else positions
+        plan = None
+        if chosen == "cuda":
+            plan = cuda_library.plan_of(visible_end, used_positions, window or 0)
         out, lse = torch.ops.onepass.tree_attention(
             q,
             k,
             v,
             visible_end,
-            None if window is None else positions,
+            used_positions,
             sinks,
             scale,
             window or 0,
             softcap or 0.0,
+            plan,
         )
     else:
         run = flex_tree_attention if chosen == "flex" else dense_tree_attention
@@ -203,19 +237,22 @@ def _check_options(
             raise ValueError(f"sinks is on {sinks.device}, expected {q.device} as q")
 
 
-def _choose(impl: Impl, q: Tensor) -> str:
+def _choose(impl: Impl, q: Tensor, v: Tensor, scale: float) -> str:
     device = q.device.type
     if impl not in get_args(Impl):
         raise ValueError(f"impl is {impl!r}, expected one of {', '.join(get_args(Impl))}")
-    if impl == "cuda":
-        raise ValueError("impl='cuda': this version has no CUDA kernel; use impl='flex' or 'auto'")
     if impl == "auto":
         if device not in ("cpu", "cuda"):
             raise ValueError(
                 f"q is on {q.device}, and no implementation is validated for {device}: move the "
                 "tensors to a CPU or CUDA device, or pass impl='flex' or 'dense'"
             )
-        impl = "cpu" if device == "cpu" else "flex"
+        if device == "cpu":
+            impl = "cpu"
+        else:
+            impl = "cuda" if _cuda_is_validated(q, v) and scale > 0 else "flex"
+    if impl == "cuda":
+        _check_cuda(q, v, scale)
     if impl == "cpu":
         if device != "cpu":
             raise ValueError(f"impl='cpu' and q is on {q.device}: use impl='auto'")
@@ -226,6 +263,38 @@ def _choose(impl: Impl, q: Tensor) -> str:
     if impl == "flex" and q.dtype not in FLEX_DTYPES:
         raise ValueError(_dtype_message("flex", q.dtype, FLEX_DTYPES))
     return impl
+
+
+def _cuda_is_validated(q: Tensor, v: Tensor) -> bool:
+    capability = torch.cuda.get_device_capability(q.device)
+    head_dims = (q.shape[3], v.shape[3])
+    return (
+        cuda_library.missing(capability) is None
+        and head_dims in cuda_library.BUILD.head_dims  # type: ignore[union-attr]
+        and cuda_library.is_validated(capability, q.dtype, head_dims)
+    )
+
+
+def _check_cuda(q: Tensor, v: Tensor, scale: float) -> None:
+    if q.device.type != "cuda":
+        raise ValueError(f"impl='cuda' and q is on {q.device}: use impl='auto'")
+    reason = cuda_library.missing(torch.cuda.get_device_capability(q.device))
+    if reason is not None:
+        raise ExtensionNotBuiltError(f"impl='cuda': {reason}, or use impl='flex'")
+    if q.dtype not in cuda_library.DTYPES:
+        raise ValueError(_dtype_message("cuda", q.dtype, cuda_library.DTYPES))
+    head_dims, built = (q.shape[3], v.shape[3]), cuda_library.BUILD.head_dims  # type: ignore[union-attr]
+    if head_dims not in built:
+        raise ValueError(
+            f"impl='cuda': head sizes d_qk {head_dims[0]} and d_v {head_dims[1]}, and the library "
+            f"is built for {', '.join(f'{d_qk}/{d_v}' for d_qk, d_v in built)}: rebuild it with "
+            f"`ONEPASS_HEAD_DIMS={head_dims[0]}/{head_dims[1]} {cuda_library.BUILD_COMMAND}` (it "
+            "takes multiples of 32 up to 256, d_v at most d_qk), or use impl='flex'"
+        )
+    if not scale > 0:
+        raise ValueError(
+            f"impl='cuda': scale is {scale}, expected a positive number; impl='flex' takes any"
+        )
 
 
 def _dtype_message(impl: str, dtype: torch.dtype, supported: tuple[torch.dtype, ...]) -> str:

@@ -1,7 +1,8 @@
 """The op ``onepass::tree_attention``: schema, fake implementation and autograd of all devices.
 
-The CPU implementation is `csrc/cpu/tree_attention.cpp`, registered when `onepass_trl._C` is loaded.
-Importing this module works without it. Arguments, once for both ops:
+The CPU implementation is `csrc/cpu/tree_attention.cpp`, registered when `onepass_trl._C` is loaded,
+the CUDA one `csrc/cuda/api.cpp`, registered by `cuda_library`. Importing this module works without
+either. Arguments, once for both ops:
 
 - ``q`` ``(batch, heads, seq, d_qk)``, ``k`` ``(batch, kv_heads, seq, d_qk)``, ``v`` ``(batch,
   kv_heads, seq, d_v)`` of one dtype, any strides (free of copies where the last dimension is
@@ -10,6 +11,8 @@ Importing this module works without it. Arguments, once for both ops:
   window;
 - ``sinks`` ``(heads,)`` in the dtype of lse;
 - ``window`` 0 for none; ``softcap`` 0.0 for none;
+- ``plan``, on CUDA devices, what ``onepass::tree_plan`` has made of the same ``visible_end``,
+  ``positions`` and ``window``, ``(batch, plan_size(seq))`` int32; None to make it once more;
 - ``out`` ``(batch, heads, seq, d_v)`` in q's dtype, laid out so that ``out.transpose(1, 2)`` is
   contiguous;
 - ``lse`` ``(batch, heads, seq)``, float64 for float64 inputs, else float32: natural logarithm, sink
@@ -29,13 +32,17 @@ EXTENSION_ERROR: ImportError | None = None
 _library = torch.library.Library("onepass", "DEF")
 _library.define(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_end, Tensor? positions, Tensor? "
-    "sinks, float scale, int window, float softcap) -> (Tensor out, Tensor lse)",
+    "sinks, float scale, int window, float softcap, Tensor? plan=None) -> (Tensor out, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "tree_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor visible_end, Tensor? positions, Tensor? sinks, float scale, int window, "
-    "float softcap) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    "float softcap, Tensor? plan=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "tree_plan(Tensor visible_end, Tensor? positions, int window) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -61,6 +68,7 @@ def _(
     scale: float,
     window: int,
     softcap: float,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = _empty_heads_last(q, v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
@@ -81,19 +89,32 @@ def _(
     scale: float,
     window: int,
     softcap: float,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (_empty_heads_last(x, x.shape[3]) for x in (q, k, v))
     return dq, dk, dv, lse.new_empty((0,) if sinks is None else sinks.shape)
 
 
+def plan_size(seq: int | torch.SymInt) -> int | torch.SymInt:
+    """Return the int32 per row of a plan; `csrc/cuda/plan.h` says what they are."""
+    tiles = (seq + 63) // 64
+    return (6 * tiles + (tiles + 1) // 2 + 3) // 4 * 4
+
+
+@torch.library.register_fake("onepass::tree_plan", lib=_library)
+def _(visible_end: Tensor, positions: Tensor | None, window: int) -> Tensor:
+    batch, seq = visible_end.shape
+    return visible_end.new_empty((batch, plan_size(seq)))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, visible_end, positions, sinks, ctx.scale, ctx.window, ctx.softcap = inputs
-    ctx.save_for_backward(q, k, v, *output, visible_end, positions, sinks)
+    q, k, v, visible_end, positions, sinks, ctx.scale, ctx.window, ctx.softcap, plan = inputs
+    ctx.save_for_backward(q, k, v, *output, visible_end, positions, sinks, plan)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, visible_end, positions, sinks = ctx.saved_tensors
+    q, k, v, out, lse, visible_end, positions, sinks, plan = ctx.saved_tensors
     dq, dk, dv, dsinks = torch.ops.onepass.tree_attention_backward(
         torch.zeros_like(out) if dout is None else dout,
         dlse,
@@ -108,8 +129,9 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
         ctx.scale,
         ctx.window,
         ctx.softcap,
+        plan,
     )
-    return dq, dk, dv, None, None, None if sinks is None else dsinks, None, None, None
+    return dq, dk, dv, None, None, None if sinks is None else dsinks, None, None, None, None
 
 
 torch.library.register_autograd(

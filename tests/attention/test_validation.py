@@ -45,7 +45,7 @@ BAD_INPUTS = {
     "sinks dtype": ({"sinks": torch.zeros(4, dtype=torch.int32)}, "expected a floating dtype"),
     "sinks device": ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta"),
     "impl": ({"impl": "fast"}, "impl is 'fast', expected one of auto, cuda, cpu, flex, dense"),
-    "cuda": ({"impl": "cuda"}, "no CUDA kernel; use impl='flex'"),
+    "cuda": ({"impl": "cuda"}, "impl='cuda' and q is on cpu: use impl='auto'"),
     "float16": (
         {"q": Q.half(), "k": KV.half(), "v": KV.half()},
         "impl='cpu': q is torch.float16, expected one of torch.float32, torch.float64, "
@@ -107,7 +107,8 @@ def test_the_op_checks_what_memory_safety_needs():
 def test_impls_say_where_they_run():
     impls = {impl.name: impl for impl in available_impls()}
     assert list(impls) == ["cuda", "cpu", "flex", "dense"]
-    assert not impls["cuda"].built
+    if not torch.cuda.is_available():
+        assert impls["cuda"].devices == ()
     assert impls["cpu"].devices == ("cpu",)
     assert "gcc" in impls["cpu"].detail or "clang" in impls["cpu"].detail
 

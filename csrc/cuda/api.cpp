@@ -1,0 +1,256 @@
+// Binds the CUDA kernels to the ops of onepass_trl/attention/ops.py, on the stable ABI of LibTorch:
+// one library serves every Python and every torch from 2.11 on.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace onepass::cuda {
+namespace {
+
+using StableTensor = torch::stable::Tensor;
+using OptionalTensor = std::optional<StableTensor>;
+using torch::headeronly::ScalarType;
+
+std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < values.size(); ++i) text << (i > 0 ? ", " : "") << values[i];
+  text << ")";
+  return text.str();
+}
+
+void check(const char* name, const StableTensor& x, std::initializer_list<int64_t> shape,
+           ScalarType type, int32_t device) {
+  const torch::headeronly::IntHeaderOnlyArrayRef expected(shape.begin(), shape.size());
+  STD_TORCH_CHECK(x.sizes() == expected, name, " has shape ", to_string(x.sizes()), ", expected ",
+                  to_string(expected));
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " has dtype ", toString(x.scalar_type()),
+                  ", expected ", toString(type));
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, name,
+                  " is on another device than q");
+}
+
+StableTensor new_empty(const StableTensor& like, std::initializer_list<int64_t> shape,
+                       ScalarType type) {
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+}
+
+// (batch, heads, seq, width) with heads next to width in memory, as the models want it after
+// transpose(1, 2).
+StableTensor empty_heads_last(const StableTensor& like, int64_t width) {
+  return torch::stable::transpose(
+      new_empty(like, {like.size(0), like.size(2), like.size(1), width}, like.scalar_type()), 1, 2);
+}
+
+// The kernels read rows of 16-byte chunks; what is not laid out for that is copied.
+StableTensor aligned(const StableTensor& x) {
+  bool fits = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    fits = fits && (x.size(dim) == 1 || (x.stride(dim) % 8 == 0 && x.stride(dim) > 0));
+  }
+  if (fits) return x;
+  StableTensor copy = torch::stable::new_empty(x, x.sizes());
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+Tensor raw(const StableTensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <typename T>
+const T* pointer(const OptionalTensor& x) {
+  return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_shared_memory(int needed, int32_t device) {
+  int available = 0;
+  STD_CUDA_CHECK(
+      cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_TORCH_CHECK(needed <= available, "this head size needs ", needed,
+                  " bytes of shared memory per block and the device has ", available,
+                  ": use impl='flex'");
+}
+
+StableTensor tree_plan(const StableTensor& visible_end, const OptionalTensor& positions,
+                       int64_t window) {
+  STD_TORCH_CHECK(visible_end.dim() == 2, "visible_end has shape ", to_string(visible_end.sizes()),
+                  ", expected (batch, seq)");
+  const int32_t device = visible_end.get_device_index();
+  const int64_t batch = visible_end.size(0), seq = visible_end.size(1);
+  check("visible_end", visible_end, {batch, seq}, ScalarType::Int, device);
+  STD_TORCH_CHECK(seq < (int64_t{1} << 30), "seq is ", seq, ", expected less than 2^30");
+  STD_TORCH_CHECK(batch < (1 << 16), "batch is ", batch, ", expected less than 65,536");
+  STD_TORCH_CHECK(0 <= window && window <= INT32_MAX, "window is ", window,
+                  ", expected 0 for none, or an int32");
+  STD_TORCH_CHECK(window == 0 || positions.has_value(),
+                  "a window is measured in positions: pass positions too");
+  StableTensor plan =
+      new_empty(visible_end, {batch, plan_size(static_cast<int32_t>(seq))}, ScalarType::Int);
+  if (batch == 0 || seq == 0) return plan;
+
+  const StableTensor ends = torch::stable::contiguous(visible_end);
+  OptionalTensor row_positions;
+  if (window > 0) {
+    check("positions", *positions, {batch, seq}, ScalarType::Int, device);
+    row_positions = torch::stable::contiguous(*positions);
+  }
+  StableTensor counts = torch::stable::new_empty(plan, plan.sizes());
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const PlanParams params{
+      static_cast<int32_t>(batch),     static_cast<int32_t>(seq),
+      static_cast<int32_t>(window),    static_cast<const int32_t*>(ends.const_data_ptr()),
+      pointer<int32_t>(row_positions), static_cast<int32_t*>(plan.mutable_data_ptr())};
+  launch_plan(params, static_cast<int32_t*>(counts.mutable_data_ptr()), current_stream(device));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return plan;
+}
+
+// What forward and backward share: checked inputs, and the kernels. Keeps alive what `params`
+// points to.
+template <typename ParamsType>
+struct Call {
+  ParamsType params{};
+  const Kernels* kernels = nullptr;
+  int32_t device;
+  StableTensor q, k, v, visible_end, plan;
+  OptionalTensor positions, sinks;
+
+  Call(const StableTensor& q_, const StableTensor& k_, const StableTensor& v_,
+       const StableTensor& visible_end_, const OptionalTensor& positions_,
+       const OptionalTensor& sinks_, double scale, int64_t window, double softcap,
+       const OptionalTensor& plan_)
+      : device(q_.get_device_index()) {
+    STD_TORCH_CHECK(q_.dim() == 4 && k_.dim() == 4 && v_.dim() == 4, "q, k and v have ", q_.dim(),
+                    ", ", k_.dim(), " and ", v_.dim(),
+                    " dimensions, expected (batch, heads, seq, head_dim)");
+    const ScalarType type = q_.scalar_type();
+    const int64_t batch = q_.size(0), heads = q_.size(1), seq = q_.size(2), kv_heads = k_.size(1);
+    const int64_t d_qk = q_.size(3), d_v = v_.size(3);
+    check("k", k_, {batch, kv_heads, seq, d_qk}, type, device);
+    check("v", v_, {batch, kv_heads, seq, d_v}, type, device);
+    check("visible_end", visible_end_, {batch, seq}, ScalarType::Int, device);
+    STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && heads < (1 << 16), "q has ", heads,
+                    " heads, expected a multiple of the ", kv_heads,
+                    " heads of k, less than 65,536");
+    STD_TORCH_CHECK(scale > 0, "scale is ", scale, ", expected a positive number");
+    STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "q has dtype ",
+                    toString(type), ", expected BFloat16 or Half");
+    kernels = find_kernels(type == ScalarType::BFloat16 ? ElementType::bf16 : ElementType::fp16,
+                           d_qk, d_v);
+    STD_TORCH_CHECK(kernels != nullptr, "this build has no kernel for head sizes ", d_qk, " and ",
+                    d_v, ": use impl='flex'");
+    // A plan is checked for its size only: whose it is is up to the caller.
+    plan = plan_.has_value() ? *plan_ : tree_plan(visible_end_, positions_, window);
+    check("plan", plan, {batch, plan_size(static_cast<int32_t>(seq))}, ScalarType::Int, device);
+    q = aligned(q_), k = aligned(k_), v = aligned(v_);
+    visible_end = torch::stable::contiguous(visible_end_);
+    if (window > 0) {
+      STD_TORCH_CHECK(positions_.has_value(),
+                      "a window is measured in positions: pass positions too");
+      check("positions", *positions_, {batch, seq}, ScalarType::Int, device);
+      positions = torch::stable::contiguous(*positions_);
+    }
+    if (sinks_.has_value()) {
+      check("sinks", *sinks_, {heads}, ScalarType::Float, device);
+      sinks = torch::stable::contiguous(*sinks_);
+    }
+    Params& p = params;
+    p.batch = static_cast<int32_t>(batch), p.heads = static_cast<int32_t>(heads);
+    p.kv_heads = static_cast<int32_t>(kv_heads), p.seq = static_cast<int32_t>(seq);
+    p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
+    p.window = static_cast<int32_t>(window);
+    p.visible_end = static_cast<const int32_t*>(visible_end.const_data_ptr());
+    p.positions = pointer<int32_t>(positions);
+    p.plan = static_cast<const int32_t*>(plan.const_data_ptr());
+    p.sinks = pointer<float>(sinks);
+    p.q = raw(q), p.k = raw(k), p.v = raw(v);
+  }
+
+  bool empty() const { return params.batch == 0 || params.seq == 0 || params.heads == 0; }
+};
+
+std::tuple<StableTensor, StableTensor> tree_attention(
+    const StableTensor& q, const StableTensor& k, const StableTensor& v,
+    const StableTensor& visible_end, const OptionalTensor& positions, const OptionalTensor& sinks,
+    double scale, int64_t window, double softcap, const OptionalTensor& plan) {
+  Call<Params> call(q, k, v, visible_end, positions, sinks, scale, window, softcap, plan);
+  Params& p = call.params;
+  StableTensor out = empty_heads_last(q, v.size(3));
+  StableTensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  if (call.empty()) return {out, lse};
+  p.out = raw(out);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(call.device);
+  check_shared_memory(call.kernels->forward_shared_bytes, call.device);
+  call.kernels->forward(p, current_stream(call.device));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {out, lse};
+}
+
+std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attention_backward(
+    const StableTensor& dout, const OptionalTensor& dlse, const StableTensor& q,
+    const StableTensor& k, const StableTensor& v, const StableTensor& out, const StableTensor& lse,
+    const StableTensor& visible_end, const OptionalTensor& positions, const OptionalTensor& sinks,
+    double scale, int64_t window, double softcap, const OptionalTensor& plan) {
+  Call<BackwardParams> call(q, k, v, visible_end, positions, sinks, scale, window, softcap, plan);
+  BackwardParams& p = call.params;
+  const ScalarType type = q.scalar_type();
+  check("dout", dout, {q.size(0), q.size(1), q.size(2), v.size(3)}, type, call.device);
+  check("out", out, {q.size(0), q.size(1), q.size(2), v.size(3)}, type, call.device);
+  check("lse", lse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, call.device);
+  const StableTensor dout_rows = aligned(dout), out_rows = aligned(out);
+  const StableTensor lse_rows = torch::stable::contiguous(lse);
+  OptionalTensor dlse_rows;
+  if (dlse.has_value()) {
+    check("dlse", *dlse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, call.device);
+    dlse_rows = torch::stable::contiguous(*dlse);
+  }
+  StableTensor dq = empty_heads_last(q, q.size(3)), dk = empty_heads_last(k, k.size(3)),
+               dv = empty_heads_last(v, v.size(3));
+  StableTensor delta = torch::stable::new_empty(lse_rows, lse_rows.sizes());
+  // Zeros: what they stay where there is no query.
+  StableTensor dsinks = call.sinks.has_value()
+                            ? torch::stable::new_zeros(*call.sinks, call.sinks->sizes())
+                            : new_empty(lse_rows, {0}, ScalarType::Float);
+  if (call.empty()) return {dq, dk, dv, dsinks};
+  p.out = raw(out_rows), p.dout = raw(dout_rows);
+  p.dq = raw(dq), p.dk = raw(dk), p.dv = raw(dv);
+  p.lse = static_cast<float*>(const_cast<void*>(lse_rows.const_data_ptr()));
+  p.dlse = pointer<float>(dlse_rows);
+  p.delta = static_cast<float*>(delta.mutable_data_ptr());
+  p.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(call.device);
+  check_shared_memory(call.kernels->backward_shared_bytes, call.device);
+  call.kernels->backward(p, current_stream(call.device));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {dq, dk, dv, dsinks};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(onepass, CUDA, m) {
+  m.impl("tree_plan", TORCH_BOX(&tree_plan));
+  m.impl("tree_attention", TORCH_BOX(&tree_attention));
+  m.impl("tree_attention_backward", TORCH_BOX(&tree_attention_backward));
+}
+
+}  // namespace onepass::cuda

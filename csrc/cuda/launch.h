@@ -1,0 +1,33 @@
+// Starts a kernel on a stream. A failure to start is left to the caller's launch check.
+#pragma once
+
+#include "instructions.h"
+#include "kernels.h"
+
+namespace onepass::cuda {
+
+#if defined(ONEPASS_EMULATE)
+
+using emulator::Grid;
+using emulator::launch;
+
+#else
+
+struct Grid {
+  int32_t x, y, z;
+};
+
+template <typename... Params, typename... Arguments>
+void launch(void (*kernel)(Params...), Grid grid, int threads, int shared_bytes, Stream stream,
+            const Arguments&... arguments) {
+  constexpr int kDefaultLimit = 48 * 1024;
+  if (shared_bytes > kDefaultLimit) {
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                         cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared_bytes, stream> > >(arguments...);
+}
+
+#endif
+
+}  // namespace onepass::cuda

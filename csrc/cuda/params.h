@@ -1,0 +1,50 @@
+// What the CUDA kernels are given: raw pointers and shapes, no torch type.
+#pragma once
+
+#include <cstdint>
+
+namespace onepass::cuda {
+
+// A (batch, heads, seq, head_dim) tensor of bf16 or fp16 whose head_dim is contiguous, every row
+// aligned to 16 bytes; strides in elements.
+struct Tensor {
+  void* data;
+  int64_t batch_stride, head_stride, seq_stride;
+};
+
+// The keys of one tile of kTile tokens, and their positions (0 without positions).
+struct TileRange {
+  int32_t min_end, max_end;
+  int32_t min_position, max_position;
+};
+
+struct Params {
+  int32_t batch, heads, kv_heads, seq;
+  float scale;     // positive
+  float softcap;   // 0: none
+  int32_t window;  // 0: none
+
+  const int32_t* visible_end;  // (batch, seq)
+  const int32_t* positions;    // (batch, seq), null without a window
+  const int32_t* plan;         // (batch, plan_size(seq)), see plan.h
+  const float* sinks;          // (heads,), null for none
+
+  Tensor q, k, v, out;
+  float* lse;  // (batch, heads, seq), natural logarithm
+};
+
+struct BackwardParams : Params {
+  Tensor dout, dq, dk, dv;
+  const float* dlse;  // (batch, heads, seq), null for none
+  float* delta;       // (batch, heads, seq): sum_d dout * out - dlse
+  float* dsinks;      // (heads,), null for none
+};
+
+struct PlanParams {
+  int32_t batch, seq, window;
+  const int32_t* visible_end;  // (batch, seq)
+  const int32_t* positions;    // (batch, seq), null without a window
+  int32_t* plan;               // (batch, plan_size(seq))
+};
+
+}  // namespace onepass::cuda

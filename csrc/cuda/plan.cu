@@ -1,0 +1,122 @@
+// Makes the plan of plan.h on the device, in three launches and without a word to the host.
+#include <cassert>
+
+#include "launch.h"
+#include "plan.h"
+
+namespace onepass::cuda {
+namespace {
+
+template <typename T>
+__device__ __forceinline__ T warp_min(T value) {
+  for (int mask = 16; mask > 0; mask /= 2) value = min_of(value, shuffle_xor(value, mask));
+  return value;
+}
+
+constexpr int kPlanThreads = 128;
+constexpr int kPlanWarps = kPlanThreads / 32;
+
+// A warp per tile: the ranges of its ends and positions.
+__global__ void __launch_bounds__(kPlanThreads) range_kernel(const PlanParams params) {
+  const int32_t tile = blockIdx.x * kPlanWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (tile >= num_tiles(params.seq)) return;
+  const int64_t row = blockIdx.y * static_cast<int64_t>(params.seq);
+  TileRange range{INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};  // maxima negated
+  for (int32_t token = tile * kTile + lane; token < min_of((tile + 1) * kTile, params.seq);
+       token += 32) {
+    const int32_t end = params.visible_end[row + token];
+    assert(token < end && end <= params.seq && "visible_end[j] has to be in [j + 1, seq]");
+    const int32_t position = params.positions != nullptr ? params.positions[row + token] : 0;
+    range.min_end = min_of(range.min_end, end);
+    range.max_end = min_of(range.max_end, -end);
+    range.min_position = min_of(range.min_position, position);
+    range.max_position = min_of(range.max_position, -position);
+  }
+  range = {warp_min(range.min_end), -warp_min(range.max_end), warp_min(range.min_position),
+           -warp_min(range.max_position)};
+  if (lane == 0) {
+    int32_t* plan = params.plan + blockIdx.y * plan_stride(params.seq);
+    reinterpret_cast<TileRange*>(plan)[tile] = range;
+  }
+}
+
+// A warp per tile: how many tiles it visits as queries (alone, and as the first of a pair) and how
+// many visit it as keys. The counts lie where the orders will; order_kernel replaces them.
+__global__ void __launch_bounds__(kPlanThreads)
+    count_kernel(const PlanParams params, int32_t* counts) {
+  const int32_t seq = params.seq, tiles = num_tiles(seq);
+  const int32_t tile = blockIdx.x * kPlanWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (tile >= tiles) return;
+  const TileRange* ranges = plan_of_row(params.plan, blockIdx.y, seq).ranges;
+  counts += blockIdx.y * plan_stride(seq);
+
+  const QueryTile query = query_tile(ranges, tile * kTile, kTile, seq);
+  const QueryTile pair = query_tile(ranges, tile * kTile, 2 * kTile, seq);
+  const KeyTile key = key_tile(ranges, tile, seq);
+  int32_t visited = 0, visited_by_pair = 0, visiting = 0;
+  for (int32_t other = lane; other < tiles; other += 32) {
+    const KeyTile other_key = key_tile(ranges, other, seq);
+    const QueryTile other_query = query_tile(ranges, other * kTile, kTile, seq);
+    visited += coverage(query, other_key, params.window) != Coverage::skipped;
+    visited_by_pair += coverage(pair, other_key, params.window) != Coverage::skipped;
+    visiting += coverage(other_query, key, params.window) != Coverage::skipped;
+  }
+  for (int mask = 16; mask > 0; mask /= 2) {
+    visited += shuffle_xor(visited, mask);
+    visited_by_pair += shuffle_xor(visited_by_pair, mask);
+    visiting += shuffle_xor(visiting, mask);
+  }
+  if (lane == 0) {
+    counts[tile] = visited;
+    if (tile % 2 == 0) counts[tiles + tile / 2] = visited_by_pair;
+    counts[tiles + ceil_div(tiles, 2) + tile] = visiting;
+  }
+}
+
+// A warp per entry: its rank among the counts of its order, the larger first and of equals the
+// earlier, is its place.
+__global__ void __launch_bounds__(kPlanThreads)
+    order_kernel(const PlanParams params, const int32_t* counts) {
+  const int32_t tiles = num_tiles(params.seq), pairs = ceil_div(tiles, 2);
+  int32_t entry = blockIdx.x * kPlanWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (entry >= 2 * tiles + pairs) return;
+  int32_t* order = params.plan + blockIdx.y * plan_stride(params.seq) + 4 * tiles;
+  counts += blockIdx.y * plan_stride(params.seq);
+
+  int32_t begin = 0, size = tiles;
+  if (entry >= tiles + pairs) {
+    begin = tiles + pairs;
+  } else if (entry >= tiles) {
+    begin = tiles;
+    size = pairs;
+  }
+  entry -= begin;
+  const int32_t count = counts[begin + entry];
+  int32_t rank = 0;
+  for (int32_t other = lane; other < size; other += 32) {
+    const int32_t other_count = counts[begin + other];
+    rank += other_count > count || (other_count == count && other < entry);
+  }
+  for (int mask = 16; mask > 0; mask /= 2) rank += shuffle_xor(rank, mask);
+  if (lane == 0) order[begin + rank] = entry;
+}
+
+}  // namespace
+
+int64_t plan_size(int32_t seq) { return plan_stride(seq); }
+
+void launch_plan(const PlanParams& params, int32_t* counts, Stream stream) {
+  const int32_t tiles = num_tiles(params.seq);
+  const int32_t entries = 2 * tiles + ceil_div(tiles, 2);
+  const Grid by_tile{ceil_div(tiles, kPlanWarps), params.batch, 1};
+  const Grid by_entry{ceil_div(entries, kPlanWarps), params.batch, 1};
+  launch(range_kernel, by_tile, kPlanThreads, 0, stream, params);
+  launch(count_kernel, by_tile, kPlanThreads, 0, stream, params, counts);
+  launch(order_kernel, by_entry, kPlanThreads, 0, stream, params,
+         static_cast<const int32_t*>(counts));
+}
+
+}  // namespace onepass::cuda

@@ -1,0 +1,147 @@
+// Which tiles a kernel visits, and in which order it takes up its own: what the plan holds, and the
+// walks over it. The plan is made once per batch (plan.cuh) and serves all layers and heads.
+//
+// Per row of the batch, int32:
+//   ranges           4 x num_tiles: TileRange of every tile of kTile tokens
+//   query_order      num_tiles: tiles as queries, most visited key tiles first
+//   query_order_2    ceil(num_tiles / 2): the same for pairs of tiles
+//   key_order        num_tiles: tiles as keys, most visiting query tiles first
+#pragma once
+
+#include "../visibility.h"
+#include "instructions.h"
+#include "params.h"
+
+namespace onepass::cuda {
+
+constexpr int kTile = 64;  // tokens
+
+ONEPASS_INLINE int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+ONEPASS_INLINE int32_t num_tiles(int32_t seq) { return ceil_div(seq, kTile); }
+// int32 per row, rounded up so that every row's ranges are aligned to 16 bytes.
+ONEPASS_INLINE int64_t plan_stride(int32_t seq) {
+  const int64_t tiles = num_tiles(seq);
+  return (4 * tiles + tiles + (tiles + 1) / 2 + tiles + 3) / 4 * 4;
+}
+
+struct Plan {
+  const TileRange* ranges;
+  const int32_t* query_order;
+  const int32_t* query_order_2;
+  const int32_t* key_order;
+};
+
+ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
+  const int32_t tiles = num_tiles(seq);
+  const int32_t* begin = plan + row * plan_stride(seq);
+  const int32_t* query_order = begin + 4 * tiles;
+  const int32_t* query_order_2 = query_order + tiles;
+  return {reinterpret_cast<const TileRange*>(begin), query_order, query_order_2,
+          query_order_2 + ceil_div(tiles, 2)};
+}
+
+ONEPASS_INLINE int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
+ONEPASS_INLINE int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
+
+ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t tile, int32_t seq) {
+  const TileRange range = ranges[tile];
+  return {tile * kTile,       min_of((tile + 1) * kTile, seq) - 1,
+          range.min_end,      range.max_end,
+          range.min_position, range.max_position};
+}
+
+// `rows` queries from `first`, within one tile or over whole tiles.
+ONEPASS_INLINE QueryTile query_tile(const TileRange* ranges, int32_t first, int32_t rows,
+                                    int32_t seq) {
+  QueryTile query{first, min_of(first + rows, seq) - 1, INT32_MAX, INT32_MIN};
+  for (int32_t tile = first / kTile; tile <= query.last / kTile; ++tile) {
+    query.min_position = min_of(query.min_position, ranges[tile].min_position);
+    query.max_position = max_of(query.max_position, ranges[tile].max_position);
+  }
+  return query;
+}
+
+struct Visit {
+  int32_t tile;  // -1: none is left
+  bool full;     // every query of the tile sees every key of the tile
+};
+
+// The key tiles that kRows queries from `first` visit, in ascending order, found 32 at a time by
+// each warp for itself: all warps of a block agree without a word between them. It keeps little and
+// reads the rest anew for every 32 tiles, since its registers are the main loop's.
+template <int kRows>
+class KeyTileWalk {
+ public:
+  __device__ __forceinline__ KeyTileWalk(const Params& params, int32_t row, int32_t first)
+      : params_(params), row_(row), first_(first), base_(-32), visited_(0), full_(0) {}
+
+  __device__ __forceinline__ Visit next() {
+    while (visited_ == 0) {
+      const int32_t seq = params_.seq;
+      const TileRange* ranges = plan_of_row(params_.plan, row_, seq).ranges;
+      const QueryTile query = query_tile(ranges, first_, kRows, seq);
+      base_ += 32;
+      if (base_ > query.last / kTile) return {-1, false};
+      const int32_t tile = base_ + threadIdx.x % 32;
+      const Coverage covered = tile <= query.last / kTile
+                                   ? coverage(query, key_tile(ranges, tile, seq), params_.window)
+                                   : Coverage::skipped;
+      visited_ = ballot(covered != Coverage::skipped);
+      full_ = ballot(covered == Coverage::full);
+    }
+    const int bit = first_bit(visited_);
+    visited_ &= visited_ - 1;
+    return {base_ + bit, ((full_ >> bit) & 1) != 0};
+  }
+
+ private:
+  const Params& params_;
+  const int32_t row_, first_;
+  int32_t base_;
+  uint32_t visited_, full_;
+};
+
+// The tiles of kRows queries that visit a key tile, for each of `heads` query heads in turn: one
+// run, out of which only a window takes tiles.
+template <int kRows>
+class QueryTileWalk {
+ public:
+  struct Step {
+    int32_t head;   // -1: none is left
+    int32_t first;  // query
+    bool full;
+  };
+
+  __device__ __forceinline__ QueryTileWalk(const Params& params, int32_t row, int32_t tile,
+                                           int32_t heads)
+      : params_(params),
+        ranges_(plan_of_row(params.plan, row, params.seq).ranges),
+        key_(key_tile(ranges_, tile, params.seq)),
+        heads_(heads),
+        head_(0),
+        first_(key_.first) {}
+
+  __device__ __forceinline__ Step next() {
+    while (head_ < heads_) {
+      while (first_ < key_.max_end) {
+        const int32_t first = first_;
+        first_ += kRows;
+        const Coverage covered =
+            coverage(query_tile(ranges_, first, kRows, params_.seq), key_, params_.window);
+        if (covered != Coverage::skipped) return {head_, first, covered == Coverage::full};
+      }
+      first_ = key_.first;
+      ++head_;
+    }
+    return {-1, 0, false};
+  }
+
+ private:
+  const Params& params_;
+  const TileRange* ranges_;
+  const KeyTile key_;
+  const int32_t heads_;
+  int32_t head_, first_;
+};
+
+}  // namespace onepass::cuda

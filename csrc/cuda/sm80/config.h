@@ -1,0 +1,36 @@
+// Shapes of the portable kernels (sm_80 and later), by head size.
+#pragma once
+
+#include "../launch.h"
+#include "../plan.h"
+
+namespace onepass::cuda::sm80 {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kElementBytes = 2;
+
+// Forward: a block has kRows queries, each warp kRowTiles times 16 of them, and streams key tiles.
+template <int kHeadQk, int kHeadV>
+struct ForwardConfig {
+  static constexpr int kRowTiles = kHeadV <= 128 ? 2 : 1;  // what the accumulators leave room for
+  static constexpr int kRows = 16 * kRowTiles * kWarps;
+  static constexpr int kSharedBytes =
+      (kRows * kHeadQk + kTile * (kHeadQk + kHeadV)) * kElementBytes;
+};
+
+// Backward: a block keeps a tile of kTile queries (for dq) or keys (for dk and dv), 16 for each
+// warp, and streams tiles of kRows of the others, two at a time where they fit.
+template <int kHeadQk, int kHeadV>
+struct BackwardConfig {
+  static constexpr int kStages = kHeadQk <= 128 ? 2 : 1;
+  static constexpr int kKeptBytes = kTile * (kHeadQk + kHeadV) * kElementBytes;
+  // lse and delta go with every streamed tile of queries.
+  static constexpr int kStatisticsBytes = 2 * kTile * static_cast<int>(sizeof(float));
+  static constexpr int kStageBytes = kKeptBytes + kStatisticsBytes;
+  static constexpr int kSharedBytes = kKeptBytes + kStages * kStageBytes;
+  // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
+  static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
+};
+
+}  // namespace onepass::cuda::sm80

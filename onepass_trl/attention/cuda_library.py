@@ -1,0 +1,137 @@
+"""The compiled CUDA library `onepass_trl/_cuda.so`: what it holds, and where it can run.
+
+It is loaded, and its implementations of the ops registered, when this module is imported and torch
+is built with CUDA.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+PATH = Path(__file__).parents[1] / "_cuda.so"
+BUILD_COMMAND = "make cuda"
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class CudaBuild(NamedTuple):
+    """What the library was built for."""
+
+    nvcc: str
+    archs: tuple[str, ...]
+    """Compute capabilities, such as "80" or "90a"."""
+    head_dims: tuple[tuple[int, int], ...]
+    """Pairs (d_qk, d_v)."""
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether the machine code of one of the architectures runs on this capability."""
+        major, minor = capability
+        for arch in self.archs:
+            built_major, built_minor = divmod(int(arch.rstrip("a")), 10)
+            if arch.endswith("a"):
+                fits = (built_major, built_minor) == (major, minor)
+            else:
+                fits = built_major == major and built_minor <= minor
+            if fits:
+                return True
+        return False
+
+
+def read_build(library: Path = PATH) -> CudaBuild | None:
+    """Return what the library at a path was built for, None if there is none."""
+    if not library.exists():
+        return None
+    facts = json.loads(library.with_suffix(".json").read_text())
+    head_dims = tuple((d_qk, d_v) for d_qk, d_v in facts["head_dims"])
+    return CudaBuild(facts["nvcc"], tuple(facts["archs"]), head_dims)
+
+
+def missing(capability: tuple[int, int] | None) -> str | None:
+    """Return why the library cannot be used on a device, and what to do; None if it can.
+
+    Args:
+        capability: compute capability of the device, None for the library as such.
+    """
+    if BUILD is None:
+        return f"the CUDA library is not built: build it with `{BUILD_COMMAND}` (needs nvcc)"
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA: install a CUDA build of torch"
+    if LOAD_ERROR is not None:
+        return f"{PATH} cannot be loaded ({LOAD_ERROR}): rebuild it with `{BUILD_COMMAND}`"
+    if capability is not None and not BUILD.runs_on(capability):
+        arch = "".join(map(str, capability))
+        return (
+            f"the CUDA library is built for compute capabilities {', '.join(BUILD.archs)} and the "
+            f"device has {arch}: rebuild it with `ONEPASS_CUDA_ARCHS={arch} {BUILD_COMMAND}`"
+        )
+    return None
+
+
+def is_validated(
+    capability: tuple[int, int], dtype: torch.dtype, head_dims: tuple[int, int]
+) -> bool:
+    """Whether `make test-gpu` has passed on such a device, as recorded in validated.json."""
+    return [list(capability), str(dtype).removeprefix("torch."), list(head_dims)] in VALIDATED
+
+
+def _load() -> OSError | None:
+    if BUILD is None or not torch.backends.cuda.is_built():
+        return None
+    try:
+        torch.ops.load_library(PATH)
+    except OSError as error:
+        return error
+    return None
+
+
+def plan_of(visible_end: torch.Tensor, positions: torch.Tensor | None, window: int) -> torch.Tensor:
+    """Return the plan of these tensors, made once for as long as they live unchanged.
+
+    Args:
+        visible_end: ``(batch, seq)`` int32 on a CUDA device.
+        positions: ``(batch, seq)`` int32, or None without a window.
+        window: 0 for none.
+
+    Returns:
+        ``(batch, ops.plan_size(seq))`` int32 on the same device.
+    """
+    if _must_not_remember(visible_end, positions):
+        return torch.ops.onepass.tree_plan(visible_end, positions, window)
+    plans = _plans.setdefault(visible_end, {})
+    made_of = (
+        visible_end._version,
+        None if positions is None else id(positions),
+        None if positions is None else positions._version,
+    )
+    known = plans.get(window)
+    if known is None or known.made_of != made_of:
+        plan = torch.ops.onepass.tree_plan(visible_end, positions, window)
+        # Holding the positions keeps their id from being given to other ones.
+        known = plans[window] = _KnownPlan(made_of, positions, plan)
+    return known.plan
+
+
+class _KnownPlan(NamedTuple):
+    made_of: tuple[int | None, ...]
+    positions: torch.Tensor | None
+    plan: torch.Tensor
+
+
+def _must_not_remember(visible_end: torch.Tensor, positions: torch.Tensor | None) -> bool:
+    """A graph replays on other contents of the same tensors; inference tensors do not count their
+    changes.
+    """
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return True
+    return visible_end.is_inference() or (positions is not None and positions.is_inference())
+
+
+_plans = torch.utils.weak.WeakTensorKeyDictionary()
+BUILD = read_build()
+LOAD_ERROR = _load()
+VALIDATED: list[list[object]] = json.loads(
+    Path(__file__).with_name("validated.json").read_text(encoding="utf-8")
+)

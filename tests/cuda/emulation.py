@@ -1,0 +1,211 @@
+"""Runs the CUDA kernels on the CPU emulator (emulator.h), with the arguments of the op."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CSRC = Path(__file__).parents[2] / "csrc"
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+GUARD = 64
+"""Rows of NaN around every operand: what a kernel must not read and must not write."""
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((f"stride{i}", ctypes.c_int64) for i in range(3))]
+
+
+class _Params(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "seq")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("window", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("visible_end", "positions", "plan", "sinks")),
+        *((name, _Tensor) for name in ("q", "k", "v", "out")),
+        ("lse", ctypes.c_void_p),
+    ]
+
+
+class _BackwardParams(ctypes.Structure):
+    _fields_ = [
+        *_Params._fields_,
+        *((name, _Tensor) for name in ("dout", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("dlse", "delta", "dsinks")),
+    ]
+
+
+class _PlanParams(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("batch", "seq", "window")),
+        *((name, ctypes.c_void_p) for name in ("visible_end", "positions", "plan")),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return the emulated kernels, compiled on the first call."""
+    compiler = shutil.which("g++")
+    assert compiler is not None, "the tests build an extension, so a C++ compiler is there"
+    sources = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cu*"), *Path(__file__).parent.glob("em*")])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    built = Path(tempfile.gettempdir()) / f"onepass-emulated-{digest}.so"
+    if not built.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            head_dims = " ".join(f"HEAD_DIMS({d_qk}, {d_v})" for d_qk, d_v in HEAD_DIMS)
+            Path(folder, "head_dims.h").write_text(f"#define ONEPASS_HEAD_DIMS {head_dims}\n")
+            here = Path(__file__).parent
+            command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror"]
+            command += ["-Wno-unknown-pragmas", "-DONEPASS_EMULATE"]
+            command += [f"-I{path}" for path in (folder, here, CSRC / "cuda")]
+            partial = Path(folder, built.name)
+            subprocess.run([*command, str(here / "emulated.cpp"), "-o", str(partial)], check=True)
+            shutil.move(partial, built)
+    loaded = ctypes.CDLL(str(built))
+    loaded.onepass_plan_size.restype = ctypes.c_int64
+    assert loaded.onepass_size_of_params() == ctypes.sizeof(_Params)
+    assert loaded.onepass_size_of_backward_params() == ctypes.sizeof(_BackwardParams)
+    return loaded
+
+
+def set_seed(seed: int) -> None:
+    """Draw another order in which the emulated warps run."""
+    library().onepass_seed(ctypes.c_uint64(seed))
+
+
+def counters() -> tuple[int, int, int]:
+    """Return (matrix loads, those with a bank conflict, products) since the last call."""
+    values = (ctypes.c_int64 * 3)()
+    library().onepass_counters(values)
+    return tuple(values)
+
+
+def guarded(like: Tensor, width: int) -> Tensor:
+    """Return a NaN tensor of the shape of `like` and `width` columns, with NaN rows around it."""
+    batch, heads, seq, _ = like.shape
+    storage = torch.full((batch * seq + 2 * GUARD, heads, width), torch.nan, dtype=like.dtype)
+    return storage[GUARD:-GUARD].view(batch, seq, heads, width).transpose(1, 2)
+
+
+def assert_guards_untouched(x: Tensor) -> None:
+    """Fail if a kernel has written around a tensor of `guarded`."""
+    base = x._base
+    assert base is not None
+    assert base[:GUARD].isnan().all()
+    assert base[-GUARD:].isnan().all()
+
+
+def make_plan(visible_end: Tensor, positions: Tensor | None, window: int) -> Tensor:
+    """Return the plan ``(batch, plan_size)`` int32 as the kernels make it."""
+    batch, seq = visible_end.shape
+    size = library().onepass_plan_size(seq)
+    # Not yet written entries are found by their value.
+    plan = torch.full((batch, size), -(2**30), dtype=torch.int32)
+    counts = torch.full_like(plan, -(2**30))
+    params = _PlanParams(batch, seq, window, *map(_pointer, (visible_end, positions, plan)))
+    library().onepass_plan(ctypes.byref(params), ctypes.c_void_p(counts.data_ptr()))
+    return plan
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_end: Tensor,
+    *,
+    scale: float,
+    positions: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (out, lse, plan) of the emulated forward kernel."""
+    plan = make_plan(visible_end, positions, window)
+    out = guarded(q, v.shape[3])
+    lse = torch.full(q.shape[:3], torch.nan)
+    params = _Params()
+    _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)
+    assert library().onepass_forward(*_kind(q, v), ctypes.byref(params))
+    assert_guards_untouched(out)
+    return out, lse, plan
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    visible_end: Tensor,
+    plan: Tensor,
+    *,
+    scale: float,
+    positions: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (dq, dk, dv, dsinks) of the emulated backward kernels."""
+    gradients = tuple(guarded(x, x.shape[3]) for x in (q, k, v))
+    delta = torch.full_like(lse, torch.nan)
+    dsinks = None if sinks is None else torch.full_like(sinks, torch.nan)
+    params = _BackwardParams()
+    _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)
+    for name, x in zip(("dout", "dq", "dk", "dv"), (dout, *gradients), strict=True):
+        setattr(params, name, _tensor(x))
+    params.dlse, params.delta, params.dsinks = map(_pointer, (dlse, delta, dsinks))
+    assert library().onepass_backward(*_kind(q, v), ctypes.byref(params))
+    for x in gradients:
+        assert_guards_untouched(x)
+    return *gradients, dsinks
+
+
+def _fill(
+    params: _Params | _BackwardParams,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    visible_end: Tensor,
+    positions: Tensor | None,
+    plan: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> None:
+    params.batch, params.heads, params.seq = q.shape[:3]
+    params.kv_heads = k.shape[1]
+    params.scale, params.softcap, params.window = scale, softcap, window
+    params.visible_end, params.positions = _pointer(visible_end), _pointer(positions)
+    params.plan, params.sinks, params.lse = _pointer(plan), _pointer(sinks), _pointer(lse)
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
+        setattr(params, name, _tensor(x))
+
+
+def _tensor(x: Tensor) -> _Tensor:
+    assert x.stride(3) == 1
+    return _Tensor(x.data_ptr(), *x.stride()[:3])
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    if x is None:
+        return None
+    assert x.is_contiguous()
+    return x.data_ptr()
+
+
+def _kind(q: Tensor, v: Tensor) -> tuple[bool, int, int]:
+    assert q.dtype in (torch.bfloat16, torch.float16)
+    return q.dtype == torch.bfloat16, q.shape[3], v.shape[3]

@@ -1,0 +1,415 @@
+// Runs the CUDA kernels on a CPU, instruction by instruction: what csrc/cuda/instructions.h and
+// launch.h provide on a GPU, for the tests.
+//
+// Every CUDA thread is a fiber, and one runs at a time. Where the threads of a warp or a block must
+// meet they wait for each other; who goes on next is drawn at random, so that a missing barrier
+// shows. Memory tells of mistakes too: shared memory starts as NaN, and an asynchronous copy makes
+// its destination NaN until its group has been waited for. Addresses of matrix rows are checked for
+// alignment and, in `Counters`, for bank conflicts.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+namespace onepass::cuda {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+namespace emulator {
+
+#define EMULATOR_CHECK(condition)                                                    \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
+      std::fprintf(stderr, "%s:%d: emulator: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                  \
+    }                                                                                \
+  } while (0)
+
+struct Index {
+  int32_t x, y, z;
+};
+using Grid = Index;
+
+// Totals over all launches.
+struct Counters {
+  int64_t matrix_loads = 0, bank_conflicts = 0, products = 0;
+};
+inline Counters counters;
+inline uint64_t seed = 0;
+
+// What the 32 threads of a warp give to and get from one instruction that they execute together.
+struct Exchange {
+  int arrived = 0;
+  uint64_t generation = 0;
+  uint64_t in[32][10];
+  uint64_t out[32][4];
+};
+
+struct Copy {
+  uint8_t* to;
+  uint8_t data[16];
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<uint8_t[]> stack;
+  Index index;
+  bool done = false;
+  std::vector<Copy> open;                 // copies of the group that is not closed yet
+  std::vector<std::vector<Copy>> groups;  // closed, not waited for, oldest first
+};
+
+constexpr size_t kStackBytes = 256 * 1024;
+
+struct Block {
+  ucontext_t scheduler;
+  std::vector<Thread> threads;
+  std::vector<Exchange> warps;
+  std::vector<uint8_t> shared;
+  int arrived = 0;
+  uint64_t generation = 0;
+  Index index;
+  int current = 0;
+  std::function<void()> body;
+  std::mt19937_64 random;
+};
+inline Block* block = nullptr;
+
+inline Thread& thread() { return block->threads[block->current]; }
+inline Exchange& warp() { return block->warps[block->current / 32]; }
+inline int lane() { return block->current % 32; }
+
+inline void yield() { swapcontext(&thread().context, &block->scheduler); }
+
+inline void run_thread() {
+  block->body();
+  Thread& self = thread();
+  EMULATOR_CHECK(self.open.empty());
+  for (const auto& group : self.groups) EMULATOR_CHECK(group.empty());
+  self.done = true;
+  swapcontext(&self.context, &block->scheduler);
+}
+
+// Gives `in`, waits for the warp, of which the last to come computes all of `out`.
+template <typename Compute>
+uint64_t* exchange(const uint64_t* in, int count, const Compute& compute) {
+  Exchange& shared = warp();
+  std::memcpy(shared.in[lane()], in, count * sizeof(uint64_t));
+  const uint64_t generation = shared.generation;
+  if (++shared.arrived == 32) {
+    compute(shared);
+    shared.arrived = 0;
+    ++shared.generation;
+  } else {
+    while (shared.generation == generation) yield();
+  }
+  return shared.out[lane()];
+}
+
+inline uint64_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float float_of(uint64_t bits) {
+  const uint32_t low = static_cast<uint32_t>(bits);
+  float value;
+  std::memcpy(&value, &low, 4);
+  return value;
+}
+
+template <typename Element>
+uint16_t round_to(float value);
+template <>
+inline uint16_t round_to<Bf16>(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  uint32_t bits = static_cast<uint32_t>(bits_of(value));
+  bits += 0x7fff + ((bits >> 16) & 1);
+  return static_cast<uint16_t>(bits >> 16);
+}
+template <>
+inline uint16_t round_to<Fp16>(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+template <typename Element>
+float widen(uint16_t bits);
+template <>
+inline float widen<Bf16>(uint16_t bits) {
+  return float_of(static_cast<uint32_t>(bits) << 16);
+}
+template <>
+inline float widen<Fp16>(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return half;
+}
+
+// One thread after the other, drawn at random, until all are done.
+inline void run_block(Block& running) {
+  block = &running;
+  const int threads = static_cast<int>(running.threads.size());
+  for (int t = 0; t < threads; ++t) {
+    Thread& self = running.threads[t];
+    self.done = false;
+    self.groups.clear();
+    getcontext(&self.context);
+    self.context.uc_stack.ss_sp = self.stack.get();
+    self.context.uc_stack.ss_size = kStackBytes;
+    self.context.uc_link = nullptr;
+    makecontext(&self.context, run_thread, 0);
+  }
+  // Warps in random order, each for one round of its threads: what a GPU may do, too.
+  const int warps = threads / 32;
+  int left = threads;
+  int64_t idle = 0;
+  while (left > 0) {
+    const int chosen = static_cast<int>(running.random() % warps);
+    const int begin = static_cast<int>(running.random() % 32);
+    for (int i = 0; i < 32; ++i) {
+      running.current = chosen * 32 + (begin + i) % 32;
+      if (thread().done) continue;
+      swapcontext(&running.scheduler, &thread().context);
+      if (thread().done) {
+        --left;
+        idle = 0;
+      }
+    }
+    EMULATOR_CHECK(++idle < 5'000'000);  // a deadlock
+  }
+  EMULATOR_CHECK(running.arrived == 0);
+  for (const Exchange& shared : running.warps) EMULATOR_CHECK(shared.arrived == 0);
+}
+
+template <typename... Params, typename Stream, typename... Arguments>
+void launch(void (*kernel)(Params...), Grid grid, int threads, int shared_bytes, Stream,
+            const Arguments&... arguments) {
+  EMULATOR_CHECK(threads % 32 == 0 && shared_bytes <= 227 * 1024);
+  Block running;
+  running.threads.resize(threads);
+  for (int t = 0; t < threads; ++t) {
+    running.threads[t].stack = std::make_unique<uint8_t[]>(kStackBytes);
+    running.threads[t].index = {t, 0, 0};
+  }
+  running.warps.resize(threads / 32);
+  running.random.seed(seed);
+  running.shared.resize(shared_bytes + 128);
+  running.body = [&] { kernel(arguments...); };
+  for (int32_t z = 0; z < grid.z; ++z) {
+    for (int32_t y = 0; y < grid.y; ++y) {
+      for (int32_t x = 0; x < grid.x; ++x) {
+        running.index = {x, y, z};
+        std::memset(running.shared.data(), 0xff, running.shared.size());
+        run_block(running);
+      }
+    }
+  }
+}
+
+}  // namespace emulator
+
+#define threadIdx (::onepass::cuda::emulator::thread().index)
+#define blockIdx (::onepass::cuda::emulator::block->index)
+
+inline uint8_t* shared_memory() {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(emulator::block->shared.data());
+  return reinterpret_cast<uint8_t*>((begin + 127) / 128 * 128);
+}
+
+inline int32_t recomputed(int32_t value) { return value; }
+
+template <typename Element>
+uint32_t pack(float low, float high) {
+  return emulator::round_to<Element>(low) | static_cast<uint32_t>(emulator::round_to<Element>(high))
+                                                << 16;
+}
+template <typename Element>
+float2 unpack(uint32_t pair) {
+  return {emulator::widen<Element>(static_cast<uint16_t>(pair)),
+          emulator::widen<Element>(static_cast<uint16_t>(pair >> 16))};
+}
+
+inline float fast_exp2(float x) { return x < -126 ? 0.0f : std::exp2(x); }
+inline float fast_tanh(float x) {
+  return 1.0f - 2.0f / (1.0f + fast_exp2(2.8853900817779268f * x));
+}
+inline int first_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
+
+inline void sync_block() {
+  emulator::Block& running = *emulator::block;
+  const uint64_t generation = running.generation;
+  if (++running.arrived == static_cast<int>(running.threads.size())) {
+    running.arrived = 0;
+    ++running.generation;
+  } else {
+    while (running.generation == generation) emulator::yield();
+  }
+}
+
+inline void sync_warp() {
+  emulator::exchange(nullptr, 0, [](emulator::Exchange&) {});
+}
+
+inline uint32_t ballot(bool predicate) {
+  const uint64_t in = predicate;
+  return static_cast<uint32_t>(*emulator::exchange(&in, 1, [](emulator::Exchange& warp) {
+    uint64_t bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= warp.in[lane][0] << lane;
+    for (auto& out : warp.out) out[0] = bits;
+  }));
+}
+
+template <typename T>
+T shuffle(T value, int lane) {
+  static_assert(sizeof(T) == 4);
+  uint64_t in[2] = {0, static_cast<uint64_t>(lane)};
+  std::memcpy(in, &value, 4);
+  const uint64_t* out = emulator::exchange(in, 2, [](emulator::Exchange& warp) {
+    for (int to = 0; to < 32; ++to) warp.out[to][0] = warp.in[warp.in[to][1] % 32][0];
+  });
+  std::memcpy(&value, out, 4);
+  return value;
+}
+template <typename T>
+T shuffle_xor(T value, int lane_mask) {
+  return shuffle(value, emulator::lane() ^ lane_mask);
+}
+
+template <typename Element>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint64_t in[10] = {emulator::bits_of(c[0]),
+                           emulator::bits_of(c[1]),
+                           emulator::bits_of(c[2]),
+                           emulator::bits_of(c[3]),
+                           a[0],
+                           a[1],
+                           a[2],
+                           a[3],
+                           b0,
+                           b1};
+  const uint64_t* out = emulator::exchange(in, 10, [](emulator::Exchange& warp) {
+    ++emulator::counters.products;
+    const auto half = [&](int lane, int word, int index) {
+      return emulator::widen<Element>(static_cast<uint16_t>(warp.in[lane][word] >> (16 * index)));
+    };
+    float left[16][16], right[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane / 4, column = 2 * (lane % 4) + i;
+        left[row][column] = half(lane, 4, i);
+        left[row + 8][column] = half(lane, 5, i);
+        left[row][column + 8] = half(lane, 6, i);
+        left[row + 8][column + 8] = half(lane, 7, i);
+        right[column][row] = half(lane, 8, i);
+        right[column + 8][row] = half(lane, 9, i);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + 8 * (e / 2), column = 2 * (lane % 4) + e % 2;
+        float sum = emulator::float_of(warp.in[lane][e]);
+        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+        warp.out[lane][e] = emulator::bits_of(sum);
+      }
+    }
+  });
+  for (int e = 0; e < 4; ++e) c[e] = emulator::float_of(out[e]);
+}
+
+namespace emulator {
+
+inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+  const uint64_t in = reinterpret_cast<uintptr_t>(row);
+  const uint64_t* out = exchange(&in, 1, [&](Exchange& warp) {
+    const uint8_t* begin = shared_memory();
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t values[8][8];
+      uint32_t banks = 0;
+      for (int i = 0; i < 8; ++i) {
+        const uint8_t* address = reinterpret_cast<const uint8_t*>(warp.in[8 * matrix + i][0]);
+        EMULATOR_CHECK(address >= begin &&
+                       address + 16 <= block->shared.data() + block->shared.size());
+        EMULATOR_CHECK((address - begin) % 16 == 0);
+        banks |= 1u << (address - begin) / 16 % 8;
+        std::memcpy(values[i], address, 16);
+      }
+      ++counters.matrix_loads;
+      counters.bank_conflicts += banks != 0xff;
+      for (int lane = 0; lane < 32; ++lane) {
+        const int i = lane / 4, j = 2 * (lane % 4);
+        const uint32_t low = transposed ? values[j][i] : values[i][j];
+        const uint32_t high = transposed ? values[j + 1][i] : values[i][j + 1];
+        warp.out[lane][matrix] = low | high << 16;
+      }
+    }
+  });
+  for (int i = 0; i < 4; ++i) r[i] = static_cast<uint32_t>(out[i]);
+}
+
+}  // namespace emulator
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  emulator::load_matrices(r, row, false);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  emulator::load_matrices(r, row, true);
+}
+
+inline void copy_async(void* to, const void* from, bool valid) {
+  emulator::Copy copy{static_cast<uint8_t*>(to), {}};
+  EMULATOR_CHECK((copy.to - shared_memory()) % 16 == 0);
+  EMULATOR_CHECK(copy.to >= shared_memory() &&
+                 copy.to + 16 <= emulator::block->shared.data() + emulator::block->shared.size());
+  EMULATOR_CHECK(reinterpret_cast<uintptr_t>(from) % 16 == 0);
+  if (valid) std::memcpy(copy.data, from, 16);
+  std::memset(copy.to, 0xff, 16);
+  emulator::thread().open.push_back(copy);
+}
+
+inline void commit_copies() {
+  emulator::Thread& self = emulator::thread();
+  self.groups.push_back(std::move(self.open));
+  self.open.clear();
+}
+
+template <int kPending>
+void wait_copies() {
+  auto& groups = emulator::thread().groups;
+  while (groups.size() > kPending) {
+    for (const emulator::Copy& copy : groups.front()) std::memcpy(copy.to, copy.data, 16);
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace onepass::cuda
