@@ -20,9 +20,9 @@ namespace onepass::cuda {
 using Bf16 = __nv_bfloat16;
 using Fp16 = __half;
 
-// The block's dynamic shared memory.
+// The block's dynamic shared memory, aligned to 1 KiB.
 __device__ __forceinline__ uint8_t* shared_memory() {
-  extern __shared__ __align__(128) uint8_t memory[];
+  extern __shared__ __align__(1024) uint8_t memory[];
   return memory;
 }
 

@@ -25,7 +25,9 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, int shared_bytes,
     cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                          cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
-  kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared_bytes, stream> > >(arguments...);
+  // clang-format off
+  kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared_bytes, stream>>>(arguments...);
+  // clang-format on
 }
 
 #endif

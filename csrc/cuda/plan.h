@@ -43,11 +43,18 @@ ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
 ONEPASS_INLINE int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 ONEPASS_INLINE int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 
-ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t tile, int32_t seq) {
-  const TileRange range = ranges[tile];
-  return {tile * kTile,       min_of((tile + 1) * kTile, seq) - 1,
-          range.min_end,      range.max_end,
-          range.min_position, range.max_position};
+// `keys` keys from `first`, whole tiles.
+ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t first, int32_t keys,
+                                int32_t seq) {
+  KeyTile key{first,     min_of(first + keys, seq) - 1, INT32_MAX, INT32_MIN,
+              INT32_MAX, INT32_MIN};
+  for (int32_t tile = first / kTile; tile <= key.last / kTile; ++tile) {
+    key.min_end = min_of(key.min_end, ranges[tile].min_end);
+    key.max_end = max_of(key.max_end, ranges[tile].max_end);
+    key.min_position = min_of(key.min_position, ranges[tile].min_position);
+    key.max_position = max_of(key.max_position, ranges[tile].max_position);
+  }
+  return key;
 }
 
 // `rows` queries from `first`, within one tile or over whole tiles.
@@ -62,14 +69,14 @@ ONEPASS_INLINE QueryTile query_tile(const TileRange* ranges, int32_t first, int3
 }
 
 struct Visit {
-  int32_t tile;  // -1: none is left
-  bool full;     // every query of the tile sees every key of the tile
+  int32_t tile;  // number of the key tile, -1: none is left
+  bool full;     // every query sees every key of it
 };
 
-// The key tiles that kRows queries from `first` visit, in ascending order, found 32 at a time by
+// The tiles of kKeys keys that kRows queries from `first` visit, in ascending order, found 32 at a time by
 // each warp for itself: all warps of a block agree without a word between them. It keeps little and
 // reads the rest anew for every 32 tiles, since its registers are the main loop's.
-template <int kRows>
+template <int kRows, int kKeys = kTile>
 class KeyTileWalk {
  public:
   __device__ __forceinline__ KeyTileWalk(const Params& params, int32_t row, int32_t first)
@@ -81,11 +88,12 @@ class KeyTileWalk {
       const TileRange* ranges = plan_of_row(params_.plan, row_, seq).ranges;
       const QueryTile query = query_tile(ranges, first_, kRows, seq);
       base_ += 32;
-      if (base_ > query.last / kTile) return {-1, false};
-      const int32_t tile = base_ + threadIdx.x % 32;
-      const Coverage covered = tile <= query.last / kTile
-                                   ? coverage(query, key_tile(ranges, tile, seq), params_.window)
-                                   : Coverage::skipped;
+      if (base_ > query.last / kKeys) return {-1, false};
+      const int32_t first_key = (base_ + threadIdx.x % 32) * kKeys;
+      const Coverage covered =
+          first_key <= query.last
+              ? coverage(query, key_tile(ranges, first_key, kKeys, seq), params_.window)
+              : Coverage::skipped;
       visited_ = ballot(covered != Coverage::skipped);
       full_ = ballot(covered == Coverage::full);
     }
@@ -116,7 +124,7 @@ class QueryTileWalk {
                                            int32_t heads)
       : params_(params),
         ranges_(plan_of_row(params.plan, row, params.seq).ranges),
-        key_(key_tile(ranges_, tile, params.seq)),
+        key_(key_tile(ranges_, tile * kTile, kTile, params.seq)),
         heads_(heads),
         head_(0),
         first_(key_.first) {}

@@ -28,12 +28,11 @@ struct Softmax {
     }
   }
 
-  // Gives the probabilities of scores (in units of 1 / factor) up to the row's sum, and brings
-  // `out` to the new maximum.
-  template <typename Element, int kBlocks, int kOutBlocks>
-  __device__ __forceinline__ void step(LeftFactor<kRowTiles, kBlocks / 2>& probabilities,
-                                       const Accumulator<kRowTiles, kBlocks>& scores,
-                                       Accumulator<kRowTiles, kOutBlocks>& out, float factor) {
+  // Replaces scores (in units of 1 / factor) by probabilities up to the row's sum; `rescale` is what
+  // brings earlier output to the new maximum.
+  template <int kBlocks>
+  __device__ __forceinline__ void exponentiate(Accumulator<kRowTiles, kBlocks>& scores,
+                                               float factor, float (&rescale)[kRowTiles][2]) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -47,22 +46,32 @@ struct Softmax {
         highest = fmaxf(highest, shuffle_xor(highest, 2));
         // A row that has seen no key yet: any finite maximum gives it probabilities of 0.
         const float offset = highest == -INFINITY ? 0.0f : highest * factor;
-        const float rescale = fast_exp2(maximum[m][half] * factor - offset);
+        rescale[m][half] = fast_exp2(maximum[m][half] * factor - offset);
         maximum[m][half] = highest;
-        float total = sum[m][half] * rescale;
+        float total = sum[m][half] * rescale[m][half];
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
-          const float left = fast_exp2(scores[m][n][2 * half] * factor - offset);
-          const float right = fast_exp2(scores[m][n][2 * half + 1] * factor - offset);
-          total += left + right;
-          probabilities[m][n / 2][n % 2 * 2 + half] = pack<Element>(left, right);
+#pragma unroll
+          for (int column = 0; column < 2; ++column) {
+            float& score = scores[m][n][2 * half + column];
+            score = fast_exp2(score * factor - offset);
+            total += score;
+          }
         }
         sum[m][half] = total;
+      }
+    }
+  }
+
+  template <int kOutBlocks>
+  __device__ __forceinline__ void rescale_out(Accumulator<kRowTiles, kOutBlocks>& out,
+                                              const float (&rescale)[kRowTiles][2]) const {
 #pragma unroll
-        for (int n = 0; n < kOutBlocks; ++n) {
-          out[m][n][2 * half] *= rescale;
-          out[m][n][2 * half + 1] *= rescale;
-        }
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kOutBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[m][n][e] *= rescale[m][e / 2];
       }
     }
   }
@@ -137,8 +146,11 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Params param
     wait_copies<0>();
     sync_block();  // V is there, and every warp is done with K
     if (visit.tile >= 0) load_k(visit);
+    float rescale[kRowTiles][2];
+    softmax.exponentiate(scores, score_scale.factor, rescale);
+    softmax.rescale_out(out, rescale);
     LeftFactor<kRowTiles, kTile / 16> probabilities;
-    softmax.template step<Element>(probabilities, scores, out, score_scale.factor);
+    round_to_factor<Element>(probabilities, scores);
     multiply_add<Element, kHeadV>(out, probabilities, v_tile);
   }
 
