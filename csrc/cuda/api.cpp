@@ -226,7 +226,9 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   }
   StableTensor dq = empty_heads_last(q, q.size(3)), dk = empty_heads_last(k, k.size(3)),
                dv = empty_heads_last(v, v.size(3));
-  StableTensor delta = torch::stable::new_empty(lse_rows, lse_rows.sizes());
+  StableTensor statistics = new_empty(
+      lse_rows, {q.size(0), q.size(1), padded_seq(static_cast<int32_t>(q.size(2))), 2},
+      ScalarType::Float);
   // Zeros: what they stay where there is no query.
   StableTensor dsinks = call.sinks.has_value()
                             ? torch::stable::new_zeros(*call.sinks, call.sinks->sizes())
@@ -236,7 +238,7 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   p.dq = raw(dq), p.dk = raw(dk), p.dv = raw(dv);
   p.lse = static_cast<float*>(const_cast<void*>(lse_rows.const_data_ptr()));
   p.dlse = pointer<float>(dlse_rows);
-  p.delta = static_cast<float*>(delta.mutable_data_ptr());
+  p.statistics = static_cast<Statistics*>(statistics.mutable_data_ptr());
   p.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   const torch::stable::accelerator::DeviceGuard guard(call.device);
   check_shared_memory(call.kernels->backward_shared_bytes, call.device);

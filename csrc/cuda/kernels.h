@@ -27,6 +27,9 @@ const Kernels* find_kernels(ElementType type, int64_t d_qk, int64_t d_v);
 // int32 of the plan of one row.
 int64_t plan_size(int32_t seq);
 
+// Queries per head of the statistics: whole tiles.
+int32_t padded_seq(int32_t seq);
+
 // `counts`: scratch of the size of the plan.
 void launch_plan(const PlanParams& params, int32_t* counts, Stream stream);
 

@@ -33,11 +33,17 @@ struct Params {
   float* lse;  // (batch, heads, seq), natural logarithm
 };
 
+// What the backward pass needs of a query beside its tensors.
+struct Statistics {
+  float lse;    // in units of log2; infinite beyond the row, which makes probabilities 0
+  float delta;  // sum_d dout * out - dlse
+};
+
 struct BackwardParams : Params {
   Tensor dout, dq, dk, dv;
-  const float* dlse;  // (batch, heads, seq), null for none
-  float* delta;       // (batch, heads, seq): sum_d dout * out - dlse
-  float* dsinks;      // (heads,), null for none
+  const float* dlse;      // (batch, heads, seq), null for none
+  Statistics* statistics;  // (batch, heads, padded_seq): scratch
+  float* dsinks;          // (heads,), null for none
 };
 
 struct PlanParams {

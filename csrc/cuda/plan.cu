@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kPlanThreads) range_kernel(const PlanParams pa
   }
 }
 
-// A warp per tile: how many tiles it visits as queries (alone, and as the first of a pair) and how
-// many visit it as keys. The counts lie where the orders will; order_kernel replaces them.
+// A warp per tile: how many tiles it visits as queries and how many visit it as keys, alone and, for
+// every other tile, with the next one. The counts lie as the orders will.
 __global__ void __launch_bounds__(kPlanThreads)
     count_kernel(const PlanParams params, int32_t* counts) {
   const int32_t seq = params.seq, tiles = num_tiles(seq);
@@ -51,27 +51,30 @@ __global__ void __launch_bounds__(kPlanThreads)
   if (tile >= tiles) return;
   const TileRange* ranges = plan_of_row(params.plan, blockIdx.y, seq).ranges;
   counts += blockIdx.y * plan_stride(seq);
+  const int32_t pairs = ceil_div(tiles, 2);
+  int32_t* const places[] = {counts + tile, counts + tiles + tile / 2,
+                             counts + tiles + pairs + tile,
+                             counts + 2 * tiles + pairs + tile / 2};
 
-  const QueryTile query = query_tile(ranges, tile * kTile, kTile, seq);
-  const QueryTile pair = query_tile(ranges, tile * kTile, 2 * kTile, seq);
-  const KeyTile key = key_tile(ranges, tile * kTile, kTile, seq);
-  int32_t visited = 0, visited_by_pair = 0, visiting = 0;
-  for (int32_t other = lane; other < tiles; other += 32) {
-    const KeyTile other_key = key_tile(ranges, other * kTile, kTile, seq);
-    const QueryTile other_query = query_tile(ranges, other * kTile, kTile, seq);
-    visited += coverage(query, other_key, params.window) != Coverage::skipped;
-    visited_by_pair += coverage(pair, other_key, params.window) != Coverage::skipped;
-    visiting += coverage(other_query, key, params.window) != Coverage::skipped;
+  const int32_t first = tile * kTile;
+  const QueryTile query = query_tile(ranges, first, kTile, seq);
+  const QueryTile query_pair = query_tile(ranges, first, 2 * kTile, seq);
+  const KeyTile key = key_tile(ranges, first, kTile, seq);
+  const KeyTile key_pair = key_tile(ranges, first, 2 * kTile, seq);
+  int32_t totals[4] = {};
+  for (int32_t other = lane * kTile; other < seq; other += 32 * kTile) {
+    const KeyTile other_key = key_tile(ranges, other, kTile, seq);
+    const QueryTile other_query = query_tile(ranges, other, kTile, seq);
+    totals[0] += coverage(query, other_key, params.window) != Coverage::skipped;
+    totals[1] += coverage(query_pair, other_key, params.window) != Coverage::skipped;
+    totals[2] += coverage(other_query, key, params.window) != Coverage::skipped;
+    totals[3] += coverage(other_query, key_pair, params.window) != Coverage::skipped;
   }
-  for (int mask = 16; mask > 0; mask /= 2) {
-    visited += shuffle_xor(visited, mask);
-    visited_by_pair += shuffle_xor(visited_by_pair, mask);
-    visiting += shuffle_xor(visiting, mask);
-  }
-  if (lane == 0) {
-    counts[tile] = visited;
-    if (tile % 2 == 0) counts[tiles + tile / 2] = visited_by_pair;
-    counts[tiles + ceil_div(tiles, 2) + tile] = visiting;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    for (int mask = 16; mask > 0; mask /= 2) totals[i] += shuffle_xor(totals[i], mask);
+    const bool of_pair = i % 2 == 1;
+    if (lane == 0 && !(of_pair && tile % 2 == 1)) *places[i] = totals[i];
   }
 }
 
@@ -80,19 +83,16 @@ __global__ void __launch_bounds__(kPlanThreads)
 __global__ void __launch_bounds__(kPlanThreads)
     order_kernel(const PlanParams params, const int32_t* counts) {
   const int32_t tiles = num_tiles(params.seq), pairs = ceil_div(tiles, 2);
+  const int32_t entries = tiles + pairs;  // of the queries, and again of the keys
   int32_t entry = blockIdx.x * kPlanWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  if (entry >= 2 * tiles + pairs) return;
+  if (entry >= 2 * entries) return;
   int32_t* order = params.plan + blockIdx.y * plan_stride(params.seq) + 4 * tiles;
   counts += blockIdx.y * plan_stride(params.seq);
 
-  int32_t begin = 0, size = tiles;
-  if (entry >= tiles + pairs) {
-    begin = tiles + pairs;
-  } else if (entry >= tiles) {
-    begin = tiles;
-    size = pairs;
-  }
+  const bool of_pair = entry % entries >= tiles;
+  const int32_t begin = entry / entries * entries + (of_pair ? tiles : 0);
+  const int32_t size = of_pair ? pairs : tiles;
   entry -= begin;
   const int32_t count = counts[begin + entry];
   int32_t rank = 0;
@@ -108,9 +108,11 @@ __global__ void __launch_bounds__(kPlanThreads)
 
 int64_t plan_size(int32_t seq) { return plan_stride(seq); }
 
+int32_t padded_seq(int32_t seq) { return num_tiles(seq) * kTile; }
+
 void launch_plan(const PlanParams& params, int32_t* counts, Stream stream) {
   const int32_t tiles = num_tiles(params.seq);
-  const int32_t entries = 2 * tiles + ceil_div(tiles, 2);
+  const int32_t entries = 2 * (tiles + ceil_div(tiles, 2));
   const Grid by_tile{ceil_div(tiles, kPlanWarps), params.batch, 1};
   const Grid by_entry{ceil_div(entries, kPlanWarps), params.batch, 1};
   launch(range_kernel, by_tile, kPlanThreads, 0, stream, params);

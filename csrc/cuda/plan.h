@@ -6,6 +6,7 @@
 //   query_order      num_tiles: tiles as queries, most visited key tiles first
 //   query_order_2    ceil(num_tiles / 2): the same for pairs of tiles
 //   key_order        num_tiles: tiles as keys, most visiting query tiles first
+//   key_order_2      ceil(num_tiles / 2): the same for pairs of tiles
 #pragma once
 
 #include "../visibility.h"
@@ -21,7 +22,7 @@ ONEPASS_INLINE int32_t num_tiles(int32_t seq) { return ceil_div(seq, kTile); }
 // int32 per row, rounded up so that every row's ranges are aligned to 16 bytes.
 ONEPASS_INLINE int64_t plan_stride(int32_t seq) {
   const int64_t tiles = num_tiles(seq);
-  return (4 * tiles + tiles + (tiles + 1) / 2 + tiles + 3) / 4 * 4;
+  return (4 * tiles + 2 * (tiles + (tiles + 1) / 2) + 3) / 4 * 4;
 }
 
 struct Plan {
@@ -29,6 +30,7 @@ struct Plan {
   const int32_t* query_order;
   const int32_t* query_order_2;
   const int32_t* key_order;
+  const int32_t* key_order_2;
 };
 
 ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
@@ -36,8 +38,9 @@ ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
   const int32_t* begin = plan + row * plan_stride(seq);
   const int32_t* query_order = begin + 4 * tiles;
   const int32_t* query_order_2 = query_order + tiles;
-  return {reinterpret_cast<const TileRange*>(begin), query_order, query_order_2,
-          query_order_2 + ceil_div(tiles, 2)};
+  const int32_t* key_order = query_order_2 + ceil_div(tiles, 2);
+  return {reinterpret_cast<const TileRange*>(begin), query_order, query_order_2, key_order,
+          key_order + tiles};
 }
 
 ONEPASS_INLINE int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -109,9 +112,9 @@ class KeyTileWalk {
   uint32_t visited_, full_;
 };
 
-// The tiles of kRows queries that visit a key tile, for each of `heads` query heads in turn: one
+// The tiles of kRows queries that visit a tile of kKeys keys, for each of `heads` query heads in turn: one
 // run, out of which only a window takes tiles.
-template <int kRows>
+template <int kRows, int kKeys = kTile>
 class QueryTileWalk {
  public:
   struct Step {
@@ -124,7 +127,7 @@ class QueryTileWalk {
                                            int32_t heads)
       : params_(params),
         ranges_(plan_of_row(params.plan, row, params.seq).ranges),
-        key_(key_tile(ranges_, tile * kTile, kTile, params.seq)),
+        key_(key_tile(ranges_, tile * kKeys, kKeys, params.seq)),
         heads_(heads),
         head_(0),
         first_(key_.first) {}

@@ -39,7 +39,7 @@ class _BackwardParams(ctypes.Structure):
     _fields_ = [
         *_Params._fields_,
         *((name, _Tensor) for name in ("dout", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("dlse", "delta", "dsinks")),
+        *((name, ctypes.c_void_p) for name in ("dlse", "statistics", "dsinks")),
     ]
 
 
@@ -126,14 +126,16 @@ def forward(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    family: str = "sm80",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (out, lse, plan) of the emulated forward kernel."""
+    """Return (out, lse, plan) of the emulated forward kernel of a family, sm80 or sm90."""
     plan = make_plan(visible_end, positions, window)
     out = guarded(q, v.shape[3])
     lse = torch.full(q.shape[:3], torch.nan)
     params = _Params()
     _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)
-    assert library().onepass_forward(*_kind(q, v), ctypes.byref(params))
+    run = library().onepass_forward if family == "sm80" else library().onepass_forward_sm90
+    assert run(*_kind(q, v), ctypes.byref(params))
     assert_guards_untouched(out)
     return out, lse, plan
 
@@ -157,13 +159,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv, dsinks) of the emulated backward kernels."""
     gradients = tuple(guarded(x, x.shape[3]) for x in (q, k, v))
-    delta = torch.full_like(lse, torch.nan)
+    statistics = torch.full((*lse.shape[:2], -(-lse.shape[2] // 64) * 64, 2), torch.nan)
     dsinks = None if sinks is None else torch.full_like(sinks, torch.nan)
     params = _BackwardParams()
     _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)
     for name, x in zip(("dout", "dq", "dk", "dv"), (dout, *gradients), strict=True):
         setattr(params, name, _tensor(x))
-    params.dlse, params.delta, params.dsinks = map(_pointer, (dlse, delta, dsinks))
+    params.dlse, params.statistics, params.dsinks = map(_pointer, (dlse, statistics, dsinks))
     assert library().onepass_backward(*_kind(q, v), ctypes.byref(params))
     for x in gradients:
         assert_guards_untouched(x)

@@ -86,6 +86,14 @@ struct Thread {
   bool done = false;
   std::vector<Copy> open;                 // copies of the group that is not closed yet
   std::vector<std::vector<Copy>> groups;  // closed, not waited for, oldest first
+  std::vector<std::function<void()>> open_products;  // the same for products of a warpgroup
+  std::vector<std::vector<std::function<void()>>> product_groups;
+};
+
+// Threads that wait for each other by number.
+struct Meeting {
+  int arrived = 0;
+  uint64_t generation = 0;
 };
 
 constexpr size_t kStackBytes = 256 * 1024;
@@ -101,6 +109,8 @@ struct Block {
   int current = 0;
   std::function<void()> body;
   std::mt19937_64 random;
+  std::vector<std::function<void()>> later;  // what the copy engine has not done yet
+  Meeting meetings[16];
 };
 inline Block* block = nullptr;
 
@@ -115,6 +125,7 @@ inline void run_thread() {
   Thread& self = thread();
   EMULATOR_CHECK(self.open.empty());
   for (const auto& group : self.groups) EMULATOR_CHECK(group.empty());
+  EMULATOR_CHECK(self.open_products.empty() && self.product_groups.empty());
   self.done = true;
   swapcontext(&self.context, &block->scheduler);
 }
@@ -195,6 +206,13 @@ inline void run_block(Block& running) {
   int left = threads;
   int64_t idle = 0;
   while (left > 0) {
+    if (!running.later.empty() && running.random() % 4 == 0) {
+      auto& later = running.later;
+      std::swap(later[running.random() % later.size()], later.back());
+      const std::function<void()> copy = std::move(later.back());
+      later.pop_back();
+      copy();
+    }
     const int chosen = static_cast<int>(running.random() % warps);
     const int begin = static_cast<int>(running.random() % 32);
     for (int i = 0; i < 32; ++i) {
@@ -208,7 +226,8 @@ inline void run_block(Block& running) {
     }
     EMULATOR_CHECK(++idle < 5'000'000);  // a deadlock
   }
-  EMULATOR_CHECK(running.arrived == 0);
+  EMULATOR_CHECK(running.arrived == 0 && running.later.empty());
+  for (const Meeting& meeting : running.meetings) EMULATOR_CHECK(meeting.arrived == 0);
   for (const Exchange& shared : running.warps) EMULATOR_CHECK(shared.arrived == 0);
 }
 
@@ -224,7 +243,7 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, int shared_bytes,
   }
   running.warps.resize(threads / 32);
   running.random.seed(seed);
-  running.shared.resize(shared_bytes + 128);
+  running.shared.resize(shared_bytes + 1024);
   running.body = [&] { kernel(arguments...); };
   for (int32_t z = 0; z < grid.z; ++z) {
     for (int32_t y = 0; y < grid.y; ++y) {
@@ -244,10 +263,15 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, int shared_bytes,
 
 inline uint8_t* shared_memory() {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(emulator::block->shared.data());
-  return reinterpret_cast<uint8_t*>((begin + 127) / 128 * 128);
+  return reinterpret_cast<uint8_t*>((begin + 1023) / 1024 * 1024);
 }
 
 inline int32_t recomputed(int32_t value) { return value; }
+
+// Addresses of shared memory start at 0.
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - shared_memory());
+}
 
 template <typename Element>
 uint32_t pack(float low, float high) {

@@ -1,4 +1,4 @@
-// Portable backward, in four launches: delta (and the sinks' gradient), dq, and dk with dv.
+// Portable backward, in four launches: the queries' statistics (and the sinks' gradient), dq, and dk with dv.
 //
 // dq has a block per tile of queries that streams the key tiles they see; dk and dv have a block
 // per tile of keys that streams the query tiles that see them, through all query heads of the key's
@@ -18,17 +18,19 @@ namespace onepass::cuda::sm80 {
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerBlock = kThreads / kLanesPerRow;
 
-// delta = sum_d dout * out - dlse, which is what the score gradients lack of P * dP. Eight lanes
-// per query.
+// The statistics of every query; delta is what the score gradients lack of P * dP. Eight lanes per
+// query.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
-    delta_kernel(const BackwardParams params, int32_t head_v) {
+    statistics_kernel(const BackwardParams params, int32_t head_v) {
   const int32_t query = blockIdx.x * kRowsPerBlock + threadIdx.x / kLanesPerRow;
-  const int32_t head = blockIdx.y, row = blockIdx.z;
-  float total = 0;
+  const int32_t head = blockIdx.y, row = blockIdx.z, padded = num_tiles(params.seq) * kTile;
+  const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
+  float delta = 0;
   if (query < params.seq) {
     const Element* out = head_of<Element>(params.out, row, head) + query * params.out.seq_stride;
-    const Element* dout = head_of<Element>(params.dout, row, head) + query * params.dout.seq_stride;
+    const Element* dout =
+        head_of<Element>(params.dout, row, head) + query * params.dout.seq_stride;
     for (int32_t d = threadIdx.x % kLanesPerRow * 8; d < head_v; d += kLanesPerRow * 8) {
       const uint4 a = *reinterpret_cast<const uint4*>(out + d);
       const uint4 b = *reinterpret_cast<const uint4*>(dout + d);
@@ -36,28 +38,34 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = unpack<Element>(left[i]), y = unpack<Element>(right[i]);
-        total += x.x * y.x + x.y * y.y;
+        delta += x.x * y.x + x.y * y.y;
       }
     }
   }
 #pragma unroll
-  for (int mask = kLanesPerRow / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
-  if (query < params.seq && threadIdx.x % kLanesPerRow == 0) {
-    const int64_t index = (static_cast<int64_t>(row) * params.heads + head) * params.seq + query;
-    params.delta[index] = total - (params.dlse != nullptr ? params.dlse[index] : 0.0f);
+  for (int mask = kLanesPerRow / 2; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
+  if (query < padded && threadIdx.x % kLanesPerRow == 0) {
+    Statistics statistics{INFINITY, 0};
+    if (query < params.seq) {
+      const int64_t index = head_of_row * params.seq + query;
+      if (params.dlse != nullptr) delta -= params.dlse[index];
+      statistics = {params.lse[index] * kLog2E, delta};
+    }
+    params.statistics[head_of_row * padded + query] = statistics;
   }
 }
 
 // dsinks[head] = -sum over queries of the sink's probability times delta. A block per head, which
 // adds in a fixed order.
 static __global__ void __launch_bounds__(kThreads) dsinks_kernel(const BackwardParams params) {
-  const int32_t head = blockIdx.x;
-  const float sink = params.sinks[head];
+  const int32_t head = blockIdx.x, padded = num_tiles(params.seq) * kTile;
+  const float sink = params.sinks[head] * kLog2E;
   float total = 0;
   for (int32_t row = 0; row < params.batch; ++row) {
-    const int64_t begin = (static_cast<int64_t>(row) * params.heads + head) * params.seq;
+    const Statistics* of_head =
+        params.statistics + (static_cast<int64_t>(row) * params.heads + head) * padded;
     for (int32_t query = threadIdx.x; query < params.seq; query += kThreads) {
-      total -= fast_exp2((sink - params.lse[begin + query]) * kLog2E) * params.delta[begin + query];
+      total -= fast_exp2(sink - of_head[query].lse) * of_head[query].delta;
     }
   }
 #pragma unroll
@@ -72,22 +80,21 @@ static __global__ void __launch_bounds__(kThreads) dsinks_kernel(const BackwardP
 }
 
 // Scores become probabilities, and `dp` (the gradient of the probabilities) the gradient of the
-// products up to `scale`. `statistics(n, half, column)` gives a query's lse in units of log2, and
-// its delta.
-template <int kBlocks, typename Statistics>
+// products up to `scale`. `statistics_of(n, half, column)` gives those of a query.
+template <int kBlocks, typename StatisticsOf>
 __device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
                                               Accumulator<1, kBlocks>& dp,
                                               const ScoreScale& score_scale,
-                                              const Statistics& statistics) {
+                                              const StatisticsOf& statistics_of) {
 #pragma unroll
   for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float2 lse_delta = statistics(n, e / 2, e % 2);
+      const Statistics of_query = statistics_of(n, e / 2, e % 2);
       const float score = scores[0][n][e];
-      const float probability = fast_exp2(score * score_scale.factor - lse_delta.x);
+      const float probability = fast_exp2(score * score_scale.factor - of_query.lse);
       scores[0][n][e] = probability;
-      dp[0][n][e] = probability * (dp[0][n][e] - lse_delta.y) * score_scale.derivative(score);
+      dp[0][n][e] = probability * (dp[0][n][e] - of_query.delta) * score_scale.derivative(score);
     }
   }
 }
@@ -147,13 +154,12 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
   load(visit, 0);
   commit_copies();
 
-  float lse[2], delta[2];
-  const int64_t statistics = (static_cast<int64_t>(row) * params.heads + head) * seq;
+  Statistics statistics[2];
+  const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int32_t query = warp_query + 8 * half + lane / 4;
-    lse[half] = query < seq ? params.lse[statistics + query] * kLog2E : INFINITY;
-    delta[half] = query < seq ? params.delta[statistics + query] : 0.0f;
+    statistics[half] = params.statistics[head_of_row * num_tiles(seq) * kTile + warp_query +
+                                         8 * half + lane / 4];
   }
   const ScoreScale score_scale(params);
   Accumulator<1, kHeadQk / 8> dq;
@@ -174,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
     if (!visit.full) mask_keys(scores, params, row, warp_query, visit.tile * kTile);
     multiply_transposed<Element, kHeadV>(dp, dout_tile, warp * 16, v_stage(stage));
     differentiate(scores, dp, score_scale,
-                  [&](int, int half, int) { return make_float2(lse[half], delta[half]); });
+                  [&](int, int half, int) { return statistics[half]; });
     LeftFactor<1, kTile / 16> ds;
     round_to_factor<Element>(ds, dp);
     multiply_add<Element, kHeadQk>(dq, ds, k_stage(stage));
@@ -215,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     return reinterpret_cast<Element*>(stages + stage * Config::kStageBytes);
   };
   const auto dout_stage = [&](int stage) { return q_stage(stage) + kTile * kHeadQk; };
-  const auto statistics_stage = [&](int stage) {  // lse in units of log2, and delta
-    return reinterpret_cast<float2*>(dout_stage(stage) + kTile * kHeadV);
+  const auto statistics_stage = [&](int stage) {
+    return reinterpret_cast<Statistics*>(dout_stage(stage) + kTile * kHeadV);
   };
   const auto load = [&](const typename Walk::Step& step, int stage) {
     if (step.head < 0) return;
@@ -224,12 +230,9 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     load_tile<Element, kTile, kHeadQk>(q_stage(stage), params.q, row, head, step.first, seq);
     load_tile<Element, kTile, kHeadV>(dout_stage(stage), params.dout, row, head, step.first, seq);
     if (threadIdx.x < kTile) {
-      const int32_t query = step.first + threadIdx.x;
-      const int64_t index = (static_cast<int64_t>(row) * params.heads + head) * seq + query;
-      // Beyond the row: a probability of 0.
+      const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
       statistics_stage(stage)[threadIdx.x] =
-          query < seq ? make_float2(params.lse[index] * kLog2E, params.delta[index])
-                      : make_float2(INFINITY, 0.0f);
+          params.statistics[head_of_row * num_tiles(seq) * kTile + step.first + threadIdx.x];
     }
   };
 
@@ -266,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     } else {
       clear(dp);
     }
-    const float2* statistics = statistics_stage(stage);
+    const Statistics* statistics = statistics_stage(stage);
     differentiate(scores, dp, score_scale, [&](int n, int, int column) {
       return statistics[8 * n + 2 * (lane % 4) + column];
     });
@@ -299,17 +302,21 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   }
 }
 
-template <typename Element, int kHeadQk, int kHeadV>
-void launch_backward(const BackwardParams& params, Stream stream) {
-  using Config = BackwardConfig<kHeadQk, kHeadV>;
-  const int32_t tiles = num_tiles(params.seq);
-  launch(delta_kernel<Element>,
-         Grid{ceil_div(params.seq, kRowsPerBlock), params.heads, params.batch}, kThreads, 0, stream,
-         params, kHeadV);
+template <typename Element>
+void launch_statistics(const BackwardParams& params, int32_t head_v, Stream stream) {
+  const Grid by_query{num_tiles(params.seq) * kTile / kRowsPerBlock, params.heads, params.batch};
+  launch(statistics_kernel<Element>, by_query, kThreads, 0, stream, params, head_v);
   if (params.sinks != nullptr) {
     launch(dsinks_kernel, Grid{params.heads, 1, 1}, kThreads,
            kWarps * static_cast<int>(sizeof(float)), stream, params);
   }
+}
+
+template <typename Element, int kHeadQk, int kHeadV>
+void launch_backward(const BackwardParams& params, Stream stream) {
+  using Config = BackwardConfig<kHeadQk, kHeadV>;
+  const int32_t tiles = num_tiles(params.seq);
+  launch_statistics<Element>(params, kHeadV, stream);
   launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{tiles, params.heads, params.batch}, kThreads,
          Config::kSharedBytes, stream, params);
   const Grid by_key_tile{tiles, params.kv_heads, params.batch};

@@ -25,8 +25,8 @@ template <int kHeadQk, int kHeadV>
 struct BackwardConfig {
   static constexpr int kStages = kHeadQk <= 128 ? 2 : 1;
   static constexpr int kKeptBytes = kTile * (kHeadQk + kHeadV) * kElementBytes;
-  // lse and delta go with every streamed tile of queries.
-  static constexpr int kStatisticsBytes = 2 * kTile * static_cast<int>(sizeof(float));
+  // Statistics go with every streamed tile of queries.
+  static constexpr int kStatisticsBytes = kTile * static_cast<int>(sizeof(Statistics));
   static constexpr int kStageBytes = kKeptBytes + kStatisticsBytes;
   static constexpr int kSharedBytes = kKeptBytes + kStages * kStageBytes;
   // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.

@@ -1,0 +1,230 @@
+// Hopper forward: one block computes 128 queries of one head.
+//
+// Three warpgroups. One warp of the first walks the visited tiles of 128 keys and has the copy
+// engine bring K and V, two stages of each; the other two warpgroups compute 64 queries each. A
+// consumer keeps the tensor cores busy while it computes a softmax: it starts S = Q K^T of the next
+// tile and O += P V of this one, then exponentiates the next scores while the latter still runs.
+// The two take turns in starting their products, so that one computes exponentials while the
+// products of the other run. P stays in registers. Deterministic.
+//
+// Barriers: `full` of a stage is over when its bytes are there, `empty` when both consumers are
+// done with it (one arrival per warp).
+#pragma once
+
+#include "../sm80/forward.cuh"
+#include "tensor_map.h"
+#include "tile.h"
+
+namespace onepass::cuda::sm90 {
+
+using sm80::Accumulator;
+using sm80::LeftFactor;
+
+struct ForwardMaps {
+  TensorMap q, k, v;
+};
+
+// The turns of the two consumers in starting products: barrier 1 + consumer is that one's turn.
+class Turns {
+ public:
+  __device__ __forceinline__ explicit Turns(int consumer) : consumer_(consumer) {
+    if (consumer == 1) give(0);
+  }
+  __device__ __forceinline__ void wait_for_mine() const {
+    sync_threads(1 + consumer_, kConsumers * kWarpgroup);
+  }
+  // Nobody waits for the turn after the last one of the second consumer.
+  __device__ __forceinline__ void pass_on(bool is_last) const {
+    if (consumer_ == 0 || !is_last) give(1 - consumer_);
+  }
+
+ private:
+  __device__ __forceinline__ static void give(int consumer) {
+    arrive_threads(1 + consumer, kConsumers * kWarpgroup);
+  }
+  const int consumer_;
+};
+
+// Which of the two stages comes next, and the parity of its phase.
+struct Stage {
+  int index = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    parity ^= index;
+    index ^= 1;
+  }
+};
+
+template <typename Element, int kHeadQk, int kHeadV>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(const Params params, const __grid_constant__ ForwardMaps maps) {
+  using Config = ForwardConfig<kHeadQk, kHeadV>;
+  using Walk = KeyTileWalk<kTileRows, kTileRows>;
+  constexpr int kStages = Config::kStages;
+  const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
+  const int32_t head = blockIdx.y, row = blockIdx.z, seq = params.seq;
+  const int32_t kv_head = head / (params.heads / params.kv_heads);
+  const int32_t first_query = plan_of_row(params.plan, row, seq).query_order_2[blockIdx.x] *
+                              kTileRows;
+
+  uint8_t* q_tile = shared_memory();
+  const auto k_tile = [&](int stage) { return q_tile + (1 + stage) * Config::kQkBytes; };
+  const auto v_tile = [&](int stage) { return k_tile(kStages) + stage * Config::kVBytes; };
+  Barrier* q_full = reinterpret_cast<Barrier*>(v_tile(kStages));
+  Barrier* k_full = q_full + 1;
+  Barrier* v_full = k_full + kStages;
+  Barrier* k_empty = v_full + kStages;
+  Barrier* v_empty = k_empty + kStages;
+  if (threadIdx.x == 0) {
+    init_barrier(q_full, 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      init_barrier(k_full + stage, 1);
+      init_barrier(v_full + stage, 1);
+      init_barrier(k_empty + stage, kConsumers * 4);
+      init_barrier(v_empty + stage, kConsumers * 4);
+    }
+    publish_barriers();
+  }
+  sync_block();
+
+  if (warpgroup == 0) {
+    release_registers<kProducerRegisters>();
+    if (threadIdx.x >= 32) return;
+    Walk walk(params, row, first_query);
+    if (lane == 0) {
+      copy_tile<Config::kQkBlocks>(q_tile, maps.q, q_full, first_query, head, row);
+    }
+    Stage stage;
+    for (Visit visit = walk.next(); visit.tile >= 0; visit = walk.next(), stage.advance()) {
+      const int32_t first_key = visit.tile * kTileRows;
+      wait(k_empty + stage.index, stage.parity ^ 1);  // over at once in the first round
+      if (lane == 0) {
+        copy_tile<Config::kQkBlocks>(k_tile(stage.index), maps.k, k_full + stage.index, first_key,
+                                     kv_head, row);
+      }
+      wait(v_empty + stage.index, stage.parity ^ 1);
+      if (lane == 0) {
+        copy_tile<Config::kVBlocks>(v_tile(stage.index), maps.v, v_full + stage.index, first_key,
+                                    kv_head, row);
+      }
+    }
+    return;
+  }
+
+  take_registers<kConsumerRegisters>();
+  const int consumer = warpgroup - 1;
+  const int32_t warp_query = first_query + consumer * 64 + threadIdx.x % kWarpgroup / 32 * 16;
+  const sm80::ScoreScale score_scale(params);
+  sm80::Softmax<1> softmax;
+  Accumulator<1, kTileRows / 8> scores;
+  Accumulator<1, kHeadV / 8> out;
+  LeftFactor<1, kTileRows / 16> probabilities;
+  sm80::clear(out);
+
+  const auto start_scores = [&](const Stage& stage) {
+    wait(k_full + stage.index, stage.parity);
+    hold(scores[0]);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < kHeadQk / 16; ++k) {
+      multiply_transposed<Element>(scores[0], describe_rows(q_tile, consumer * 64, k),
+                                   describe_rows(k_tile(stage.index), 0, k), k > 0);
+    }
+    commit_products();
+  };
+  const auto start_values = [&](const Stage& stage) {
+    wait(v_full + stage.index, stage.parity);
+    hold(out[0]);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < kTileRows / 16; ++k) {
+      multiply_add<Element>(out[0], probabilities[0][k],
+                            describe_columns(v_tile(stage.index), k));
+    }
+    commit_products();
+  };
+  const auto release = [&](Barrier* empty) {
+    sync_warp();
+    if (lane == 0) arrive(empty);
+  };
+  const auto finish_scores = [&](const Visit& visit) {
+    hold(scores[0]);
+    score_scale.cap(scores);
+    if (visit.full) return;
+    const int32_t first_key = visit.tile * kTileRows;
+#pragma unroll
+    for (int half = 0; half < kTileRows / kTile; ++half) {
+      auto& part = reinterpret_cast<Accumulator<1, kTile / 8>&>(scores[0][half * kTile / 8]);
+      sm80::mask_keys(part, params, row, warp_query, first_key + half * kTile);
+    }
+  };
+
+  Walk walk(params, row, first_query);
+  const Turns turns(consumer);
+  Visit visit = walk.next();  // at least the tile on the diagonal
+  Stage stage;                // of the scores
+  Stage values;               // of the probabilities
+  float rescale[1][2];
+  wait(q_full, 0);
+  turns.wait_for_mine();
+  start_scores(stage);
+  Visit next = walk.next();
+  turns.pass_on(next.tile < 0);
+  wait_products<0>();
+  release(k_empty + stage.index);
+  finish_scores(visit);
+  softmax.exponentiate(scores, score_scale.factor, rescale);
+  sm80::round_to_factor<Element>(probabilities, scores);
+  while (next.tile >= 0) {
+    visit = next;
+    next = walk.next();
+    stage.advance();
+    turns.wait_for_mine();
+    start_scores(stage);
+    start_values(values);
+    turns.pass_on(next.tile < 0);
+    wait_products<1>();
+    release(k_empty + stage.index);
+    finish_scores(visit);
+    softmax.exponentiate(scores, score_scale.factor, rescale);
+    wait_products<0>();
+    hold(out[0]);
+    release(v_empty + values.index);
+    values.advance();
+    softmax.rescale_out(out, rescale);
+    sm80::round_to_factor<Element>(probabilities, scores);
+  }
+  start_values(values);
+  wait_products<0>();
+  hold(out[0]);
+
+  float* lse = params.lse + (static_cast<int64_t>(row) * params.heads + head) * seq;
+  const float* sink = params.sinks != nullptr ? params.sinks + head : nullptr;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float value = softmax.finish(out, 0, half, score_scale.factor, sink);
+    const int32_t query = warp_query + 8 * half + lane / 4;
+    if (lane % 4 == 0 && query < seq) lse[query] = value;
+  }
+  // Through the queries' place, once the whole consumer has read its own.
+  sync_threads(3 + consumer, kWarpgroup);
+  Element* staging = reinterpret_cast<Element*>(q_tile) +
+                     (threadIdx.x / 32 - 4) * 16 * kHeadV;
+  sm80::round_to_tile<Element, kHeadV>(staging, out);
+  sync_warp();
+  sm80::store_rows<Element, 16, kHeadV>(sm80::head_of<Element>(params.out, row, head), staging,
+                                        params.out.seq_stride, warp_query, seq);
+}
+
+template <typename Element, int kHeadQk, int kHeadV>
+void launch_forward(const Params& params, Stream stream) {
+  using Config = ForwardConfig<kHeadQk, kHeadV>;
+  const ForwardMaps maps{
+      make_tensor_map<Element>(params.q, params.batch, params.heads, params.seq, kHeadQk),
+      make_tensor_map<Element>(params.k, params.batch, params.kv_heads, params.seq, kHeadQk),
+      make_tensor_map<Element>(params.v, params.batch, params.kv_heads, params.seq, kHeadV)};
+  const Grid grid{ceil_div(params.seq, kTileRows), params.heads, params.batch};
+  launch(forward_kernel<Element, kHeadQk, kHeadV>, grid, kThreads, Config::kSharedBytes, stream,
+         params, maps);
+}
+
+}  // namespace onepass::cuda::sm90

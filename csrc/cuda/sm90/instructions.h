@@ -1,0 +1,151 @@
+// The instructions of sm_90a that the Hopper kernels are made of, as CuTe has them.
+// tests/cuda/emulator_sm90.h has the same functions for a CPU.
+#pragma once
+
+#include "../instructions.h"
+#include "../kernels.h"
+
+#if defined(ONEPASS_EMULATE)
+
+#include "emulator_sm90.h"
+
+#else
+
+#include <cuda.h>
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <utility>
+
+namespace onepass::cuda::sm90 {
+
+// What the copy engine knows of a (batch, heads, seq, head_dim) tensor.
+using TensorMap = CUtensorMap;
+
+// A barrier in shared memory that counts arrivals and bytes, phase after phase.
+using Barrier = uint64_t;
+
+__device__ __forceinline__ void init_barrier(Barrier* barrier, int arrivals) {
+  cutlass::arch::ClusterBarrier::init(barrier, arrivals);
+}
+// Makes initialized barriers known to the copy engine; a block-wide barrier follows.
+__device__ __forceinline__ void publish_barriers() { cutlass::arch::fence_barrier_init(); }
+// Arrives, and has the phase wait for so many bytes, too.
+__device__ __forceinline__ void arrive_and_expect(Barrier* barrier, int bytes) {
+  cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(barrier, bytes);
+}
+__device__ __forceinline__ void arrive(Barrier* barrier) {
+  cutlass::arch::ClusterBarrier::arrive(barrier);
+}
+// Waits until the phase of this parity is over.
+__device__ __forceinline__ void wait(Barrier* barrier, int parity) {
+  cutlass::arch::ClusterBarrier::wait(barrier, parity);
+}
+
+// Starts to copy one block of columns of kTileRows tokens of one head; what lies beyond the tensor
+// becomes zeros.
+__device__ __forceinline__ void copy_block(void* to, const TensorMap& from, Barrier* barrier,
+                                           int column, int token, int head, int row) {
+  cute::SM90_TMA_LOAD_4D::copy(&from, barrier,
+                               static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to,
+                               column, token, head, row);
+}
+
+// A barrier of `threads` threads, by number; 0 is the block's own.
+__device__ __forceinline__ void sync_threads(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void arrive_threads(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" : : "r"(number), "r"(threads) : "memory");
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void release_registers() {
+  cutlass::arch::warpgroup_reg_dealloc<kRegisters>();
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  cutlass::arch::warpgroup_reg_alloc<kRegisters>();
+}
+
+// Products of a warpgroup run by themselves: begin, multiply, commit, and wait before the
+// accumulator, or shared memory or registers that they read, are touched.
+__device__ __forceinline__ void begin_products() { cute::warpgroup_arrive(); }
+__device__ __forceinline__ void commit_products() { cute::warpgroup_commit_batch(); }
+template <int kPending>
+__device__ __forceinline__ void wait_products() {
+  cute::warpgroup_wait<kPending>();
+}
+// Keeps the compiler from moving an accumulator across this place.
+template <int kBlocks>
+__device__ __forceinline__ void hold(float (&c)[kBlocks][4]) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[n][e])::"memory");
+  }
+}
+
+namespace detail {
+
+using cute::SM90::GMMA::Major;
+using cute::SM90::GMMA::ScaleOut;
+
+template <typename Element, int kColumns>
+struct Atoms;
+template <>
+struct Atoms<Bf16, 64> {
+  using Shared = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<Major::K, Major::K>;
+  using Registers = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::MN>;
+};
+template <>
+struct Atoms<Bf16, 128> {
+  using Shared = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<Major::K, Major::K>;
+  using Registers = cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, Major::MN>;
+};
+template <>
+struct Atoms<Fp16, 64> {
+  using Shared = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_SS<Major::K, Major::K>;
+  using Registers = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_RS<Major::K, Major::MN>;
+};
+template <>
+struct Atoms<Fp16, 128> {
+  using Shared = cute::SM90::GMMA::MMA_64x128x16_F32F16F16_SS<Major::K, Major::K>;
+  using Registers = cute::SM90::GMMA::MMA_64x128x16_F32F16F16_RS<Major::K, Major::MN>;
+};
+
+template <typename Atom, int kBlocks, size_t... kIndex>
+__device__ __forceinline__ void multiply(float (&c)[kBlocks][4], uint64_t a, uint64_t b,
+                                         bool accumulate, std::index_sequence<kIndex...>) {
+  Atom::fma(a, b, c[kIndex / 4][kIndex % 4]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
+}
+template <typename Atom, int kBlocks, size_t... kIndex>
+__device__ __forceinline__ void multiply(float (&c)[kBlocks][4], const uint32_t (&a)[4],
+                                         uint64_t b, std::index_sequence<kIndex...>) {
+  Atom::fma(a[0], a[1], a[2], a[3], b, c[kIndex / 4][kIndex % 4]..., ScaleOut::One);
+}
+
+}  // namespace detail
+
+// c (64 x 8 kBlocks) = or += a b^T over 16 columns: `a` and `b` describe rows in shared memory.
+template <typename Element, int kBlocks>
+__device__ __forceinline__ void multiply_transposed(float (&c)[kBlocks][4], uint64_t a, uint64_t b,
+                                                    bool accumulate) {
+  using Atom = typename detail::Atoms<Element, 8 * kBlocks>::Shared;
+  detail::multiply<Atom>(c, a, b, accumulate, std::make_index_sequence<4 * kBlocks>{});
+}
+
+// c (64 x 8 kBlocks) += a b over 16 rows of `b`: `a` lies in registers, `b` describes shared memory.
+template <typename Element, int kBlocks>
+__device__ __forceinline__ void multiply_add(float (&c)[kBlocks][4], const uint32_t (&a)[4],
+                                             uint64_t b) {
+  using Atom = typename detail::Atoms<Element, 8 * kBlocks>::Registers;
+  detail::multiply<Atom>(c, a, b, std::make_index_sequence<4 * kBlocks>{});
+}
+
+}  // namespace onepass::cuda::sm90
+
+#endif

@@ -1,0 +1,220 @@
+// Emulates what csrc/cuda/sm90/instructions.h adds: the copy engine, its barriers, and products of a
+// warpgroup.
+//
+// All three are asynchronous on a GPU, and here they happen as late as they may: a block is copied
+// at a random later time and is NaN until then, and a product is computed when it is waited for,
+// from what shared memory and registers then hold. A stage that is given back too early, a register
+// that is changed too early, or a barrier that is missing, shows as a wrong result.
+#pragma once
+
+#include "emulator.h"
+
+#define __grid_constant__
+
+namespace onepass::cuda::sm90 {
+
+using emulator::block;
+using emulator::yield;
+
+struct TensorMap {
+  const uint8_t* data;
+  int64_t sizes[4], strides[4];  // head_dim, seq, heads, batch; in elements
+};
+
+struct BarrierState {
+  uint64_t parity : 1;
+  uint64_t arrivals : 15;
+  int64_t pending : 16;
+  int64_t bytes : 32;
+};
+using Barrier = uint64_t;
+static_assert(sizeof(BarrierState) == sizeof(Barrier));
+
+inline BarrierState& state(Barrier* barrier) { return *reinterpret_cast<BarrierState*>(barrier); }
+
+inline void end_phase_if_complete(Barrier* barrier) {
+  BarrierState& of = state(barrier);
+  EMULATOR_CHECK(of.pending >= 0);
+  if (of.pending == 0 && of.bytes == 0) {
+    of.parity ^= 1;
+    of.pending = of.arrivals;
+  }
+}
+
+inline void init_barrier(Barrier* barrier, int arrivals) {
+  state(barrier) = {0, static_cast<uint64_t>(arrivals), arrivals, 0};
+}
+inline void publish_barriers() {}
+inline void arrive_and_expect(Barrier* barrier, int bytes) {
+  state(barrier).bytes += bytes;
+  --state(barrier).pending;
+  end_phase_if_complete(barrier);
+}
+inline void arrive(Barrier* barrier) {
+  --state(barrier).pending;
+  end_phase_if_complete(barrier);
+}
+inline void wait(Barrier* barrier, int parity) {
+  while (state(barrier).parity == static_cast<uint64_t>(parity)) yield();
+}
+
+constexpr int kBlockRows = 128, kBlockBytesOfRow = 128;
+
+// The chunk of 16 bytes of a row is permuted by address bits 7 to 9, which are the row modulo 8.
+inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+inline void copy_block(void* to, const TensorMap& from, Barrier* barrier, int column, int token,
+                       int head, int row) {
+  const uint32_t begin = shared_address(to);
+  EMULATOR_CHECK(begin % 1024 == 0);
+  constexpr int kBytes = kBlockRows * kBlockBytesOfRow;
+  std::vector<uint8_t> data(kBytes, 0);
+  for (int i = 0; i < kBlockRows; ++i) {
+    if (token + i >= from.sizes[1] || token + i < 0) continue;
+    for (int j = 0; j < kBlockBytesOfRow / 2; ++j) {
+      if (column + j >= from.sizes[0]) continue;
+      const int64_t element = column + j + (token + i) * from.strides[1] +
+                              head * from.strides[2] + row * from.strides[3];
+      std::memcpy(&data[swizzled(i * kBlockBytesOfRow + 2 * j)], from.data + 2 * element, 2);
+    }
+  }
+  uint8_t* target = static_cast<uint8_t*>(to);
+  std::memset(target, 0xff, kBytes);
+  block->later.push_back([target, data, barrier] {
+    std::memcpy(target, data.data(), data.size());
+    state(barrier).bytes -= static_cast<int64_t>(data.size());
+    end_phase_if_complete(barrier);
+  });
+}
+
+inline void sync_threads(int number, int threads) {
+  emulator::Meeting& meeting = block->meetings[number];
+  const uint64_t generation = meeting.generation;
+  if (++meeting.arrived == threads) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+  }
+  while (meeting.generation == generation) yield();
+}
+inline void arrive_threads(int number, int threads) {
+  emulator::Meeting& meeting = block->meetings[number];
+  if (++meeting.arrived == threads) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+  }
+}
+
+template <int kRegisters>
+void release_registers() {}
+template <int kRegisters>
+void take_registers() {}
+
+inline void begin_products() {}
+inline void commit_products() {
+  emulator::Thread& self = emulator::thread();
+  self.product_groups.push_back(std::move(self.open_products));
+  self.open_products.clear();
+}
+template <int kPending>
+void wait_products() {
+  auto& groups = emulator::thread().product_groups;
+  EMULATOR_CHECK(emulator::thread().open_products.empty());
+  while (groups.size() > kPending) {
+    for (const auto& product : groups.front()) product();
+    groups.erase(groups.begin());
+  }
+}
+template <int kBlocks>
+void hold(float (&)[kBlocks][4]) {}
+
+struct Descriptor {
+  uint32_t begin, leading_bytes, stride_bytes;
+
+  explicit Descriptor(uint64_t bits)
+      : begin((bits & 0x3fff) * 16),
+        leading_bytes((bits >> 16 & 0x3fff) * 16),
+        stride_bytes((bits >> 32 & 0x3fff) * 16) {
+    EMULATOR_CHECK(bits >> 62 == 1 && (bits >> 49 & 7) == 0);  // 128-byte swizzle, no base offset
+  }
+
+  template <typename Element>
+  float load(uint32_t offset) const {
+    uint16_t bits;
+    std::memcpy(&bits, shared_memory() + swizzled(begin + offset), 2);
+    return emulator::widen<Element>(bits);
+  }
+  // Element (row, k) of a factor whose rows are contiguous (K-major).
+  template <typename Element>
+  float row_major(int row, int k) const {
+    return load<Element>(row / 8 * stride_bytes + row % 8 * 128 + 2 * k);
+  }
+  // Element (k, column) of a factor whose columns are contiguous (MN-major).
+  template <typename Element>
+  float column_major(int k, int column) const {
+    return load<Element>(column / 64 * leading_bytes + column % 64 * 2 + k / 8 * stride_bytes +
+                         k % 8 * 128);
+  }
+};
+
+// One warp's 16 rows of a warpgroup's product; `left(row, k)` and `right(k, column)` give elements.
+template <int kBlocks, typename Left, typename Right>
+void add_product(float* const (&c)[32], bool accumulate, const Left& left, const Right& right) {
+  ++emulator::counters.products;
+  static float a[16][16], b[16][8 * kBlocks];
+  for (int k = 0; k < 16; ++k) {
+    for (int row = 0; row < 16; ++row) a[row][k] = left(row, k);
+    for (int column = 0; column < 8 * kBlocks; ++column) b[k][column] = right(k, column);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int n = 0; n < kBlocks; ++n) {
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, column = 8 * n + 2 * (lane % 4) + e % 2;
+        float sum = accumulate ? c[lane][4 * n + e] : 0.0f;
+        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        c[lane][4 * n + e] = sum;
+      }
+    }
+  }
+}
+
+template <typename Element, int kBlocks>
+void multiply_transposed(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumulate) {
+  float* target = &c[0][0];
+  emulator::thread().open_products.push_back([=] {
+    const uint64_t in[1] = {reinterpret_cast<uintptr_t>(target)};
+    const int first_row = emulator::block->current % 128 / 32 * 16;
+    emulator::exchange(in, 1, [&](emulator::Exchange& warp) {
+      float* targets[32];
+      for (int lane = 0; lane < 32; ++lane) targets[lane] = reinterpret_cast<float*>(warp.in[lane][0]);
+      const Descriptor left(a), right(b);
+      add_product<kBlocks>(
+          targets, accumulate,
+          [&](int row, int k) { return left.row_major<Element>(first_row + row, k); },
+          [&](int k, int column) { return right.row_major<Element>(column, k); });
+    });
+  });
+}
+
+template <typename Element, int kBlocks>
+void multiply_add(float (&c)[kBlocks][4], const uint32_t (&a)[4], uint64_t b) {
+  float* target = &c[0][0];
+  const uint32_t* factor = a;
+  emulator::thread().open_products.push_back([=] {
+    const uint64_t in[2] = {reinterpret_cast<uintptr_t>(target), reinterpret_cast<uintptr_t>(factor)};
+    emulator::exchange(in, 2, [&](emulator::Exchange& warp) {
+      float* targets[32];
+      for (int lane = 0; lane < 32; ++lane) targets[lane] = reinterpret_cast<float*>(warp.in[lane][0]);
+      const Descriptor right(b);
+      add_product<kBlocks>(
+          targets, true,
+          [&](int row, int k) {
+            const int lane = row % 8 * 4 + k % 8 / 2, word = row / 8 + k / 8 * 2;
+            const auto* words = reinterpret_cast<const uint32_t*>(warp.in[lane][1]);
+            return emulator::widen<Element>(static_cast<uint16_t>(words[word] >> 16 * (k % 2)));
+          },
+          [&](int k, int column) { return right.column_major<Element>(k, column); });
+    });
+  });
+}
+
+}  // namespace onepass::cuda::sm90
