@@ -3,6 +3,7 @@
 #include "plan.cu"
 #include "sm80/backward.cuh"
 #include "sm80/forward.cuh"
+#include "sm90/backward.cuh"
 #include "sm90/forward.cuh"
 
 using namespace onepass::cuda;
@@ -51,6 +52,19 @@ int onepass_forward_sm90(bool is_bf16, int d_qk, int d_v, const Params* params) 
   } else if (d_qk == 192 && d_v == 128) {
     is_bf16 ? sm90::launch_forward<Bf16, 192, 128>(*params, nullptr)
             : sm90::launch_forward<Fp16, 192, 128>(*params, nullptr);
+  } else {
+    return 0;
+  }
+  return 1;
+}
+
+int onepass_backward_sm90(bool is_bf16, int d_qk, int d_v, const BackwardParams* params) {
+  if (d_qk == 64 && d_v == 64) {
+    is_bf16 ? sm90::launch_backward<Bf16, 64, 64>(*params, nullptr)
+            : sm90::launch_backward<Fp16, 64, 64>(*params, nullptr);
+  } else if (d_qk == 128 && d_v == 128) {
+    is_bf16 ? sm90::launch_backward<Bf16, 128, 128>(*params, nullptr)
+            : sm90::launch_backward<Fp16, 128, 128>(*params, nullptr);
   } else {
     return 0;
   }

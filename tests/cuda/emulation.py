@@ -156,8 +156,9 @@ def backward(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    family: str = "sm80",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (dq, dk, dv, dsinks) of the emulated backward kernels."""
+    """Return (dq, dk, dv, dsinks) of the emulated backward kernels of a family."""
     gradients = tuple(guarded(x, x.shape[3]) for x in (q, k, v))
     statistics = torch.full((*lse.shape[:2], -(-lse.shape[2] // 64) * 64, 2), torch.nan)
     dsinks = None if sinks is None else torch.full_like(sinks, torch.nan)
@@ -166,7 +167,8 @@ def backward(
     for name, x in zip(("dout", "dq", "dk", "dv"), (dout, *gradients), strict=True):
         setattr(params, name, _tensor(x))
     params.dlse, params.statistics, params.dsinks = map(_pointer, (dlse, statistics, dsinks))
-    assert library().onepass_backward(*_kind(q, v), ctypes.byref(params))
+    run = library().onepass_backward if family == "sm80" else library().onepass_backward_sm90
+    assert run(*_kind(q, v), ctypes.byref(params))
     for x in gradients:
         assert_guards_untouched(x)
     return *gradients, dsinks

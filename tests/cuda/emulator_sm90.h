@@ -19,6 +19,7 @@ using emulator::yield;
 struct TensorMap {
   const uint8_t* data;
   int64_t sizes[4], strides[4];  // head_dim, seq, heads, batch; in elements
+  int32_t box_rows;
 };
 
 struct BarrierState {
@@ -58,33 +59,44 @@ inline void wait(Barrier* barrier, int parity) {
   while (state(barrier).parity == static_cast<uint64_t>(parity)) yield();
 }
 
-constexpr int kBlockRows = 128, kBlockBytesOfRow = 128;
+constexpr int kBytesOfRow = 128;
 
 // The chunk of 16 bytes of a row is permuted by address bits 7 to 9, which are the row modulo 8.
 inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+inline void copy_later(void* to, std::vector<uint8_t> data, Barrier* barrier) {
+  uint8_t* target = static_cast<uint8_t*>(to);
+  std::memset(target, 0xff, data.size());
+  block->later.push_back([target, data = std::move(data), barrier] {
+    std::memcpy(target, data.data(), data.size());
+    state(barrier).bytes -= static_cast<int64_t>(data.size());
+    end_phase_if_complete(barrier);
+  });
+}
 
 inline void copy_block(void* to, const TensorMap& from, Barrier* barrier, int column, int token,
                        int head, int row) {
   const uint32_t begin = shared_address(to);
   EMULATOR_CHECK(begin % 1024 == 0);
-  constexpr int kBytes = kBlockRows * kBlockBytesOfRow;
-  std::vector<uint8_t> data(kBytes, 0);
-  for (int i = 0; i < kBlockRows; ++i) {
+  const int bytes = from.box_rows * kBytesOfRow;
+  std::vector<uint8_t> data(bytes, 0);
+  for (int i = 0; i < from.box_rows; ++i) {
     if (token + i >= from.sizes[1] || token + i < 0) continue;
-    for (int j = 0; j < kBlockBytesOfRow / 2; ++j) {
+    for (int j = 0; j < kBytesOfRow / 2; ++j) {
       if (column + j >= from.sizes[0]) continue;
       const int64_t element = column + j + (token + i) * from.strides[1] +
                               head * from.strides[2] + row * from.strides[3];
-      std::memcpy(&data[swizzled(i * kBlockBytesOfRow + 2 * j)], from.data + 2 * element, 2);
+      std::memcpy(&data[swizzled(i * kBytesOfRow + 2 * j)], from.data + 2 * element, 2);
     }
   }
-  uint8_t* target = static_cast<uint8_t*>(to);
-  std::memset(target, 0xff, kBytes);
-  block->later.push_back([target, data, barrier] {
-    std::memcpy(target, data.data(), data.size());
-    state(barrier).bytes -= static_cast<int64_t>(data.size());
-    end_phase_if_complete(barrier);
-  });
+  copy_later(to, std::move(data), barrier);
+}
+
+inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
+  EMULATOR_CHECK(bytes % 16 == 0 && shared_address(to) % 16 == 0);
+  EMULATOR_CHECK(reinterpret_cast<uintptr_t>(from) % 16 == 0);
+  const uint8_t* begin = static_cast<const uint8_t*>(from);
+  copy_later(to, {begin, begin + bytes}, barrier);
 }
 
 inline void sync_threads(int number, int threads) {

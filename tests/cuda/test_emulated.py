@@ -19,8 +19,8 @@ OPTIONS = {
 }
 
 
-def run_emulated(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what `Case.run` returns, by the CUDA kernels."""
+def run_emulated(case: Case, dtype: torch.dtype, family: str) -> dict[str, Tensor]:
+    """Return what `Case.run` returns, by the CUDA kernels of a family."""
     q, k, v = (_guarded_copy(case.inputs[name].to(dtype)) for name in "qkv")
     sinks = case.inputs["sinks"].float() if "sinks" in case.inputs else None
     window = case.options["window"] or 0
@@ -30,6 +30,7 @@ def run_emulated(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         "window": window,
         "softcap": case.options["softcap"] or 0.0,
         "sinks": sinks,
+        "family": family,
     }
     out, lse, plan = emulation.forward(q, k, v, case.visible_end, **options)
     dout = _guarded_copy(case.dout.to(dtype))
@@ -45,9 +46,11 @@ def _guarded_copy(x: Tensor) -> Tensor:
     return emulation.guarded(x, x.shape[3]).copy_(x)
 
 
-def assert_errs_little_more_than_the_eager_reference(case: Case, dtype: torch.dtype) -> None:
+def assert_errs_little_more_than_the_eager_reference(
+    case: Case, dtype: torch.dtype, family: str
+) -> None:
     exact, eager = case.run("dense"), case.run("dense", dtype)
-    for name, actual in run_emulated(case, dtype).items():
+    for name, actual in run_emulated(case, dtype, family).items():
         # P and dS are rounded to the dtype before their products, as in every fused kernel; the
         # eager reference keeps them in float32.
         limit = 2 * error(eager[name], exact[name]) + 4 * torch.finfo(dtype).eps
@@ -56,12 +59,18 @@ def assert_errs_little_more_than_the_eager_reference(case: Case, dtype: torch.dt
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_option(dtype, options):
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_every_option(family, dtype, options):
     case = make_case(Shape(2, 4, 2, 150, 64, 64), dtype=dtype, seed=4, **options)
-    assert_errs_little_more_than_the_eager_reference(case, dtype)
+    assert_errs_little_more_than_the_eager_reference(case, dtype, family)
 
 
 @pytest.mark.parametrize("head_dims", emulation.HEAD_DIMS, ids=str)
 def test_every_head_size(head_dims):
     case = make_case(Shape(1, 2, 1, 200, *head_dims), dtype=torch.bfloat16, seed=5)
-    assert_errs_little_more_than_the_eager_reference(case, torch.bfloat16)
+    assert_errs_little_more_than_the_eager_reference(case, torch.bfloat16, "sm80")
+
+
+def test_every_head_size_of_the_hopper_kernels():
+    case = make_case(Shape(1, 2, 1, 300, 128, 128), dtype=torch.bfloat16, seed=5)
+    assert_errs_little_more_than_the_eager_reference(case, torch.bfloat16, "sm90")

@@ -45,30 +45,22 @@ class Turns {
   const int consumer_;
 };
 
-// Which of the two stages comes next, and the parity of its phase.
-struct Stage {
-  int index = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    parity ^= index;
-    index ^= 1;
-  }
-};
-
 template <typename Element, int kHeadQk, int kHeadV>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const Params params, const __grid_constant__ ForwardMaps maps) {
   using Config = ForwardConfig<kHeadQk, kHeadV>;
-  using Walk = KeyTileWalk<kTileRows, kTileRows>;
-  constexpr int kStages = Config::kStages;
+  using TileQk = typename Config::TileQk;
+  using TileV = typename Config::TileV;
+  constexpr int kRows = Config::kRows, kStages = Config::kStages;
+  using Walk = KeyTileWalk<kRows, kRows>;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
   const int32_t head = blockIdx.y, row = blockIdx.z, seq = params.seq;
   const int32_t kv_head = head / (params.heads / params.kv_heads);
-  const int32_t first_query = plan_of_row(params.plan, row, seq).query_order_2[blockIdx.x] *
-                              kTileRows;
+  const int32_t first_query = plan_of_row(params.plan, row, seq).query_order_2[blockIdx.x] * kRows;
 
   uint8_t* q_tile = shared_memory();
-  const auto k_tile = [&](int stage) { return q_tile + (1 + stage) * Config::kQkBytes; };
-  const auto v_tile = [&](int stage) { return k_tile(kStages) + stage * Config::kVBytes; };
+  const auto k_tile = [&](int stage) { return q_tile + (1 + stage) * TileQk::kBytes; };
+  const auto v_tile = [&](int stage) { return k_tile(kStages) + stage * TileV::kBytes; };
   Barrier* q_full = reinterpret_cast<Barrier*>(v_tile(kStages));
   Barrier* k_full = q_full + 1;
   Barrier* v_full = k_full + kStages;
@@ -91,20 +83,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x >= 32) return;
     Walk walk(params, row, first_query);
     if (lane == 0) {
-      copy_tile<Config::kQkBlocks>(q_tile, maps.q, q_full, first_query, head, row);
+      arrive_and_expect(q_full, TileQk::kBytes);
+      copy_tile<TileQk>(q_tile, maps.q, q_full, first_query, head, row);
     }
     Stage stage;
     for (Visit visit = walk.next(); visit.tile >= 0; visit = walk.next(), stage.advance()) {
-      const int32_t first_key = visit.tile * kTileRows;
+      const int32_t first_key = visit.tile * kRows;
       wait(k_empty + stage.index, stage.parity ^ 1);  // over at once in the first round
       if (lane == 0) {
-        copy_tile<Config::kQkBlocks>(k_tile(stage.index), maps.k, k_full + stage.index, first_key,
-                                     kv_head, row);
+        arrive_and_expect(k_full + stage.index, TileQk::kBytes);
+        copy_tile<TileQk>(k_tile(stage.index), maps.k, k_full + stage.index, first_key, kv_head,
+                          row);
       }
       wait(v_empty + stage.index, stage.parity ^ 1);
       if (lane == 0) {
-        copy_tile<Config::kVBlocks>(v_tile(stage.index), maps.v, v_full + stage.index, first_key,
-                                    kv_head, row);
+        arrive_and_expect(v_full + stage.index, TileV::kBytes);
+        copy_tile<TileV>(v_tile(stage.index), maps.v, v_full + stage.index, first_key, kv_head,
+                         row);
       }
     }
     return;
@@ -115,44 +110,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int32_t warp_query = first_query + consumer * 64 + threadIdx.x % kWarpgroup / 32 * 16;
   const sm80::ScoreScale score_scale(params);
   sm80::Softmax<1> softmax;
-  Accumulator<1, kTileRows / 8> scores;
+  Accumulator<1, kRows / 8> scores;
   Accumulator<1, kHeadV / 8> out;
-  LeftFactor<1, kTileRows / 16> probabilities;
+  LeftFactor<1, kRows / 16> probabilities;
   sm80::clear(out);
 
   const auto start_scores = [&](const Stage& stage) {
     wait(k_full + stage.index, stage.parity);
-    hold(scores[0]);
-    begin_products();
-#pragma unroll
-    for (int k = 0; k < kHeadQk / 16; ++k) {
-      multiply_transposed<Element>(scores[0], describe_rows(q_tile, consumer * 64, k),
-                                   describe_rows(k_tile(stage.index), 0, k), k > 0);
-    }
+    start_transposed<Element, TileQk, TileQk>(scores[0], q_tile, consumer * 64,
+                                              k_tile(stage.index));
     commit_products();
   };
   const auto start_values = [&](const Stage& stage) {
     wait(v_full + stage.index, stage.parity);
-    hold(out[0]);
-    begin_products();
-#pragma unroll
-    for (int k = 0; k < kTileRows / 16; ++k) {
-      multiply_add<Element>(out[0], probabilities[0][k],
-                            describe_columns(v_tile(stage.index), k));
-    }
+    start_add<Element, TileV>(out[0], probabilities[0], v_tile(stage.index));
     commit_products();
-  };
-  const auto release = [&](Barrier* empty) {
-    sync_warp();
-    if (lane == 0) arrive(empty);
   };
   const auto finish_scores = [&](const Visit& visit) {
     hold(scores[0]);
     score_scale.cap(scores);
     if (visit.full) return;
-    const int32_t first_key = visit.tile * kTileRows;
+    const int32_t first_key = visit.tile * kRows;
 #pragma unroll
-    for (int half = 0; half < kTileRows / kTile; ++half) {
+    for (int half = 0; half < kRows / kTile; ++half) {
       auto& part = reinterpret_cast<Accumulator<1, kTile / 8>&>(scores[0][half * kTile / 8]);
       sm80::mask_keys(part, params, row, warp_query, first_key + half * kTile);
     }
@@ -218,11 +198,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename Element, int kHeadQk, int kHeadV>
 void launch_forward(const Params& params, Stream stream) {
   using Config = ForwardConfig<kHeadQk, kHeadV>;
+  constexpr int kRows = Config::kRows;
   const ForwardMaps maps{
-      make_tensor_map<Element>(params.q, params.batch, params.heads, params.seq, kHeadQk),
-      make_tensor_map<Element>(params.k, params.batch, params.kv_heads, params.seq, kHeadQk),
-      make_tensor_map<Element>(params.v, params.batch, params.kv_heads, params.seq, kHeadV)};
-  const Grid grid{ceil_div(params.seq, kTileRows), params.heads, params.batch};
+      make_tensor_map<Element>(params.q, params.batch, params.heads, params.seq, kHeadQk, kRows),
+      make_tensor_map<Element>(params.k, params.batch, params.kv_heads, params.seq, kHeadQk, kRows),
+      make_tensor_map<Element>(params.v, params.batch, params.kv_heads, params.seq, kHeadV, kRows)};
+  const Grid grid{ceil_div(params.seq, kRows), params.heads, params.batch};
   launch(forward_kernel<Element, kHeadQk, kHeadV>, grid, kThreads, Config::kSharedBytes, stream,
          params, maps);
 }

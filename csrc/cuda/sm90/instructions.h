@@ -45,13 +45,19 @@ __device__ __forceinline__ void wait(Barrier* barrier, int parity) {
   cutlass::arch::ClusterBarrier::wait(barrier, parity);
 }
 
-// Starts to copy one block of columns of kTileRows tokens of one head; what lies beyond the tensor
-// becomes zeros.
+// Starts to copy one block of columns of one head, of as many tokens as the map says; what lies
+// beyond the tensor becomes zeros.
 __device__ __forceinline__ void copy_block(void* to, const TensorMap& from, Barrier* barrier,
                                            int column, int token, int head, int row) {
   cute::SM90_TMA_LOAD_4D::copy(&from, barrier,
                                static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to,
                                column, token, head, row);
+}
+
+// Starts to copy contiguous memory, in multiples of 16 bytes.
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes,
+                                           Barrier* barrier) {
+  cute::SM90_BULK_COPY_G2S::copy(from, barrier, to, bytes);
 }
 
 // A barrier of `threads` threads, by number; 0 is the block's own.

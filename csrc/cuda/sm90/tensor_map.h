@@ -26,9 +26,10 @@ inline auto tensor_map_encoder() {
   return encoder;
 }
 
+// Of a tensor that is copied in blocks of `box_rows` tokens.
 template <typename Element>
 TensorMap make_tensor_map(const Tensor& tensor, int32_t batch, int32_t heads, int32_t seq,
-                          int32_t head_dim) {
+                          int32_t head_dim, int32_t box_rows) {
   constexpr bool is_bf16 = std::is_same_v<Element, Bf16>;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(seq),
                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
@@ -38,7 +39,8 @@ TensorMap make_tensor_map(const Tensor& tensor, int32_t batch, int32_t heads, in
   };
   const cuuint64_t strides[] = {bytes(tensor.seq_stride, seq), bytes(tensor.head_stride, heads),
                                 bytes(tensor.batch_stride, batch)};
-  const cuuint32_t box[] = {kBlockColumns, kTileRows, 1, 1}, steps[] = {1, 1, 1, 1};
+  const cuuint32_t box[] = {kBlockColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
   TensorMap map;
   const CUresult result = tensor_map_encoder()(
       &map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
@@ -56,10 +58,11 @@ TensorMap make_tensor_map(const Tensor& tensor, int32_t batch, int32_t heads, in
 
 template <typename Element>
 TensorMap make_tensor_map(const Tensor& tensor, int32_t batch, int32_t heads, int32_t seq,
-                          int32_t head_dim) {
+                          int32_t head_dim, int32_t box_rows) {
   return {static_cast<const uint8_t*>(tensor.data),
           {head_dim, seq, heads, batch},
-          {1, tensor.seq_stride, tensor.head_stride, tensor.batch_stride}};
+          {1, tensor.seq_stride, tensor.head_stride, tensor.batch_stride},
+          box_rows};
 }
 
 #endif

@@ -16,27 +16,71 @@ __device__ __forceinline__ uint64_t describe(const void* begin, int leading_byte
 }
 
 // Columns [16 k, 16 k + 16) of the rows from `row` of a tile, summed over columns.
+template <typename Tile>
 __device__ __forceinline__ uint64_t describe_rows(const uint8_t* tile, int row, int k) {
   constexpr int kStepsPerBlock = kBlockColumns / 16;
-  const uint8_t* begin = tile + k / kStepsPerBlock * kBlockBytes + row * kRowBytes +
+  const uint8_t* begin = tile + k / kStepsPerBlock * Tile::kBlockBytes + row * kRowBytes +
                          k % kStepsPerBlock * 16 * static_cast<int>(sizeof(uint16_t));
   return describe(begin, 16);  // the leading offset has no meaning here
 }
 
 // Rows [16 k, 16 k + 16) of a tile with all its columns, summed over rows.
+template <typename Tile>
 __device__ __forceinline__ uint64_t describe_columns(const uint8_t* tile, int k) {
-  return describe(tile + 16 * k * kRowBytes, kBlockBytes);
+  return describe(tile + 16 * k * kRowBytes, Tile::kBlockBytes);
 }
 
-// Brings the tile of kTileRows tokens from `token`, in kBlocks blocks of columns.
-template <int kBlocks>
+// Starts to bring a tile of tokens from `token` on; the barrier has to expect Tile::kBytes.
+template <typename Tile>
 __device__ __forceinline__ void copy_tile(uint8_t* to, const TensorMap& from, Barrier* barrier,
                                           int token, int head, int row) {
-  arrive_and_expect(barrier, kBlocks * kBlockBytes);
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    copy_block(to + block * kBlockBytes, from, barrier, block * kBlockColumns, token, head, row);
+  for (int block = 0; block < Tile::kBlocks; ++block) {
+    copy_block(to + block * Tile::kBlockBytes, from, barrier, block * kBlockColumns, token, head,
+               row);
   }
+}
+
+// c = a b^T: 64 rows from `row` of tile `a` with all rows of tile `b`, of one shape but for the
+// rows. Begins, does not commit.
+template <typename Element, typename TileA, typename TileB, int kBlocks>
+__device__ __forceinline__ void start_transposed(float (&c)[kBlocks][4], const uint8_t* a, int row,
+                                                 const uint8_t* b) {
+  static_assert(TileA::kBlocks == TileB::kBlocks);
+  hold(c);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < TileA::kBlocks * kBlockColumns / 16; ++k) {
+    multiply_transposed<Element>(c, describe_rows<TileA>(a, row, k), describe_rows<TileB>(b, 0, k),
+                                 k > 0);
+  }
+}
+
+// c += a b: all rows of tile `b`. Begins, does not commit.
+template <typename Element, typename TileB, int kBlocks, int kSteps>
+__device__ __forceinline__ void start_add(float (&c)[kBlocks][4], const uint32_t (&a)[kSteps][4],
+                                          const uint8_t* b) {
+  hold(c);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    multiply_add<Element>(c, a[k], describe_columns<TileB>(b, k));
+  }
+}
+
+// Which of two stages comes next, and the parity of its phase.
+struct Stage {
+  int index = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    parity ^= index;
+    index ^= 1;
+  }
+};
+
+// A warp is done with a stage.
+__device__ __forceinline__ void release(Barrier* empty) {
+  sync_warp();
+  if (threadIdx.x % 32 == 0) arrive(empty);
 }
 
 }  // namespace onepass::cuda::sm90
