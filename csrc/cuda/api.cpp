@@ -81,13 +81,25 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check_shared_memory(int needed, int32_t device) {
-  int available = 0;
-  STD_CUDA_CHECK(
-      cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+int attribute(cudaDeviceAttr name, int32_t device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+// Starts a kernel on the current stream, or says why it cannot run.
+template <typename ParamsType>
+void launch(const Kernel<ParamsType>* kernel, const ParamsType& params, int32_t device) {
+  STD_TORCH_CHECK(kernel != nullptr,
+                  "this build has no kernel for these head sizes: use impl='flex'");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int needed = kernel->shared_bytes;
   STD_TORCH_CHECK(needed <= available, "this head size needs ", needed,
                   " bytes of shared memory per block and the device has ", available,
                   ": use impl='flex'");
+  kernel->launch(params, current_stream(device));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 StableTensor tree_plan(const StableTensor& visible_end, const OptionalTensor& positions,
@@ -124,12 +136,11 @@ StableTensor tree_plan(const StableTensor& visible_end, const OptionalTensor& po
   return plan;
 }
 
-// What forward and backward share: checked inputs, and the kernels. Keeps alive what `params`
-// points to.
+// What forward and backward share: checked inputs. Keeps alive what `params` points to.
 template <typename ParamsType>
 struct Call {
   ParamsType params{};
-  const Kernels* kernels = nullptr;
+  ElementType element;
   int32_t device;
   StableTensor q, k, v, visible_end, plan;
   OptionalTensor positions, sinks;
@@ -154,10 +165,7 @@ struct Call {
     STD_TORCH_CHECK(scale > 0, "scale is ", scale, ", expected a positive number");
     STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "q has dtype ",
                     toString(type), ", expected BFloat16 or Half");
-    kernels = find_kernels(type == ScalarType::BFloat16 ? ElementType::bf16 : ElementType::fp16,
-                           d_qk, d_v);
-    STD_TORCH_CHECK(kernels != nullptr, "this build has no kernel for head sizes ", d_qk, " and ",
-                    d_v, ": use impl='flex'");
+    element = type == ScalarType::BFloat16 ? ElementType::bf16 : ElementType::fp16;
     // A plan is checked for its size only: whose it is is up to the caller.
     plan = plan_.has_value() ? *plan_ : tree_plan(visible_end_, positions_, window);
     check("plan", plan, {batch, plan_size(static_cast<int32_t>(seq))}, ScalarType::Int, device);
@@ -199,10 +207,8 @@ std::tuple<StableTensor, StableTensor> tree_attention(
   if (call.empty()) return {out, lse};
   p.out = raw(out);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  const torch::stable::accelerator::DeviceGuard guard(call.device);
-  check_shared_memory(call.kernels->forward_shared_bytes, call.device);
-  call.kernels->forward(p, current_stream(call.device));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, call.device);
+  launch(find_forward(major, call.element, q.size(3), v.size(3)), p, call.device);
   return {out, lse};
 }
 
@@ -226,9 +232,9 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   }
   StableTensor dq = empty_heads_last(q, q.size(3)), dk = empty_heads_last(k, k.size(3)),
                dv = empty_heads_last(v, v.size(3));
-  StableTensor statistics = new_empty(
-      lse_rows, {q.size(0), q.size(1), padded_seq(static_cast<int32_t>(q.size(2))), 2},
-      ScalarType::Float);
+  StableTensor statistics =
+      new_empty(lse_rows, {q.size(0), q.size(1), padded_seq(static_cast<int32_t>(q.size(2))), 2},
+                ScalarType::Float);
   // Zeros: what they stay where there is no query.
   StableTensor dsinks = call.sinks.has_value()
                             ? torch::stable::new_zeros(*call.sinks, call.sinks->sizes())
@@ -240,10 +246,8 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   p.dlse = pointer<float>(dlse_rows);
   p.statistics = static_cast<Statistics*>(statistics.mutable_data_ptr());
   p.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
-  const torch::stable::accelerator::DeviceGuard guard(call.device);
-  check_shared_memory(call.kernels->backward_shared_bytes, call.device);
-  call.kernels->backward(p, current_stream(call.device));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, call.device);
+  launch(find_backward(major, call.element, q.size(3), v.size(3)), p, call.device);
   return {dq, dk, dv, dsinks};
 }
 

@@ -2,27 +2,35 @@
 
 What decides, besides the presence of nvcc (never that of a GPU):
 
-- ``ONEPASS_CUDA``: 1 to require the library, 0 to leave it out; unset: where nvcc is;
-- ``ONEPASS_CUDA_ARCHS``: compute capabilities, as in "80;86;89;90";
+- ``ONEPASS_CUDA``: 1 to require the library, 0 to leave it out; unset: where nvcc and CuTe are;
+- ``ONEPASS_CUDA_ARCHS``: compute capabilities, as in "80;86;89;90a"; the last gets the Hopper
+  kernels too, for which the headers of CuTe are needed (``CUTLASS_PATH``, or the PyPI package
+  nvidia-cutlass);
 - ``ONEPASS_HEAD_DIMS``: head sizes, as in "64;128;192/128" (d_qk/d_v where they differ).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
-DEFAULT_ARCHS = "80;86;89;90"
+DEFAULT_ARCHS = "80;86;89;90a"
 DEFAULT_HEAD_DIMS = "64;96;128;192;256;192/128"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the library serves
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16"}
+HOPPER = "90a"
+# What the registers of the Hopper kernels hold; the portable ones take the other head sizes.
+HOPPER_FORWARD = ((64, 64), (128, 128), (192, 128))
+HOPPER_BACKWARD = ((64, 64), (128, 128))
 
 
 class Options(NamedTuple):
@@ -31,6 +39,8 @@ class Options(NamedTuple):
     nvcc: str
     archs: tuple[str, ...]
     head_dims: tuple[tuple[int, int], ...]
+    cute: str | None
+    """Folder of the headers of CuTe, None where no Hopper kernel is built."""
 
 
 def options_of(environment: dict[str, str]) -> Options | None:
@@ -50,6 +60,16 @@ def options_of(environment: dict[str, str]) -> Options | None:
             "CUDA_HOME"
         )
     archs = tuple(_entries(environment, "ONEPASS_CUDA_ARCHS", DEFAULT_ARCHS, r"[0-9]+a?"))
+    cute = _find_cute(environment) if HOPPER in archs else None
+    if HOPPER in archs and cute is None:
+        message = (
+            "the Hopper kernels need the headers of CuTe: `pip install --no-deps nvidia-cutlass`, "
+            f"set CUTLASS_PATH, or leave {HOPPER} out of ONEPASS_CUDA_ARCHS"
+        )
+        if wanted:
+            raise SystemExit(message)
+        print(f"leaving the CUDA library out: {message}")
+        return None
     dims = _entries(environment, "ONEPASS_HEAD_DIMS", DEFAULT_HEAD_DIMS, r"[0-9]+(/[0-9]+)?")
     pairs = [(int(entry.split("/")[0]), int(entry.split("/")[-1])) for entry in dims]
     for d_qk, d_v in pairs:
@@ -58,7 +78,7 @@ def options_of(environment: dict[str, str]) -> Options | None:
                 f"ONEPASS_HEAD_DIMS has {d_qk}/{d_v}, expected multiples of 32 from 32 to 256, and "
                 "d_v at most d_qk"
             )
-    return Options(nvcc, archs, tuple(pairs))
+    return Options(nvcc, archs, tuple(pairs), cute)
 
 
 def build(options: Options, folder: Path, library: Path) -> None:
@@ -83,6 +103,18 @@ def _find_nvcc(environment: dict[str, str]) -> str | None:
     return inside or shutil.which("nvcc", path=environment.get("PATH"))
 
 
+def _find_cute(environment: dict[str, str]) -> str | None:
+    home = environment.get("CUTLASS_PATH")
+    candidates = [] if not home else [Path(home, "include")]
+    package = importlib.util.find_spec("cutlass_library")
+    if package is not None and package.submodule_search_locations:
+        candidates.append(Path(package.submodule_search_locations[0], "source", "include"))
+    for folder in candidates:
+        if (folder / "cute" / "arch" / "mma_sm90_gmma.hpp").exists():
+            return str(folder)
+    return None
+
+
 def _entries(environment: dict[str, str], name: str, default: str, pattern: str) -> list[str]:
     entries = [entry for entry in re.split(r"[;,\s]+", environment.get(name) or default) if entry]
     for entry in entries:
@@ -93,22 +125,50 @@ def _entries(environment: dict[str, str], name: str, default: str, pattern: str)
 
 def _write_instantiations(options: Options, folder: Path) -> list[Path]:
     """Write one translation unit per kernel, which compile in parallel; return their paths."""
-    head_dims = " ".join(f"HEAD_DIMS({d_qk}, {d_v})" for d_qk, d_v in options.head_dims)
-    _write(folder / "head_dims.h", f"#define ONEPASS_HEAD_DIMS {head_dims}\n")
-    paths = []
-    for d_qk, d_v in options.head_dims:
-        for name, element in ELEMENTS.items():
-            for direction, params in (("forward", "Params"), ("backward", "BackwardParams")):
-                path = folder / f"sm80_{direction}_{d_qk}_{d_v}_{name}.cu"
-                _write(
-                    path,
-                    f'#include "sm80/{direction}.cuh"\n\n'
-                    f"template void onepass::cuda::sm80::launch_{direction}<\n"
-                    f"    onepass::cuda::{element}, {d_qk}, {d_v}>(\n"
-                    f"    const onepass::cuda::{params}&, onepass::cuda::Stream);\n",
-                )
-                paths.append(path)
+    wanted = options.head_dims
+    hopper = HOPPER in options.archs
+    families = {
+        ("sm80", "forward"): wanted,
+        ("sm80", "backward"): wanted,
+        ("sm90", "forward"): [pair for pair in wanted if hopper and pair in HOPPER_FORWARD],
+        ("sm90", "backward"): [pair for pair in wanted if hopper and pair in HOPPER_BACKWARD],
+    }
+    paths = [
+        _write_instantiation(folder, family, direction, pair, name)
+        for (family, direction), pairs in families.items()
+        for pair in pairs
+        for name in ELEMENTS
+    ]
+    lists = {
+        "ONEPASS_SM80": wanted,
+        "ONEPASS_SM90_FORWARD": families["sm90", "forward"],
+        "ONEPASS_SM90_BACKWARD": families["sm90", "backward"],
+    }
+    _write(folder / "head_dims.h", head_dims_header(lists))
     return paths
+
+
+def head_dims_header(lists: dict[str, Sequence[tuple[int, int]]]) -> str:
+    """Return the header that tells kernels.cu what is instantiated."""
+    return "".join(
+        f"#define {name} {' '.join(f'HEAD_DIMS({d_qk}, {d_v})' for d_qk, d_v in pairs)}\n"
+        for name, pairs in lists.items()
+    )
+
+
+def _write_instantiation(
+    folder: Path, family: str, direction: str, pair: tuple[int, int], name: str
+) -> Path:
+    path = folder / f"{family}_{direction}_{pair[0]}_{pair[1]}_{name}.cu"
+    params = "Params" if direction == "forward" else "BackwardParams"
+    _write(
+        path,
+        f'#include "{family}/{direction}.cuh"\n\n'
+        f"template void onepass::cuda::{family}::launch_{direction}<\n"
+        f"    onepass::cuda::{ELEMENTS[name]}, {pair[0]}, {pair[1]}>(\n"
+        f"    const onepass::cuda::{params}&, onepass::cuda::Stream);\n",
+    )
+    return path
 
 
 def _write(path: Path, text: str) -> None:
@@ -120,14 +180,15 @@ def _write(path: Path, text: str) -> None:
 def _ninja(options: Options, folder: Path, sources: list[Path], library: Path) -> str:
     from torch.utils.cpp_extension import include_paths
 
-    gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in options.archs)
-    includes = " ".join(f"-I{path}" for path in (folder.absolute(), HERE.absolute()))
+    all_archs, hopper = _gencode(options.archs), _gencode([HOPPER])
+    folders = [str(folder.absolute()), str(HERE.absolute()), *filter(None, [options.cute])]
+    includes = " ".join(f"-I{path}" for path in folders)
     torch_includes = " ".join(f"-I{path}" for path in include_paths())
     common = "-std=c++17 -O3 -Xcompiler -fPIC -MD -MF $out.d"
     lines = [
         f"nvcc = {options.nvcc}",
         "rule cuda",
-        f"  command = $nvcc {common} {gencode} -lineinfo -Xptxas -v {includes} -c $in -o $out "
+        f"  command = $nvcc {common} $archs -lineinfo -Xptxas -v {includes} -c $in -o $out "
         "2> $out.log || (cat $out.log >&2; exit 1)",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -148,9 +209,14 @@ def _ninja(options: Options, folder: Path, sources: list[Path], library: Path) -
         rule = "binding" if source.suffix == ".cpp" else "cuda"
         built = folder.absolute() / f"{source.stem}.o"
         lines.append(f"build {built}: {rule} {source.absolute()}")
+        lines.append(f"  archs = {hopper if source.name.startswith('sm90') else all_archs}")
         objects.append(str(built))
     lines += [f"build {library.absolute()}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
+
+
+def _gencode(archs: Sequence[str]) -> str:
+    return " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
 
 
 def _nvcc_version(nvcc: str) -> str:

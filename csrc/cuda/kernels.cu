@@ -1,9 +1,14 @@
 // The table of the kernels that the build instantiates.
+#include <cstdlib>
+#include <cstring>
+
 #include "kernels.h"
 
-// Written by the build: ONEPASS_HEAD_DIMS is HEAD_DIMS(d_qk, d_v) for every head size.
+// Written by the build: lists of HEAD_DIMS(d_qk, d_v). ONEPASS_SM80 of the portable family,
+// ONEPASS_SM90_FORWARD and ONEPASS_SM90_BACKWARD of the Hopper family, empty without sm_90a.
 #include "head_dims.h"
 #include "sm80/config.h"
+#include "sm90/config.h"
 
 namespace onepass::cuda {
 
@@ -14,30 +19,74 @@ template <typename Element, int kHeadQk, int kHeadV>
 void launch_backward(const BackwardParams& params, Stream stream);
 }  // namespace sm80
 
+namespace sm90 {
+template <typename Element, int kHeadQk, int kHeadV>
+void launch_forward(const Params& params, Stream stream);
+template <typename Element, int kHeadQk, int kHeadV>
+void launch_backward(const BackwardParams& params, Stream stream);
+}  // namespace sm90
+
 namespace {
 
-template <typename Element, int kHeadQk, int kHeadV>
-Kernels kernels_of(ElementType type) {
-  return {type,
-          kHeadQk,
-          kHeadV,
-          &sm80::launch_forward<Element, kHeadQk, kHeadV>,
-          sm80::ForwardConfig<kHeadQk, kHeadV>::kSharedBytes,
-          &sm80::launch_backward<Element, kHeadQk, kHeadV>,
-          sm80::BackwardConfig<kHeadQk, kHeadV>::kSharedBytes};
+// Both element types of one pass of one family.
+#define KERNELS(family, launch, Config, d_qk, d_v) \
+  {Family::family,                                 \
+   ElementType::bf16,                              \
+   d_qk,                                           \
+   d_v,                                            \
+   &family::launch<Bf16, d_qk, d_v>,               \
+   family::Config<d_qk, d_v>::kSharedBytes},       \
+      {Family::family,                             \
+       ElementType::fp16,                          \
+       d_qk,                                       \
+       d_v,                                        \
+       &family::launch<Fp16, d_qk, d_v>,           \
+       family::Config<d_qk, d_v>::kSharedBytes},
+
+// The better family first.
+const Kernel<Params> kForward[] = {
+#define HEAD_DIMS(d_qk, d_v) KERNELS(sm90, launch_forward, ForwardConfig, d_qk, d_v)
+    ONEPASS_SM90_FORWARD
+#undef HEAD_DIMS
+#define HEAD_DIMS(d_qk, d_v) KERNELS(sm80, launch_forward, ForwardConfig, d_qk, d_v)
+        ONEPASS_SM80
+#undef HEAD_DIMS
+};
+
+const Kernel<BackwardParams> kBackward[] = {
+#define HEAD_DIMS(d_qk, d_v) KERNELS(sm90, launch_backward, BackwardConfig, d_qk, d_v)
+    ONEPASS_SM90_BACKWARD
+#undef HEAD_DIMS
+#define HEAD_DIMS(d_qk, d_v) KERNELS(sm80, launch_backward, BackwardConfig, d_qk, d_v)
+        ONEPASS_SM80
+#undef HEAD_DIMS
+};
+
+// ONEPASS_CUDA_FAMILY=sm80 takes the portable kernels on Hopper too, to compare.
+bool only_portable() {
+  static const char* family = std::getenv("ONEPASS_CUDA_FAMILY");
+  return family != nullptr && std::strcmp(family, "sm80") == 0;
+}
+
+template <typename ParamsType, size_t kCount>
+const Kernel<ParamsType>* find(const Kernel<ParamsType> (&kernels)[kCount], int major,
+                               ElementType type, int64_t d_qk, int64_t d_v) {
+  for (const Kernel<ParamsType>& kernel : kernels) {
+    const bool runs = kernel.family == Family::sm80 || (major == 9 && !only_portable());
+    if (runs && kernel.type == type && kernel.d_qk == d_qk && kernel.d_v == d_v) return &kernel;
+  }
+  return nullptr;
 }
 
 }  // namespace
 
-const Kernels* find_kernels(ElementType type, int64_t d_qk, int64_t d_v) {
-#define HEAD_DIMS(d_qk, d_v) \
-  kernels_of<Bf16, d_qk, d_v>(ElementType::bf16), kernels_of<Fp16, d_qk, d_v>(ElementType::fp16),
-  static const Kernels built[] = {ONEPASS_HEAD_DIMS};
-#undef HEAD_DIMS
-  for (const Kernels& kernels : built) {
-    if (kernels.type == type && kernels.d_qk == d_qk && kernels.d_v == d_v) return &kernels;
-  }
-  return nullptr;
+const Kernel<Params>* find_forward(int major, ElementType type, int64_t d_qk, int64_t d_v) {
+  return find(kForward, major, type, d_qk, d_v);
+}
+
+const Kernel<BackwardParams>* find_backward(int major, ElementType type, int64_t d_qk,
+                                            int64_t d_v) {
+  return find(kBackward, major, type, d_qk, d_v);
 }
 
 }  // namespace onepass::cuda

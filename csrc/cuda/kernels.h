@@ -10,19 +10,21 @@ namespace onepass::cuda {
 using Stream = CUstream_st*;
 
 enum class ElementType { bf16, fp16 };
+enum class Family { sm80, sm90 };  // portable; Hopper
 
-// The portable kernels of one element type and head size.
-struct Kernels {
+// A forward or backward pass for one element type and head size.
+template <typename ParamsType>
+struct Kernel {
+  Family family;
   ElementType type;
   int32_t d_qk, d_v;
-  void (*forward)(const Params&, Stream);
-  int forward_shared_bytes;  // that a block needs
-  void (*backward)(const BackwardParams&, Stream);
-  int backward_shared_bytes;
+  void (*launch)(const ParamsType&, Stream);
+  int shared_bytes;  // that a block needs
 };
 
-// Null if this build does not hold them.
-const Kernels* find_kernels(ElementType type, int64_t d_qk, int64_t d_v);
+// The best that this build holds for a device of compute capability `major`.x, null if none.
+const Kernel<Params>* find_forward(int major, ElementType type, int64_t d_qk, int64_t d_v);
+const Kernel<BackwardParams>* find_backward(int major, ElementType type, int64_t d_qk, int64_t d_v);
 
 // int32 of the plan of one row.
 int64_t plan_size(int32_t seq);

@@ -41,9 +41,9 @@ struct Statistics {
 
 struct BackwardParams : Params {
   Tensor dout, dq, dk, dv;
-  const float* dlse;      // (batch, heads, seq), null for none
+  const float* dlse;       // (batch, heads, seq), null for none
   Statistics* statistics;  // (batch, heads, padded_seq): scratch
-  float* dsinks;          // (heads,), null for none
+  float* dsinks;           // (heads,), null for none
 };
 
 struct PlanParams {

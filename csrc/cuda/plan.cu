@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kPlanThreads) range_kernel(const PlanParams pa
   }
 }
 
-// A warp per tile: how many tiles it visits as queries and how many visit it as keys, alone and, for
-// every other tile, with the next one. The counts lie as the orders will.
+// A warp per tile: how many tiles it visits as queries and how many visit it as keys, alone and,
+// for every other tile, with the next one. The counts lie as the orders will.
 __global__ void __launch_bounds__(kPlanThreads)
     count_kernel(const PlanParams params, int32_t* counts) {
   const int32_t seq = params.seq, tiles = num_tiles(seq);
@@ -53,8 +53,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   counts += blockIdx.y * plan_stride(seq);
   const int32_t pairs = ceil_div(tiles, 2);
   int32_t* const places[] = {counts + tile, counts + tiles + tile / 2,
-                             counts + tiles + pairs + tile,
-                             counts + 2 * tiles + pairs + tile / 2};
+                             counts + tiles + pairs + tile, counts + 2 * tiles + pairs + tile / 2};
 
   const int32_t first = tile * kTile;
   const QueryTile query = query_tile(ranges, first, kTile, seq);

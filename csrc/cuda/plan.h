@@ -47,10 +47,8 @@ ONEPASS_INLINE int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 ONEPASS_INLINE int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 
 // `keys` keys from `first`, whole tiles.
-ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t first, int32_t keys,
-                                int32_t seq) {
-  KeyTile key{first,     min_of(first + keys, seq) - 1, INT32_MAX, INT32_MIN,
-              INT32_MAX, INT32_MIN};
+ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t first, int32_t keys, int32_t seq) {
+  KeyTile key{first, min_of(first + keys, seq) - 1, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
   for (int32_t tile = first / kTile; tile <= key.last / kTile; ++tile) {
     key.min_end = min_of(key.min_end, ranges[tile].min_end);
     key.max_end = max_of(key.max_end, ranges[tile].max_end);
@@ -76,9 +74,9 @@ struct Visit {
   bool full;     // every query sees every key of it
 };
 
-// The tiles of kKeys keys that kRows queries from `first` visit, in ascending order, found 32 at a time by
-// each warp for itself: all warps of a block agree without a word between them. It keeps little and
-// reads the rest anew for every 32 tiles, since its registers are the main loop's.
+// The tiles of kKeys keys that kRows queries from `first` visit, in ascending order, found 32 at a
+// time by each warp for itself: all warps of a block agree without a word between them. It keeps
+// little and reads the rest anew for every 32 tiles, since its registers are the main loop's.
 template <int kRows, int kKeys = kTile>
 class KeyTileWalk {
  public:
@@ -112,8 +110,8 @@ class KeyTileWalk {
   uint32_t visited_, full_;
 };
 
-// The tiles of kRows queries that visit a tile of kKeys keys, for each of `heads` query heads in turn: one
-// run, out of which only a window takes tiles.
+// The tiles of kRows queries that visit a tile of kKeys keys, for each of `heads` query heads in
+// turn: one run, out of which only a window takes tiles. Keeps little, like KeyTileWalk.
 template <int kRows, int kKeys = kTile>
 class QueryTileWalk {
  public:
@@ -126,22 +124,25 @@ class QueryTileWalk {
   __device__ __forceinline__ QueryTileWalk(const Params& params, int32_t row, int32_t tile,
                                            int32_t heads)
       : params_(params),
-        ranges_(plan_of_row(params.plan, row, params.seq).ranges),
-        key_(key_tile(ranges_, tile * kKeys, kKeys, params.seq)),
+        row_(row),
+        first_key_(tile * kKeys),
         heads_(heads),
         head_(0),
-        first_(key_.first) {}
+        first_(first_key_) {}
 
   __device__ __forceinline__ Step next() {
+    const int32_t seq = params_.seq;
+    const TileRange* ranges = plan_of_row(params_.plan, row_, seq).ranges;
+    const KeyTile key = key_tile(ranges, first_key_, kKeys, seq);
     while (head_ < heads_) {
-      while (first_ < key_.max_end) {
+      while (first_ < key.max_end) {
         const int32_t first = first_;
         first_ += kRows;
         const Coverage covered =
-            coverage(query_tile(ranges_, first, kRows, params_.seq), key_, params_.window);
+            coverage(query_tile(ranges, first, kRows, seq), key, params_.window);
         if (covered != Coverage::skipped) return {head_, first, covered == Coverage::full};
       }
-      first_ = key_.first;
+      first_ = first_key_;
       ++head_;
     }
     return {-1, 0, false};
@@ -149,9 +150,7 @@ class QueryTileWalk {
 
  private:
   const Params& params_;
-  const TileRange* ranges_;
-  const KeyTile key_;
-  const int32_t heads_;
+  const int32_t row_, first_key_, heads_;
   int32_t head_, first_;
 };
 

@@ -10,9 +10,7 @@ using namespace onepass::cuda;
 
 namespace {
 
-const Kernels* find(bool is_bf16, int d_qk, int d_v) {
-  return find_kernels(is_bf16 ? ElementType::bf16 : ElementType::fp16, d_qk, d_v);
-}
+ElementType element(bool is_bf16) { return is_bf16 ? ElementType::bf16 : ElementType::fp16; }
 
 }  // namespace
 
@@ -36,44 +34,15 @@ void onepass_plan(const PlanParams* params, int32_t* counts) {
   launch_plan(*params, counts, nullptr);
 }
 
-int onepass_forward(bool is_bf16, int d_qk, int d_v, const Params* params) {
-  const Kernels* kernels = find(is_bf16, d_qk, d_v);
-  if (kernels != nullptr) kernels->forward(*params, nullptr);
-  return kernels != nullptr;
+int onepass_forward(int major, bool is_bf16, int d_qk, int d_v, const Params* params) {
+  const auto* kernel = find_forward(major, element(is_bf16), d_qk, d_v);
+  if (kernel != nullptr) kernel->launch(*params, nullptr);
+  return kernel != nullptr;
 }
 
-int onepass_forward_sm90(bool is_bf16, int d_qk, int d_v, const Params* params) {
-  if (d_qk == 64 && d_v == 64) {
-    is_bf16 ? sm90::launch_forward<Bf16, 64, 64>(*params, nullptr)
-            : sm90::launch_forward<Fp16, 64, 64>(*params, nullptr);
-  } else if (d_qk == 128 && d_v == 128) {
-    is_bf16 ? sm90::launch_forward<Bf16, 128, 128>(*params, nullptr)
-            : sm90::launch_forward<Fp16, 128, 128>(*params, nullptr);
-  } else if (d_qk == 192 && d_v == 128) {
-    is_bf16 ? sm90::launch_forward<Bf16, 192, 128>(*params, nullptr)
-            : sm90::launch_forward<Fp16, 192, 128>(*params, nullptr);
-  } else {
-    return 0;
-  }
-  return 1;
-}
-
-int onepass_backward_sm90(bool is_bf16, int d_qk, int d_v, const BackwardParams* params) {
-  if (d_qk == 64 && d_v == 64) {
-    is_bf16 ? sm90::launch_backward<Bf16, 64, 64>(*params, nullptr)
-            : sm90::launch_backward<Fp16, 64, 64>(*params, nullptr);
-  } else if (d_qk == 128 && d_v == 128) {
-    is_bf16 ? sm90::launch_backward<Bf16, 128, 128>(*params, nullptr)
-            : sm90::launch_backward<Fp16, 128, 128>(*params, nullptr);
-  } else {
-    return 0;
-  }
-  return 1;
-}
-
-int onepass_backward(bool is_bf16, int d_qk, int d_v, const BackwardParams* params) {
-  const Kernels* kernels = find(is_bf16, d_qk, d_v);
-  if (kernels != nullptr) kernels->backward(*params, nullptr);
-  return kernels != nullptr;
+int onepass_backward(int major, bool is_bf16, int d_qk, int d_v, const BackwardParams* params) {
+  const auto* kernel = find_backward(major, element(is_bf16), d_qk, d_v);
+  if (kernel != nullptr) kernel->launch(*params, nullptr);
+  return kernel != nullptr;
 }
 }

@@ -19,6 +19,10 @@ GUARD = 64
 """Rows of NaN around every operand: what a kernel must not read and must not write."""
 
 
+_MAJOR = {"sm80": 8, "sm90": 9}
+"""Compute capability at which a family is taken."""
+
+
 class _Tensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((f"stride{i}", ctypes.c_int64) for i in range(3))]
 
@@ -60,8 +64,13 @@ def library() -> ctypes.CDLL:
     built = Path(tempfile.gettempdir()) / f"onepass-emulated-{digest}.so"
     if not built.exists():
         with tempfile.TemporaryDirectory() as folder:
-            head_dims = " ".join(f"HEAD_DIMS({d_qk}, {d_v})" for d_qk, d_v in HEAD_DIMS)
-            Path(folder, "head_dims.h").write_text(f"#define ONEPASS_HEAD_DIMS {head_dims}\n")
+            dims = " ".join(f"HEAD_DIMS({d_qk}, {d_v})" for d_qk, d_v in HEAD_DIMS)
+            hopper = "HEAD_DIMS(64, 64) HEAD_DIMS(128, 128)"
+            Path(folder, "head_dims.h").write_text(
+                f"#define ONEPASS_SM80 {dims}\n"
+                f"#define ONEPASS_SM90_FORWARD {hopper} HEAD_DIMS(192, 128)\n"
+                f"#define ONEPASS_SM90_BACKWARD {hopper}\n"
+            )
             here = Path(__file__).parent
             command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror"]
             command += ["-Wno-unknown-pragmas", "-DONEPASS_EMULATE"]
@@ -134,8 +143,7 @@ def forward(
     lse = torch.full(q.shape[:3], torch.nan)
     params = _Params()
     _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)
-    run = library().onepass_forward if family == "sm80" else library().onepass_forward_sm90
-    assert run(*_kind(q, v), ctypes.byref(params))
+    assert library().onepass_forward(_MAJOR[family], *_kind(q, v), ctypes.byref(params))
     assert_guards_untouched(out)
     return out, lse, plan
 
@@ -167,8 +175,7 @@ def backward(
     for name, x in zip(("dout", "dq", "dk", "dv"), (dout, *gradients), strict=True):
         setattr(params, name, _tensor(x))
     params.dlse, params.statistics, params.dsinks = map(_pointer, (dlse, statistics, dsinks))
-    run = library().onepass_backward if family == "sm80" else library().onepass_backward_sm90
-    assert run(*_kind(q, v), ctypes.byref(params))
+    assert library().onepass_backward(_MAJOR[family], *_kind(q, v), ctypes.byref(params))
     for x in gradients:
         assert_guards_untouched(x)
     return *gradients, dsinks

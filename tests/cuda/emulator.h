@@ -84,8 +84,8 @@ struct Thread {
   std::unique_ptr<uint8_t[]> stack;
   Index index;
   bool done = false;
-  std::vector<Copy> open;                 // copies of the group that is not closed yet
-  std::vector<std::vector<Copy>> groups;  // closed, not waited for, oldest first
+  std::vector<Copy> open;                            // copies of the group that is not closed yet
+  std::vector<std::vector<Copy>> groups;             // closed, not waited for, oldest first
   std::vector<std::function<void()>> open_products;  // the same for products of a warpgroup
   std::vector<std::vector<std::function<void()>>> product_groups;
 };

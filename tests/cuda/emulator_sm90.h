@@ -1,5 +1,5 @@
-// Emulates what csrc/cuda/sm90/instructions.h adds: the copy engine, its barriers, and products of a
-// warpgroup.
+// Emulates what csrc/cuda/sm90/instructions.h adds: the copy engine, its barriers, and products of
+// a warpgroup.
 //
 // All three are asynchronous on a GPU, and here they happen as late as they may: a block is copied
 // at a random later time and is NaN until then, and a product is computed when it is waited for,
@@ -84,8 +84,8 @@ inline void copy_block(void* to, const TensorMap& from, Barrier* barrier, int co
     if (token + i >= from.sizes[1] || token + i < 0) continue;
     for (int j = 0; j < kBytesOfRow / 2; ++j) {
       if (column + j >= from.sizes[0]) continue;
-      const int64_t element = column + j + (token + i) * from.strides[1] +
-                              head * from.strides[2] + row * from.strides[3];
+      const int64_t element = column + j + (token + i) * from.strides[1] + head * from.strides[2] +
+                              row * from.strides[3];
       std::memcpy(&data[swizzled(i * kBytesOfRow + 2 * j)], from.data + 2 * element, 2);
     }
   }
@@ -197,7 +197,8 @@ void multiply_transposed(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool ac
     const int first_row = emulator::block->current % 128 / 32 * 16;
     emulator::exchange(in, 1, [&](emulator::Exchange& warp) {
       float* targets[32];
-      for (int lane = 0; lane < 32; ++lane) targets[lane] = reinterpret_cast<float*>(warp.in[lane][0]);
+      for (int lane = 0; lane < 32; ++lane)
+        targets[lane] = reinterpret_cast<float*>(warp.in[lane][0]);
       const Descriptor left(a), right(b);
       add_product<kBlocks>(
           targets, accumulate,
@@ -212,10 +213,12 @@ void multiply_add(float (&c)[kBlocks][4], const uint32_t (&a)[4], uint64_t b) {
   float* target = &c[0][0];
   const uint32_t* factor = a;
   emulator::thread().open_products.push_back([=] {
-    const uint64_t in[2] = {reinterpret_cast<uintptr_t>(target), reinterpret_cast<uintptr_t>(factor)};
+    const uint64_t in[2] = {reinterpret_cast<uintptr_t>(target),
+                            reinterpret_cast<uintptr_t>(factor)};
     emulator::exchange(in, 2, [&](emulator::Exchange& warp) {
       float* targets[32];
-      for (int lane = 0; lane < 32; ++lane) targets[lane] = reinterpret_cast<float*>(warp.in[lane][0]);
+      for (int lane = 0; lane < 32; ++lane)
+        targets[lane] = reinterpret_cast<float*>(warp.in[lane][0]);
       const Descriptor right(b);
       add_product<kBlocks>(
           targets, true,

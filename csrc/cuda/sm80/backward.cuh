@@ -1,4 +1,5 @@
-// Portable backward, in four launches: the queries' statistics (and the sinks' gradient), dq, and dk with dv.
+// Portable backward, in four launches: the queries' statistics (and the sinks' gradient), dq, and
+// dk with dv.
 //
 // dq has a block per tile of queries that streams the key tiles they see; dk and dv have a block
 // per tile of keys that streams the query tiles that see them, through all query heads of the key's
@@ -19,9 +20,9 @@ constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerBlock = kThreads / kLanesPerRow;
 
 // The statistics of every query; delta is what the score gradients lack of P * dP. Eight lanes per
-// query.
+// query. Each translation unit has its own, since they are compiled for different devices.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     statistics_kernel(const BackwardParams params, int32_t head_v) {
   const int32_t query = blockIdx.x * kRowsPerBlock + threadIdx.x / kLanesPerRow;
   const int32_t head = blockIdx.y, row = blockIdx.z, padded = num_tiles(params.seq) * kTile;
@@ -29,8 +30,7 @@ __global__ void __launch_bounds__(kThreads)
   float delta = 0;
   if (query < params.seq) {
     const Element* out = head_of<Element>(params.out, row, head) + query * params.out.seq_stride;
-    const Element* dout =
-        head_of<Element>(params.dout, row, head) + query * params.dout.seq_stride;
+    const Element* dout = head_of<Element>(params.dout, row, head) + query * params.dout.seq_stride;
     for (int32_t d = threadIdx.x % kLanesPerRow * 8; d < head_v; d += kLanesPerRow * 8) {
       const uint4 a = *reinterpret_cast<const uint4*>(out + d);
       const uint4 b = *reinterpret_cast<const uint4*>(dout + d);
@@ -79,8 +79,9 @@ static __global__ void __launch_bounds__(kThreads) dsinks_kernel(const BackwardP
   }
 }
 
-// Scores become probabilities, and `dp` (the gradient of the probabilities) the gradient of the
-// products up to `scale`. `statistics_of(n, half, column)` gives those of a query.
+// Scores become probabilities P, and the gradient of the probabilities dP becomes what P has to be
+// multiplied with to give dS, the gradient of the products up to `scale`. `statistics_of(n, half,
+// column)` gives those of a query.
 template <int kBlocks, typename StatisticsOf>
 __device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
                                               Accumulator<1, kBlocks>& dp,
@@ -92,9 +93,24 @@ __device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
     for (int e = 0; e < 4; ++e) {
       const Statistics of_query = statistics_of(n, e / 2, e % 2);
       const float score = scores[0][n][e];
-      const float probability = fast_exp2(score * score_scale.factor - of_query.lse);
-      scores[0][n][e] = probability;
-      dp[0][n][e] = probability * (dp[0][n][e] - of_query.delta) * score_scale.derivative(score);
+      scores[0][n][e] = fast_exp2(score * score_scale.factor - of_query.lse);
+      dp[0][n][e] = (dp[0][n][e] - of_query.delta) * score_scale.derivative(score);
+    }
+  }
+}
+
+// The elementwise product of two accumulators, as a left factor.
+template <typename Element, int kBlocks>
+__device__ __forceinline__ void round_product_to_factor(LeftFactor<1, kBlocks / 2>& factor,
+                                                        const Accumulator<1, kBlocks>& a,
+                                                        const Accumulator<1, kBlocks>& b) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int e = 2 * half;
+      factor[0][n / 2][n % 2 * 2 + half] =
+          pack<Element>(a[0][n][e] * b[0][n][e], a[0][n][e + 1] * b[0][n][e + 1]);
     }
   }
 }
@@ -158,8 +174,8 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
   const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    statistics[half] = params.statistics[head_of_row * num_tiles(seq) * kTile + warp_query +
-                                         8 * half + lane / 4];
+    statistics[half] =
+        params.statistics[head_of_row * num_tiles(seq) * kTile + warp_query + 8 * half + lane / 4];
   }
   const ScoreScale score_scale(params);
   Accumulator<1, kHeadQk / 8> dq;
@@ -179,10 +195,9 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
     score_scale.cap(scores);
     if (!visit.full) mask_keys(scores, params, row, warp_query, visit.tile * kTile);
     multiply_transposed<Element, kHeadV>(dp, dout_tile, warp * 16, v_stage(stage));
-    differentiate(scores, dp, score_scale,
-                  [&](int, int half, int) { return statistics[half]; });
+    differentiate(scores, dp, score_scale, [&](int, int half, int) { return statistics[half]; });
     LeftFactor<1, kTile / 16> ds;
-    round_to_factor<Element>(ds, dp);
+    round_product_to_factor<Element>(ds, scores, dp);
     multiply_add<Element, kHeadQk>(dq, ds, k_stage(stage));
 
     sync_block();  // every warp is done with this stage
@@ -279,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
       multiply_add<Element, kHeadV>(dv, factor, dout_stage(stage));
     }
     if constexpr (kWantDk) {
-      round_to_factor<Element>(factor, dp);
+      round_product_to_factor<Element>(factor, scores, dp);
       multiply_add<Element, kHeadQk>(dk, factor, q_stage(stage));
     }
 

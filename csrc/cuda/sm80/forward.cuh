@@ -28,8 +28,8 @@ struct Softmax {
     }
   }
 
-  // Replaces scores (in units of 1 / factor) by probabilities up to the row's sum; `rescale` is what
-  // brings earlier output to the new maximum.
+  // Replaces scores (in units of 1 / factor) by probabilities up to the row's sum; `rescale` is
+  // what brings earlier output to the new maximum.
   template <int kBlocks>
   __device__ __forceinline__ void exponentiate(Accumulator<kRowTiles, kBlocks>& scores,
                                                float factor, float (&rescale)[kRowTiles][2]) {

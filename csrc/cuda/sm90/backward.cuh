@@ -1,11 +1,11 @@
 // Hopper backward, in launches as in sm80/backward.cuh: statistics, dq, and dk with dv. The scores
 // are computed twice, nothing is added up in global memory, and the bits are the same every time.
 //
-// Three warpgroups. One warp of the first has the copy engine bring tiles: at the start, for each of
-// the other two warpgroups, the 64 tokens that it keeps (Q and dO for dq, K and V for dk and dv),
-// then the tiles of 64 others, two stages. A consumer computes the scores and the gradient of the
-// probabilities with its kept tokens as rows, P and dS in registers, and multiplies these with the
-// streamed tile. While one consumer exponentiates, the products of the other run.
+// Three warpgroups. One warp of the first has the copy engine bring tiles: at the start, for each
+// of the other two warpgroups, the 64 tokens that it keeps (Q and dO for dq, K and V for dk and
+// dv), then the tiles of 64 others, two stages. A consumer computes the scores and the gradient of
+// the probabilities with its kept tokens as rows, P and dS in registers, and multiplies these with
+// the streamed tile. While one consumer exponentiates, the products of the other run.
 //
 // Barriers: `full` of a stage is over when its bytes are there, `empty` when both consumers are
 // done with it (one arrival per warp).
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Walk = KeyTileWalk<kConsumers * kRows, kRows>;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
   const int32_t head = blockIdx.y, row = blockIdx.z, seq = params.seq;
-  const int32_t first_query = plan_of_row(params.plan, row, seq).query_order_2[blockIdx.x] *
-                              kConsumers * kRows;
+  const int32_t first_query =
+      plan_of_row(params.plan, row, seq).query_order_2[blockIdx.x] * kConsumers * kRows;
   const BackwardMemory<Config> memory;
   memory.init_barriers();
 
@@ -127,9 +127,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int32_t query = warp_query + 8 * half + lane / 4;
-    statistics[half] = query < seq
-                           ? params.statistics[head_of_row * num_tiles(seq) * kTile + query]
-                           : Statistics{INFINITY, 0};
+    statistics[half] = query < seq ? params.statistics[head_of_row * num_tiles(seq) * kTile + query]
+                                   : Statistics{INFINITY, 0};
   }
   Accumulator<1, kHeadQk / 8> dq;
   sm80::clear(dq);
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     sm80::differentiate(scores, dp, score_scale,
                         [&](int, int half, int) { return statistics[half]; });
     LeftFactor<1, kRows / 16> ds;
-    sm80::round_to_factor<Element>(ds, dp);
+    sm80::round_product_to_factor<Element>(ds, scores, dp);
     start_add<Element, TileQk>(dq[0], ds[0], memory.stage_qk(stage.index));
     commit_products();
     wait_products<0>();
@@ -234,8 +233,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     });
     LeftFactor<1, kRows / 16> probabilities, ds;
     sm80::round_to_factor<Element>(probabilities, scores);
-    sm80::round_to_factor<Element>(ds, dp);
     start_add<Element, TileV>(dv[0], probabilities[0], memory.stage_v(stage.index));
+    commit_products();
+    sm80::round_product_to_factor<Element>(ds, scores, dp);
     start_add<Element, TileQk>(dk[0], ds[0], memory.stage_qk(stage.index));
     commit_products();
     wait_products<0>();
@@ -258,10 +258,9 @@ void launch_backward(const BackwardParams& params, Stream stream) {
   const auto map = [&](const Tensor& tensor, int32_t heads, int32_t head_dim) {
     return make_tensor_map<Element>(tensor, params.batch, heads, params.seq, head_dim, kRows);
   };
-  const BackwardMaps maps{map(params.q, params.heads, kHeadQk),
-                          map(params.k, params.kv_heads, kHeadQk),
-                          map(params.v, params.kv_heads, kHeadV),
-                          map(params.dout, params.heads, kHeadV)};
+  const BackwardMaps maps{
+      map(params.q, params.heads, kHeadQk), map(params.k, params.kv_heads, kHeadQk),
+      map(params.v, params.kv_heads, kHeadV), map(params.dout, params.heads, kHeadV)};
   const int32_t pairs = ceil_div(params.seq, kConsumers * kRows);
   sm80::launch_statistics<Element>(params, kHeadV, stream);
   launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{pairs, params.heads, params.batch}, kThreads,

@@ -11,9 +11,9 @@ constexpr int kConsumers = 2;    // warpgroups
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-// A tile in shared memory is a row of blocks of 64 columns, each of kRows rows of 128 bytes: what one
-// bulk copy brings. The 16-byte chunks of a row are permuted by the row's number modulo 8, which the
-// copy engine and the tensor cores call the 128-byte swizzle.
+// A tile in shared memory is a row of blocks of 64 columns, each of kRows rows of 128 bytes: what
+// one bulk copy brings. The 16-byte chunks of a row are permuted by the row's number modulo 8,
+// which the copy engine and the tensor cores call the 128-byte swizzle.
 constexpr int kBlockColumns = 64;
 constexpr int kRowBytes = 128;
 

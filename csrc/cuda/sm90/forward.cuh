@@ -187,8 +187,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   // Through the queries' place, once the whole consumer has read its own.
   sync_threads(3 + consumer, kWarpgroup);
-  Element* staging = reinterpret_cast<Element*>(q_tile) +
-                     (threadIdx.x / 32 - 4) * 16 * kHeadV;
+  Element* staging = reinterpret_cast<Element*>(q_tile) + (threadIdx.x / 32 - 4) * 16 * kHeadV;
   sm80::round_to_tile<Element, kHeadV>(staging, out);
   sync_warp();
   sm80::store_rows<Element, 16, kHeadV>(sm80::head_of<Element>(params.out, row, head), staging,

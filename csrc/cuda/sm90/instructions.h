@@ -12,12 +12,12 @@
 #else
 
 #include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
 #include <utility>
 
 namespace onepass::cuda::sm90 {
@@ -129,8 +129,8 @@ __device__ __forceinline__ void multiply(float (&c)[kBlocks][4], uint64_t a, uin
   Atom::fma(a, b, c[kIndex / 4][kIndex % 4]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
 }
 template <typename Atom, int kBlocks, size_t... kIndex>
-__device__ __forceinline__ void multiply(float (&c)[kBlocks][4], const uint32_t (&a)[4],
-                                         uint64_t b, std::index_sequence<kIndex...>) {
+__device__ __forceinline__ void multiply(float (&c)[kBlocks][4], const uint32_t (&a)[4], uint64_t b,
+                                         std::index_sequence<kIndex...>) {
   Atom::fma(a[0], a[1], a[2], a[3], b, c[kIndex / 4][kIndex % 4]..., ScaleOut::One);
 }
 
@@ -144,7 +144,8 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[kBlocks][4], uint
   detail::multiply<Atom>(c, a, b, accumulate, std::make_index_sequence<4 * kBlocks>{});
 }
 
-// c (64 x 8 kBlocks) += a b over 16 rows of `b`: `a` lies in registers, `b` describes shared memory.
+// c (64 x 8 kBlocks) += a b over 16 rows of `b`: `a` lies in registers, `b` describes shared
+// memory.
 template <typename Element, int kBlocks>
 __device__ __forceinline__ void multiply_add(float (&c)[kBlocks][4], const uint32_t (&a)[4],
                                              uint64_t b) {

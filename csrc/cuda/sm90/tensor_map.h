@@ -16,10 +16,11 @@ inline auto tensor_map_encoder() {
   static const auto encoder = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12");
+      throw std::runtime_error(
+          "the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12");
     }
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
