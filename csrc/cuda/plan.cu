@@ -54,10 +54,10 @@ __global__ void __launch_bounds__(kPlanThreads)
 
   const QueryTile query = query_tile(ranges, tile * kTile, kTile, seq);
   const QueryTile pair = query_tile(ranges, tile * kTile, 2 * kTile, seq);
-  const KeyTile key = key_tile(ranges, tile, seq);
+  const KeyTile key = key_tile(ranges, tile);
   int32_t visited = 0, visited_by_pair = 0, visiting = 0;
   for (int32_t other = lane; other < tiles; other += 32) {
-    const KeyTile other_key = key_tile(ranges, other, seq);
+    const KeyTile other_key = key_tile(ranges, other);
     const QueryTile other_query = query_tile(ranges, other * kTile, kTile, seq);
     visited += coverage(query, other_key, params.window) != Coverage::skipped;
     visited_by_pair += coverage(pair, other_key, params.window) != Coverage::skipped;

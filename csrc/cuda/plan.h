@@ -43,11 +43,11 @@ ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
 ONEPASS_INLINE int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 ONEPASS_INLINE int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 
-ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t tile, int32_t seq) {
+// Its last key may lie beyond the row: what no query sees keeps such a tile from being full.
+ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t tile) {
   const TileRange range = ranges[tile];
-  return {tile * kTile,       min_of((tile + 1) * kTile, seq) - 1,
-          range.min_end,      range.max_end,
-          range.min_position, range.max_position};
+  return {tile * kTile,  (tile + 1) * kTile - 1, range.min_end,
+          range.max_end, range.min_position,     range.max_position};
 }
 
 // `rows` queries from `first`, within one tile or over whole tiles.
@@ -84,7 +84,7 @@ class KeyTileWalk {
       if (base_ > query.last / kTile) return {-1, false};
       const int32_t tile = base_ + threadIdx.x % 32;
       const Coverage covered = tile <= query.last / kTile
-                                   ? coverage(query, key_tile(ranges, tile, seq), params_.window)
+                                   ? coverage(query, key_tile(ranges, tile), params_.window)
                                    : Coverage::skipped;
       visited_ = ballot(covered != Coverage::skipped);
       full_ = ballot(covered == Coverage::full);
@@ -116,7 +116,7 @@ class QueryTileWalk {
                                            int32_t heads)
       : params_(params),
         ranges_(plan_of_row(params.plan, row, params.seq).ranges),
-        key_(key_tile(ranges_, tile, params.seq)),
+        key_(key_tile(ranges_, tile)),
         heads_(heads),
         head_(0),
         first_(key_.first) {}

@@ -8,7 +8,9 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,26 +52,37 @@ class _PlanParams(ctypes.Structure):
     ]
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Return the emulated kernels, compiled on the first call."""
+def build(csrc: Path, head_dims: Sequence[tuple[int, int]]) -> Path:
+    """Return the path of the kernels in a folder of sources, compiled unless they are there."""
     compiler = shutil.which("g++")
     assert compiler is not None, "the tests build an extension, so a C++ compiler is there"
-    sources = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cu*"), *Path(__file__).parent.glob("em*")])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    built = Path(tempfile.gettempdir()) / f"onepass-emulated-{digest}.so"
-    if not built.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            head_dims = " ".join(f"HEAD_DIMS({d_qk}, {d_v})" for d_qk, d_v in HEAD_DIMS)
-            Path(folder, "head_dims.h").write_text(f"#define ONEPASS_HEAD_DIMS {head_dims}\n")
-            here = Path(__file__).parent
-            command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror"]
-            command += ["-Wno-unknown-pragmas", "-DONEPASS_EMULATE"]
-            command += [f"-I{path}" for path in (folder, here, CSRC / "cuda")]
-            partial = Path(folder, built.name)
-            subprocess.run([*command, str(here / "emulated.cpp"), "-o", str(partial)], check=True)
-            shutil.move(partial, built)
-    loaded = ctypes.CDLL(str(built))
+    here = Path(__file__).parent
+    table = " ".join(f"HEAD_DIMS({d_qk}, {d_v})" for d_qk, d_v in head_dims)
+    sources = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cu*"), *here.glob("em*")])
+    digest = hashlib.sha256(table.encode() + b"".join(path.read_bytes() for path in sources))
+    built = Path(tempfile.gettempdir()) / f"onepass-emulated-{digest.hexdigest()[:16]}.so"
+    if built.exists():
+        return built
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "head_dims.h").write_text(f"#define ONEPASS_HEAD_DIMS {table}\n")
+        command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror"]
+        command += ["-Wno-unknown-pragmas", "-DONEPASS_EMULATE"]
+        command += [f"-I{path}" for path in (folder, here, csrc / "cuda")]
+        partial = Path(folder, built.name)
+        subprocess.run([*command, str(here / "emulated.cpp"), "-o", str(partial)], check=True)
+        shutil.move(partial, built)
+    return built
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return the emulated kernels of this repository."""
+    return load(build(CSRC, HEAD_DIMS))
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Return what `build` has built."""
+    loaded = ctypes.CDLL(str(path))
     loaded.onepass_plan_size.restype = ctypes.c_int64
     assert loaded.onepass_size_of_params() == ctypes.sizeof(_Params)
     assert loaded.onepass_size_of_backward_params() == ctypes.sizeof(_BackwardParams)
@@ -81,11 +94,20 @@ def set_seed(seed: int) -> None:
     library().onepass_seed(ctypes.c_uint64(seed))
 
 
-def counters() -> tuple[int, int, int]:
-    """Return (matrix loads, those with a bank conflict, products) since the last call."""
+class Counters(NamedTuple):
+    """What the emulated kernels have done."""
+
+    matrix_loads: int
+    bank_conflicts: int
+    products: int
+    """16 x 8 x 16, of one warp each."""
+
+
+def counters() -> Counters:
+    """Return what has been counted since the last call."""
     values = (ctypes.c_int64 * 3)()
     library().onepass_counters(values)
-    return tuple(values)
+    return Counters(*values)
 
 
 def guarded(like: Tensor, width: int) -> Tensor:
