@@ -22,6 +22,9 @@ HERE = Path(__file__).parent
 DEFAULT_ARCHS = "80;86;89;90"
 DEFAULT_HEAD_DIMS = "64;96;128;192;256;192/128"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the library serves
+# Where the symbols of torch are: a library that does not name them does not load, although torch
+# has loaded them before. Linked against empty stand-ins, since a CPU build of torch lacks one.
+TORCH_LIBRARIES = ("torch_cpu", "torch_cuda")
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16"}
 
 
@@ -67,6 +70,7 @@ def build(options: Options, folder: Path, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     sources = [HERE / "api.cpp", HERE / "kernels.cu", HERE / "plan.cu"]
     sources += _write_instantiations(options, folder)
+    _write(folder / "nothing.cpp", "")
     _write(folder / "build.ninja", _ninja(options, folder, sources, library))
     subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
     facts = {
@@ -123,6 +127,7 @@ def _ninja(options: Options, folder: Path, sources: list[Path], library: Path) -
     gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in options.archs)
     includes = " ".join(f"-I{path}" for path in (folder.absolute(), HERE.absolute()))
     torch_includes = " ".join(f"-I{path}" for path in include_paths())
+    libraries = " ".join(f"-l{name}" for name in TORCH_LIBRARIES)
     common = "-std=c++17 -O3 -Xcompiler -fPIC -MD -MF $out.d"
     lines = [
         f"nvcc = {options.nvcc}",
@@ -138,18 +143,26 @@ def _ninja(options: Options, folder: Path, sources: list[Path], library: Path) -
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = nvcc $in",
+        "rule stand_in",
+        f"  command = $nvcc -shared -cudart none {folder.absolute()}/nothing.cpp -o $out "
+        "-Xlinker -soname=$name",
+        "  description = stand-in for $name",
         "rule link",
-        # Torch is loaded before the library is: its symbols stay open.
-        "  command = $nvcc -shared -cudart static $in -o $out",
+        f"  command = $nvcc -shared -cudart static $in -o $out -L{folder.absolute()} "
+        f"-Xlinker --no-as-needed {libraries}",
         "  description = link $out",
     ]
+    stand_ins = []
+    for name in TORCH_LIBRARIES:
+        stand_ins.append(str(folder.absolute() / f"lib{name}.so"))
+        lines += [f"build {stand_ins[-1]}: stand_in", f"  name = lib{name}.so"]
     objects = []
     for source in sources:
         rule = "binding" if source.suffix == ".cpp" else "cuda"
         built = folder.absolute() / f"{source.stem}.o"
         lines.append(f"build {built}: {rule} {source.absolute()}")
         objects.append(str(built))
-    lines += [f"build {library.absolute()}: link {' '.join(objects)}", ""]
+    lines += [f"build {library.absolute()}: link {' '.join(objects)} | {' '.join(stand_ins)}", ""]
     return "\n".join(lines)
 
 
