@@ -8,12 +8,14 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tests.attention.cases import Case
 
 CSRC = Path(__file__).parents[2] / "csrc"
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -190,6 +192,35 @@ def backward(
     for x in gradients:
         assert_guards_untouched(x)
     return *gradients, dsinks
+
+
+def guarded_copy(x: Tensor) -> Tensor:
+    """Return x as models lay it out, between rows of NaN."""
+    return guarded(x, x.shape[3]).copy_(x)
+
+
+def run(
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    lay_out: Callable[[Tensor], Tensor] = guarded_copy,
+    through_lse: bool = True,
+) -> dict[str, Tensor]:
+    """Return what `Case.run` returns, by the CUDA kernels."""
+    q, k, v = (lay_out(case.inputs[name].to(dtype)) for name in "qkv")
+    window = case.options["window"] or 0
+    options = {
+        "scale": q.shape[3] ** -0.5,
+        "positions": case.options["positions"] if window else None,
+        "window": window,
+        "softcap": case.options["softcap"] or 0.0,
+        "sinks": case.inputs["sinks"].float() if "sinks" in case.inputs else None,
+    }
+    out, lse, plan = forward(q, k, v, case.visible_end, **options)
+    dout, dlse = lay_out(case.dout.to(dtype)), case.dlse.float() if through_lse else None
+    dq, dk, dv, dsinks = backward(dout, dlse, q, k, v, out, lse, case.visible_end, plan, **options)
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return results if dsinks is None else {**results, "dsinks": dsinks}
 
 
 def _fill(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -25,38 +23,8 @@ OPTIONS = {
 BF16 = torch.bfloat16
 
 
-def guarded_copy(x: Tensor) -> Tensor:
-    return emulation.guarded(x, x.shape[3]).copy_(x)
-
-
-def run_emulated(
-    case: Case,
-    dtype: torch.dtype,
-    *,
-    lay_out: Callable[[Tensor], Tensor] = guarded_copy,
-    through_lse: bool = True,
-) -> dict[str, Tensor]:
-    """Return what `Case.run` returns, by the CUDA kernels."""
-    q, k, v = (lay_out(case.inputs[name].to(dtype)) for name in "qkv")
-    window = case.options["window"] or 0
-    options = {
-        "scale": q.shape[3] ** -0.5,
-        "positions": case.options["positions"] if window else None,
-        "window": window,
-        "softcap": case.options["softcap"] or 0.0,
-        "sinks": case.inputs["sinks"].float() if "sinks" in case.inputs else None,
-    }
-    out, lse, plan = emulation.forward(q, k, v, case.visible_end, **options)
-    dout, dlse = lay_out(case.dout.to(dtype)), case.dlse.float() if through_lse else None
-    dq, dk, dv, dsinks = emulation.backward(
-        dout, dlse, q, k, v, out, lse, case.visible_end, plan, **options
-    )
-    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    return results if dsinks is None else {**results, "dsinks": dsinks}
-
-
 def check(case: Case, dtype: torch.dtype = BF16) -> None:
-    assert_errs_little_more_than_eager(case, run_emulated(case, dtype), dtype)
+    assert_errs_little_more_than_eager(case, emulation.run(case, dtype), dtype)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -119,7 +87,7 @@ def batch_within_tokens(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("lay_out", [contiguous, slice_of_a_wide_projection, batch_within_tokens])
 def test_any_strides_give_the_same_bits(lay_out):
     case = make_case(Shape(2, 4, 2, 90, 64, 64), dtype=BF16, seed=8)
-    expected, actual = run_emulated(case, BF16), run_emulated(case, BF16, lay_out=lay_out)
+    expected, actual = emulation.run(case, BF16), emulation.run(case, BF16, lay_out=lay_out)
     assert all(torch.equal(actual[name], x) for name, x in expected.items())
 
 
@@ -130,7 +98,7 @@ def test_any_order_of_warps_gives_the_same_bits(head_dims):
     results = []
     for seed in range(4):
         emulation.set_seed(seed)
-        results.append(run_emulated(case, BF16))
+        results.append(emulation.run(case, BF16))
     for result in results[1:]:
         assert all(torch.equal(result[name], x) for name, x in results[0].items())
 
@@ -138,7 +106,7 @@ def test_any_order_of_warps_gives_the_same_bits(head_dims):
 def test_without_a_gradient_of_lse():
     case = make_case(Shape(1, 2, 1, 100, 64, 64), dtype=BF16, seed=10, sinks=True)
     case.dlse.zero_()
-    result = run_emulated(case, BF16, through_lse=False)
+    result = emulation.run(case, BF16, through_lse=False)
     assert_errs_little_more_than_eager(case, result, BF16)
 
 
@@ -146,7 +114,7 @@ def test_large_scores_do_not_overflow():
     case = make_case(Shape(1, 2, 1, 100, 64, 64), dtype=BF16, seed=11)
     case.inputs["q"] *= 1024
     case.inputs["k"] *= 128
-    result = run_emulated(case, BF16)
+    result = emulation.run(case, BF16)
     assert all(x.isfinite().all() for x in result.values())
     assert error(result["out"], case.run("dense")["out"]) < 0.05
 
@@ -154,7 +122,7 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize("head_dims", emulation.HEAD_DIMS, ids=str)
 def test_matrix_loads_have_no_bank_conflict(head_dims):
     emulation.counters()
-    run_emulated(make_case(Shape(1, 1, 1, 70, *head_dims), dtype=BF16), BF16)
+    emulation.run(make_case(Shape(1, 1, 1, 70, *head_dims), dtype=BF16), BF16)
     counters = emulation.counters()
     assert counters.matrix_loads > 0
     assert counters.bank_conflicts == 0
