@@ -6,7 +6,7 @@ BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help venv demo test check format cuda wheel bench clean
+.PHONY: help venv demo test check format cuda check-cuda wheel bench clean
 
 help:
 	@echo "make venv    set up .venv and build the package into it ($(TORCH); override with TORCH=...)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check   formatting, lint, types, layers"
 	@echo "make format  format Python and C++"
 	@echo "make cuda    build the CUDA library too (needs nvcc, not a GPU)"
+	@echo "make check-cuda  build it for head size 128 and check registers, instructions, symbols"
 	@echo "make wheel   a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
 	@echo "make bench   run the benchmarks and regenerate the tables of benchmarks/README.md"
 	@echo "make clean   remove .venv, builds, caches and runs"
@@ -56,10 +57,18 @@ format: venv
 	$(BIN)/ruff format .
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | xargs -r $(BIN)/clang-format -i
 
-cuda: venv
+# The headers of CuTe alone: the package's dependencies are for other uses of it.
+.venv/cute: .venv/installed
+	$(BIN)/python -m pip install --no-deps nvidia-cutlass
+	touch $@
+
+cuda: venv .venv/cute
 	$(BIN)/python csrc/cuda/cuda_build.py
 
-wheel: venv
+check-cuda: venv .venv/cute
+	$(BIN)/python csrc/cuda/check_build.py
+
+wheel: venv .venv/cute
 	ONEPASS_CUDA=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
 bench: venv

@@ -26,6 +26,9 @@ HERE = Path(__file__).parent
 DEFAULT_ARCHS = "80;86;89;90a"
 DEFAULT_HEAD_DIMS = "64;96;128;192;256;192/128"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the library serves
+# Where the symbols of torch are: a library that does not name them does not load, although torch
+# has loaded them before. Linked against empty stand-ins, since a CPU build of torch lacks one.
+TORCH_LIBRARIES = ("torch_cpu", "torch_cuda")
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16"}
 HOPPER = "90a"
 # What the registers of the Hopper kernels hold; the portable ones take the other head sizes.
@@ -87,6 +90,7 @@ def build(options: Options, folder: Path, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     sources = [HERE / "api.cpp", HERE / "kernels.cu", HERE / "plan.cu"]
     sources += _write_instantiations(options, folder)
+    _write(folder / "nothing.cpp", "")
     _write(folder / "build.ninja", _ninja(options, folder, sources, library))
     subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
     facts = {
@@ -123,36 +127,36 @@ def _entries(environment: dict[str, str], name: str, default: str, pattern: str)
     return list(dict.fromkeys(entries))
 
 
+def passes_of(
+    head_dims: Sequence[tuple[int, int]], *, hopper: bool
+) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """Return the head sizes that are instantiated of each (family, pass)."""
+    return {
+        ("sm80", "forward"): list(head_dims),
+        ("sm80", "backward"): list(head_dims),
+        ("sm90", "forward"): [pair for pair in head_dims if hopper and pair in HOPPER_FORWARD],
+        ("sm90", "backward"): [pair for pair in head_dims if hopper and pair in HOPPER_BACKWARD],
+    }
+
+
 def _write_instantiations(options: Options, folder: Path) -> list[Path]:
     """Write one translation unit per kernel, which compile in parallel; return their paths."""
-    wanted = options.head_dims
-    hopper = HOPPER in options.archs
-    families = {
-        ("sm80", "forward"): wanted,
-        ("sm80", "backward"): wanted,
-        ("sm90", "forward"): [pair for pair in wanted if hopper and pair in HOPPER_FORWARD],
-        ("sm90", "backward"): [pair for pair in wanted if hopper and pair in HOPPER_BACKWARD],
-    }
-    paths = [
+    passes = passes_of(options.head_dims, hopper=HOPPER in options.archs)
+    _write(folder / "head_dims.h", head_dims_header(passes))
+    return [
         _write_instantiation(folder, family, direction, pair, name)
-        for (family, direction), pairs in families.items()
+        for (family, direction), pairs in passes.items()
         for pair in pairs
         for name in ELEMENTS
     ]
-    lists = {
-        "ONEPASS_SM80": wanted,
-        "ONEPASS_SM90_FORWARD": families["sm90", "forward"],
-        "ONEPASS_SM90_BACKWARD": families["sm90", "backward"],
-    }
-    _write(folder / "head_dims.h", head_dims_header(lists))
-    return paths
 
 
-def head_dims_header(lists: dict[str, Sequence[tuple[int, int]]]) -> str:
+def head_dims_header(passes: dict[tuple[str, str], list[tuple[int, int]]]) -> str:
     """Return the header that tells kernels.cu what is instantiated."""
     return "".join(
-        f"#define {name} {' '.join(f'HEAD_DIMS({d_qk}, {d_v})' for d_qk, d_v in pairs)}\n"
-        for name, pairs in lists.items()
+        f"#define ONEPASS_{family.upper()}_{direction.upper()} "
+        f"{' '.join(f'HEAD_DIMS({d_qk}, {d_v})' for d_qk, d_v in pairs)}\n"
+        for (family, direction), pairs in passes.items()
     )
 
 
@@ -184,6 +188,7 @@ def _ninja(options: Options, folder: Path, sources: list[Path], library: Path) -
     folders = [str(folder.absolute()), str(HERE.absolute()), *filter(None, [options.cute])]
     includes = " ".join(f"-I{path}" for path in folders)
     torch_includes = " ".join(f"-I{path}" for path in include_paths())
+    libraries = " ".join(f"-l{name}" for name in TORCH_LIBRARIES)
     common = "-std=c++17 -O3 -Xcompiler -fPIC -MD -MF $out.d"
     lines = [
         f"nvcc = {options.nvcc}",
@@ -199,11 +204,19 @@ def _ninja(options: Options, folder: Path, sources: list[Path], library: Path) -
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = nvcc $in",
+        "rule stand_in",
+        f"  command = $nvcc -shared -cudart none {folder.absolute()}/nothing.cpp -o $out "
+        "-Xlinker -soname=$name",
+        "  description = stand-in for $name",
         "rule link",
-        # Torch is loaded before the library is: its symbols stay open.
-        "  command = $nvcc -shared -cudart static $in -o $out",
+        f"  command = $nvcc -shared -cudart static $in -o $out -L{folder.absolute()} "
+        f"-Xlinker --no-as-needed {libraries}",
         "  description = link $out",
     ]
+    stand_ins = []
+    for name in TORCH_LIBRARIES:
+        stand_ins.append(str(folder.absolute() / f"lib{name}.so"))
+        lines += [f"build {stand_ins[-1]}: stand_in", f"  name = lib{name}.so"]
     objects = []
     for source in sources:
         rule = "binding" if source.suffix == ".cpp" else "cuda"
@@ -211,7 +224,7 @@ def _ninja(options: Options, folder: Path, sources: list[Path], library: Path) -
         lines.append(f"build {built}: {rule} {source.absolute()}")
         lines.append(f"  archs = {hopper if source.name.startswith('sm90') else all_archs}")
         objects.append(str(built))
-    lines += [f"build {library.absolute()}: link {' '.join(objects)}", ""]
+    lines += [f"build {library.absolute()}: link {' '.join(objects)} | {' '.join(stand_ins)}", ""]
     return "\n".join(lines)
 
 

@@ -4,8 +4,8 @@
 
 #include "kernels.h"
 
-// Written by the build: lists of HEAD_DIMS(d_qk, d_v). ONEPASS_SM80 of the portable family,
-// ONEPASS_SM90_FORWARD and ONEPASS_SM90_BACKWARD of the Hopper family, empty without sm_90a.
+// Written by the build: ONEPASS_SM80_FORWARD and so on are lists of HEAD_DIMS(d_qk, d_v), those of
+// the Hopper family empty without sm_90a.
 #include "head_dims.h"
 #include "sm80/config.h"
 #include "sm90/config.h"
@@ -49,7 +49,7 @@ const Kernel<Params> kForward[] = {
     ONEPASS_SM90_FORWARD
 #undef HEAD_DIMS
 #define HEAD_DIMS(d_qk, d_v) KERNELS(sm80, launch_forward, ForwardConfig, d_qk, d_v)
-        ONEPASS_SM80
+        ONEPASS_SM80_FORWARD
 #undef HEAD_DIMS
 };
 
@@ -58,7 +58,7 @@ const Kernel<BackwardParams> kBackward[] = {
     ONEPASS_SM90_BACKWARD
 #undef HEAD_DIMS
 #define HEAD_DIMS(d_qk, d_v) KERNELS(sm80, launch_backward, BackwardConfig, d_qk, d_v)
-        ONEPASS_SM80
+        ONEPASS_SM80_BACKWARD
 #undef HEAD_DIMS
 };
 

@@ -13,7 +13,8 @@ from onepass_trl import _C
 from onepass_trl.attention import tree_attention
 from onepass_trl.attention.reference import visibility_mask
 
-from .cases import Case, Shape, cases, error, make_case
+from .cases import Case, Shape, error, make_case
+from .strategies import cases
 
 OPTIONS = {
     "plain": {},

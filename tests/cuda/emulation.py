@@ -7,18 +7,27 @@ import functools
 import hashlib
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tests.attention.cases import Case
+
 CSRC = Path(__file__).parents[2] / "csrc"
+sys.path.insert(0, str(CSRC / "cuda"))
+import cuda_build  # noqa: E402
+
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 GUARD = 64
 """Rows of NaN around every operand: what a kernel must not read and must not write."""
 
 
+Family = Literal["sm80", "sm90"]
 _MAJOR = {"sm80": 8, "sm90": 9}
 """Compute capability at which a family is taken."""
 
@@ -54,31 +63,37 @@ class _PlanParams(ctypes.Structure):
     ]
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Return the emulated kernels, compiled on the first call."""
+def build(csrc: Path, head_dims: Sequence[tuple[int, int]]) -> Path:
+    """Return the path of the kernels in a folder of sources, compiled unless they are there."""
     compiler = shutil.which("g++")
     assert compiler is not None, "the tests build an extension, so a C++ compiler is there"
-    sources = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cu*"), *Path(__file__).parent.glob("em*")])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    built = Path(tempfile.gettempdir()) / f"onepass-emulated-{digest}.so"
-    if not built.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            dims = " ".join(f"HEAD_DIMS({d_qk}, {d_v})" for d_qk, d_v in HEAD_DIMS)
-            hopper = "HEAD_DIMS(64, 64) HEAD_DIMS(128, 128)"
-            Path(folder, "head_dims.h").write_text(
-                f"#define ONEPASS_SM80 {dims}\n"
-                f"#define ONEPASS_SM90_FORWARD {hopper} HEAD_DIMS(192, 128)\n"
-                f"#define ONEPASS_SM90_BACKWARD {hopper}\n"
-            )
-            here = Path(__file__).parent
-            command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror"]
-            command += ["-Wno-unknown-pragmas", "-DONEPASS_EMULATE"]
-            command += [f"-I{path}" for path in (folder, here, CSRC / "cuda")]
-            partial = Path(folder, built.name)
-            subprocess.run([*command, str(here / "emulated.cpp"), "-o", str(partial)], check=True)
-            shutil.move(partial, built)
-    loaded = ctypes.CDLL(str(built))
+    here = Path(__file__).parent
+    table = cuda_build.head_dims_header(cuda_build.passes_of(head_dims, hopper=True))
+    sources = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cu*"), *here.glob("em*")])
+    digest = hashlib.sha256(table.encode() + b"".join(path.read_bytes() for path in sources))
+    built = Path(tempfile.gettempdir()) / f"onepass-emulated-{digest.hexdigest()[:16]}.so"
+    if built.exists():
+        return built
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "head_dims.h").write_text(table)
+        command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror"]
+        command += ["-Wno-unknown-pragmas", "-DONEPASS_EMULATE"]
+        command += [f"-I{path}" for path in (folder, here, csrc / "cuda")]
+        partial = Path(folder, built.name)
+        subprocess.run([*command, str(here / "emulated.cpp"), "-o", str(partial)], check=True)
+        shutil.move(partial, built)
+    return built
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return the emulated kernels of this repository."""
+    return load(build(CSRC, HEAD_DIMS))
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Return what `build` has built."""
+    loaded = ctypes.CDLL(str(path))
     loaded.onepass_plan_size.restype = ctypes.c_int64
     assert loaded.onepass_size_of_params() == ctypes.sizeof(_Params)
     assert loaded.onepass_size_of_backward_params() == ctypes.sizeof(_BackwardParams)
@@ -90,11 +105,20 @@ def set_seed(seed: int) -> None:
     library().onepass_seed(ctypes.c_uint64(seed))
 
 
-def counters() -> tuple[int, int, int]:
-    """Return (matrix loads, those with a bank conflict, products) since the last call."""
+class Counters(NamedTuple):
+    """What the emulated kernels have done."""
+
+    matrix_loads: int
+    bank_conflicts: int
+    products: int
+    """16 x 8 x 16, of one warp each."""
+
+
+def counters() -> Counters:
+    """Return what has been counted since the last call."""
     values = (ctypes.c_int64 * 3)()
     library().onepass_counters(values)
-    return tuple(values)
+    return Counters(*values)
 
 
 def guarded(like: Tensor, width: int) -> Tensor:
@@ -135,9 +159,9 @@ def forward(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    family: str = "sm80",
+    family: Family = "sm80",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (out, lse, plan) of the emulated forward kernel of a family, sm80 or sm90."""
+    """Return (out, lse, plan) of the emulated forward kernel."""
     plan = make_plan(visible_end, positions, window)
     out = guarded(q, v.shape[3])
     lse = torch.full(q.shape[:3], torch.nan)
@@ -164,9 +188,9 @@ def backward(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    family: str = "sm80",
+    family: Family = "sm80",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (dq, dk, dv, dsinks) of the emulated backward kernels of a family."""
+    """Return (dq, dk, dv, dsinks) of the emulated backward kernels."""
     gradients = tuple(guarded(x, x.shape[3]) for x in (q, k, v))
     statistics = torch.full((*lse.shape[:2], -(-lse.shape[2] // 64) * 64, 2), torch.nan)
     dsinks = None if sinks is None else torch.full_like(sinks, torch.nan)
@@ -179,6 +203,37 @@ def backward(
     for x in gradients:
         assert_guards_untouched(x)
     return *gradients, dsinks
+
+
+def guarded_copy(x: Tensor) -> Tensor:
+    """Return x as models lay it out, between rows of NaN."""
+    return guarded(x, x.shape[3]).copy_(x)
+
+
+def run(
+    case: Case,
+    dtype: torch.dtype,
+    family: Family = "sm80",
+    *,
+    lay_out: Callable[[Tensor], Tensor] = guarded_copy,
+    through_lse: bool = True,
+) -> dict[str, Tensor]:
+    """Return what `Case.run` returns, by the CUDA kernels of a family."""
+    q, k, v = (lay_out(case.inputs[name].to(dtype)) for name in "qkv")
+    window = case.options["window"] or 0
+    options = {
+        "scale": q.shape[3] ** -0.5,
+        "positions": case.options["positions"] if window else None,
+        "window": window,
+        "softcap": case.options["softcap"] or 0.0,
+        "sinks": case.inputs["sinks"].float() if "sinks" in case.inputs else None,
+        "family": family,
+    }
+    out, lse, plan = forward(q, k, v, case.visible_end, **options)
+    dout, dlse = lay_out(case.dout.to(dtype)), case.dlse.float() if through_lse else None
+    dq, dk, dv, dsinks = backward(dout, dlse, q, k, v, out, lse, case.visible_end, plan, **options)
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return results if dsinks is None else {**results, "dsinks": dsinks}
 
 
 def _fill(

@@ -8,6 +8,7 @@
 // alignment and, in `Counters`, for bank conflicts.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -80,10 +81,13 @@ struct Copy {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf paused;  // of a started thread: _longjmp asks the kernel nothing, unlike swapcontext
   std::unique_ptr<uint8_t[]> stack;
   Index index;
-  bool done = false;
+  bool started = false, done = false;
+  const uint64_t* waits_for = nullptr;  // a generation, to be another one than `seen`
+  uint64_t seen = 0;
   std::vector<Copy> open;                            // copies of the group that is not closed yet
   std::vector<std::vector<Copy>> groups;             // closed, not waited for, oldest first
   std::vector<std::function<void()>> open_products;  // the same for products of a warpgroup
@@ -99,7 +103,7 @@ struct Meeting {
 constexpr size_t kStackBytes = 256 * 1024;
 
 struct Block {
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::vector<Thread> threads;
   std::vector<Exchange> warps;
   std::vector<uint8_t> shared;
@@ -118,7 +122,23 @@ inline Thread& thread() { return block->threads[block->current]; }
 inline Exchange& warp() { return block->warps[block->current / 32]; }
 inline int lane() { return block->current % 32; }
 
-inline void yield() { swapcontext(&thread().context, &block->scheduler); }
+// Lets others run until the generation changes.
+inline void wait_for_change(const uint64_t& generation) {
+  Thread& self = thread();
+  self.waits_for = &generation;
+  self.seen = generation;
+  if (_setjmp(self.paused) == 0) _longjmp(block->scheduler, 1);
+}
+
+// Runs a thread until it waits or is done.
+inline void resume(Thread& self) {
+  if (self.waits_for != nullptr && *self.waits_for == self.seen) return;
+  self.waits_for = nullptr;
+  if (_setjmp(block->scheduler) != 0) return;
+  if (self.started) _longjmp(self.paused, 1);
+  self.started = true;
+  setcontext(&self.start);
+}
 
 inline void run_thread() {
   block->body();
@@ -127,7 +147,7 @@ inline void run_thread() {
   for (const auto& group : self.groups) EMULATOR_CHECK(group.empty());
   EMULATOR_CHECK(self.open_products.empty() && self.product_groups.empty());
   self.done = true;
-  swapcontext(&self.context, &block->scheduler);
+  _longjmp(block->scheduler, 1);
 }
 
 // Gives `in`, waits for the warp, of which the last to come computes all of `out`.
@@ -135,13 +155,12 @@ template <typename Compute>
 uint64_t* exchange(const uint64_t* in, int count, const Compute& compute) {
   Exchange& shared = warp();
   std::memcpy(shared.in[lane()], in, count * sizeof(uint64_t));
-  const uint64_t generation = shared.generation;
   if (++shared.arrived == 32) {
     compute(shared);
     shared.arrived = 0;
     ++shared.generation;
   } else {
-    while (shared.generation == generation) yield();
+    wait_for_change(shared.generation);
   }
   return shared.out[lane()];
 }
@@ -193,13 +212,14 @@ inline void run_block(Block& running) {
   const int threads = static_cast<int>(running.threads.size());
   for (int t = 0; t < threads; ++t) {
     Thread& self = running.threads[t];
-    self.done = false;
+    self.started = self.done = false;
+    self.waits_for = nullptr;
     self.groups.clear();
-    getcontext(&self.context);
-    self.context.uc_stack.ss_sp = self.stack.get();
-    self.context.uc_stack.ss_size = kStackBytes;
-    self.context.uc_link = nullptr;
-    makecontext(&self.context, run_thread, 0);
+    getcontext(&self.start);
+    self.start.uc_stack.ss_sp = self.stack.get();
+    self.start.uc_stack.ss_size = kStackBytes;
+    self.start.uc_link = nullptr;
+    makecontext(&self.start, run_thread, 0);
   }
   // Warps in random order, each for one round of its threads: what a GPU may do, too.
   const int warps = threads / 32;
@@ -218,7 +238,7 @@ inline void run_block(Block& running) {
     for (int i = 0; i < 32; ++i) {
       running.current = chosen * 32 + (begin + i) % 32;
       if (thread().done) continue;
-      swapcontext(&running.scheduler, &thread().context);
+      resume(thread());
       if (thread().done) {
         --left;
         idle = 0;
@@ -292,12 +312,11 @@ inline int first_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits
 
 inline void sync_block() {
   emulator::Block& running = *emulator::block;
-  const uint64_t generation = running.generation;
   if (++running.arrived == static_cast<int>(running.threads.size())) {
     running.arrived = 0;
     ++running.generation;
   } else {
-    while (running.generation == generation) emulator::yield();
+    emulator::wait_for_change(running.generation);
   }
 }
 

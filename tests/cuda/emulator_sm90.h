@@ -14,7 +14,7 @@
 namespace onepass::cuda::sm90 {
 
 using emulator::block;
-using emulator::yield;
+using emulator::wait_for_change;
 
 struct TensorMap {
   const uint8_t* data;
@@ -56,7 +56,7 @@ inline void arrive(Barrier* barrier) {
   end_phase_if_complete(barrier);
 }
 inline void wait(Barrier* barrier, int parity) {
-  while (state(barrier).parity == static_cast<uint64_t>(parity)) yield();
+  while (state(barrier).parity == static_cast<uint64_t>(parity)) wait_for_change(*barrier);
 }
 
 constexpr int kBytesOfRow = 128;
@@ -99,22 +99,17 @@ inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) 
   copy_later(to, {begin, begin + bytes}, barrier);
 }
 
+inline bool complete(emulator::Meeting& meeting, int threads) {
+  if (++meeting.arrived < threads) return false;
+  meeting.arrived = 0;
+  ++meeting.generation;
+  return true;
+}
 inline void sync_threads(int number, int threads) {
   emulator::Meeting& meeting = block->meetings[number];
-  const uint64_t generation = meeting.generation;
-  if (++meeting.arrived == threads) {
-    meeting.arrived = 0;
-    ++meeting.generation;
-  }
-  while (meeting.generation == generation) yield();
+  if (!complete(meeting, threads)) wait_for_change(meeting.generation);
 }
-inline void arrive_threads(int number, int threads) {
-  emulator::Meeting& meeting = block->meetings[number];
-  if (++meeting.arrived == threads) {
-    meeting.arrived = 0;
-    ++meeting.generation;
-  }
-}
+inline void arrive_threads(int number, int threads) { complete(block->meetings[number], threads); }
 
 template <int kRegisters>
 void release_registers() {}

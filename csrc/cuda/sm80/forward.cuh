@@ -2,8 +2,9 @@
 //
 // Four warps, each with 16 kRowTiles of the queries; shared memory holds the queries, one tile of
 // keys and one of values. Per visited key tile: wait for K, start V, S = Q K^T, mask (partial tiles
-// only), wait for V, start the next K, online softmax, O += P V. P stays in registers, being an
-// accumulator that has the layout of an operand. Deterministic.
+// only), online softmax, wait for V, start the next K, O += P V. P stays in registers, being an
+// accumulator that has the layout of an operand. (With the wait before the softmax the compiler
+// reads V so early that it runs out of registers.) Deterministic.
 #pragma once
 
 #include "../launch.h"
@@ -11,33 +12,34 @@
 
 namespace onepass::cuda::sm80 {
 
-// The running maximum and sum of the softmax of a warp's rows, the sum still apart for the four
-// lanes that share a row.
+// The running maximum and sum of the softmax of a warp's rows. Four lanes share 2 kRowTiles rows:
+// each has its own part of every row's sum, and of the maxima that of one row, to save registers.
 template <int kRowTiles>
 struct Softmax {
-  float maximum[kRowTiles][2], sum[kRowTiles][2];
+  float maximum, sum[kRowTiles][2];
 
-  __device__ __forceinline__ Softmax() {
+  __device__ __forceinline__ Softmax() : maximum(-INFINITY) {
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        maximum[m][half] = -INFINITY;
-        sum[m][half] = 0;
-      }
-    }
+    for (int m = 0; m < kRowTiles; ++m) sum[m][0] = sum[m][1] = 0;
   }
 
-  // Replaces scores (in units of 1 / factor) by probabilities up to the row's sum; `rescale` is
-  // what brings earlier output to the new maximum.
-  template <int kBlocks>
-  __device__ __forceinline__ void exponentiate(Accumulator<kRowTiles, kBlocks>& scores,
-                                               float factor, float (&rescale)[kRowTiles][2]) {
+  __device__ __forceinline__ float maximum_of(int m, int half) const {
+    return shuffle(maximum, threadIdx.x % 32 / 4 * 4 + 2 * m + half);
+  }
+
+  // Gives the probabilities of scores (in units of 1 / factor) up to the row's sum, two columns at
+  // a time, to `take(m, n, half, left, right)`; `rescale` is what brings earlier output to the new
+  // maximum.
+  template <int kBlocks, typename Take>
+  __device__ __forceinline__ void exponentiate(const Accumulator<kRowTiles, kBlocks>& scores,
+                                               float factor, float (&rescale)[kRowTiles][2],
+                                               const Take& take) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float highest = maximum[m][half];
+        const float before = maximum_of(m, half);
+        float highest = before;
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
           highest = fmaxf(highest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
@@ -46,17 +48,15 @@ struct Softmax {
         highest = fmaxf(highest, shuffle_xor(highest, 2));
         // A row that has seen no key yet: any finite maximum gives it probabilities of 0.
         const float offset = highest == -INFINITY ? 0.0f : highest * factor;
-        rescale[m][half] = fast_exp2(maximum[m][half] * factor - offset);
-        maximum[m][half] = highest;
+        rescale[m][half] = fast_exp2(before * factor - offset);
+        if (threadIdx.x % 4 == 2 * m + half) maximum = highest;
         float total = sum[m][half] * rescale[m][half];
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-          for (int column = 0; column < 2; ++column) {
-            float& score = scores[m][n][2 * half + column];
-            score = fast_exp2(score * factor - offset);
-            total += score;
-          }
+          const float left = fast_exp2(scores[m][n][2 * half] * factor - offset);
+          const float right = fast_exp2(scores[m][n][2 * half + 1] * factor - offset);
+          total += left + right;
+          take(m, n, half, left, right);
         }
         sum[m][half] = total;
       }
@@ -84,7 +84,7 @@ struct Softmax {
     float total = sum[m][half];
     total += shuffle_xor(total, 1);
     total += shuffle_xor(total, 2);
-    const float highest = maximum[m][half] * factor;
+    const float highest = maximum_of(m, half) * factor;
     const float sink_score = sink != nullptr ? *sink * kLog2E : -INFINITY;
     const float offset = fmaxf(highest, sink_score);
     const float rescale = fast_exp2(highest - offset);
@@ -141,16 +141,18 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Params param
     if (!visit.full) {
       mask_keys(scores, params, row, first_query + row_in_tile, first_key);
     }
+    LeftFactor<kRowTiles, kTile / 16> probabilities;
+    float rescale[kRowTiles][2];
+    softmax.exponentiate(scores, score_scale.factor, rescale,
+                         [&](int m, int n, int half, float left, float right) {
+                           probabilities[m][n / 2][n % 2 * 2 + half] = pack<Element>(left, right);
+                         });
+    softmax.rescale_out(out, rescale);
 
     visit = walk.next();
     wait_copies<0>();
     sync_block();  // V is there, and every warp is done with K
     if (visit.tile >= 0) load_k(visit);
-    float rescale[kRowTiles][2];
-    softmax.exponentiate(scores, score_scale.factor, rescale);
-    softmax.rescale_out(out, rescale);
-    LeftFactor<kRowTiles, kTile / 16> probabilities;
-    round_to_factor<Element>(probabilities, scores);
     multiply_add<Element, kHeadV>(out, probabilities, v_tile);
   }
 

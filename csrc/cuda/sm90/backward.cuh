@@ -205,7 +205,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   take_registers<kConsumerRegisters>();
   const int consumer = warpgroup - 1, warp = threadIdx.x / 32 % 4;
-  const int32_t own_key = first_key + consumer * kRows, warp_key = own_key + warp * 16;
+  // Found anew where it is needed: the main loop has no register for it.
+  const auto warp_key = [&] {
+    return plan_of_row(params.plan, row, seq).key_order_2[blockIdx.x] * kConsumers * kRows +
+           (recomputed(threadIdx.x) / 32 - 4) * 16;
+  };
   const sm80::ScoreScale score_scale(params);
   Accumulator<1, kHeadQk / 8> dk;
   Accumulator<1, kHeadV / 8> dv;
@@ -226,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     hold(scores[0]);
     hold(dp[0]);
     score_scale.cap(scores);
-    if (!step.full) sm80::mask_queries(scores, params, row, warp_key, step.first);
+    if (!step.full) sm80::mask_queries(scores, params, row, warp_key(), step.first);
     const Statistics* statistics = memory.stage_statistics(stage.index);
     sm80::differentiate(scores, dp, score_scale, [&](int n, int, int column) {
       return statistics[8 * n + 2 * (lane % 4) + column];
@@ -235,11 +239,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     sm80::round_to_factor<Element>(probabilities, scores);
     start_add<Element, TileV>(dv[0], probabilities[0], memory.stage_v(stage.index));
     commit_products();
+    wait_products<0>();
+    hold(dv[0]);
     sm80::round_product_to_factor<Element>(ds, scores, dp);
     start_add<Element, TileQk>(dk[0], ds[0], memory.stage_qk(stage.index));
     commit_products();
     wait_products<0>();
-    hold(dv[0]);
     hold(dk[0]);
     release(memory.empty(stage.index));
   }
@@ -247,8 +252,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   sm80::multiply_by(dk, params.scale);
   Element* k_staging = reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp * 16 * kHeadQk;
   Element* v_staging = reinterpret_cast<Element*>(memory.kept_v(consumer)) + warp * 16 * kHeadV;
-  sm80::store_gradient<Element, kHeadQk>(k_staging, params.dk, row, kv_head, warp_key, seq, dk);
-  sm80::store_gradient<Element, kHeadV>(v_staging, params.dv, row, kv_head, warp_key, seq, dv);
+  sm80::store_gradient<Element, kHeadQk>(k_staging, params.dk, row, kv_head, warp_key(), seq, dk);
+  sm80::store_gradient<Element, kHeadV>(v_staging, params.dv, row, kv_head, warp_key(), seq, dv);
 }
 
 template <typename Element, int kHeadQk, int kHeadV>

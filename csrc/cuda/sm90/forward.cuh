@@ -138,12 +138,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
+  float rescale[1][2];
+  const auto exponentiate = [&] {
+    softmax.exponentiate(scores, score_scale.factor, rescale,
+                         [&](int m, int n, int half, float left, float right) {
+                           scores[m][n][2 * half] = left;
+                           scores[m][n][2 * half + 1] = right;
+                         });
+  };
+
   Walk walk(params, row, first_query);
   const Turns turns(consumer);
   Visit visit = walk.next();  // at least the tile on the diagonal
   Stage stage;                // of the scores
   Stage values;               // of the probabilities
-  float rescale[1][2];
   wait(q_full, 0);
   turns.wait_for_mine();
   start_scores(stage);
@@ -152,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_products<0>();
   release(k_empty + stage.index);
   finish_scores(visit);
-  softmax.exponentiate(scores, score_scale.factor, rescale);
+  exponentiate();
   sm80::round_to_factor<Element>(probabilities, scores);
   while (next.tile >= 0) {
     visit = next;
@@ -165,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_products<1>();
     release(k_empty + stage.index);
     finish_scores(visit);
-    softmax.exponentiate(scores, score_scale.factor, rescale);
+    exponentiate();  // in place: the products still read the probabilities of the last tile
     wait_products<0>();
     hold(out[0]);
     release(v_empty + values.index);

@@ -1,0 +1,182 @@
+"""Builds the CUDA library and checks what came out; `make check-cuda` calls it. No GPU is needed.
+
+- No kernel keeps registers in memory ("spills"), as `ptxas -v` tells.
+- The products of a warpgroup run by themselves: ptxas has not serialized them.
+- Every family of kernels has the instructions that it is written for (`FAMILIES`).
+- Of torch, only symbols of its stable ABI are undefined.
+
+Unless ONEPASS_CUDA_ARCHS and ONEPASS_HEAD_DIMS ask for more, head size 128 is checked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cuda_build
+
+DEFAULT_ARCHS = "80;90a"
+DEFAULT_HEAD_DIMS = "128"
+
+
+class Family(NamedTuple):
+    """Kernels, and what their machine code must contain: patterns of beginnings of names."""
+
+    kernels: str
+    archs: str
+    instructions: tuple[str, ...]
+
+
+FAMILIES = (
+    Family(r"sm80::(forward|dq|dk_dv)_kernel", r"sm_\d+a?", (r"HMMA\.16816", "LDSM", "LDGSTS")),
+    Family(r"sm90::(forward|dq|dk_dv)_kernel", r"sm_90a", ("HGMMA", "UTMALDG", "WARPGROUP")),
+)
+
+# The C functions that torch promises to keep, and versioned symbols of the system's libraries.
+STABLE_SYMBOLS = re.compile(r"(aoti_torch_|torch_)\w+|\S+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+")
+
+
+class Kernel(NamedTuple):
+    """What ptxas says about one kernel for one architecture."""
+
+    name: str
+    arch: str
+    registers: int
+    spilled_bytes: int
+
+
+def read_kernels(folder: Path) -> list[Kernel]:
+    """Return the kernels of the objects that build.ninja in a folder makes."""
+    text = "".join(path.with_name(path.name + ".log").read_text() for path in _objects(folder))
+    pattern = (
+        r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes "
+        r"spill loads.*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, text, flags=re.DOTALL)
+    return [
+        Kernel(name, arch, int(registers), int(stores) + int(loads))
+        for name, (_, arch, stores, loads, registers) in zip(
+            _demangle([mangled for mangled, *_ in found]), found, strict=True
+        )
+    ]
+
+
+def spill_errors(kernels: list[Kernel]) -> Iterator[str]:
+    """Yield a line for each kernel that spills."""
+    for kernel in kernels:
+        if kernel.spilled_bytes:
+            yield f"{kernel.name} for {kernel.arch} spills {kernel.spilled_bytes} bytes"
+
+
+def serialized_products(folder: Path) -> Iterator[str]:
+    """Yield a line for each kernel whose warpgroup products ptxas has made wait for each other."""
+    for path in _objects(folder):
+        text = path.with_name(path.name + ".log").read_text()
+        yield from re.findall(r".*wgmma.mma_async instructions are serialized.*", text)
+
+
+def instruction_errors(folder: Path) -> Iterator[str]:
+    """Yield a line for each instruction that a kernel lacks, and for families without a kernel."""
+    code = _machine_code(folder)
+    for family in FAMILIES:
+        for arch in sorted({arch for _, arch in code}):
+            if not re.match(family.archs, arch):
+                continue
+            kernels = [name for name, of in code if of == arch and re.match(family.kernels, name)]
+            if not kernels:
+                yield f"no kernel for {arch} matches {family.kernels!r}"
+            for name in kernels:
+                for instruction in family.instructions:
+                    if not re.search(rf"\s{instruction}", code[name, arch]):
+                        yield f"{name} for {arch} has no {instruction}"
+
+
+def symbol_errors(library: Path) -> Iterator[str]:
+    """Yield a line for each undefined symbol that is not of a stable interface."""
+    output = _run("nm", "-D", "--undefined-only", str(library))
+    for kind, symbol in re.findall(r"^\s*(\w) (\S+)$", output, flags=re.MULTILINE):
+        if kind == "U" and not STABLE_SYMBOLS.fullmatch(symbol):
+            yield f"{library.name} needs {_demangle([symbol])[0]}, which torch may change"
+
+
+def _objects(folder: Path) -> list[Path]:
+    text = (folder / "build.ninja").read_text()
+    return [Path(path) for path in re.findall(r"^build (\S+): cuda ", text, flags=re.MULTILINE)]
+
+
+def _demangle(symbols: list[str]) -> list[str]:
+    """Return the names without result, arguments and our namespace."""
+    lines = _run("c++filt", *symbols).splitlines() if symbols else []
+    noise = r"^void |\(anonymous namespace\)::|onepass::cuda::|\([^()]*\)$"
+    return [re.sub(noise, "", line) for line in lines]
+
+
+def _machine_code(folder: Path) -> dict[tuple[str, str], str]:
+    """Return the disassembled kernels of the objects, by name and architecture."""
+    code = {}
+    for path in _objects(folder):
+        for of_arch in _disassemble(path).split("code for ")[1:]:
+            arch, _, functions = of_arch.partition("\n")
+            for function in functions.split("Function : ")[1:]:
+                mangled, _, body = function.partition("\n")
+                code[mangled.strip(), arch.strip()] = body
+    names = _demangle([mangled for mangled, _ in code])
+    return {(name, arch): body for name, ((_, arch), body) in zip(names, code.items(), strict=True)}
+
+
+def _disassemble(path: Path) -> str:
+    # From the toolkit, or from the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+    spec = importlib.util.find_spec("nvidia")
+    roots = spec.submodule_search_locations if spec is not None else None
+    folders = [str(folder) for root in roots or [] for folder in Path(root).glob("cu*/bin")]
+    search = os.pathsep.join([*folders, os.environ.get("PATH", "")])
+    tool = shutil.which("cuobjdump", path=search)
+    if tool is None:
+        raise SystemExit(
+            "there is no cuobjdump to disassemble with: pip install nvidia-cuda-cuobjdump "
+            "nvidia-cuda-nvdisasm"
+        )
+    return _run(tool, "-sass", str(path), PATH=search)
+
+
+def _run(*command: str, **environment: str) -> str:
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **environment}
+    ).stdout
+
+
+def main() -> None:
+    """Build in build/check-cuda, print what ptxas says, and fail with all that is wrong."""
+    environment = {
+        "ONEPASS_CUDA_ARCHS": DEFAULT_ARCHS,
+        "ONEPASS_HEAD_DIMS": DEFAULT_HEAD_DIMS,
+        **os.environ,
+    }
+    options = cuda_build.options_of(environment)
+    if options is None:
+        print("check-cuda: skipped, there is no nvcc (or ONEPASS_CUDA=0)")
+        return
+    folder = cuda_build.HERE.parents[1] / "build" / "check-cuda"
+    library = folder / "_cuda.so"
+    cuda_build.build(options, folder, library)
+    kernels = read_kernels(folder)
+    for kernel in sorted(kernels):
+        print(
+            f"{kernel.arch}  {kernel.registers:3} registers  {kernel.spilled_bytes:3} bytes "
+            f"spilled  {kernel.name}"
+        )
+    errors = [*spill_errors(kernels), *serialized_products(folder)]
+    errors += [*instruction_errors(folder), *symbol_errors(library)]
+    if errors:
+        raise SystemExit("\n".join(["check-cuda:", *errors]))
+    print(f"check-cuda: {len(kernels)} kernels, all as they should be")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The build of the CUDA library: its options, what it makes, and that torch can load it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from onepass_trl.attention.cuda_library import CudaBuild, read_build
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import check_build  # noqa: E402
+import cuda_build  # noqa: E402
+
+# What a CUDA build of torch has and a CPU build lacks, never called here.
+STUB = """
+int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }
+void torch_c10_cuda_check_msg(int error, const char* file, const char* function, int line,
+                              int check, char** message) {}
+void torch_c10_cuda_free_error_msg(char* message) {}
+"""
+OPS = ("tree_plan", "tree_attention", "tree_attention_backward")
+
+
+@pytest.fixture
+def nvcc(tmp_path) -> dict[str, str]:
+    """An environment in which there are an nvcc, which nobody calls, and headers of CuTe."""
+    path = tmp_path / "nvcc"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    (tmp_path / "include" / "cute" / "arch").mkdir(parents=True)
+    (tmp_path / "include" / "cute" / "arch" / "mma_sm90_gmma.hpp").touch()
+    return {"PATH": str(tmp_path), "CUTLASS_PATH": str(tmp_path)}
+
+
+def test_options_without_variables(nvcc, tmp_path):
+    options = cuda_build.options_of(nvcc)
+    assert options.nvcc == str(tmp_path / "nvcc")
+    assert options.archs == ("80", "86", "89", "90a")
+    assert options.cute == str(tmp_path / "include")
+    assert (192, 128) in options.head_dims
+    assert cuda_build.options_of({"PATH": ""}) is None
+
+
+def test_variables_trim_the_build(nvcc):
+    variables = {"ONEPASS_CUDA_ARCHS": "90a 80", "ONEPASS_HEAD_DIMS": "64;192/128,64"}
+    options = cuda_build.options_of({**nvcc, **variables})
+    assert options.archs == ("90a", "80")
+    assert options.head_dims == ((64, 64), (192, 128))
+    assert cuda_build.options_of({**nvcc, "ONEPASS_CUDA": "0"}) is None
+
+
+def test_cuda_home_comes_before_the_path(nvcc, tmp_path):
+    (tmp_path / "home" / "bin").mkdir(parents=True)
+    inside = shutil.copy(tmp_path / "nvcc", tmp_path / "home" / "bin" / "nvcc")
+    assert cuda_build.options_of({**nvcc, "CUDA_HOME": str(tmp_path / "home")}).nvcc == str(inside)
+
+
+def test_without_cute_only_the_hopper_kernels_are_missing(nvcc, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    del nvcc["CUTLASS_PATH"]
+    with pytest.raises(SystemExit, match="pip install --no-deps nvidia-cutlass"):
+        cuda_build.options_of({**nvcc, "ONEPASS_CUDA": "1"})
+    assert cuda_build.options_of(nvcc) is None
+    assert "leaving the CUDA library out: the Hopper kernels need" in capsys.readouterr().out
+    assert cuda_build.options_of({**nvcc, "ONEPASS_CUDA_ARCHS": "80"}).cute is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ONEPASS_CUDA": "yes"}, "ONEPASS_CUDA is 'yes', expected 0 or 1"),
+        ({"ONEPASS_CUDA": "1", "PATH": ""}, "there is no nvcc: put the CUDA toolkit's bin"),
+        ({"ONEPASS_CUDA_ARCHS": "sm_80"}, "ONEPASS_CUDA_ARCHS has 'sm_80', expected entries as in"),
+        ({"ONEPASS_HEAD_DIMS": "64x64"}, "ONEPASS_HEAD_DIMS has '64x64'"),
+        ({"ONEPASS_HEAD_DIMS": "80"}, "ONEPASS_HEAD_DIMS has 80/80, expected multiples of 32"),
+        ({"ONEPASS_HEAD_DIMS": "64/128"}, "d_v at most d_qk"),
+        ({"ONEPASS_HEAD_DIMS": "288"}, "from 32 to 256"),
+    ],
+)
+def test_variables_that_cannot_be_understood(nvcc, variables, message):
+    with pytest.raises(SystemExit, match=message):
+        cuda_build.options_of({**nvcc, **variables})
+
+
+REPORT = """
+ptxas info    : Compiling entry function '_ZN7onepass4cuda4sm8012delta_kernelI6__halfEEvi' for 'sm_80'
+ptxas info    : Function properties for _ZN7onepass4cuda4sm8012delta_kernelI6__halfEEvi
+    8 bytes stack frame, {} bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 8 bytes cumulative stack size
+"""  # noqa: E501
+
+
+def test_spills_are_found_in_the_report_of_ptxas(tmp_path):
+    (tmp_path / "build.ninja").write_text(f"build {tmp_path}/a.o: cuda a.cu\n")
+    (tmp_path / "a.o.log").write_text(REPORT.format(12))
+    (tmp_path / "of_another_build.o.log").write_text(REPORT.format(99))
+    kernels = check_build.read_kernels(tmp_path)
+    assert kernels == [("sm80::delta_kernel<__half>", "sm_80", 255, 16)]
+    assert list(check_build.spill_errors(kernels)) == [
+        "sm80::delta_kernel<__half> for sm_80 spills 16 bytes"
+    ]
+
+
+def test_symbols_of_the_unstable_interface_are_found(tmp_path):
+    (tmp_path / "a.cpp").write_text(
+        "namespace c10 { void unstable(int); }\n"
+        'extern "C" void aoti_torch_stable();\n'
+        "void f() { c10::unstable(1); aoti_torch_stable(); }\n"
+    )
+    library = tmp_path / "a.so"
+    subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "a.cpp", "-o", library], check=True)
+    assert list(check_build.symbol_errors(library)) == [
+        "a.so needs c10::unstable, which torch may change"
+    ]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The library for one architecture and head size."""
+    environment = {**os.environ, "ONEPASS_CUDA_ARCHS": "80", "ONEPASS_HEAD_DIMS": "64"}
+    options = cuda_build.options_of(environment)
+    if options is None:
+        pytest.skip("there is no nvcc (or ONEPASS_CUDA=0)")
+    folder = tmp_path_factory.mktemp("cuda")
+    cuda_build.build(options, folder / "objects", folder / "_cuda.so")
+    return folder / "_cuda.so"
+
+
+@pytest.mark.slow
+def test_what_was_built_stands_beside_the_library(built):
+    build = read_build(built)
+    assert build == CudaBuild(build.nvcc, ("80",), ((64, 64),))
+    assert build.nvcc[0].isdigit()
+    assert build.runs_on((8, 6))
+    assert not build.runs_on((9, 0))
+
+
+@pytest.mark.slow
+def test_kernels_are_as_they_should_be(built):
+    objects = built.parent / "objects"
+    kernels = check_build.read_kernels(objects)
+    assert {kernel.arch for kernel in kernels} == {"sm_80"}
+    assert {"sm80::forward_kernel<__half, 64, 64>", "range_kernel"} <= {k.name for k in kernels}
+    assert list(check_build.spill_errors(kernels)) == []
+    assert list(check_build.instruction_errors(objects)) == []
+    assert list(check_build.symbol_errors(built)) == []
+
+
+LOADING = """
+import ctypes, sys
+import torch
+ctypes.CDLL(sys.argv[2])
+from onepass_trl.attention import ops
+torch.ops.load_library(sys.argv[1])
+for name in sys.argv[3:]:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"onepass::{name}", "CUDA"), name
+
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+def message(op, *arguments):
+    # The CUDA implementation, called with what is on no GPU: its checks answer.
+    try:
+        op.default.redispatch(keys, *arguments)
+    except RuntimeError as error:
+        return str(error)
+ops = torch.ops.onepass
+ends = torch.full((1, 6), 6, dtype=torch.int32)
+q, lse = torch.zeros(1, 2, 6, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 6)
+options = None, None, 1.0, 0, 0.0, None
+for text in (
+    message(ops.tree_plan, ends[0], None, 0),
+    message(ops.tree_plan, ends.long(), None, 0),
+    message(ops.tree_plan, ends, None, 0),
+    message(ops.tree_attention, q[0], q, q, ends, *options),
+    message(ops.tree_attention, q, q[:, :, :5], q, ends, *options),
+    message(ops.tree_attention, q, q.float(), q, ends, *options),
+    message(ops.tree_attention_backward, q, None, q, q, q, q, lse, ends, *options),
+):
+    function, line, what = text.splitlines()[0].split(", ", 2)
+    print(what)
+"""
+
+
+@pytest.mark.slow
+def test_torch_loads_it_and_its_checks_answer(built, tmp_path):
+    """On a CPU, with stand-ins for the few functions that only a CUDA build of torch has."""
+    if torch.backends.cuda.is_built():
+        stub = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    else:
+        (tmp_path / "stub.c").write_text(STUB)
+        stub = tmp_path / "libtorch_cuda.so"
+        command = ["gcc", "-shared", "-fPIC", "-Wl,-soname=libtorch_cuda.so", "stub.c", "-o", stub]
+        subprocess.run(command, cwd=tmp_path, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", LOADING, built, stub, *OPS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "visible_end has shape (6), expected (batch, seq)",
+        "visible_end has dtype Long, expected Int",
+        "visible_end is on another device than q",
+        "q, k and v have 3, 4 and 4 dimensions, expected (batch, heads, seq, head_dim)",
+        "k has shape (1, 2, 5, 64), expected (1, 2, 6, 64)",
+        "k has dtype Float, expected BFloat16",
+        "k is on another device than q",
+    ]

@@ -1,0 +1,125 @@
+"""The emulator finds mistakes: kernels that lack a barrier, a wait or a part of the mask fail."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import emulation
+
+MUTATIONS = {
+    "forward reads K that is not there": (
+        "cuda/sm80/forward.cuh",
+        "    wait_copies<0>();\n    sync_block();  // K is there",
+        "    sync_block();  // K is there",
+    ),
+    "forward does not wait for the other warps' part of K": (
+        "cuda/sm80/forward.cuh",
+        "    sync_block();  // K is there, and every warp is done with the last V\n",
+        "",
+    ),
+    "forward overwrites K that others still read": (
+        "cuda/sm80/forward.cuh",
+        "    sync_block();  // V is there, and every warp is done with K\n",
+        "",
+    ),
+    "backward does not wait for the other warps' copies": (
+        "cuda/sm80/backward.cuh",
+        "    sync_block();  // this stage is there\n",
+        "",
+    ),
+    "backward overwrites a stage that others still read": (
+        "cuda/sm80/backward.cuh",
+        "    sync_block();  // every warp is done with this stage\n",
+        "",
+    ),
+    "backward waits for one group of copies too few": (
+        "cuda/sm80/backward.cuh",
+        "wait_copies<Config::kStages - 1>();",
+        "wait_copies<Config::kStages>();",
+    ),
+    "partial tiles are taken for full ones": (
+        "cuda/plan.h",
+        "full_ = ballot(covered == Coverage::full);",
+        "full_ = ballot(true);",
+    ),
+    "the walk of the keys ends a tile early": (
+        "cuda/plan.h",
+        "first_key <= query.last\n",
+        "first_key + kKeys <= query.last\n",
+    ),
+    "Hopper forward gives K back before its product is done": (
+        "cuda/sm90/forward.cuh",
+        "    wait_products<1>();\n",
+        "",
+    ),
+    "Hopper forward does not wait for V": (
+        "cuda/sm90/forward.cuh",
+        "    wait(v_full + stage.index, stage.parity);\n",
+        "",
+    ),
+    "Hopper forward changes probabilities that are still read": (
+        "cuda/sm90/forward.cuh",
+        "    wait_products<0>();\n    hold(out[0]);\n    release",
+        "    hold(out[0]);\n    release",
+    ),
+    "Hopper backward overwrites a stage that is still read": (
+        "cuda/sm90/backward.cuh",
+        "wait(memory.empty(stage.index), stage.parity ^ 1);",
+        "",
+    ),
+    "Hopper backward describes the wrong rows": (
+        "cuda/sm90/tile.h",
+        "tile + 16 * k * kRowBytes",
+        "tile + 8 * k * kRowBytes",
+    ),
+}
+PROGRAM = """
+import sys, torch
+from pathlib import Path
+from tests.attention.cases import Shape, assert_errs_little_more_than_eager, make_case
+from tests.cuda import emulation
+mutated = emulation.load(emulation.build(Path(sys.argv[1]), [(64, 64)]))
+emulation.library = lambda: mutated
+for seed in range(2):
+    emulation.set_seed(seed)
+    case = make_case(Shape(1, 2, 1, 270, 64, 64), dtype=torch.bfloat16, seed=seed)
+    for family in ("sm80", "sm90"):
+        result = emulation.run(case, torch.bfloat16, family)
+        assert_errs_little_more_than_eager(case, result, torch.bfloat16)
+print("nothing was found")
+"""
+
+
+def run(csrc: Path) -> subprocess.CompletedProcess[str]:
+    """Run the kernels of a folder of sources; a kernel gone wrong may abort its process."""
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(csrc)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_kernels_as_they_are_pass():
+    result = run(emulation.CSRC)
+    assert result.stdout == "nothing was found\n", result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "old", "new"), MUTATIONS.values(), ids=MUTATIONS)
+def test_a_mistake_is_found(file, old, new, tmp_path):
+    csrc = tmp_path / "csrc"
+    shutil.copytree(emulation.CSRC, csrc)
+    source = (csrc / file).read_text()
+    assert old in source, "the kernels have changed: adapt the mutation"
+    (csrc / file).write_text(source.replace(old, new))
+    result = run(csrc)
+    assert "Error" in result.stderr or "emulator:" in result.stderr, result.stderr
+    assert "nothing was found" not in result.stdout
+    assert "error:" not in result.stderr, "the mutated kernels do not compile"

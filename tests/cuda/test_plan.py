@@ -1,0 +1,161 @@
+"""The plan that the emulated kernels make and the tiles they then visit, by the dense mask."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from onepass_trl import _C
+from onepass_trl.attention.ops import plan_size
+from onepass_trl.visibility import dense_mask
+from tests.attention.cases import Shape, make_case, random_visible_end, tree_positions
+from tests.attention.rows import causal_row, chat_row
+
+from . import emulation
+
+TILE = 64
+SEQS = (1, 3, 63, 64, 65, 129, 700)
+Ints = NDArray[np.int32]
+
+
+class RowPlan(NamedTuple):
+    """The plan of one row, as csrc/cuda/plan.h describes it."""
+
+    ranges: Ints
+    query_order: Ints
+    query_order_2: Ints
+    key_order: Ints
+
+
+def read_plan(plan: Tensor, seq: int) -> RowPlan:
+    tiles = -(-seq // TILE)
+    pairs = -(-tiles // 2)
+    parts = np.split(plan.numpy(), np.cumsum([4 * tiles, tiles, pairs, tiles]))
+    return RowPlan(parts[0].reshape(tiles, 4), *parts[1:4])
+
+
+def tiles_of(x: NDArray, size: int) -> list[NDArray]:
+    return [x[begin : begin + size] for begin in range(0, len(x), size)]
+
+
+def visited_tiles(ends: Ints, positions: Ints | None, window: int, rows: int) -> NDArray[np.bool_]:
+    """Return which tiles of `rows` queries (first index) have to visit which of 64 keys: those with
+    a pair that the tree lets see each other, but for those that the window rules out as a whole.
+    """
+    mask = dense_mask(ends)
+    visited = np.array(
+        [[block.any() for block in tiles_of(part.T, TILE)] for part in tiles_of(mask, rows)]
+    )
+    if window:
+        nearest = np.array([part.min() for part in tiles_of(positions, rows)])
+        furthest = np.array([part.max() for part in tiles_of(positions, TILE)])
+        visited &= nearest[:, None] - furthest[None, :] < window
+    return visited
+
+
+def longest_first(counts: NDArray) -> list[int]:
+    return sorted(range(len(counts)), key=lambda index: (-counts[index], index))
+
+
+def random_rows(batch: int, seq: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.tensor([random_visible_end(seq, generator) for _ in range(batch)]).int()
+    return ends, tree_positions(ends)
+
+
+@pytest.mark.parametrize("window", [0, 1, 40])
+@pytest.mark.parametrize("seq", SEQS)
+def test_plan_is_that_of_the_dense_mask(seq, window):
+    ends, positions = random_rows(3, seq, seed=seq)
+    plans = emulation.make_plan(ends, positions if window else None, window)
+    assert plans.shape[1] == plan_size(seq)
+    for row, row_ends, row_positions in zip(plans, ends.numpy(), positions.numpy(), strict=True):
+        plan = read_plan(row, seq)
+        seen = row_positions if window else np.zeros_like(row_positions)
+        for values, least, most in ((row_ends, 0, 1), (seen, 2, 3)):
+            parts = tiles_of(values, TILE)
+            assert plan.ranges[:, least].tolist() == [part.min() for part in parts]
+            assert plan.ranges[:, most].tolist() == [part.max() for part in parts]
+        single = visited_tiles(row_ends, row_positions, window, TILE)
+        pairs = visited_tiles(row_ends, row_positions, window, 2 * TILE)
+        assert plan.query_order.tolist() == longest_first(single.sum(1))
+        assert plan.query_order_2.tolist() == longest_first(pairs.sum(1))
+        assert plan.key_order.tolist() == longest_first(single.sum(0))
+
+
+@pytest.mark.parametrize("seq", SEQS)
+def test_tiles_that_are_visited_hold_every_pair_that_a_window_leaves(seq):
+    ends, positions = (x[0].numpy() for x in random_rows(1, seq, seed=seq))
+    for window in (1, 40):
+        left = visited_tiles(ends, positions, window, TILE)
+        mask = dense_mask(ends, positions, window)
+        needed = [
+            [block.any() for block in tiles_of(part.T, TILE)] for part in tiles_of(mask, TILE)
+        ]
+        assert not (np.array(needed) & ~left).any()
+
+
+def products_of(rows: int, columns: int, depth: int) -> int:
+    """Return the 16 x 8 x 16 products of a product of matrices."""
+    return rows // 16 * columns // 8 * depth // 16
+
+
+def run_and_count(visible_end: Tensor, window: int = 0, d: int = 64) -> tuple[int, int]:
+    """Return how many tiles forward (128 x 64) and backward (64 x 64, once for dq and once for dk
+    and dv) have computed, from the number of matrix products.
+    """
+    batch, seq = visible_end.shape
+    case = make_case(
+        Shape(batch, 2, 1, seq, d, d), visible_end=visible_end, dtype=torch.bfloat16, seed=seq
+    )
+    q, k, v, dout = (x.bfloat16() for x in (*case.inputs.values(), case.dout))
+    options = {"scale": 0.1, "window": window}
+    options["positions"] = case.options["positions"] if window else None
+    emulation.counters()
+    out, lse, plan = emulation.forward(q, k, v, visible_end, **options)
+    forward = emulation.counters().products
+    emulation.backward(dout, None, q, k, v, out, lse, visible_end, plan, **options)
+    backward = emulation.counters().products
+    # S and O; then S, dP and dQ, and S, dP, dV and dK: each is 64 columns deep or wide.
+    of_forward = 2 * products_of(2 * TILE, TILE, d)
+    of_backward = 7 * products_of(TILE, TILE, d)
+    heads = 2
+    assert forward % (heads * of_forward) == backward % (heads * of_backward) == 0
+    return forward // (heads * of_forward), backward // (heads * of_backward)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("seq", [1, 65, 129, 700])
+def test_kernels_compute_the_tiles_that_are_not_skipped_and_no_other(seq, window):
+    ends, positions = random_rows(2, seq, seed=seq + 1)
+    rows = list(zip(ends.numpy(), positions.numpy(), strict=True))
+    pairs = sum(visited_tiles(*row, window, 2 * TILE).sum() for row in rows)
+    single = sum(visited_tiles(*row, window, TILE).sum() for row in rows)
+    assert run_and_count(ends, window) == (pairs, single)
+    if window == 0:
+        for rows_of_tile, count in ((2 * TILE, pairs), (TILE, single)):
+            counts = [_C.tile_counts(row, rows_of_tile, TILE) for row in ends]
+            assert sum(partial + full for _, partial, full in counts) == count
+
+
+def test_a_chat_takes_fewer_products_than_a_causal_row():
+    chat = chat_row(5, 20, 60)
+    forward, backward = run_and_count(chat)
+    causal_forward, causal_backward = run_and_count(causal_row(chat.shape[1]))
+    assert forward < 0.8 * causal_forward
+    assert backward < 0.8 * causal_backward
+
+
+def test_a_plan_does_not_depend_on_the_order_in_which_warps_run():
+    ends, positions = random_rows(2, 700, seed=8)
+    plans = []
+    for seed in range(3):
+        emulation.set_seed(seed)
+        plans.append(emulation.make_plan(ends, positions, 40))
+    assert torch.equal(plans[0], plans[1])
+    assert torch.equal(plans[0], plans[2])
