@@ -226,7 +226,7 @@ inline void run_block(Block& running) {
   int left = threads;
   int64_t idle = 0;
   while (left > 0) {
-    if (!running.later.empty() && running.random() % 4 == 0) {
+    if (!running.later.empty() && running.random() % 512 == 0) {
       auto& later = running.later;
       std::swap(later[running.random() % later.size()], later.back());
       const std::function<void()> copy = std::move(later.back());
