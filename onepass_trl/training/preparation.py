@@ -40,7 +40,7 @@ _LISTS = (List, LargeList)
 RENDER_BATCH_SIZE = 16
 PACK_BATCH_SIZE = 1000
 
-_MESSAGE_COLUMNS = ("messages", "prompt", "completion", "conversations")
+_MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "conversations")
 ROW_COLUMNS = (*TOKEN_COLUMNS, "num_turns")
 _ROW_FEATURES = {
     **{name: List(Value("int32")) for name in TOKEN_COLUMNS},
@@ -103,12 +103,8 @@ def prepare_dataset(
         ValueError: if a conversation can't be rendered, or a given row is too long; the message
             names its row. If nothing is left to train.
     """
+    check_no_transform(dataset, name)
     streaming = isinstance(dataset, IterableDataset)
-    if not streaming and dataset.format["type"] == "custom":
-        raise ValueError(
-            f"the {name} dataset has a transform (Dataset.with_transform), and preparing it would "
-            "bake the transform's present output into the rows. Apply it with Dataset.map first"
-        )
     dataset = dataset.with_format(None)
 
     def described(text: str) -> dict[str, Any]:
@@ -133,6 +129,15 @@ def prepare_dataset(
     if options.shuffle_seed is not None:
         dataset = dataset.shuffle(seed=options.shuffle_seed)
     return dataset.with_format("numpy")
+
+
+def check_no_transform(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise ValueError for a dataset whose rows are made when they are read."""
+    if not isinstance(dataset, IterableDataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"the {name} dataset has a transform (Dataset.with_transform), and preparing it would "
+            "bake the transform's present output into the rows. Apply it with Dataset.map first"
+        )
 
 
 def _render(
@@ -208,7 +213,7 @@ def settle_null_arguments(dataset: Dataset | IterableDataset, choice: str) -> Nu
     return "keep" if columns and all(map(_has_exact_arguments, columns)) else "error"
 
 
-def _with_exact_nulls(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
+def with_exact_nulls(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
     """Return the row with tools and template arguments as JSON text, less a struct's fillers.
 
     A struct column gives every row the keys of all rows, filled with nulls; nulls in `Json` values
@@ -277,7 +282,7 @@ def _render_batch(
     output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
     for position, index in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}
-        row = _with_exact_nulls(row, features)
+        row = with_exact_nulls(row, features)
         try:
             layouts, lost = make_rows(row, tokenizer, options)
         except ValueError as error:
