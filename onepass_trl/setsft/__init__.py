@@ -5,7 +5,7 @@ to the tokens under which they are likeliest, and each is trained behind its tok
 """
 
 from onepass_trl.setsft.config import SetSFTConfig
-from onepass_trl.setsft.diversity import ForkingDiversityCallback, mutual_information
+from onepass_trl.setsft.diversity import ForkingDiversityCallback, generate, mutual_information
 from onepass_trl.setsft.rendering import forking_prompts
 from onepass_trl.setsft.tokens import add_forking_tokens, forking_tokens
 from onepass_trl.setsft.trainer import SetSFTTrainer
@@ -17,5 +17,6 @@ __all__ = [
     "add_forking_tokens",
     "forking_prompts",
     "forking_tokens",
+    "generate",
     "mutual_information",
 ]

@@ -121,9 +121,22 @@ class ForkingDiversityCallback(TrainerCallback):
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, max_new_tokens: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
 ) -> list[list[int]]:
-    """Return the greedy completion of each prompt, up to its end-of-sequence token, without it."""
+    """Return a completion of each prompt, as ids without the end-of-sequence token.
+
+    Args:
+        model: a causal language model, which is in evaluation mode meanwhile.
+        prompts: token ids.
+        tokenizer: for its padding and end-of-sequence tokens.
+        max_new_tokens: length of a completion, at most.
+        temperature: of sampling; 0 takes the likeliest token.
+    """
     length = max(map(len, prompts))
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     padded = torch.tensor([[pad] * (length - len(ids)) + list(ids) for ids in prompts])
@@ -136,7 +149,8 @@ def generate(
             attention_mask=mask.to(model.device),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
                 use_cache=True,
                 pad_token_id=pad,
                 eos_token_id=eos,

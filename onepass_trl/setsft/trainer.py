@@ -304,8 +304,8 @@ class SetSFTTrainer(OnePassSFTTrainer):
         total = gathered.sum(dim=0).numpy()
         metrics, num_traces = self._metrics[mode], total[2:].sum()
         if costs:
-            metrics["matched_cost"].append(total[0] / num_traces)
-            metrics["matching_gap"].append((total[1] - total[0]) / num_traces)
+            metrics["matched_cost"].append(float(total[0] / num_traces))
+            metrics["matching_gap"].append(float((total[1] - total[0]) / num_traces))
         self._matched[mode] += total[2:]
         shares = self._matched[mode] / self._matched[mode].sum()
         for number, share in enumerate(shares, start=1):
