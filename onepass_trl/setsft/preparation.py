@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as compute
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -102,7 +103,9 @@ def prepare_dataset(
             return {}
         return {"num_proc": options.rows.num_proc, "desc": f"{text} {name} dataset"}
 
-    if not is_prepared(column_names):
+    if is_prepared(column_names):
+        _check_prepared(dataset, options, name)
+    else:
         dataset = _render(dataset, column_names, tokenizer, options, name, described)
     dataset = dataset.select_columns(list(SET_COLUMNS))
     seed = options.rows.shuffle_seed
@@ -120,6 +123,23 @@ def prepare_dataset(
     if seed is not None:
         dataset = dataset.shuffle(seed=seed)
     return dataset.with_format("numpy")
+
+
+def _check_prepared(dataset: AnyDataset, options: SetOptions, name: str) -> None:
+    """Raise for prepared sets that don't suit the options: they can't be changed afterwards."""
+    if isinstance(dataset, IterableDataset):
+        return
+    for column, limit, what, option in (
+        ("trace_lengths", options.rows.max_length, "tokens in a trace", "max_length"),
+        ("set_sizes", len(options.tokens.ids), "traces in a set", "num_forking_tokens"),
+    ):
+        values = dataset.select_columns(column).with_format("arrow")[:][column]
+        largest = compute.max(compute.list_flatten(values)).as_py() or 0
+        if limit is not None and largest > limit:
+            raise ValueError(
+                f"the prepared {name} dataset has {largest} {what}, but {option} is {limit}: raise "
+                f"it, or prepare the questions with this {option}"
+            )
 
 
 def _render(

@@ -247,6 +247,11 @@ def _text_parts(
         )
     if not completion.strip():
         raise ChatFormatError("it is empty, so there is nothing to train; remove it")
+    if opener and completion[0].isspace() and completion.lstrip().startswith(opener):
+        raise ChatFormatError(
+            f"white space stands before its thinking opener ({completion[:40]!r}), which prompts "
+            "for generation would lack; move it to the end of the prompt, or remove it"
+        )
     eos = tokenizer.eos_token
     if not eos:
         raise ChatFormatError(

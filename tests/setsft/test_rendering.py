@@ -127,7 +127,6 @@ class TestText:
         ("prompt", "completion", "expected"),
         [
             ("two?", "<think>add</think>four", "two?<think2>add</think>four<|im_end|>"),
-            ("two?", " <think>add", "two? <think2>add<|im_end|>"),
             (
                 "two?<think>\n",
                 "add</think>four<|im_end|>",
@@ -144,9 +143,8 @@ class TestText:
         [trace] = row_to_traces(row, tokenizer, tokens)
         pass_ = trace.behind(tokens.ids[1])
         assert tokenizer.decode(pass_.token_ids) == expected
-        if not completion.startswith(" "):
-            context = pass_.token_ids[~pass_.trained].tolist()
-            assert forking_prompts(prompt, tokenizer, K)[1] == context
+        context = pass_.token_ids[~pass_.trained].tolist()
+        assert forking_prompts(prompt, tokenizer, K)[1] == context
 
     def test_the_prompt_has_the_tokenizers_special_tokens_and_the_completion_has_not(self):
         from tokenizers.processors import TemplateProcessing
@@ -176,6 +174,7 @@ PROMPT = [{"role": "user", "content": "two?"}]
         ({"prompt": PROMPT, "completions": ["four", ""]}, "completion 1 of 2.*it is empty"),
         ({"prompt": "two?", "completions": [" "]}, "it is empty"),
         ({"prompt": "two?", "completions": [{"role": "assistant", "content": "x"}]}, "is text"),
+        ({"prompt": "two?", "completions": [" <think>a"]}, "white space stands before"),
         ({"prompt": "two?", "completions": ["four"]}, "thinking opener '<think>'.*neither"),
         ({"prompt": "two?", "completions": ["<think>a<think2>b"]}, "forking token '<think2>' its"),
         ({"prompt": "a<think1>b", "completions": ["<think>a"]}, "the prompt contains the forking"),

@@ -204,6 +204,13 @@ class TestSets:
         again = make(rows).train_dataset  # prepared rows are taken as they are
         assert [r["input_ids"].tolist() for r in again] == [r["input_ids"].tolist() for r in rows]
 
+    def test_prepared_rows_must_suit_the_options(self, make):
+        rows = make().train_dataset
+        with pytest.raises(ValueError, match="tokens in a trace, but max_length is 20"):
+            make(rows, max_length=20)
+        with pytest.raises(ValueError, match="4 traces in a set, but num_forking_tokens is 3"):
+            make(rows, num_forking_tokens=3)
+
     def test_nulls_that_a_table_filled_in_do_no_harm(self, make):
         plain = {"role": "assistant", "content": "four", "reasoning_content": None}
         row = {"prompt": ROWS[0]["prompt"], "completions": [plain, ROWS[0]["completions"][0]]}
