@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -21,11 +21,11 @@ from onepass_trl.setsft.collator import SET_COLUMNS, from_row, to_row
 from onepass_trl.setsft.rendering import ForkingTokens, row_to_traces
 from onepass_trl.setsft.traces import Trace, TraceSet
 from onepass_trl.training.preparation import (
-    PACK_BATCH_SIZE,
     RENDER_BATCH_SIZE,
     AnyDataset,
     PreparationOptions,
     check_no_transform,
+    pack_and_shuffle,
     with_exact_nulls,
 )
 
@@ -108,21 +108,8 @@ def prepare_dataset(
     else:
         dataset = _render(dataset, column_names, tokenizer, options, name, described)
     dataset = dataset.select_columns(list(SET_COLUMNS))
-    seed = options.rows.shuffle_seed
-    if options.rows.packing:
-        if seed is not None:
-            dataset = dataset.shuffle(seed=seed)
-        dataset = dataset.with_format("numpy").map(
-            _pack_batch,
-            batched=True,
-            batch_size=PACK_BATCH_SIZE,
-            features=Features(_SET_FEATURES),
-            fn_kwargs={"max_length": options.rows.max_length, "code": options.code},
-            **described("Packing"),
-        )
-    if seed is not None:
-        dataset = dataset.shuffle(seed=seed)
-    return dataset.with_format("numpy")
+    rows = replace(options.rows, code=options.code)
+    return pack_and_shuffle(dataset, rows, _pack_batch, _SET_FEATURES, described("Packing"))
 
 
 def _check_prepared(dataset: AnyDataset, options: SetOptions, name: str) -> None:

@@ -67,6 +67,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         model: a model id or path, or a model not yet wrapped by PEFT, unless it and its tokenizer
             have the forking tokens already.
         args: `SetSFTConfig`; another configuration of TRL or transformers is converted.
+        data_collator: must be None: a batch is laid out once its traces are matched.
         train_dataset: the questions.
         eval_dataset: likewise; matched as in training.
         processing_class: the tokenizer; None: the model's own.
@@ -90,6 +91,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         self,
         model: str | PreTrainedModel,
         args: TrainingArguments | None = None,
+        data_collator: None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -98,7 +100,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         **kwargs: Any,
     ) -> None:
         args = to_config(args, model, SetSFTConfig)
-        if kwargs.get("data_collator") is not None:
+        if data_collator is not None:
             raise ValueError(
                 "data_collator can't be chosen: a batch of sets is laid out once its traces are "
                 "matched. Leave it unset"

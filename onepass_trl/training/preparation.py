@@ -115,16 +115,35 @@ def prepare_dataset(
     else:
         dataset = _render(dataset, column_names, tokenizer, options, name, described)
     dataset = dataset.select_columns(list(ROW_COLUMNS))
+    return pack_and_shuffle(dataset, options, _pack_batch, _ROW_FEATURES, described("Packing"))
+
+
+def pack_and_shuffle(
+    dataset: AnyDataset,
+    options: PreparationOptions,
+    pack_batch: Callable[..., dict[str, list[Any]]],
+    features: Mapping[str, Any],
+    described: Mapping[str, Any],
+) -> AnyDataset:
+    """Return the rows in numpy format, packed and shuffled as the options say.
+
+    Args:
+        dataset: the rows.
+        options: their ``packing``, ``max_length`` and ``shuffle_seed``.
+        pack_batch: packs a batch of columns, given `max_length` and the code's digest.
+        features: of the packed rows.
+        described: further arguments of ``Dataset.map``.
+    """
     if options.packing:
         if options.shuffle_seed is not None:
             dataset = dataset.shuffle(seed=options.shuffle_seed)
         dataset = dataset.with_format("numpy").map(
-            _pack_batch,
+            pack_batch,
             batched=True,
             batch_size=PACK_BATCH_SIZE,
-            features=Features(_ROW_FEATURES),
+            features=Features(features),
             fn_kwargs={"max_length": options.max_length, "code": options.code},
-            **described("Packing"),
+            **described,
         )
     if options.shuffle_seed is not None:
         dataset = dataset.shuffle(seed=options.shuffle_seed)
