@@ -29,12 +29,14 @@ SET_COLUMNS = (
 """
 
 
-def to_row(sets: Sequence[TraceSet]) -> dict[str, list[Any]]:
+def to_row(sets: Sequence[TraceSet]) -> dict[str, Any]:
     """Return the sets as the columns of a row."""
     traces = [trace for set_ in sets for trace in set_.traces]
+    ids = [np.empty(0, dtype=np.int32), *(trace.pass_.token_ids for trace in traces)]
+    trained = [np.empty(0, dtype=np.bool_), *(trace.pass_.trained for trace in traces)]
     return {
-        "input_ids": [id_ for trace in traces for id_ in trace.pass_.token_ids],
-        "trained": [flag for trace in traces for flag in trace.pass_.trained],
+        "input_ids": np.concatenate(ids),
+        "trained": np.concatenate(trained),
         "trace_lengths": [len(trace.pass_) for trace in traces],
         "forks": [trace.fork for trace in traces],
         "trace_numbers": [trace.number for trace in traces],
