@@ -108,10 +108,11 @@ def row_to_traces(
     """
     missing = [column for column in _COLUMNS if row.get(column) is None]
     if missing:
+        given = [repr(name) for name, value in row.items() if value is not None]
         raise ChatFormatError(
             "a row for set fine-tuning needs 'prompt' (messages or text) and 'completions' (a list "
             f"of assistant messages or strings); this one has no {' and no '.join(missing)}, only "
-            f"{', '.join(map(repr, row)) or 'nothing'}. Rename or convert the columns"
+            f"{', '.join(given) or 'nothing'}. Rename or convert the columns"
         )
     prompt, completions = (_from_json_text(row[column]) for column in _COLUMNS)
     if isinstance(row["completions"], str):
@@ -121,14 +122,14 @@ def row_to_traces(
             "'completions' must be a list with at least one assistant message or string, got "
             f"{str(completions)[:80]!r}: give the row a trace, or remove it"
         )
-    given = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+    settings = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
     traces = []
     for number, completion in enumerate(completions):
         try:
             if isinstance(prompt, str):
                 parts = _text_parts(prompt, completion, tokenizer, tokens.opener)
             else:
-                chat = {**given, "prompt": prompt, "completion": [_as_message(completion)]}
+                chat = {**settings, "prompt": prompt, "completion": [_as_message(completion)]}
                 parts = _message_parts(chat, tokenizer, tokens.opener, null_arguments)
             traces.append(_to_trace(parts, number, tokenizer, tokens, isinstance(prompt, str)))
         except ChatFormatError as error:
