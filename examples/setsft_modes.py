@@ -33,7 +33,6 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from onepass_trl import SetSFTConfig, SetSFTTrainer
 from onepass_trl.setsft import forking_prompts, generate, mutual_information
 
-NUM_TOKENS = 4
 BASE = 6
 NUM_TRACES = 3
 METHODS = ("hungarian", "random", "fixed")
@@ -126,7 +125,7 @@ def train(
         make_model(tokenizer, seed),
         SetSFTConfig(
             output_dir=str(args.output / f"{method}-{seed}"),
-            num_forking_tokens=NUM_TOKENS,
+            num_forking_tokens=args.tokens,
             matching=method,
             max_length=None,
             padding_free=True,
@@ -154,20 +153,20 @@ def train(
 
 def evaluate(trainer: SetSFTTrainer, questions: list[list[int]], seed: int) -> dict[str, Any]:
     """Return what the model does behind each forking token on held-out questions."""
-    tokenizer = trainer.processing_class
+    tokenizer, num_tokens = trainer.processing_class, trainer.args.num_forking_tokens
     prompts = [
         prompt
         for digits in questions
-        for prompt in forking_prompts("".join(map(str, digits)), tokenizer, NUM_TOKENS)
+        for prompt in forking_prompts("".join(map(str, digits)), tokenizer, num_tokens)
     ]
     torch.manual_seed(seed)
     completions = tokenizer.batch_decode(
         generate(trainer.model, prompts, tokenizer, 24, temperature=1.0)
     )
-    correct = np.zeros(NUM_TOKENS)
+    correct = np.zeros(num_tokens)
     modes: list[tuple[int, str]] = []
     for number, completion in enumerate(completions):
-        digits, token = questions[number // NUM_TOKENS], number % NUM_TOKENS
+        digits, token = questions[number // num_tokens], number % num_tokens
         text = "<think>" + completion.replace(" ", "")
         correct[token] += text.rpartition("</think>")[2] == str(sum(digits) % BASE)
         mode = next((mode for mode in MODES if text == trace(digits, mode)), "none of them")
@@ -177,10 +176,10 @@ def evaluate(trainer: SetSFTTrainer, questions: list[list[int]], seed: int) -> d
     return {
         "mutual_information": mutual_information(modes),
         "accuracy": (correct / len(questions)).tolist(),
-        "modes": [[counts[token, mode] for mode in MODES] for token in range(NUM_TOKENS)],
+        "modes": [[counts[token, mode] for mode in MODES] for token in range(num_tokens)],
         "none_of_them": sum(mode == "none of them" for _, mode in modes) / len(modes),
         "loss": history[-1]["loss"],
-        "matched_share": [history[-1][f"matched_share_{i}"] for i in range(1, NUM_TOKENS + 1)],
+        "matched_share": [history[-1][f"matched_share_{i}"] for i in range(1, num_tokens + 1)],
     }
 
 
@@ -201,6 +200,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    num_tokens = len(results[0]["accuracy"])
     figure = pyplot.figure(figsize=(10, 6), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     information, accuracy = top.subplots(1, 2)
@@ -211,17 +211,17 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         information.bar(number, np.mean(values), width=0.6, alpha=0.4)
         information.scatter([number] * len(values), values, color="black", s=12, zorder=3)
         shares = np.array([result["accuracy"] for result in own])
-        places = number + np.linspace(-0.3, 0.3, NUM_TOKENS)
-        accuracy.bar(places, shares.mean(axis=0), width=0.17, alpha=0.4)
+        places = number + np.linspace(-0.3, 0.3, num_tokens)
+        accuracy.bar(places, shares.mean(axis=0), width=0.7 / num_tokens, alpha=0.4)
         accuracy.scatter(np.tile(places, len(own)), shares, color="black", s=8, zorder=3)
         maps[number].imshow(np.array(own[0]["modes"]), cmap="Blues", vmin=0)
         maps[number].set_title(f"{method}, seed {own[0]['seed']}")
         maps[number].set_xticks(range(len(MODES)), [m.replace(" ", "\n") for m in MODES], size=8)
-        maps[number].set_yticks(range(NUM_TOKENS), [f"<think{i + 1}>" for i in range(NUM_TOKENS)])
+        maps[number].set_yticks(range(num_tokens), [f"<think{i + 1}>" for i in range(num_tokens)])
         for (token, mode), count in np.ndenumerate(own[0]["modes"]):
             shade = "white" if count > np.max(own[0]["modes"]) / 2 else "black"
             maps[number].text(mode, token, count, ha="center", va="center", color=shade)
-    information.axhline(math.log(NUM_TOKENS), color="grey", linestyle="--", linewidth=1)
+    information.axhline(math.log(len(MODES)), color="grey", linestyle="--", linewidth=1)
     information.set_title("mutual information of token and mode, nats (dashed: log 4)")
     accuracy.set_title("accuracy behind each token")
     accuracy.set_ylim(0, 1.05)
@@ -237,6 +237,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/setsft_modes"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=4, help="forking tokens")
     parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--batch", type=int, default=32, help="questions in a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
