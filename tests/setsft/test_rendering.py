@@ -3,13 +3,14 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from onepass_trl.chat import ChatFormatError
 from onepass_trl.chat.rendering import render_texts
 from onepass_trl.setsft import forking_prompts
 from onepass_trl.setsft.rendering import ForkingTokens, row_to_traces
 from onepass_trl.setsft.tokens import _add_to_tokenizer, forking_tokens
-from tests.chat.tokenizers import SHARED, SHARED_REASON, real_tokenizer
+from tests.chat.tokenizers import SHARED, SHARED_REASON
 from tests.setsft.sets import random_set
 from tests.setsft.trainers import fresh_tokenizer
 
@@ -64,9 +65,10 @@ def test_the_forking_token_replaces_the_opener(family, turns):
 @pytest.mark.skipif(not SHARED.is_dir(), reason=SHARED_REASON)
 @pytest.mark.parametrize("folder", REAL)
 def test_with_real_tokenizers_and_tools(folder):
-    import copy
-
-    tokenizer, tokens = with_tokens(copy.deepcopy(real_tokenizer(folder)))
+    path = SHARED / "tokenizers" / folder
+    tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=10**9)
+    tokenizer.chat_template = (path / "chat_template.jinja").read_text("utf-8")
+    tokenizer, tokens = with_tokens(tokenizer)
     row = {**random_set(1, 3, turns=2), "tools": [TOOL]}
     check_traces(row, tokenizer, tokens, OPENERS[REAL[folder]])
 
