@@ -22,6 +22,8 @@ _EXPORTS = {
     "tree_attention": "attention",
     "OnePassSFTConfig": "training",
     "OnePassSFTTrainer": "training",
+    "SetSFTConfig": "setsft",
+    "SetSFTTrainer": "setsft",
 }
 
 __all__ = ["__version__", *_EXPORTS]

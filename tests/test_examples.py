@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from onepass_trl import build_tree, linearize, render_passes
+from onepass_trl.cli import setsft
 from onepass_trl.cli.sft import make_parser
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,6 +40,33 @@ def test_the_yaml_file_is_understood():
     assert model.model_name_or_path == "Qwen/Qwen3-0.6B"
 
 
+def test_the_questions_have_traces_that_differ(tiny_tokenizer):
+    rows = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text().splitlines()]
+    assert any(len(row["prompt"]) > 1 for row in rows)
+    for row in rows:
+        assert len({c["reasoning_content"] for c in row["completions"]}) >= 3
+        for completion in row["completions"]:
+            render_passes([*row["prompt"], completion], tiny_tokenizer, train_on="last")
+
+
+def test_the_yaml_file_of_sets_is_understood():
+    _, config, _, _ = setsft.make_parser().parse_args_and_config(
+        ["--config", str(EXAMPLES / "setsft.yaml"), "--use_cpu", "--bf16=False"],
+        fail_with_unknown_args=True,
+    )
+    assert (config.num_forking_tokens, config.matching_tokens) == (6, 1000)
+
+
+def test_the_modes_of_the_example_all_reach_the_sum():
+    spec = importlib.util.spec_from_file_location("setsft_modes", EXAMPLES / "setsft_modes.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for digits in example.make_questions(50, seed=1):
+        traces = {example.trace(digits, mode) for mode in example.MODES}
+        assert len(traces) == len(example.MODES)
+        assert {text.partition("</think>")[2] for text in traces} == {str(sum(digits) % 6)}
+
+
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").iterdir()), ids=lambda p: p.stem)
 def test_the_launcher_configurations_are_accelerates(path):
     from accelerate.commands.config.config_args import ClusterConfig
@@ -57,7 +86,22 @@ def test_the_launcher_configurations_are_accelerates(path):
 )
 def test_the_scripts_run(command, tmp_path, tiny_model_dir):
     names = dict(folder=tmp_path, model=tiny_model_dir, data=EXAMPLES / "conversations.jsonl")
-    command = [part.format(**names) for part in command]
+    run([part.format(**names) for part in command])
+    assert any(tmp_path.rglob("model.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_modes_are_trained_and_plotted(tmp_path):
+    flags = ["--steps=2", "--seeds", "0", "1", "--questions=40", "--held-out=4"]
+    run(["setsft_modes.py", *flags, f"--output={tmp_path}"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["seed"] for result in results] == [0, 0, 0, 1, 1, 1]
+    assert all(len(result["accuracy"]) == 4 for result in results)
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "modes.png").stat().st_size > 10_000
+
+
+def run(command):
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / command[0]), *command[1:]],
         cwd=REPOSITORY,
@@ -66,4 +110,3 @@ def test_the_scripts_run(command, tmp_path, tiny_model_dir):
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert any(tmp_path.rglob("model.safetensors"))

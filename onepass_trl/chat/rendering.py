@@ -58,14 +58,15 @@ def render_passes(
             turn has nothing before it; or if its reasoning, content or tool calls would not all
             stand in its own pass. The message names the turn and the template family.
     """
-    template = Template(tokenizer, tools, chat_template_kwargs)
-    family = family_of(template.text)
-    normal = normalize_messages(messages, inline_reasoning=family.reads_reasoning(template.text))
-    trained = _trained_turns(normal, train_on)
-    added = added_tokens(tokenizer)
-    conversation = _Conversation(template, family, added, normal)
-    contexts, completions = zip(*(conversation.texts(*turn) for turn in trained), strict=True)
-    context_ids = encode_views(tokenizer, added, contexts)
+    texts = render_texts(
+        messages,
+        tokenizer,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        train_on=train_on,
+    )
+    contexts, completions = zip(*texts, strict=True)
+    context_ids = encode_views(tokenizer, added_tokens(tokenizer), contexts)
     [first_ids] = encode_alone(tokenizer, contexts[:1])
     if not np.array_equal(context_ids[0], first_ids):
         raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")
@@ -74,6 +75,26 @@ def render_passes(
         Pass(np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts]))
         for parts in zip(context_ids, completion_ids, strict=True)
     ]
+
+
+def render_texts(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: TrainOn = "all",
+) -> list[tuple[str, str]]:
+    """Return context and completion of each trained assistant turn as text, in order.
+
+    `render_passes` tokenizes them, each by itself; the arguments and errors are the same.
+    """
+    template = Template(tokenizer, tools, chat_template_kwargs)
+    family = family_of(template.text)
+    normal = normalize_messages(messages, inline_reasoning=family.reads_reasoning(template.text))
+    trained = _trained_turns(normal, train_on)
+    conversation = _Conversation(template, family, added_tokens(tokenizer), normal)
+    return [conversation.texts(*turn) for turn in trained]
 
 
 def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple[int, int]]:

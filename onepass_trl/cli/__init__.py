@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 VERBS = {
     "sft": "train on conversations in one pass: the flags and YAML files of `trl sft`",
+    "setsft": "train several reasoning traces per question, each behind its own forking token",
     "verify": "compare one pass with N separate passes on your model and conversations",
     "env": "print versions, attention implementations and devices, for bug reports",
 }

@@ -8,7 +8,17 @@ import os
 import platform
 from collections.abc import Iterator
 
-_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "peft",
+    "deepspeed",
+    "numpy",
+    "scipy",
+)
 
 
 def main(argv: list[str]) -> int:

@@ -15,18 +15,29 @@ from typing import Any
 
 def main(argv: list[str]) -> int:
     """Launch the training named by `argv` through accelerate and return its exit status."""
+    return launch(argv, make_parser(), "onepass_trl.cli.sft")
+
+
+def launch(argv: list[str], parser: Any, module: str) -> int:
+    """Run a training module through accelerate and return its exit status.
+
+    Args:
+        argv: flags of `parser`, and any of ``accelerate launch``.
+        parser: of which the second result is the training configuration.
+        module: name of the module, which gets the flags of `parser`.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     # Parsed here too, so that wrong flags are reported once and before any process starts. What the
     # parser doesn't know is accelerate's: --num_processes, --accelerate_config ..
-    _, training_args, *_, from_config, from_argv = make_parser().parse_args_and_config(
+    _, training_args, *_, from_config, from_argv = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     launch_arguments = resolve_accelerate_config_argument(from_config + from_argv)
     training_arguments = _without(argv, from_argv)
-    command = [*launch_arguments, "--module", "onepass_trl.cli.sft", *training_arguments]
+    command = [*launch_arguments, "--module", module, *training_arguments]
     options = launch_command_parser().parse_args(command)
     if training_args.device.type == "cpu":
         _share_cpu(options)
@@ -60,21 +71,31 @@ def _share_cpu(options: Any) -> None:
 
 def make_parser() -> Any:
     """Return the `TrlParser` of `trl sft`, with `OnePassSFTConfig` in place of `SFTConfig`."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-
     from onepass_trl.training import OnePassSFTConfig
 
-    types = (ScriptArguments, OnePassSFTConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(types, prog="onepass-trl sft")
+    return parser_of(OnePassSFTConfig, "sft")
+
+
+def parser_of(config: type, verb: str) -> Any:
+    """Return the `TrlParser` of a verb: the flags of `trl sft`, with this configuration."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(types, prog=f"onepass-trl {verb}")
 
 
 def train(argv: list[str]) -> int:
     """Train in this process, as `argv` says; return 0."""
-    from trl import get_peft_config, get_quantization_config
-
     from onepass_trl.training import OnePassSFTTrainer
 
-    script_args, training_args, model_args, mixture = make_parser().parse_args_and_config(
+    return run(argv, make_parser(), OnePassSFTTrainer)
+
+
+def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
+    """Train in this process with this trainer, as `argv` says; return 0."""
+    from trl import get_peft_config, get_quantization_config
+
+    script_args, training_args, model_args, mixture = parser.parse_args_and_config(
         argv, fail_with_unknown_args=False
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -92,7 +113,7 @@ def train(argv: list[str]) -> int:
     }
     wants_eval = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture, wants_eval)
-    trainer = OnePassSFTTrainer(
+    trainer = trainer_class(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onepass_trl.data.tree import ROOT, TokenTree
+from onepass_trl.passes import Pass
 
 IGNORE_INDEX = -100
 
@@ -84,17 +85,11 @@ def linearize(tree: TokenTree) -> Layout:
         num_passes=np.empty(length, dtype=np.int32),
         num_turns=tree.num_passes,
     )
-    start = 0
-    for index, depth, children in tree.depth_first():
-        if index == ROOT:
-            continue
+    for index, depth, _, begin, end in _spans(tree):
         node = tree.nodes[index]
-        num_copies = tree.num_fork_copies(index)
         num_tokens = node.token_ids.size
-        end = start + num_tokens + num_copies
-        last = end - 1
-        body = slice(start, start + num_tokens - 1)
-        copies = slice(start + num_tokens - 1, last)
+        body = slice(begin, begin + num_tokens - 1)
+        copies = slice(begin + num_tokens - 1, end - 1)
 
         row.input_ids[body], row.input_ids[copies.start : end] = (
             node.token_ids[:-1],
@@ -102,20 +97,70 @@ def linearize(tree: TokenTree) -> Layout:
         )
         row.position_ids[body] = np.arange(depth, depth + num_tokens - 1)
         row.position_ids[copies.start : end] = depth + num_tokens - 1
-        row.visible_end[start:end] = start + sizes[index]
+        row.visible_end[begin:end] = begin + sizes[index]
         row.visible_end[copies] = np.arange(copies.start + 1, copies.stop + 1)
-        row.num_passes[start:end] = node.num_passes
+        row.num_passes[begin:end] = node.num_passes
         row.num_passes[copies] = 0
-
-        inner = node.weights[1:]
-        row.shift_labels[body] = np.where(inner > 0, node.token_ids[1:], IGNORE_INDEX)
-        row.weights[body] = inner
-        trained = [tree.nodes[child] for child in children if tree.nodes[child].weights[0]]
-        for position, child in zip(range(last, copies.start - 1, -1), trained, strict=False):
-            row.shift_labels[position] = child.token_ids[0]
-            row.weights[position] = child.weights[0]
-        start = end
+    for node, positions in zip(tree.nodes, _target_positions(tree), strict=True):
+        is_target = positions >= 0
+        row.shift_labels[positions[is_target]] = node.token_ids[is_target]
+        row.weights[positions[is_target]] = node.weights[is_target]
     return row
+
+
+def linearize_with_targets(passes: Sequence[Pass]) -> tuple[Layout, list[NDArray[np.int64]]]:
+    """Return the row of the tree of `passes`, and where in it the targets of each pass are.
+
+    The positions of a pass have shape ``(num_trained,)``: the row's output at ``positions[t]``
+    predicts the pass's trained token number t. Passes that share a target share its position.
+
+    >>> from onepass_trl import Pass
+    >>> row, targets = linearize_with_targets([Pass([1, 2, 3], [0, 1, 1]), Pass([1, 4], [0, 1])])
+    >>> print(row.input_ids, *targets)
+    [1 1 2 3 4] [1 2] [0]
+    """
+    tree = TokenTree()
+    last_nodes = [tree.insert(pass_) for pass_ in passes]
+    parents = {
+        child: index for index, node in enumerate(tree.nodes) for child in node.children.values()
+    }
+    positions = _target_positions(tree)
+    targets = []
+    for pass_, index in zip(passes, last_nodes, strict=True):
+        path = [index]
+        while parents[path[-1]] != ROOT:
+            path.append(parents[path[-1]])
+        along = np.concatenate([positions[index] for index in reversed(path)])
+        targets.append(along[pass_.trained])
+    return linearize(tree), targets
+
+
+def _spans(tree: TokenTree) -> Iterator[tuple[int, int, list[int], int, int]]:
+    """Yield (node index, tokens above it, its ordered children, begin, end) in the row's order.
+
+    The node's tokens and the copies of its last one stand at ``[begin, end)`` of the row.
+    """
+    begin = 0
+    for index, depth, children in tree.depth_first():
+        if index != ROOT:
+            end = begin + tree.nodes[index].token_ids.size + tree.num_fork_copies(index)
+            yield index, depth, children, begin, end
+            begin = end
+
+
+def _target_positions(tree: TokenTree) -> list[NDArray[np.int64]]:
+    """Return for each node, ``(num_tokens,)``: where in the row a token is predicted, or -1.
+
+    A token that no pass trains is predicted nowhere.
+    """
+    positions = [np.full(node.token_ids.size, -1, dtype=np.int64) for node in tree.nodes]
+    for index, _, children, begin, end in _spans(tree):
+        is_inner = tree.nodes[index].weights[1:] > 0
+        positions[index][1:][is_inner] = begin + np.flatnonzero(is_inner)
+        trained = [child for child in children if tree.nodes[child].weights[0]]
+        for number, child in enumerate(trained):  # the first from the token itself, then copies
+            positions[child][0] = end - 1 - number
+    return positions
 
 
 def concatenate(rows: Sequence[Layout]) -> Layout:

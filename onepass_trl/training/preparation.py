@@ -40,7 +40,7 @@ _LISTS = (List, LargeList)
 RENDER_BATCH_SIZE = 16
 PACK_BATCH_SIZE = 1000
 
-_MESSAGE_COLUMNS = ("messages", "prompt", "completion", "conversations")
+_MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "conversations")
 ROW_COLUMNS = (*TOKEN_COLUMNS, "num_turns")
 _ROW_FEATURES = {
     **{name: List(Value("int32")) for name in TOKEN_COLUMNS},
@@ -103,12 +103,8 @@ def prepare_dataset(
         ValueError: if a conversation can't be rendered, or a given row is too long; the message
             names its row. If nothing is left to train.
     """
+    check_no_transform(dataset, name)
     streaming = isinstance(dataset, IterableDataset)
-    if not streaming and dataset.format["type"] == "custom":
-        raise ValueError(
-            f"the {name} dataset has a transform (Dataset.with_transform), and preparing it would "
-            "bake the transform's present output into the rows. Apply it with Dataset.map first"
-        )
     dataset = dataset.with_format(None)
 
     def described(text: str) -> dict[str, Any]:
@@ -119,20 +115,48 @@ def prepare_dataset(
     else:
         dataset = _render(dataset, column_names, tokenizer, options, name, described)
     dataset = dataset.select_columns(list(ROW_COLUMNS))
+    return pack_and_shuffle(dataset, options, _pack_batch, _ROW_FEATURES, described("Packing"))
+
+
+def pack_and_shuffle(
+    dataset: AnyDataset,
+    options: PreparationOptions,
+    pack_batch: Callable[..., dict[str, list[Any]]],
+    features: Mapping[str, Any],
+    described: Mapping[str, Any],
+) -> AnyDataset:
+    """Return the rows in numpy format, packed and shuffled as the options say.
+
+    Args:
+        dataset: the rows.
+        options: their ``packing``, ``max_length`` and ``shuffle_seed``.
+        pack_batch: packs a batch of columns, given `max_length` and the code's digest.
+        features: of the packed rows.
+        described: further arguments of ``Dataset.map``.
+    """
     if options.packing:
         if options.shuffle_seed is not None:
             dataset = dataset.shuffle(seed=options.shuffle_seed)
         dataset = dataset.with_format("numpy").map(
-            _pack_batch,
+            pack_batch,
             batched=True,
             batch_size=PACK_BATCH_SIZE,
-            features=Features(_ROW_FEATURES),
+            features=Features(features),
             fn_kwargs={"max_length": options.max_length, "code": options.code},
-            **described("Packing"),
+            **described,
         )
     if options.shuffle_seed is not None:
         dataset = dataset.shuffle(seed=options.shuffle_seed)
     return dataset.with_format("numpy")
+
+
+def check_no_transform(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise ValueError for a dataset whose rows are made when they are read."""
+    if not isinstance(dataset, IterableDataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"the {name} dataset has a transform (Dataset.with_transform), and preparing it would "
+            "bake the transform's present output into the rows. Apply it with Dataset.map first"
+        )
 
 
 def _render(
@@ -208,7 +232,7 @@ def settle_null_arguments(dataset: Dataset | IterableDataset, choice: str) -> Nu
     return "keep" if columns and all(map(_has_exact_arguments, columns)) else "error"
 
 
-def _with_exact_nulls(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
+def with_exact_nulls(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
     """Return the row with tools and template arguments as JSON text, less a struct's fillers.
 
     A struct column gives every row the keys of all rows, filled with nulls; nulls in `Json` values
@@ -277,7 +301,7 @@ def _render_batch(
     output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
     for position, index in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}
-        row = _with_exact_nulls(row, features)
+        row = with_exact_nulls(row, features)
         try:
             layouts, lost = make_rows(row, tokenizer, options)
         except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import pyarrow.compute as compute
 import torch
@@ -35,6 +35,7 @@ from onepass_trl.training.config import OnePassSFTConfig
 logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
+AnyConfig = TypeVar("AnyConfig", bound=OnePassSFTConfig)
 # What each batch adds to the totals of `_Totals`, beside the loss.
 _COUNTS = ("row_tokens", "npass_tokens", "trained_tokens", "turns")
 
@@ -73,7 +74,7 @@ class OnePassSFTTrainer(SFTTrainer):
             says why and what to do instead.
     """
 
-    _tag_names = ("trl", "sft", "onepass-trl")
+    _tag_names: tuple[str, ...] = ("trl", "sft", "onepass-trl")
     _name = "OnePassSFT"
     _paper = {  # noqa: RUF012 (TRL's own attribute)
         "title": "One-Pass to Reason: Token Duplication and Block-Sparse Mask for Efficient "
@@ -103,7 +104,7 @@ class OnePassSFTTrainer(SFTTrainer):
         peft_config: Any = None,
         formatting_func: Callable | None = None,
     ) -> None:
-        args = _one_pass_config(args, model)
+        args = to_config(args, model, OnePassSFTConfig)
         _refuse(
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
@@ -125,7 +126,7 @@ class OnePassSFTTrainer(SFTTrainer):
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             _check_prepared(train_dataset, eval_dataset)
         if isinstance(model, str):
-            args.model_init_kwargs = _one_pass_model_kwargs(args.model_init_kwargs)
+            args.model_init_kwargs = one_pass_model_kwargs(args.model_init_kwargs)
         else:
             check_model(model)
         # TRL's flag would swap in a template with generation markers. Here the loss is on what the
@@ -155,7 +156,7 @@ class OnePassSFTTrainer(SFTTrainer):
         use_onepass_attention(self.model)
         check_rotary_embedding(self.model, args.max_length)
         _check_vocabulary("train", self.train_dataset, self.model)
-        self.data_collator = data_collator or OnePassCollator(
+        self.data_collator: Any = data_collator or OnePassCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             padding_free=self.padding_free,
             pad_to_multiple_of=args.pad_to_multiple_of,
@@ -188,9 +189,16 @@ class OnePassSFTTrainer(SFTTrainer):
             shuffle_seed=args.seed if args.shuffle_dataset else None,
         )
         with global_then_local_main_first():
-            return preparation.prepare_dataset(
-                dataset, column_names, self._tokenizer, options, dataset_name
-            )
+            return self._make_rows(dataset, column_names, options, dataset_name)
+
+    def _make_rows(
+        self,
+        dataset: AnyDataset,
+        column_names: list[str],
+        options: preparation.PreparationOptions,
+        name: str,
+    ) -> AnyDataset:
+        return preparation.prepare_dataset(dataset, column_names, self._tokenizer, options, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(preparation.ROW_COLUMNS)
@@ -322,18 +330,19 @@ class OnePassSFTTrainer(SFTTrainer):
             self._totals["eval"].zero_()
 
 
-def _one_pass_config(
-    args: TrainingArguments | None, model: str | PreTrainedModel
-) -> OnePassSFTConfig:
-    if isinstance(args, OnePassSFTConfig):
+def to_config(
+    args: TrainingArguments | None, model: str | PreTrainedModel, kind: type[AnyConfig]
+) -> AnyConfig:
+    """Return `args` as a configuration of this kind, made from what it has of its options."""
+    if isinstance(args, kind):
         return args
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-        return OnePassSFTConfig(f"{model_id.split('/')[-1]}-SFT")
+        return kind(f"{model_id.split('/')[-1]}-SFT")
     # Not by to_dict, which hides the values of eos_token, hub_token and the like.
-    known = {field.name for field in fields(OnePassSFTConfig)}
+    known = {field.name for field in fields(kind)}
     given = [field.name for field in fields(args) if field.init and field.name in known]
-    return OnePassSFTConfig(**{name: getattr(args, name) for name in given})
+    return kind(**{name: getattr(args, name) for name in given})
 
 
 def _refuse(**arguments: Any) -> None:
@@ -352,7 +361,8 @@ def _refuse(**arguments: Any) -> None:
             raise ValueError(f"OnePassSFTTrainer can't honour {name}: {reasons[name]}")
 
 
-def _one_pass_model_kwargs(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+def one_pass_model_kwargs(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` with one-pass attention among them."""
     kwargs = dict(model_init_kwargs or {})
     asked = kwargs.get("attn_implementation")
     if asked not in (None, "onepass"):

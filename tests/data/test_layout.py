@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 
 from onepass_trl import Pass, build_tree, linearize
-from onepass_trl.data import concatenate
-from onepass_trl.visibility import check_visible_end
+from onepass_trl.data import concatenate, linearize_with_targets
+from onepass_trl.visibility import check_visible_end, dense_mask
 from tests.data.strategies import examples_of_passes, examples_of_row, pass_lists
 
 
@@ -28,6 +28,18 @@ def chat_passes(num_turns: int, user: int, reasoning: int, response: int) -> lis
 def test_a_row_trains_what_its_passes_train(passes):
     row = linearize(build_tree(passes))
     assert examples_of_row(row) == examples_of_passes(passes)
+
+
+@given(pass_lists())
+def test_each_target_is_found_behind_its_own_prefix(passes):
+    row, positions = linearize_with_targets(passes)
+    mask = dense_mask(row.visible_end)
+    for pass_, at in zip(passes, positions, strict=True):
+        targets = np.flatnonzero(pass_.trained)
+        assert at.size == targets.size
+        for position, target in zip(at, targets, strict=True):
+            assert (row.input_ids[mask[position]] == pass_.token_ids[:target]).all()
+            assert row.shift_labels[position] == pass_.token_ids[target]
 
 
 @given(pass_lists())

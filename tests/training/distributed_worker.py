@@ -56,6 +56,11 @@ def main(folder: str, options: dict) -> None:
         train_dataset=Dataset.from_list([as_row(passes) for passes in CONVERSATIONS]),
         processing_class=tokenizer,
     )
+    train_and_save(trainer, folder)
+
+
+def train_and_save(trainer: OnePassSFTTrainer, folder: str) -> None:
+    """Train, save history and weights, and leave the process group."""
     trainer.train()
     trainer.save_model(f"{folder}/model")
     if trainer.accelerator.is_main_process:

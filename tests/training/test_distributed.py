@@ -24,7 +24,10 @@ FSDP2 = dict(
 )
 
 
-def run(folder: Path, num_processes: int, **options) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def run(
+    folder: Path, num_processes: int, worker="tests.training.distributed_worker", **options
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Return the logged history and the weights of a worker's training run."""
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,7 +44,7 @@ def run(folder: Path, num_processes: int, **options) -> tuple[list[dict], dict[s
         sys.executable,
         *launcher,
         "-m",
-        "tests.training.distributed_worker",
+        worker,
         str(folder),
         json.dumps(options),
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onepass_trl.chat.errors import TurnError
-from onepass_trl.chat.messages import Message
+from onepass_trl.chat.messages import THINK_OPEN, Message
 from onepass_trl.chat.template import Template
 
 
@@ -52,10 +52,13 @@ class Family(ABC):
     Attributes:
         name: Name of the family, for error messages.
         remedies: What to do about an error that the template raises, by a part of the error's text.
+        thinking_opener: The text with which the reasoning of a turn begins, in its context or its
+            completion, where the template has reasoning at all.
     """
 
     name: ClassVar[str]
     remedies: ClassVar[Mapping[str, str]] = {}
+    thinking_opener: ClassVar[str] = THINK_OPEN
 
     @abstractmethod
     def matches(self, template: str) -> bool:

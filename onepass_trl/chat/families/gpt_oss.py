@@ -25,6 +25,7 @@ class GptOss(Family):
     """The completion is what the template writes for the turn behind an empty question."""
 
     name = "gpt-oss"
+    thinking_opener = "<|channel|>analysis<|message|>"
     remedies: ClassVar[Mapping[str, str]] = {
         "both content and thinking": (
             "gpt-oss has one place for text before a tool call: join content and reasoning of "

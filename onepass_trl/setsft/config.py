@@ -1,0 +1,113 @@
+"""`SetSFTConfig`: `OnePassSFTConfig` and what set supervised fine-tuning adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from onepass_trl.setsft.matching import METHODS, REDUCTIONS
+from onepass_trl.setsft.preparation import EXCESS_POLICIES
+from onepass_trl.setsft.tokens import DEFAULT_FORMAT, forking_tokens
+from onepass_trl.training import OnePassSFTConfig
+
+
+@dataclass
+class SetSFTConfig(OnePassSFTConfig):
+    """Configuration of `SetSFTTrainer`.
+
+    Every option of `OnePassSFTConfig` keeps its meaning, ``overflow`` for each trace; ``train_on``
+    has none, as the completions are what is trained. These are added.
+
+    Parameters:
+        num_forking_tokens: K, the number of forking tokens.
+        forking_token_format: their names, with ``{i}`` for the number from 1. Tokens that the
+            tokenizer has are used as they are; the others are added to it and to the model, with
+            the embeddings of the thinking opener. Under PEFT their rows are trained.
+        forking_token_noise: standard deviation of the noise on the input embedding of an added
+            token, relative to the embedding's root mean square.
+        thinking_opener: the text with which reasoning begins and which the forking token replaces.
+            None: the chat template's own, such as ``<think>``. "": nothing is replaced, the
+            forking token stands between prompt and completion.
+        matching: how the traces of a question get their forking tokens: ``"hungarian"`` (least
+            total loss), ``"random"`` (drawn anew at each step) or ``"fixed"`` (completion j gets
+            token j). The last two are baselines and compute no costs.
+        matching_tokens: how many tokens of a trace count for its cost, from the begin of the
+            reasoning. None: all.
+        matching_reduction: whether the cost of a trace is the ``"mean"`` or the ``"sum"`` of the
+            losses of those tokens.
+        matching_batch: the most (forking token, trace) pairs that one forward of the matching
+            scores. None: all pairs of a batch in one forward. Lower it if matching runs out of
+            memory.
+        excess_traces: what happens to a question with more traces than forking tokens:
+            ``"error"``, or ``"split"``: its traces are cut into groups of K that are matched by
+            themselves. No trace is left out.
+
+    Raises:
+        ValueError: for an option that has no such value, or no meaning here.
+    """
+
+    num_forking_tokens: int = field(
+        default=6, metadata={"help": "Number of forking tokens, at least one per trace."}
+    )
+    forking_token_format: str = field(
+        default=DEFAULT_FORMAT,
+        metadata={"help": "Names of the forking tokens, {i} being the number from 1."},
+    )
+    forking_token_noise: float = field(
+        default=0.1,
+        metadata={"help": "Relative noise on the embeddings of added forking tokens."},
+    )
+    thinking_opener: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text that the forking token replaces; by default the chat template's, such "
+            "as <think>; '' replaces nothing."
+        },
+    )
+    matching: str = field(
+        default="hungarian",
+        metadata={"help": "How traces get their forking tokens.", "choices": list(METHODS)},
+    )
+    matching_tokens: int | None = field(
+        default=None,
+        metadata={"help": "How many tokens of a trace count for its cost; by default all."},
+    )
+    matching_reduction: str = field(
+        default="mean",
+        metadata={"help": "How the losses of a trace become its cost.", "choices": [*REDUCTIONS]},
+    )
+    matching_batch: int | None = field(
+        default=None,
+        metadata={"help": "Most (forking token, trace) pairs in one forward; by default all."},
+    )
+    excess_traces: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a question that has more traces than forking tokens.",
+            "choices": list(EXCESS_POLICIES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        forking_tokens(self.num_forking_tokens, self.forking_token_format)
+        choices = {
+            "matching": METHODS,
+            "matching_reduction": REDUCTIONS,
+            "excess_traces": EXCESS_POLICIES,
+        }
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name in ("matching_tokens", "matching_batch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None for all, got {value}")
+        if self.forking_token_noise < 0:
+            raise ValueError(
+                f"forking_token_noise must not be negative, got {self.forking_token_noise}"
+            )
+        if self.train_on != "all":
+            raise ValueError(
+                f"train_on={self.train_on!r} chooses among the turns of a conversation, but set "
+                "fine-tuning trains the completions. Leave train_on unset, and put earlier turns "
+                "into 'prompt'"
+            )

@@ -1,0 +1,143 @@
+"""The cost of every (forking token, trace) pair from few forwards, and who is matched with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from onepass_trl.data import Layout, concatenate, linearize_with_targets
+from onepass_trl.setsft.traces import TraceSet
+
+METHODS = ("hungarian", "random", "fixed")
+REDUCTIONS = ("mean", "sum")
+
+Pair = tuple[int, int, int]
+"""Number of the set, of the forking token and of the trace."""
+
+
+@dataclass(frozen=True, eq=False)
+class CostForward:
+    """One forward that scores pairs.
+
+    Attributes:
+        row: the trees {question -> forking token -> trace} of the pairs, one after another.
+        pairs: which pairs are in it.
+        targets: ``(num_targets,)`` for each pair, where in the row its targets are predicted.
+    """
+
+    row: Layout
+    pairs: list[Pair]
+    targets: list[NDArray[np.int64]]
+
+
+def plan_costs(
+    sets: Sequence[TraceSet],
+    token_ids: Sequence[int],
+    *,
+    num_targets: int | None = None,
+    pairs_per_forward: int | None = None,
+) -> Iterator[CostForward]:
+    """Yield the forwards that score every forking token with every trace of each set.
+
+    Within a forward the pairs of a set share their question, and the pairs of a forking token what
+    their traces have in common.
+
+    Args:
+        sets: the sets.
+        token_ids: the K forking tokens.
+        num_targets: how many trained tokens of a trace count, from its beginning; None: all.
+        pairs_per_forward: the most pairs in one forward; None: all in one.
+    """
+    pairs: list[Pair] = [
+        (number, token, trace)
+        for number, set_ in enumerate(sets)
+        for token in range(len(token_ids))
+        for trace in range(len(set_.traces))
+    ]
+    size = pairs_per_forward or len(pairs)
+    for begin in range(0, len(pairs), size):
+        chunk = pairs[begin : begin + size]
+        rows: list[Layout] = []
+        targets: list[NDArray[np.int64]] = []
+        start = 0
+        for number in sorted({number for number, _, _ in chunk}):
+            row, positions = linearize_with_targets(
+                [
+                    sets[number].traces[trace].behind(token_ids[token], num_targets)
+                    for number_, token, trace in chunk
+                    if number_ == number
+                ]
+            )
+            targets += [start + at for at in positions]
+            rows.append(row)
+            start += len(row)
+        yield CostForward(concatenate(rows), chunk, targets)
+
+
+def add_costs(
+    costs: list[NDArray[np.float64]],
+    forward: CostForward,
+    log_probs: NDArray[np.float32],
+    reduction: str,
+) -> None:
+    """Enter what a forward scored into the sets' cost matrices.
+
+    Args:
+        costs: ``(K, num_traces)`` for each set: the loss of a trace behind a forking token.
+        forward: the forward.
+        log_probs: ``(num_tokens,)``, of the target at each position of its row.
+        reduction: ``"mean"`` or ``"sum"`` over the targets of a trace.
+    """
+    for (number, token, trace), at in zip(forward.pairs, forward.targets, strict=True):
+        losses = -log_probs[at].astype(np.float64)
+        costs[number][token, trace] = losses.mean() if reduction == "mean" else losses.sum()
+
+
+def match(costs: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the forking token of each trace, ``(num_traces,)``, of the least total cost.
+
+    No two traces get the same token.
+
+    Args:
+        costs: ``(K, num_traces)``, with at most K traces.
+
+    >>> match(np.array([[1.0, 1.1], [2.0, 9.0], [1.1, 5.0]]))
+    array([2, 0])
+    """
+    tokens, traces = linear_sum_assignment(costs)
+    return tokens[np.argsort(traces)]
+
+
+def match_at_random(num_tokens: int, num_traces: int, seed: Sequence[int]) -> NDArray[np.int64]:
+    """Return different forking tokens for the traces, ``(num_traces,)``, drawn uniformly."""
+    return np.random.default_rng(list(seed)).permutation(num_tokens)[:num_traces]
+
+
+def match_in_order(set_: TraceSet, num_tokens: int) -> NDArray[np.int64]:
+    """Return the forking token that the order of the completions gives each trace."""
+    return np.array([trace.number % num_tokens for trace in set_.traces])
+
+
+def random_cost(costs: NDArray[np.float64]) -> float:
+    """Return the expected total cost of matching at random: each pair is equally likely.
+
+    >>> random_cost(np.array([[1.0, 3.0], [2.0, 0.0]]))
+    3.0
+    """
+    return float(costs.mean(axis=0).sum())
+
+
+def assignment_entropy(counts: NDArray[np.float64]) -> float:
+    """Return the entropy, in nats, of the shares in which the tokens were matched, ``(K,)``.
+
+    It is ``log(K)`` if all are matched equally often, and 0 if always the same one is.
+
+    >>> round(assignment_entropy(np.array([5.0, 5.0, 0.0])), 4)
+    0.6931
+    """
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    return float(-(shares * np.log(shares)).sum()) + 0.0

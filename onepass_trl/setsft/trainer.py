@@ -1,0 +1,384 @@
+"""`SetSFTTrainer`: set supervised fine-tuning with forking tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from onepass_trl.attention.transformers_backend import visible_end_required
+from onepass_trl.data import Layout, build_tree, linearize, split_passes
+from onepass_trl.data.collator import OnePassCollator
+from onepass_trl.setsft import matching, preparation
+from onepass_trl.setsft.collator import SET_COLUMNS, SetCollator
+from onepass_trl.setsft.config import SetSFTConfig
+from onepass_trl.setsft.rendering import ForkingTokens
+from onepass_trl.setsft.tokens import add_forking_tokens
+from onepass_trl.setsft.traces import TraceSet
+from onepass_trl.training import OnePassSFTTrainer
+from onepass_trl.training.preparation import PreparationOptions
+from onepass_trl.training.trainer import AnyDataset, one_pass_model_kwargs, to_config
+
+Costs = NDArray[np.float64]
+Assignment = NDArray[np.int64]
+
+
+class SetSFTTrainer(OnePassSFTTrainer):
+    """Trains several reasoning traces per question, each behind a forking token of its own.
+
+    Set supervised fine-tuning (SSFT, arXiv 2510.05132): the loss of each trace j of a question
+    behind each of K forking tokens i is ``cost[i, j]``, from one forward without gradient over the
+    tree {question -> forking token -> trace}. The traces get the tokens that make the total least,
+    and are trained behind them, in one pass over {question -> matched token -> trace}.
+
+    The forking tokens are added to the tokenizer and to the model, which change in place, see
+    `onepass_trl.setsft.add_forking_tokens`. With a `peft_config` their rows are trained too.
+    Generate afterwards with the prompts of `onepass_trl.setsft.forking_prompts`.
+
+    Datasets have one question a row:
+
+    - ``prompt``: a list of messages that ends before the answer, or text
+    - ``completions``: a list of assistant messages with reasoning, or of strings
+
+    ``tools`` and ``chat_template_kwargs`` may stand beside them. ``max_length`` bounds each trace
+    with its question. Where the matched traces of a question don't fit into one row of that length,
+    they become several rows of the same batch.
+
+    Logged beside the metrics of `OnePassSFTTrainer`, whose ``turns`` are traces here, as means:
+    ``matched_cost`` (of a matched pair), ``matching_gap`` (how much less that is than in a random
+    assignment), ``matching_time_share``; and for the run: ``matched_share_1`` to
+    ``matched_share_K``, the share of traces that got each token, and ``assignment_entropy``, their
+    entropy in nats.
+
+    Args:
+        model: a model id or path, or a model not yet wrapped by PEFT, unless it and its tokenizer
+            have the forking tokens already.
+        args: `SetSFTConfig`; another configuration of TRL or transformers is converted.
+        data_collator: must be None: a batch is laid out once its traces are matched.
+        train_dataset: the questions.
+        eval_dataset: likewise; matched as in training.
+        processing_class: the tokenizer; None: the model's own.
+        quantization_config: as for ``SFTTrainer``.
+        peft_config: as for ``SFTTrainer``.
+        **kwargs: further arguments of ``SFTTrainer``.
+
+    Raises:
+        ValueError: if the model, the dataset or an option can't be trained this way; the message
+            says why and what to do instead.
+    """
+
+    _tag_names = ("trl", "sft", "ssft", "onepass-trl")
+    _name = "SetSFT"
+    _paper = {  # noqa: RUF012 (TRL's own attribute)
+        "title": "Training Large Language Models to Reason in Parallel with Global Forking Tokens",
+        "id": "2510.05132",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: TrainingArguments | None = None,
+        data_collator: None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = to_config(args, model, SetSFTConfig)
+        if data_collator is not None:
+            raise ValueError(
+                "data_collator can't be chosen: a batch of sets is laid out once its traces are "
+                "matched. Leave it unset"
+            )
+        revision = (args.model_init_kwargs or {}).get("revision")
+        if isinstance(model, str):
+            model = _load_model(model, args, quantization_config)
+            args, quantization_config = copy(args), None
+            args.model_init_kwargs = None
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(
+                get_config_model_id(model.config),
+                revision=revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+        self._token_ids = add_forking_tokens(
+            model,
+            getattr(processing_class, "tokenizer", processing_class),
+            args.num_forking_tokens,
+            forking_token_format=args.forking_token_format,
+            thinking_opener=args.thinking_opener,
+            noise=args.forking_token_noise,
+            seed=args.seed,
+        )
+        self.args = args  # Trainer sets it too, once the datasets are prepared
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            quantization_config=quantization_config,
+            peft_config=_with_trained_rows(peft_config, model, self._token_ids),
+            **kwargs,
+        )
+        _give_bias(self.model.get_output_embeddings())
+        self._row_collator = self.data_collator
+        self.data_collator: Any = SetCollator()
+        self._matched = {mode: np.zeros(args.num_forking_tokens) for mode in ("train", "eval")}
+        self._seconds = {"matching": 0.0, "step": 0.0}
+
+    def forking_tokens(self) -> ForkingTokens:
+        """Return the forking tokens, their ids and what they replace."""
+        args = self.args
+        return ForkingTokens.of(
+            self._tokenizer,
+            args.num_forking_tokens,
+            args.forking_token_format,
+            args.thinking_opener,
+        )
+
+    def _make_rows(
+        self,
+        dataset: AnyDataset,
+        column_names: list[str],
+        options: PreparationOptions,
+        name: str,
+    ) -> AnyDataset:
+        return preparation.prepare_dataset(
+            dataset,
+            column_names,
+            self._tokenizer,
+            preparation.SetOptions(options, self.forking_tokens(), self.args.excess_traces),
+            name,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(SET_COLUMNS)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss of a step of TRL's, whose time is taken."""
+        begin = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._seconds["step"] += time.perf_counter() - begin
+        return loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Match the traces of the batch, and return the mean loss of their trained tokens.
+
+        Args:
+            model: the model, as wrapped for training.
+            inputs: a batch of `SetCollator`.
+            return_outputs: must be False, see `OnePassSFTTrainer`.
+            num_items_in_batch: trained tokens over all micro-batches and processes of the step;
+                None for this batch's own.
+        """
+        sets = inputs["sets"]
+        assignments = self._match(model, sets)
+        rows = []
+        for set_, assignment in zip(sets, assignments, strict=True):
+            passes = set_.behind([self._token_ids[token] for token in assignment])
+            trees = (
+                [build_tree(passes)]
+                if self.args.max_length is None
+                else split_passes(passes, self.args.max_length)
+            )
+            rows += [linearize(tree) for tree in trees]
+        batch = self._prepare_inputs(self._row_collator(rows))
+        return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
+
+    def _match(self, model: torch.nn.Module, sets: Sequence[TraceSet]) -> list[Assignment]:
+        """Return the number of the forking token of each trace of each set, and record it."""
+        num_tokens = len(self._token_ids)
+        begin = self._time()
+        costs: list[Costs] = []
+        if self.args.matching == "hungarian":
+            costs = self.matching_costs(model, sets)
+            assignments = [
+                # What isn't finite is reported by all processes together, when it is gathered.
+                matching.match(matrix if np.isfinite(matrix).all() else np.zeros_like(matrix))
+                for matrix in costs
+            ]
+        elif self.args.matching == "random":
+            seed = (self.args.seed, self.state.global_step)
+            assignments = [
+                matching.match_at_random(num_tokens, len(set_.traces), (*seed, set_.index))
+                for set_ in sets
+            ]
+        else:
+            assignments = [matching.match_in_order(set_, num_tokens) for set_ in sets]
+        if self.model.training:
+            self._seconds["matching"] += self._time() - begin
+        self._record_matching(costs, assignments)
+        return assignments
+
+    @torch.no_grad()
+    def matching_costs(self, model: torch.nn.Module, sets: Sequence[TraceSet]) -> list[Costs]:
+        """Return the cost matrix of each set, ``(K, num_traces)``.
+
+        The model is in evaluation mode: a cost is the loss of a pair without dropout and noise.
+        """
+        num_tokens, args = len(self._token_ids), self.args
+        forwards = list(
+            matching.plan_costs(
+                sets,
+                self._token_ids,
+                num_targets=args.matching_tokens,
+                pairs_per_forward=args.matching_batch,
+            )
+        )
+        costs = [np.zeros((num_tokens, len(set_.traces))) for set_ in sets]
+        was_training = model.training
+        model.eval()
+        try:
+            for forward in forwards:
+                log_probs = self._log_probs(model, forward.row)
+                matching.add_costs(costs, forward, log_probs, args.matching_reduction)
+            for _ in range(self._most_forwards(len(forwards)) - len(forwards)):
+                # Processes that share a sharded model must all take part in each of its forwards.
+                self._log_probs(model, forwards[-1].row)
+        finally:
+            model.train(was_training)
+        return costs
+
+    def _log_probs(self, model: torch.nn.Module, row: Layout) -> NDArray[np.float32]:
+        """Return the log-probability of the target at each position of a row, ``(num_tokens,)``."""
+        collator = OnePassCollator(pad_to_multiple_of=self.args.pad_to_multiple_of)
+        batch = self._prepare_inputs(collator([row]))
+        names = ("input_ids", "position_ids", "shift_labels", "visible_end")
+        inputs = {name: batch[name] for name in names}
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = False
+        with visible_end_required():
+            outputs = model(
+                **inputs,
+                use_cache=False,
+                fused_lm_head=True,
+                attention_impl=self.args.attention_impl,
+            )
+        return outputs.log_probs[0].float().cpu().numpy()
+
+    def _most_forwards(self, num_forwards: int) -> int:
+        """Return the largest number of forwards that a process needs for its batch."""
+        if self.args.matching_batch is None or self.accelerator.num_processes == 1:
+            return num_forwards
+        own = torch.tensor([num_forwards], device=self.accelerator.device)
+        return int(self.accelerator.gather(own).max())
+
+    def _record_matching(self, costs: list[Costs], assignments: list[Assignment]) -> None:
+        """Gather the metrics of the batch's matching over all processes, in one collective."""
+        mode = "train" if self.model.training else "eval"
+        counts = np.bincount(np.concatenate(assignments), minlength=len(self._token_ids))
+        matched = sum(
+            matrix[tokens, np.arange(tokens.size)].sum()
+            for matrix, tokens in zip(costs, assignments, strict=bool(costs))
+        )
+        at_random = sum(map(matching.random_cost, costs))
+        own = torch.tensor([matched, at_random, *counts], dtype=torch.float32)
+        gathered = self.accelerator.gather(own.to(self.accelerator.device)[None]).double().cpu()
+        if not gathered.isfinite().all():
+            raise FloatingPointError(
+                f"the cost of matching is {gathered[:, 0].tolist()} (one value per process) at "
+                f"step {self.state.global_step}: the weights or activations overflowed. Look for "
+                "NaN in the model's weights, lower learning_rate, set max_grad_norm, or train in "
+                "bf16 instead of fp16"
+            )
+        total = gathered.sum(dim=0).numpy()
+        metrics, num_traces = self._metrics[mode], total[2:].sum()
+        if costs:
+            metrics["matched_cost"].append(float(total[0] / num_traces))
+            metrics["matching_gap"].append(float((total[1] - total[0]) / num_traces))
+        self._matched[mode] += total[2:]
+        shares = self._matched[mode] / self._matched[mode].sum()
+        for number, share in enumerate(shares, start=1):
+            metrics[f"matched_share_{number}"] = [float(share)]
+        metrics["assignment_entropy"] = [matching.assignment_entropy(self._matched[mode])]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the metrics of training and of matching; the totals of an evaluation start anew."""
+        training = self.model.training
+        if training and self._metrics["train"] and self._seconds["step"]:
+            share = self._seconds["matching"] / self._seconds["step"]
+            self._metrics["train"]["matching_time_share"] = [share]
+        super().log(logs, start_time)
+        if not training:
+            self._matched["eval"][:] = 0
+
+    def _time(self) -> float:
+        """Return the time in seconds at which the accelerator has done what it was told so far."""
+        device = self.accelerator.device
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+
+def _load_model(model_id: str, args: SetSFTConfig, quantization_config: Any) -> PreTrainedModel:
+    """Return the model as ``SFTTrainer`` would load it: it has to get its tokens before that."""
+    set_seed(args.seed)
+    kwargs = one_pass_model_kwargs(args.model_init_kwargs)
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError(
+                "quantization_config is given twice, as an argument and in model_init_kwargs: "
+                "give it once"
+            )
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(model_id, **kwargs)
+
+
+def _with_trained_rows(peft_config: Any, model: PreTrainedModel, token_ids: list[int]) -> Any:
+    """Return the configuration of an adapter that also trains the forking tokens' embeddings.
+
+    Only their input rows have to be: forking tokens are given, never generated.
+    """
+    if peft_config is None or getattr(peft_config, "is_prompt_learning", False):
+        return peft_config  # OnePassSFTTrainer refuses the latter
+    if not hasattr(peft_config, "trainable_token_indices"):
+        raise ValueError(
+            f"{type(peft_config).__name__} can't train single embeddings, so the forking tokens "
+            "would stay alike. Use an adapter with trainable_token_indices, such as LoraConfig"
+        )
+    embeddings = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embeddings)
+    if any(path.endswith(name) for name in peft_config.modules_to_save or ()):
+        return peft_config  # all rows are trained
+    peft_config = copy(peft_config)
+    given = peft_config.trainable_token_indices or {}
+    rows = given if isinstance(given, dict) else {path.split(".")[-1]: given}
+    key = next((name for name in rows if path.endswith(name)), path.split(".")[-1])
+    rows = {**rows, key: sorted({*rows.get(key, ()), *token_ids})}
+    peft_config.trainable_token_indices = rows
+    return peft_config
+
+
+def _give_bias(head: Any) -> None:
+    """Give a head that PEFT wrapped the ``bias`` that TRL's fused LM head reads.
+
+    The wrapper of trained rows, which stands in for a head tied to the embeddings, hands on only
+    the weight.
+    """
+    if head is not None and not hasattr(head, "bias"):
+        head.register_parameter("bias", getattr(head.original_module, "bias", None))

@@ -1,0 +1,29 @@
+"""Trains two steps of SGD on four questions; started by test_distributed.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from tests.setsft.trainers import forking_model, make_trainer
+from tests.training.distributed_worker import train_and_save
+
+
+def main(folder: str, options: dict) -> None:
+    torch.set_num_threads(1)
+    model, tokenizer = forking_model("qwen3")
+    settings = dict(
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        dataloader_pin_memory=False,
+    )
+    trainer = make_trainer(model, tokenizer, folder, **{**settings, **options})
+    train_and_save(trainer, folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
