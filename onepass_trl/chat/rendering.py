@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from onepass_trl.chat.checks import check_generable, end_of_turn
+from onepass_trl.chat.checks import check_generable, doubtful_fields, end_of_turn, missing
 from onepass_trl.chat.encoding import (
     AddedTokens,
     added_tokens,
@@ -58,6 +59,45 @@ def render_passes(
             turn has nothing before it; or if its reasoning, content or tool calls would not all
             stand in its own pass. The message names the turn and the template family.
     """
+    turns = render_turns(
+        messages,
+        tokenizer,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        train_on=train_on,
+    )
+    return [turn.rendered for turn in turns]
+
+
+@dataclass(frozen=True)
+class RenderedTurn:
+    """A trained turn's pass, and what it was rendered from.
+
+    Attributes:
+        rendered: The pass.
+        message: The turn's message in its normal form, see
+            :func:`onepass_trl.chat.messages.normalize_messages`.
+        name: What to call the turn in messages.
+        template: The Jinja source of the chat template.
+        tools: The tools, or None.
+    """
+
+    rendered: Pass
+    message: Message
+    name: str
+    template: str
+    tools: Sequence[Any] | None
+
+
+def render_turns(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: TrainOn = "all",
+) -> list[RenderedTurn]:
+    """Return the passes of :func:`render_passes`, each with the message that it was made from."""
     template = Template(tokenizer, tools, chat_template_kwargs)
     family = family_of(template.text)
     normal = normalize_messages(messages, inline_reasoning=family.reads_reasoning(template.text))
@@ -71,8 +111,16 @@ def render_passes(
         raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")
     completion_ids = encode_alone(tokenizer, completions)
     return [
-        Pass(np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts]))
-        for parts in zip(context_ids, completion_ids, strict=True)
+        RenderedTurn(
+            rendered=Pass(
+                np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts])
+            ),
+            message=normal[index],
+            name=conversation.name(number, index),
+            template=template.text,
+            tools=tools,
+        )
+        for (number, index), *parts in zip(trained, context_ids, completion_ids, strict=True)
     ]
 
 
@@ -150,10 +198,11 @@ class _Conversation:
                 "; the message before it is from the assistant too, which most templates can't "
                 "continue: join the two, or put a user or tool message between them"
             )
-        raise ChatFormatError(
-            f"assistant turn {number} (message {index}, template family {self._family.name}): "
-            f"{problem}"
-        )
+        raise ChatFormatError(f"{self.name(number, index)}: {problem}")
+
+    def name(self, number: int, index: int) -> str:
+        """Return what to call a turn, given its number and the index of its message."""
+        return f"assistant turn {number} (message {index}, template family {self._family.name})"
 
     def _texts(self, index: int) -> tuple[str, str]:
         message = self._messages[index]
@@ -170,8 +219,24 @@ class _Conversation:
             raise TurnError(_NOTHING_BEFORE)
         turn = Turn(self._template, self._prepared[: index + 1], context)
         completion = self._family.completion(turn)
-        return context, completion[: end_of_turn(completion, message, self._added.special)]
+        end = end_of_turn(completion, message, self._added.special)
+        for field in doubtful_fields(completion, message, self._template.text):
+            self._check_by_substitution(turn, completion, field)
+        return context, completion[:end]
 
+    def _check_by_substitution(self, turn: Turn, completion: str, field: str) -> None:
+        """Check that a field stands in the completion: another text in its place changes it so."""
+        text = turn.message[field]
+        other = text.replace(text.strip(), _STAND_IN)
+        changed = turn.with_content(other) if field == "content" else turn.with_reasoning(other)
+        begin, stand_in, end = self._family.completion(changed).partition(_STAND_IN)
+        if not stand_in or completion != begin + text.strip() + end:
+            what = "its content" if field == "content" else "its reasoning"
+            raise missing(what, text, completion)
+
+
+# In no template, and its ends are nothing that a template strips.
+_STAND_IN = "[another text]"
 
 _NOTHING_BEFORE = (
     "nothing stands before it, so there is no context from which it could be generated; put a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ RESERVED = frozenset(
         "truncation",
     }
 )
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+_EMPTY_QUESTION = {"role": "user", "content": ""}
 
 
 class Template:
@@ -76,11 +79,33 @@ class Template:
         Phi-3's writes ``<|endoftext|>`` even behind a question that awaits its answer. Such a token
         isn't part of a turn: no later context holds it.
         """
-        question = [{"role": "user", "content": ""}]
-        whole, eos = self.render(question, prompt=False), self._tokenizer.eos_token
-        if not eos or not whole.endswith(eos):
+        eos = self._tokenizer.eos_token
+        if not eos or not self.question.endswith(eos):
             return ""
-        return "" if self.render(question, prompt=True).startswith(whole) else eos
+        return "" if self.question_prompt.startswith(self.question) else eos
+
+    @cached_property
+    def question(self) -> str:
+        """What the template writes for an empty question."""
+        return self.render([_EMPTY_QUESTION], prompt=False)
+
+    @cached_property
+    def question_prompt(self) -> str:
+        """What inference feeds for an empty question."""
+        return self.render([_EMPTY_QUESTION], prompt=True)
+
+    @cached_property
+    def thinking_switch(self) -> str | None:
+        """The template argument that turns thinking on and off, None if it has none."""
+        return next((name for name in THINKING_SWITCHES if self._names(name)), None)
+
+    def _names(self, argument: str) -> bool:
+        """Return whether the template's source has this name."""
+        return re.search(rf"\b{re.escape(argument)}\b", self.text) is not None
+
+    def render_behind_question(self, message: dict[str, Any]) -> str:
+        """Return the text of an empty question and an assistant's message."""
+        return self.render([_EMPTY_QUESTION, message], prompt=False)
 
     def render(self, messages: Sequence[dict[str, Any]], *, prompt: bool) -> str:
         """Return the text of the messages, with the generation prompt after it if ``prompt``.

@@ -258,7 +258,12 @@ ERRORS = [
     ("qwen3", TWO_TURNS, {"train_on": [True]}, "whole turn numbers"),
     ("qwen3", TWO_TURNS, {"train_on": "first"}, "must be 'all', 'last' or a list"),
     ("qwen3", TWO_TURNS, {"chat_template_kwargs": {"tokenize": False}}, "must not set tokenize"),
-    ("qwen3", TWO_TURNS, {"chat_template_kwargs": {"enable_thinking": False}}, "unknown family"),
+    (
+        "qwen3",
+        TWO_TURNS,
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        "prompt before it.*enable_thinking.: True",
+    ),
     ("qwen3", [user(), answer("a<|im_end|>b")], {}, r"contains the special token '<\|im_end\|>'"),
     ("qwen3", [user(), answer("a</think>b")], {}, "content contains '</think>'"),
     ("qwen3", [user(), answer(reasoning="a</think>b")], {}, "reasoning_content contains"),
