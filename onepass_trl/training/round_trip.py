@@ -1,0 +1,153 @@
+"""The reverse of rendering: what the model would generate, parsed, must give the message back.
+
+The parser is transformers' ``tokenizer.parse_response``, as servers and TRL's trainers use it. It
+shares no code with rendering, so it finds what both the template and our checks get wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import add_response_schema
+
+from onepass_trl.chat import ChatFormatError, RenderedTurn
+
+# The parser reads the end of the context, to see what of the message the prompt already holds.
+PREFIX_TOKENS = 64
+
+
+def response_template_of(tokenizer: PreTrainedTokenizerBase, template: str) -> Any | None:
+    """Return how answers to a chat template are parsed: the tokenizer's way, or TRL's.
+
+    Args:
+        tokenizer: The tokenizer. Its ``response_template``, if it has one, is meant for its own
+            chat template.
+        template: The Jinja source of the chat template.
+
+    Returns:
+        A response template of transformers, None if neither the tokenizer nor TRL has one.
+    """
+    own = getattr(tokenizer, "response_template", None)
+    if own is not None and template == tokenizer.chat_template:
+        return own
+    return _trl_response_template(template)
+
+
+@functools.lru_cache(maxsize=8)
+def _trl_response_template(template: str) -> Any | None:
+    # TRL knows templates by their text and sets the attribute; the user's tokenizer is left alone.
+    stand_in = SimpleNamespace(chat_template=template)
+    try:
+        return add_response_schema(stand_in).response_template
+    except ValueError:
+        return None
+
+
+def check_round_trip(turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Check that parsing the turn's completion gives its message back.
+
+    White space around texts doesn't count, nor do the types of arguments: some templates write the
+    number 5 and the text "5" alike.
+
+    Returns:
+        Whether there was a response template to check with.
+
+    Raises:
+        ChatFormatError: if another message comes back, or none; it shows where they differ.
+    """
+    response_template = response_template_of(tokenizer, turn.template)
+    if response_template is None:
+        return False
+    ids, trained = turn.rendered.token_ids, turn.rendered.trained
+    context, completion = ids[~trained], ids[trained]
+    try:
+        parsed = tokenizer.parse_response(
+            completion.tolist(),
+            schema=response_template,
+            prefix=context[-PREFIX_TOKENS:].tolist(),
+            tools=None if turn.tools is None else list(turn.tools),
+        )
+    except ValueError as error:
+        raise _failure(
+            turn, f"can't be parsed: {error}. Generated: {tokenizer.decode(completion)!r}"
+        ) from error
+    for what, given, read in _fields(turn.message, parsed):
+        if not _same(given, read):
+            raise _failure(turn, f"gives back another {what}: {_difference(given, read)}")
+    return True
+
+
+def _failure(turn: RenderedTurn, problem: str) -> ChatFormatError:
+    return ChatFormatError(
+        f"{turn.name}: what the model would learn to generate {problem}. A server would misread it "
+        "too: change the message or the chat template, or set verify_rendering=False to train it "
+        "all the same"
+    )
+
+
+def _fields(
+    message: Mapping[str, Any], parsed: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what each field is called, as it was given and as it was parsed."""
+    reasoning = parsed.get("reasoning_content") or parsed.get("thinking") or ""
+    yield "reasoning", message.get("reasoning_content", ""), reasoning
+    yield "content", message["content"], parsed.get("content") or ""
+    given, read = _calls(message), _calls(parsed)
+    if len(given) != len(read):
+        yield "number of tool calls", given, read
+    for number, pair in enumerate(zip(given, read, strict=False)):
+        yield f"tool call {number}", *pair
+
+
+def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    return [
+        {"name": function["name"], "arguments": function.get("arguments") or {}}
+        for function in functions
+    ]
+
+
+def _same(given: Any, read: Any) -> bool:
+    if isinstance(given, str) and isinstance(read, str):
+        return _plain(given) == _plain(read)
+    if isinstance(given, Mapping) and isinstance(read, Mapping):
+        theirs = {_plain(key): value for key, value in read.items()}
+        return len(given) == len(theirs) and all(
+            _plain(key) in theirs and _same(value, theirs[_plain(key)])
+            for key, value in given.items()
+        )
+    if isinstance(given, list) and isinstance(read, list):
+        return len(given) == len(read) and all(map(_same, given, read))
+    if isinstance(read, str):
+        return _plain(read) in map(_plain, _written(given))
+    if isinstance(given, str):
+        return _plain(given) in map(_plain, _written(read))
+    return bool(given == read)
+
+
+def _plain(text: str) -> str:
+    """Return the text without white space around it, composed: Qwen's tokenizer composes."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _written(value: Any) -> tuple[str, ...]:
+    """Return how templates write a value that isn't text, as JSON or by Jinja's string filter."""
+    return json.dumps(value), json.dumps(value, ensure_ascii=False), str(value)
+
+
+def _difference(given: Any, read: Any) -> str:
+    """Return both as text from shortly before their first differing characters."""
+    texts = [
+        _plain(item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))
+        for item in (given, read)
+    ]
+    shorter = min(map(len, texts))
+    at = next((i for i in range(shorter) if texts[0][i] != texts[1][i]), shorter)
+    ours, theirs = (text[max(0, at - 20) : at + 40] for text in texts)
+    return f"from character {at} on it has {theirs!r}, the message has {ours!r}"
