@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from onepass_trl.chat.errors import TurnError
@@ -75,24 +75,41 @@ def end_of_turn(completion: str, message: Message, special: re.Pattern[str] | No
     return ends[-1].end()
 
 
-def doubtful_fields(completion: str, message: Message, template: str) -> list[str]:
-    """Return the fields that :func:`end_of_turn` may have found where they don't stand.
+def with_stand_ins(message: Message) -> tuple[Message, dict[str, str]]:
+    """Return the message with other texts in its fields, and these texts by what they stand for.
 
-    An answer such as ``>`` may be part of the markup, a short reasoning may stand in the content.
+    No template holds them. So where they stand, the template writes the field: a short text, such
+    as the answer ``>``, may be found elsewhere, and a dropped call's name in the reasoning.
     """
-    doubtful = []
-    for field in ("reasoning_content", "content"):
-        text = message.get(field, "").strip()
-        if not text or len(text) > _LONGEST_MARKUP:
-            continue
-        last = field == "content" and "tool_calls" not in message
-        if text in template or (not last and completion.count(text) > 1):
-            doubtful.append(field)
-    return doubtful
+    out, texts = dict(message), {}
+    if message.get("reasoning_content", "").strip():
+        texts["its reasoning"] = "stand-in for reasoning"
+        out["reasoning_content"] = out["thinking"] = texts["its reasoning"]
+    if message["content"].strip():
+        out["content"] = texts["its content"] = "stand-in for content"
+    if "tool_calls" in message:
+        out["tool_calls"] = []
+    for number, call in enumerate(message.get("tool_calls", ())):
+        name, key, value = (f"stand_in_{kind}_{number}" for kind in ("name", "key", "value"))
+        texts[f"the name of its tool call {number}"] = name
+        texts[f"an argument of its tool call {number}"] = key
+        texts[f"the value of an argument of its tool call {number}"] = value
+        out["tool_calls"].append({**call, "function": {"name": name, "arguments": {key: value}}})
+    return out, texts
 
 
-# No template has longer text of its own within an assistant's message.
-_LONGEST_MARKUP = 60
+def check_stand_ins(completion: str, texts: Mapping[str, str]) -> None:
+    """Check that the texts of :func:`with_stand_ins` stand in the completion of its message.
+
+    Raises:
+        TurnError: if one doesn't.
+    """
+    for what, text in texts.items():
+        if text not in completion:
+            raise TurnError(
+                f"{what} isn't written by the template, which writes such a turn as "
+                f"{_short(completion)}; {_REMEDY}"
+            )
 
 
 def _skip_back(text: str, specials: list[re.Match[str]]) -> int:
@@ -108,18 +125,21 @@ def _skip_back(text: str, specials: list[re.Match[str]]) -> int:
 def _find(text: str, part: str, begin: int, what: str) -> int:
     found = text.find(part, begin)
     if found < 0:
-        raise missing(what, part, text)
+        raise _missing(what, part, text)
     return found + len(part)
 
 
-def missing(what: str, part: str, text: str) -> TurnError:
-    """Return the error for a part of the message that isn't in the turn's text."""
+def _missing(what: str, part: str, text: str) -> TurnError:
     return TurnError(
         f"{what} ({_short(part)}) isn't in the text that the model would learn to generate "
-        f"({_short(text)}): the template drops or changes it. Put it where the template writes it "
-        "(text beside a tool call often belongs into the reasoning), use another template, or "
-        "switch the turn off with 'train': false"
+        f"({_short(text)}): the template drops or changes it; {_REMEDY}"
     )
+
+
+_REMEDY = (
+    "put it where the template writes it (text beside a tool call often belongs into the "
+    "reasoning), use another template, or switch the turn off with 'train': false"
+)
 
 
 def _find_calls(text: str, calls: Sequence[Mapping[str, Any]], begin: int) -> int:
@@ -132,24 +152,35 @@ def _find_calls(text: str, calls: Sequence[Mapping[str, Any]], begin: int) -> in
 
 def _find_arguments(text: str, arguments: Mapping[str, Any], begin: int, number: int) -> int:
     """Return where the arguments end: as JSON, or each key and value, in any order."""
-    for form in _json_forms(arguments):
-        found = text.find(form, begin)
-        if found >= 0:
-            return found + len(form)
-    end = begin
-    for key, value in arguments.items():
-        what = f"argument {key!r} of its tool call {number}"
-        end = max(end, _find(text, key, begin, what), _find_value(text, value, begin, what))
-    return end
+    if not arguments:
+        return begin
+    as_json = _ends(text, _json_forms(arguments), begin)
+    try:
+        ends = [begin]
+        for key, value in arguments.items():
+            what = f"argument {key!r} of its tool call {number}"
+            ends.append(_find(text, key, begin, what))
+            ends.append(_find_value(text, value, begin, what))
+    except TurnError:
+        if not as_json:
+            raise
+        return min(as_json)
+    # What another call holds as JSON may stand here key by key: the nearer is meant.
+    return min([*as_json, max(ends)])
+
+
+def _ends(text: str, forms: Iterable[str], begin: int) -> list[int]:
+    """Return where those of the forms end that stand in the text."""
+    return [found + len(form) for form in forms if (found := text.find(form, begin)) >= 0]
 
 
 def _find_value(text: str, value: Any, begin: int, what: str) -> int:
     forms = list(_forms(value))
-    ends = [found + len(form) for form in forms if (found := text.find(form, begin)) >= 0]
+    ends = _ends(text, forms, begin)
     if ends:
         return min(ends)
     if not isinstance(value, (Mapping, list, tuple)):
-        raise missing(what, forms[0], text)
+        raise _missing(what, forms[0], text)
     items = [*value, *value.values()] if isinstance(value, Mapping) else value
     return max((_find_value(text, item, begin, what) for item in items), default=begin)
 

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from onepass_trl.chat.checks import check_generable, doubtful_fields, end_of_turn, missing
+from onepass_trl.chat.checks import (
+    check_generable,
+    check_stand_ins,
+    end_of_turn,
+    with_stand_ins,
+)
 from onepass_trl.chat.encoding import (
     AddedTokens,
     added_tokens,
@@ -77,6 +82,7 @@ class RenderedTurn:
         rendered: The pass.
         message: The turn's message in its normal form, see
             :func:`onepass_trl.chat.messages.normalize_messages`.
+        context: The text of the pass's context.
         name: What to call the turn in messages.
         template: The Jinja source of the chat template.
         tools: The tools, or None.
@@ -84,6 +90,7 @@ class RenderedTurn:
 
     rendered: Pass
     message: Message
+    context: str
     name: str
     template: str
     tools: Sequence[Any] | None
@@ -116,11 +123,14 @@ def render_turns(
                 np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts])
             ),
             message=normal[index],
+            context=context,
             name=conversation.name(number, index),
             template=template.text,
             tools=tools,
         )
-        for (number, index), *parts in zip(trained, context_ids, completion_ids, strict=True)
+        for (number, index), context, *parts in zip(
+            trained, contexts, context_ids, completion_ids, strict=True
+        )
     ]
 
 
@@ -181,6 +191,7 @@ class _Conversation:
         self._added = added
         self._messages = messages
         self._prepared = [family.prepare(message) for message in messages]
+        self._checked: set[tuple[str, bool, bool, int]] = set()
 
     def texts(self, number: int, index: int) -> tuple[str, str]:
         """Return context and completion of a turn, checked, through the end-of-turn token."""
@@ -220,23 +231,25 @@ class _Conversation:
         turn = Turn(self._template, self._prepared[: index + 1], context)
         completion = self._family.completion(turn)
         end = end_of_turn(completion, message, self._added.special)
-        for field in doubtful_fields(completion, message, self._template.text):
-            self._check_by_substitution(turn, completion, field)
+        self._check_shape(index, context)
         return context, completion[:end]
 
-    def _check_by_substitution(self, turn: Turn, completion: str, field: str) -> None:
-        """Check that a field stands in the completion: another text in its place changes it so."""
-        text = turn.message[field]
-        other = text.replace(text.strip(), _STAND_IN)
-        changed = turn.with_content(other) if field == "content" else turn.with_reasoning(other)
-        begin, stand_in, end = self._family.completion(changed).partition(_STAND_IN)
-        if not stand_in or completion != begin + text.strip() + end:
-            what = "its content" if field == "content" else "its reasoning"
-            raise missing(what, text, completion)
+    def _check_shape(self, index: int, context: str) -> None:
+        """Check that the template writes each field of such a turn, once for turns alike."""
+        message = self._messages[index]
+        shape = (
+            self._messages[index - 1]["role"],
+            "reasoning_content" in message,
+            bool(message["content"]),
+            len(message.get("tool_calls", ())),
+        )
+        if shape in self._checked:
+            return
+        other, texts = with_stand_ins(message)
+        messages = [*self._prepared[:index], self._family.prepare(other)]
+        check_stand_ins(self._family.completion(Turn(self._template, messages, context)), texts)
+        self._checked.add(shape)
 
-
-# In no template, and its ends are nothing that a template strips.
-_STAND_IN = "[another text]"
 
 _NOTHING_BEFORE = (
     "nothing stands before it, so there is no context from which it could be generated; put a "

@@ -13,16 +13,23 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_parsing.response_templates import (
+    ResponseTemplate,
+    load_response_template,
+)
 from trl.chat_template_utils import add_response_schema
 
 from onepass_trl.chat import ChatFormatError, RenderedTurn
 
-# The parser reads the end of the context, to see what of the message the prompt already holds.
-PREFIX_TOKENS = 64
+# The parser reads so many characters of the context, to see what of the message the prompt holds.
+PROMPT_LENGTH = 200
 
 
-def response_template_of(tokenizer: PreTrainedTokenizerBase, template: str) -> Any | None:
+def response_template_of(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> ResponseTemplate | None:
     """Return how answers to a chat template are parsed: the tokenizer's way, or TRL's.
 
     Args:
@@ -32,19 +39,28 @@ def response_template_of(tokenizer: PreTrainedTokenizerBase, template: str) -> A
 
     Returns:
         A response template of transformers, None if neither the tokenizer nor TRL has one.
+
+    Raises:
+        ChatFormatError: if the tokenizer's isn't valid.
     """
     own = getattr(tokenizer, "response_template", None)
-    if own is not None and template == tokenizer.chat_template:
-        return own
-    return _trl_response_template(template)
+    if own is None or template != tokenizer.chat_template:
+        return _trl_response_template(template)
+    try:
+        return load_response_template(own)
+    except (TypeError, ValueError) as error:
+        raise ChatFormatError(
+            f"tokenizer.response_template can't be used to verify rendering: {error}. Correct it, "
+            "remove it, or set verify_rendering=False"
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
-def _trl_response_template(template: str) -> Any | None:
+def _trl_response_template(template: str) -> ResponseTemplate | None:
     # TRL knows templates by their text and sets the attribute; the user's tokenizer is left alone.
     stand_in = SimpleNamespace(chat_template=template)
     try:
-        return add_response_schema(stand_in).response_template
+        return load_response_template(add_response_schema(stand_in).response_template)
     except ValueError:
         return None
 
@@ -56,28 +72,28 @@ def check_round_trip(turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase) -> 
     number 5 and the text "5" alike.
 
     Returns:
-        Whether there was a response template to check with.
+        Whether it could be parsed: there is a response template, and it knows the turn's prompt.
 
     Raises:
         ChatFormatError: if another message comes back, or none; it shows where they differ.
     """
     response_template = response_template_of(tokenizer, turn.template)
-    if response_template is None:
+    prompt = turn.context[-PROMPT_LENGTH:]
+    if response_template is None or not response_template.start_anchor_re.search(prompt):
         return False
-    ids, trained = turn.rendered.token_ids, turn.rendered.trained
-    context, completion = ids[~trained], ids[trained]
+    ids = turn.rendered.token_ids[turn.rendered.trained]
+    # A server cuts the token that ends the turn.
+    completion, end = (tokenizer.decode(part) for part in np.split(ids, [-1]))
     try:
         parsed = tokenizer.parse_response(
-            completion.tolist(),
+            completion + end,
             schema=response_template,
-            prefix=context[-PREFIX_TOKENS:].tolist(),
+            prefix=prompt,
             tools=None if turn.tools is None else list(turn.tools),
         )
     except ValueError as error:
-        raise _failure(
-            turn, f"can't be parsed: {error}. Generated: {tokenizer.decode(completion)!r}"
-        ) from error
-    for what, given, read in _fields(turn.message, parsed):
+        raise _failure(turn, f"fails: {error}. It is {completion!r}") from error
+    for what, given, read in _fields(turn.message, parsed, end):
         if not _same(given, read):
             raise _failure(turn, f"gives back another {what}: {_difference(given, read)}")
     return True
@@ -85,19 +101,19 @@ def check_round_trip(turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _failure(turn: RenderedTurn, problem: str) -> ChatFormatError:
     return ChatFormatError(
-        f"{turn.name}: what the model would learn to generate {problem}. A server would misread it "
-        "too: change the message or the chat template, or set verify_rendering=False to train it "
-        "all the same"
+        f"{turn.name}: parsing what the model would learn to generate {problem}. A server that "
+        "parses so would misread it too: change the message or the chat template, or set "
+        "verify_rendering=False to train it all the same"
     )
 
 
 def _fields(
-    message: Mapping[str, Any], parsed: Mapping[str, Any]
+    message: Mapping[str, Any], parsed: Mapping[str, Any], end: str
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield what each field is called, as it was given and as it was parsed."""
     reasoning = parsed.get("reasoning_content") or parsed.get("thinking") or ""
     yield "reasoning", message.get("reasoning_content", ""), reasoning
-    yield "content", message["content"], parsed.get("content") or ""
+    yield "content", message["content"], (parsed.get("content") or "").removesuffix(end)
     given, read = _calls(message), _calls(parsed)
     if len(given) != len(read):
         yield "number of tool calls", given, read

@@ -46,7 +46,7 @@ class Composable(Family):
         full = turn.template.render(turn.messages, prompt=False)
         if full.startswith(turn.context):
             return full[len(turn.context) :].removesuffix(turn.template.closing)
-        if reads_reasoning and not turn.reasoning:
+        if reads_reasoning and not turn.reasoning.strip():
             # Nemotron's prompt opens the reasoning and its template writes `<think></think>` for
             # none. The model then has to close what the prompt opened, as it does behind reasoning.
             full = turn.template.render(turn.with_reasoning(_STAND_IN).messages, prompt=False)
