@@ -81,39 +81,47 @@ def check_round_trip(turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase) -> 
     prompt = turn.context[-PROMPT_LENGTH:]
     if response_template is None or not response_template.start_anchor_re.search(prompt):
         return False
+    parse = functools.partial(
+        tokenizer.parse_response,
+        schema=response_template,
+        prefix=prompt,
+        tools=None if turn.tools is None else list(turn.tools),
+    )
     ids = turn.rendered.token_ids[turn.rendered.trained]
-    # A server cuts the token that ends the turn.
     completion, end = (tokenizer.decode(part) for part in np.split(ids, [-1]))
-    try:
-        parsed = tokenizer.parse_response(
-            completion + end,
-            schema=response_template,
-            prefix=prompt,
-            tools=None if turn.tools is None else list(turn.tools),
-        )
-    except ValueError as error:
-        raise _failure(turn, f"fails: {error}. It is {completion!r}") from error
-    for what, given, read in _fields(turn.message, parsed, end):
-        if not _same(given, read):
-            raise _failure(turn, f"gives back another {what}: {_difference(given, read)}")
-    return True
-
-
-def _failure(turn: RenderedTurn, problem: str) -> ChatFormatError:
-    return ChatFormatError(
-        f"{turn.name}: parsing what the model would learn to generate {problem}. A server that "
+    problems = []
+    for generated in (completion + end, completion):  # servers may cut the token that ends a turn
+        try:
+            problem = _problem(turn.message, parse(generated))
+        except ValueError as error:
+            problem = f"fails: {error}. It is {completion!r}"
+        if problem is None:
+            return True
+        problems.append(problem)
+    if parse("").get("content", "").strip():
+        return False  # a prompt without the usual header: the message before it is read as well
+    raise ChatFormatError(
+        f"{turn.name}: parsing what the model would learn to generate {problems[0]}. A server that "
         "parses so would misread it too: change the message or the chat template, or set "
         "verify_rendering=False to train it all the same"
     )
 
 
+def _problem(message: Mapping[str, Any], parsed: Mapping[str, Any]) -> str | None:
+    """Return in which field a parsed message differs from the turn's, None if in none."""
+    for what, given, read in _fields(message, parsed):
+        if not _same(given, read):
+            return f"gives back another {what}: {_difference(given, read)}"
+    return None
+
+
 def _fields(
-    message: Mapping[str, Any], parsed: Mapping[str, Any], end: str
+    message: Mapping[str, Any], parsed: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield what each field is called, as it was given and as it was parsed."""
     reasoning = parsed.get("reasoning_content") or parsed.get("thinking") or ""
     yield "reasoning", message.get("reasoning_content", ""), reasoning
-    yield "content", message["content"], (parsed.get("content") or "").removesuffix(end)
+    yield "content", message["content"], parsed.get("content") or ""
     given, read = _calls(message), _calls(parsed)
     if len(given) != len(read):
         yield "number of tool calls", given, read

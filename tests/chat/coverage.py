@@ -45,7 +45,8 @@ REFUSALS = {
     "its content": "text beside a call",
 }
 # Why a turn isn't parsed back, by a part of the error.
-MISREADINGS: dict[str, str] = {}
+UNKNOWN_PROMPT = "the prompt isn't one that the parser knows"
+MISREADINGS = {"could not parse after dialect transforms": "null among the arguments"}
 
 
 @dataclass
@@ -114,7 +115,7 @@ def cover(
                 if check_round_trip(turn, tokenizer):
                     coverage.round_trips += 1
                 else:
-                    coverage.misread["TRL's parser doesn't know the prompt"] += 1
+                    coverage.misread[UNKNOWN_PROMPT] += 1
             except ChatFormatError as error:
                 where = f"{conversation['id']}, assistant turn {number}: "
                 coverage.misread[_reason(str(error), MISREADINGS, where)] += 1
