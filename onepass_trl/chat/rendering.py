@@ -22,7 +22,7 @@ from onepass_trl.chat.encoding import (
 )
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
 from onepass_trl.chat.families import Family, Turn, family_of
-from onepass_trl.chat.messages import Message, normalize_messages
+from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
 from onepass_trl.chat.template import Template
 from onepass_trl.passes import Pass
 
@@ -190,8 +190,14 @@ class _Conversation:
         self._family = family
         self._added = added
         self._messages = messages
-        self._prepared = [family.prepare(message) for message in messages]
+        self._prepared = [self._prepare(message) for message in messages]
         self._checked: set[tuple[str, bool, bool, int]] = set()
+
+    def _prepare(self, message: Message) -> Message:
+        """Return the message as the template takes it."""
+        if "tool_calls" in message and self._template.takes_text_arguments:
+            return with_text_arguments(message)
+        return message
 
     def texts(self, number: int, index: int) -> tuple[str, str]:
         """Return context and completion of a turn, checked, through the end-of-turn token."""
@@ -246,7 +252,7 @@ class _Conversation:
         if shape in self._checked:
             return
         other, texts = with_stand_ins(message)
-        messages = [*self._prepared[:index], self._family.prepare(other)]
+        messages = [*self._prepared[:index], self._prepare(other)]
         check_stand_ins(self._family.completion(Turn(self._template, messages, context)), texts)
         self._checked.add(shape)
 

@@ -99,6 +99,21 @@ class Template:
         """The template argument that turns thinking on and off, None if it has none."""
         return next((name for name in THINKING_SWITCHES if self._names(name)), None)
 
+    @cached_property
+    def takes_text_arguments(self) -> bool:
+        """Whether arguments of tool calls must be JSON text: DeepSeek fails for dicts."""
+
+        def refuses(arguments: Any) -> bool:
+            call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            try:
+                self.render_behind_question(message)
+            except TemplateRefusal:
+                return True
+            return False
+
+        return refuses({"a": "b"}) and not refuses('{"a": "b"}')
+
     def _names(self, argument: str) -> bool:
         """Return whether the template's source has this name."""
         return re.search(rf"\b{re.escape(argument)}\b", self.text) is not None

@@ -19,7 +19,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat import ChatFormatError, RenderedTurn, render_turns
-from onepass_trl.chat.families import DeepSeek, family_of
 from onepass_trl.data import build_tree, linearize
 from onepass_trl.training.round_trip import check_round_trip
 from tests.chat.families import CASES, Case
@@ -117,8 +116,11 @@ def cover(
                 else:
                     coverage.misread[UNKNOWN_PROMPT] += 1
             except ChatFormatError as error:
-                where = f"{conversation['id']}, assistant turn {number}: "
-                coverage.misread[_reason(str(error), MISREADINGS, where)] += 1
+                if case.misreading and _has_quotes(turn.message):
+                    coverage.misread[case.misreading] += 1
+                else:
+                    where = f"{conversation['id']}, assistant turn {number}: "
+                    coverage.misread[_reason(str(error), MISREADINGS, where)] += 1
         tree = build_tree([turn.rendered for turn in turns.values()])
         coverage.onepass_tokens += len(linearize(tree))
     return coverage
@@ -151,6 +153,12 @@ def _reason(error: str, reasons: Mapping[str, str], where: str) -> str:
     return next((reason for part, reason in reasons.items() if part in error), where + error)
 
 
+def _has_quotes(message: Mapping[str, Any]) -> bool:
+    """Return whether a tool call has an argument that doesn't stand between quotes as it is."""
+    values = [v for c in message.get("tool_calls", ()) for v in c["function"]["arguments"].values()]
+    return any(not isinstance(value, str) or set(value) & set("'\"\\[]{}\n") for value in values)
+
+
 def _prompts(
     case: Case,
     tokenizer: PreTrainedTokenizerBase,
@@ -160,8 +168,7 @@ def _prompts(
     numbers: Iterable[int],
 ) -> Iterator[str]:
     """Yield the text that inference feeds before each of the turns."""
-    as_text = isinstance(family_of(tokenizer.chat_template), DeepSeek)
-    prepared = [_as_served(message, as_text) for message in messages]
+    prepared = [as_served(message, case) for message in messages]
     for number in numbers:
         yield tokenizer.apply_chat_template(
             prepared[: indices[number]],
@@ -172,12 +179,12 @@ def _prompts(
         )
 
 
-def _as_served(message: Mapping[str, Any], arguments_as_text: bool) -> dict[str, Any]:
+def as_served(message: Mapping[str, Any], case: Case) -> dict[str, Any]:
     """Return the message as a server gives it to the template: DeepSeek's wants JSON text."""
     served = dict(message)
     if served.get("reasoning_content"):
         served["thinking"] = served["reasoning_content"]
-    if served.get("tool_calls") and arguments_as_text:
+    if served.get("tool_calls") and case.tokens.folder == "deepseek-r1":
         served["tool_calls"] = json.loads(json.dumps(served["tool_calls"]))
         for call in served["tool_calls"]:
             function = call["function"]

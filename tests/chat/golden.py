@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onepass_trl.chat import ChatFormatError, render_passes
+from tests.chat.coverage import REFUSALS
 from tests.chat.families import CASES, Case
 from tests.chat.tokenizers import make_small_tokenizer, texts
 
@@ -64,7 +65,8 @@ def _parts(case: Case) -> Iterator[str]:
         try:
             passes = render_passes(messages, tokenizer, chat_template_kwargs=case.kwargs)
         except ChatFormatError as error:
-            yield f"refused: {error}\n"
+            reason = next(reason for part, reason in REFUSALS.items() if part in str(error))
+            yield f"refused: {reason}\n"
             continue
         for number, item in enumerate(passes):
             for kind, text in zip(("context", "completion"), texts(tokenizer, item), strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 
 from onepass_trl.chat import ChatFormatError, render_passes
 from onepass_trl.chat.families import family_of
-from tests.chat.coverage import RECORD
+from tests.chat.coverage import RECORD, as_served
 from tests.chat.families import CASES, Case
 from tests.chat.golden import CONVERSATIONS
 from tests.chat.tokenizers import make_small_tokenizer
@@ -40,10 +40,8 @@ def kept_reasoning(case: Case, tokenizer: Any, **switches: Any) -> str:
 
 
 def _context(case: Case, tokenizer: Any, messages: list[Any], switches: Any) -> str:
-    prepare = family_of(tokenizer.chat_template).prepare
-    served = [{**m, "thinking": m.get("reasoning_content")} for m in messages]
     text: str = tokenizer.apply_chat_template(
-        [prepare({k: v for k, v in m.items() if v is not None}) for m in served],
+        [as_served(message, case) for message in messages],
         add_generation_prompt=True,
         tokenize=False,
         **{**case.kwargs, **switches},

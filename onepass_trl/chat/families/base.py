@@ -1,4 +1,4 @@
-"""What a template family says: how its messages are prepared, what a turn's completion is."""
+"""What a template family says: which templates are its own, what a turn's completion is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Turn:
 
     Attributes:
         template: The chat template.
-        messages: The prepared messages up to and including the turn's own.
+        messages: The messages, as the template takes them, up to and including the turn's own.
         context: The text that inference would feed before the turn: the messages before it and the
             prompt.
     """
@@ -96,10 +96,6 @@ class Family(ABC):
     def reads_reasoning(self, template: str) -> bool:
         """Return whether turns of this template have reasoning apart from their content."""
         return True
-
-    def prepare(self, message: Message) -> Message:
-        """Return the normalized message as this family's templates want it."""
-        return message
 
     @abstractmethod
     def completion(self, turn: Turn) -> str:

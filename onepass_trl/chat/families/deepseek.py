@@ -11,12 +11,10 @@ ones it may leave out the opening tokens.
 
 from __future__ import annotations
 
-import json
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from onepass_trl.chat.families.base import Turn
 from onepass_trl.chat.families.fenced import Fenced
-from onepass_trl.chat.messages import Message
 
 
 class DeepSeek(Fenced):
@@ -29,12 +27,6 @@ class DeepSeek(Fenced):
         """Return whether the template has DeepSeek's tokens and cuts contents at ``</think>``."""
         return self.header in template and "content.split('</think>'" in template
 
-    def prepare(self, message: Message) -> Message:
-        """Return the message with tool arguments as JSON text, which the template writes as is."""
-        if "tool_calls" not in message:
-            return message
-        return {**message, "tool_calls": [_with_json_arguments(c) for c in message["tool_calls"]]}
-
     def fence(self, turn: Turn) -> tuple[str, str]:
         """Return the marks, without line ends where the template's own prompt has none."""
         if turn.template.question_prompt.endswith(("<think>", "</think>")):
@@ -43,10 +35,5 @@ class DeepSeek(Fenced):
 
     def rest(self, turn: Turn) -> str:
         """Return the content as it is, since the template may cut it, and what stands behind it."""
-        return turn.message["content"] + super().rest(turn.with_content(""))
-
-
-def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = json.dumps(function["arguments"], ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": arguments}}
+        behind = super().rest(turn.with_content(""))
+        return turn.message["content"] + behind.removeprefix("</think>")  # V3.1's empty fence

@@ -28,8 +28,7 @@ class Fenced(Family):
 
     def rest(self, turn: Turn) -> str:
         """Return what the template writes for a turn without reasoning, behind the header."""
-        _, closer = self.fence(turn)
-        return turn.rendered_alone(self.header).removeprefix(closer)  # of an empty fence
+        return turn.rendered_alone(self.header)
 
     def completion(self, turn: Turn) -> str:
         """Return reasoning, content and tool calls in the form that the model generates.
