@@ -112,11 +112,12 @@ def render_turns(
     added = added_tokens(tokenizer)
     conversation = _Conversation(template, family, added, normal)
     contexts, completions = zip(*(conversation.texts(*turn) for turn in trained), strict=True)
-    context_ids = encode_views(tokenizer, added, contexts)
+    # What a turn generates stands in later contexts too, as a rule: its pieces are encoded once.
+    ids = encode_views(tokenizer, added, [*contexts, *completions])
+    context_ids, completion_ids = ids[: len(contexts)], ids[len(contexts) :]
     [first_ids] = encode_alone(tokenizer, contexts[:1])
     if not np.array_equal(context_ids[0], first_ids):
         raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")
-    completion_ids = encode_alone(tokenizer, completions)
     return [
         RenderedTurn(
             rendered=Pass(

@@ -181,7 +181,12 @@ CASES = {
         Case("Qwen3.5 nothink", "qwen3_5_nothink", _CHATML, _ON),
         Case("Qwen3.6", "qwen3_6", _CHATML),
         Case("Qwen3.8", "qwen3_8", _CHATML),
-        Case("DeepSeek-R1-distill", "deepseek_r1_distill", _DEEPSEEK),
+        Case(
+            "DeepSeek-R1-distill",
+            "deepseek_r1_distill",
+            _DEEPSEEK,
+            parser=parsing.DEEPSEEK_V3,  # TRL's doesn't know the prompt behind tool outputs
+        ),
         Case("DeepSeek-V3", "deepseekv3", _DEEPSEEK, parser=parsing.DEEPSEEK_V3),
         Case(
             "DeepSeek-V3.1 (form)",
