@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -35,6 +36,28 @@ RESERVED = frozenset(
 )
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 _EMPTY_QUESTION = {"role": "user", "content": ""}
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=16)
+def _report_unread(template: str, names: tuple[str, ...]) -> None:
+    """Log, once for each template, that these arguments change nothing."""
+    logger.warning(
+        "chat_template_kwargs has %s, which this chat template doesn't read: it changes nothing. "
+        "Is it spelled as the template has it? Its thinking switch is %s",
+        ", ".join(map(repr, names)),
+        _switch(template) or "none",
+    )
+
+
+def _switch(template: str) -> str | None:
+    return next((name for name in THINKING_SWITCHES if _names(template, name)), None)
+
+
+def _names(template: str, argument: str) -> bool:
+    """Return whether the template's source has this name."""
+    return re.search(rf"\b{re.escape(argument)}\b", template) is not None
 
 
 class Template:
@@ -71,6 +94,11 @@ class Template:
                 f"the tokenizer has no chat template to render with ({error}); set "
                 "tokenizer.chat_template"
             ) from error
+        unread = [
+            name for name in self._kwargs if name != "chat_template" and not _names(self.text, name)
+        ]
+        if unread:
+            _report_unread(self.text, tuple(unread))
 
     @cached_property
     def closing(self) -> str:
@@ -97,7 +125,7 @@ class Template:
     @cached_property
     def thinking_switch(self) -> str | None:
         """The template argument that turns thinking on and off, None if it has none."""
-        return next((name for name in THINKING_SWITCHES if self._names(name)), None)
+        return _switch(self.text)
 
     @cached_property
     def takes_text_arguments(self) -> bool:
@@ -113,10 +141,6 @@ class Template:
             return False
 
         return refuses({"a": "b"}) and not refuses('{"a": "b"}')
-
-    def _names(self, argument: str) -> bool:
-        """Return whether the template's source has this name."""
-        return re.search(rf"\b{re.escape(argument)}\b", self.text) is not None
 
     def render_behind_question(self, message: dict[str, Any]) -> str:
         """Return the text of an empty question and an assistant's message."""

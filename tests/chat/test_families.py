@@ -107,6 +107,16 @@ def test_reasoning_behind_a_prompt_that_excludes_it_names_the_switch(template, k
     assert texts(tokenizer, item)[1].lstrip().startswith("4")
 
 
+def test_an_argument_that_the_template_does_not_read_is_logged_once(caplog):
+    tokenizer = small_tokenizer("qwen3_6")
+    for _ in range(2):
+        kwargs = {"enable_thinkng": False}
+        render_passes([user(), answer()], tokenizer, chat_template_kwargs=kwargs)
+    [record] = caplog.records
+    assert "'enable_thinkng', which this chat template doesn't read" in record.message
+    assert record.message.endswith("enable_thinking")
+
+
 def test_preserved_reasoning_gives_a_tree_with_one_path():
     tokenizer = small_tokenizer("qwen3_6")
     messages = CONVERSATIONS["two turns"]
