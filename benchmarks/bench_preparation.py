@@ -3,7 +3,8 @@
 TRL renders and tokenizes each conversation once, in its last view; this package renders every
 turn's view, merges them to a tree and lays it out. Both run as the trainers run them, in turn, in
 one process, without the cache of `datasets`; the smallest of the repeats counts. A tree has more
-tokens than the last view, so the ratio is of the times per token.
+tokens than the last view, so the ratios are of the times per token: by the clock, and by the CPU's
+seconds, which other work on the machine disturbs less.
 
     python benchmarks/bench_preparation.py --data chats.jsonl .. --tokenizer folder --json out.json
 
@@ -71,24 +72,29 @@ def measure(
     """Return sizes and times of one file of conversations."""
     dataset = datasets.load_dataset("json", data_files=str(path), split="train")
     dataset = dataset.select_columns([c for c in dataset.column_names if c in COLUMNS])
-    tokens, times = [], []
-    for prepare in (prepare_tree, prepare_last):  # also a warm-up
-        tokens.append(sum(map(len, prepare(dataset)["input_ids"])))
+    ways = {"tree": prepare_tree, "trl": prepare_last}
+    result: dict[str, Any] = {"conversations": path.stem, "rows": len(dataset)}
+    for way, prepare in ways.items():  # also a warm-up
+        result[f"{way}_tokens"] = sum(map(len, prepare(dataset)["input_ids"]))
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for _ in range(repeats):
-        for prepare in (prepare_tree, prepare_last):
-            begin = time.perf_counter()
+        for way, prepare in ways.items():
+            begin = time.perf_counter(), time.process_time()
             prepare(dataset)
-            times.append(time.perf_counter() - begin)
-    tree_s, last_s = min(times[::2]), min(times[1::2])
+            end = time.perf_counter(), time.process_time()
+            times[way].append((end[0] - begin[0], end[1] - begin[1]))
+    for way, pairs in times.items():
+        result[f"{way}_s"], result[f"{way}_cpu_s"] = map(min, zip(*pairs, strict=True))
+    return result
+
+
+def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with the ratios of the times per token, of the clock's and the CPU's."""
+    tokens = result["tree_tokens"] / result["trl_tokens"]
     return {
-        "conversations": path.stem,
-        "rows": len(dataset),
-        "tree_tokens": tokens[0],
-        "trl_tokens": tokens[1],
-        "onepass_s": round(tree_s, 3),
-        "trl_s": round(last_s, 3),
-        "ratio_of_times": round(tree_s / last_s, 2),
-        "ratio_per_token": round(tree_s / tokens[0] / (last_s / tokens[1]), 2),
+        **{k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()},
+        "ratio_per_token": round(result["tree_s"] / result["trl_s"] / tokens, 2),
+        "cpu_ratio_per_token": round(result["tree_cpu_s"] / result["trl_cpu_s"] / tokens, 2),
     }
 
 
@@ -114,6 +120,8 @@ def main() -> None:
         prepare_tree = preparation(OnePassSFTTrainer, OnePassSFTConfig, tokenizer, folder)
         prepare_last = preparation(SFTTrainer, SFTConfig, tokenizer, folder)
         results = [measure(path, prepare_tree, prepare_last, args.repeats) for path in args.data]
+    total = {key: sum(r[key] for r in results) for key in results[0] if key != "conversations"}
+    results = [with_ratios(r) for r in [*results, {"conversations": "all", **total}]]
     print_table(results)
     if args.json:
         write(args.json, "preparation", results)

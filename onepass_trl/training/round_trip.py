@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,17 +88,16 @@ def check_round_trip(turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase) -> 
         tools=None if turn.tools is None else list(turn.tools),
     )
     ids = turn.rendered.token_ids[turn.rendered.trained]
-    completion, end = (tokenizer.decode(part) for part in np.split(ids, [-1]))
+    completion, end = (
+        tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in np.split(ids, [-1])
+    )
     problems = []
     for generated in (completion + end, completion):  # servers may cut the token that ends a turn
-        try:
-            problem = _problem(turn.message, parse(generated))
-        except ValueError as error:
-            problem = f"fails: {error}. It is {completion!r}"
+        problem = _problem(turn.message, parse, generated)
         if problem is None:
             return True
         problems.append(problem)
-    if parse("").get("content", "").strip():
+    if _problem({"content": ""}, parse, "") is not None:
         return False  # a prompt without the usual header: the message before it is read as well
     raise ChatFormatError(
         f"{turn.name}: parsing what the model would learn to generate {problems[0]}. A server that "
@@ -107,8 +106,14 @@ def check_round_trip(turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def _problem(message: Mapping[str, Any], parsed: Mapping[str, Any]) -> str | None:
-    """Return in which field a parsed message differs from the turn's, None if in none."""
+def _problem(
+    message: Mapping[str, Any], parse: Callable[[str], dict[str, Any]], generated: str
+) -> str | None:
+    """Return in which field the generated text, parsed, differs from the message, None if equal."""
+    try:
+        parsed = parse(generated)
+    except (KeyError, ValueError) as error:
+        return f"fails: {error}. It is {generated!r}"
     for what, given, read in _fields(message, parsed):
         if not _same(given, read):
             return f"gives back another {what}: {_difference(given, read)}"
@@ -156,8 +161,8 @@ def _same(given: Any, read: Any) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Return the text without white space around it, composed: Qwen's tokenizer composes."""
-    return unicodedata.normalize("NFC", text).strip()
+    """Return the text without white space around it, in the form that tokenizers may normalize."""
+    return unicodedata.normalize("NFKC", text).strip()
 
 
 def _written(value: Any) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def families_table() -> Iterator[str]:
 def exceptions_table() -> Iterator[str]:
     """Yield the lines of the table of turns that aren't rendered, or not parsed back."""
     record = json.loads(RECORD.read_text("utf-8"))
-    yield "| family | turns refused, since the template | turns not parsed back, since |"
+    yield "| family | turns refused, for what the template doesn't write | turns not parsed back |"
     yield "|---|---|---|"
     for name in CASES:
         reasons = [

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from onepass_trl.chat import ChatFormatError, render_passes
+from tests.chat.families import trl_template
 from tests.chat.tokenizers import SMALL, small_tokenizer, texts
 
 TWO_TURNS = [
@@ -104,6 +105,14 @@ def test_arguments_as_json_text_and_flat_calls_give_the_same_passes(family):
         render_passes(messages, tokenizer), render_passes(TOOL_TURNS, tokenizer), strict=True
     ):
         assert a.token_ids.tolist() == b.token_ids.tolist()
+
+
+@pytest.mark.parametrize("template", ["deepseekv3", "deepseekv3_training"])
+def test_arguments_are_given_as_the_template_takes_them(template):
+    tokenizer = copy.deepcopy(small_tokenizer("deepseekv3"))
+    tokenizer.chat_template = trl_template(template)
+    completion = texts(tokenizer, render_passes(TOOL_TURNS, tokenizer)[0])[1]
+    assert '```json\n{"query": "träge", "limit": 3}\n```' in completion
 
 
 def test_the_messages_are_left_alone():

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 
 from onepass_trl.chat import ChatFormatError, render_turns
+from onepass_trl.chat.families import Composable, registry
 from onepass_trl.training.preparation import (
     NUM_VERIFIED_ROWS,
     PreparationOptions,
@@ -144,3 +145,28 @@ def test_template_arguments_of_the_dataset_and_of_a_row():
     assert "set chat_template_kwargs to {'enable_thinking': True}" in error
     rows = [{"messages": GOOD, "chat_template_kwargs": {"enable_thinking": True}}]
     assert prepared(rows, "qwen3", **off) is None
+
+
+class Loud(Composable):
+    """Every answer ends in the token that ends texts."""
+
+    name = "loud"
+
+    def matches(self, template):
+        return True
+
+    def completion(self, turn):
+        return super().completion(turn).replace("<|im_end|>", "<|endoftext|>")
+
+
+def test_registered_families_reach_other_processes(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", [Loud()])
+    tokenizer = small_tokenizer("qwen3")
+    options = PreparationOptions(
+        max_length=None, overflow="error", train_on="all", packing=False, verify_rendering=False
+    )
+    monkeypatch.setattr(registry, "_registered", [])  # a process that starts anew
+    dataset = Dataset.from_list([{"messages": json.dumps(GOOD)}])
+    rows = prepare_dataset(dataset, ["messages"], tokenizer, options, "train")
+    targets = rows[0]["shift_labels"]
+    assert targets[targets >= 0][-1] == tokenizer.convert_tokens_to_ids("<|endoftext|>")

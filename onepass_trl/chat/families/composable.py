@@ -49,9 +49,10 @@ class Composable(Family):
         if reads_reasoning and not turn.reasoning.strip():
             # Nemotron's prompt opens the reasoning and its template writes `<think></think>` for
             # none. The model then has to close what the prompt opened, as it does behind reasoning.
-            full = turn.template.render(turn.with_reasoning(_STAND_IN).messages, prompt=False)
-            if full.startswith(turn.context + _STAND_IN):
-                return full[len(turn.context + _STAND_IN) :].removesuffix(turn.template.closing)
+            opened = turn.context + _STAND_IN
+            filled = turn.template.render(turn.with_reasoning(_STAND_IN).messages, prompt=False)
+            if filled.startswith(opened):
+                return filled[len(opened) :].removesuffix(turn.template.closing)
         if _THINK_CLOSE.search(turn.context):
             turn.refuse_reasoning()
         at = shared_prefix(full, turn.context)

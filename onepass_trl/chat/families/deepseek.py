@@ -37,3 +37,7 @@ class DeepSeek(Fenced):
         """Return the content as it is, since the template may cut it, and what stands behind it."""
         behind = super().rest(turn.with_content(""))
         return turn.message["content"] + behind.removeprefix("</think>")  # V3.1's empty fence
+
+    def completion(self, turn: Turn) -> str:
+        """Return the turn, with the line breaks of the fence alone around its reasoning."""
+        return super().completion(turn.with_reasoning(turn.reasoning.strip("\n")))

@@ -38,7 +38,7 @@ class Fenced(Family):
         opener, closer = self.fence(turn)
         rest = self.rest(turn.with_reasoning(""))
         if turn.context.endswith(opener):
-            return turn.reasoning.strip("\n") + closer + rest
+            return turn.reasoning + closer + rest
         if turn.template.question_prompt.endswith(closer):
             turn.refuse_reasoning()
-        return (opener + turn.reasoning.strip("\n") + closer if turn.reasoning else "") + rest
+        return (opener + turn.reasoning + closer if turn.reasoning else "") + rest

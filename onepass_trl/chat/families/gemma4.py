@@ -23,7 +23,7 @@ class Gemma4(Fenced):
 
     def matches(self, template: str) -> bool:
         """Return whether the template writes Gemma's turns and knows its channels."""
-        return "'<|turn>'" in template and "<|channel>" in template
+        return "<|turn>" in template and "<|channel>" in template
 
     def fence(self, turn: Turn) -> tuple[str, str]:
         """Return the marks of the channel."""
