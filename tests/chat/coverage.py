@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def cover(
                 else:
                     coverage.misread[UNKNOWN_PROMPT] += 1
             except ChatFormatError as error:
-                if case.misreading and _has_quotes(turn.message):
+                if case.misreading and _has_marks(turn.message):
                     coverage.misread[case.misreading] += 1
                 else:
                     where = f"{conversation['id']}, assistant turn {number}: "
@@ -153,10 +154,13 @@ def _reason(error: str, reasons: Mapping[str, str], where: str) -> str:
     return next((reason for part, reason in reasons.items() if part in error), where + error)
 
 
-def _has_quotes(message: Mapping[str, Any]) -> bool:
-    """Return whether a tool call has an argument that doesn't stand between quotes as it is."""
+def _has_marks(message: Mapping[str, Any]) -> bool:
+    """Return whether a text has what LFM2.5 writes around arguments, or an argument isn't text."""
     values = [v for c in message.get("tool_calls", ()) for v in c["function"]["arguments"].values()]
-    return any(not isinstance(value, str) or set(value) & set("'\"\\[]{}\n") for value in values)
+    marked = any(
+        not isinstance(value, str) or set(value) & set("'\"\\[]{}()\n") for value in values
+    )
+    return marked or re.search(r",\s*\w+\(", message["content"]) is not None
 
 
 def _prompts(

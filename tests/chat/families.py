@@ -59,7 +59,7 @@ class Case:
         reasoning: Whether the template has a place for reasoning.
         parser: The response template, None for TRL's.
         edit: Text of the template, and what stands in its place.
-        misreading: Why TRL's parser doesn't read arguments with quotes, brackets and line ends.
+        misreading: Why TRL's parser doesn't read texts with quotes, brackets and line ends.
     """
 
     name: str
@@ -160,8 +160,7 @@ _ALWAYS_THINKING = (
     "{{- '<think>\\n' }}",
 )
 _ON = {"enable_thinking": True}
-_UNESCAPED = "the template doesn't escape quotes in arguments"
-_ESCAPED = "TRL's parser doesn't know escaped quotes and nested brackets in arguments"
+_LFM_MARKS = "TRL's parser takes quotes, brackets and `, name(` in texts for its marks"
 _GEMMA4_VERSIONS = ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5")
 
 CASES = {
@@ -206,9 +205,9 @@ CASES = {
             for name in _GEMMA4_VERSIONS
         ),
         Case("DiffusionGemma", "diffusion_gemma", _GEMMA4, _ON, parser=parsing.GEMMA4),
-        Case("LFM2.5", "lfm2_2_5", _LFM, misreading=_UNESCAPED),
-        Case("LFM2.5 v2", "lfm2_2_5_v2", _LFM, misreading=_UNESCAPED),
-        Case("LFM2.5-VL (text)", "lfm2_2_5_vl", _LFM, misreading=_ESCAPED),
+        Case("LFM2.5", "lfm2_2_5", _LFM, misreading=_LFM_MARKS),
+        Case("LFM2.5 v2", "lfm2_2_5_v2", _LFM, misreading=_LFM_MARKS),
+        Case("LFM2.5-VL (text)", "lfm2_2_5_vl", _LFM, misreading=_LFM_MARKS),
         Case("Muse Glimmer", "muse_glimmer", _MUSE, parser=parsing.MUSE),
         Case(
             "LFM2",
@@ -217,7 +216,7 @@ CASES = {
             reasoning=False,
             parser=parsing.plain("<|im_start|>assistant\n", "<|im_end|>"),
         ),
-        Case("LFM2 v2", "lfm2_v2", _LFM, reasoning=False, misreading=_ESCAPED),
+        Case("LFM2 v2", "lfm2_v2", _LFM, reasoning=False, misreading=_LFM_MARKS),
         Case("Qwen2.5", "qwen2_5", _QWEN, reasoning=False),
         Case(
             "Phi-3",

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not SHARED.is_dir(), reason=SHARED_REASON),
 ]
 # One conversation in so many.
-SAMPLED = {"maths_chat": 15, "tool_chat": 3, "agent_short": 9, "agent_long": 6}
+SAMPLED = {"maths_chat": 30, "tool_chat": 6, "agent_short": 15, "agent_long": 6}
 
 
 @functools.cache
