@@ -117,6 +117,13 @@ def test_an_argument_that_the_template_does_not_read_is_logged_once(caplog):
     assert record.message.endswith("enable_thinking")
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.reasoning])
+def test_reasoning_is_never_dropped(name):
+    tokenizer = make_small_tokenizer(CASES[name])
+    with pytest.raises(ChatFormatError, match="the template has no place for any"):
+        render_passes([user(), answer(reasoning="Two and two.")], tokenizer)
+
+
 def test_preserved_reasoning_gives_a_tree_with_one_path():
     tokenizer = small_tokenizer("qwen3_6")
     messages = CONVERSATIONS["two turns"]
