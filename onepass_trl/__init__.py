@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Pass": "passes",
     "render_passes": "chat",
+    "register_family": "chat",
     "TokenTree": "data",
     "build_tree": "data",
     "Layout": "data",

@@ -48,7 +48,14 @@ def test_every_option_in_the_table_exists():
     table = README.split("### Options of its own")[1].split("\n\n")[1]
     options = re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)
     flags = make_parser().format_help()
-    assert options == ["train_on", "overflow", "null_arguments", "attention_impl"]
+    assert options == [
+        "train_on",
+        "overflow",
+        "null_arguments",
+        "chat_template_kwargs",
+        "verify_rendering",
+        "attention_impl",
+    ]
     assert all(f"--{option}" in flags for option in options)
 
 

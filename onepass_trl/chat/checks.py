@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from onepass_trl.chat.errors import TurnError
@@ -48,9 +48,9 @@ def _texts(message: Message) -> Iterator[tuple[str, str]]:
 def end_of_turn(completion: str, message: Message, special: re.Pattern[str] | None) -> int:
     """Return where the token ends that ends the turn, having found all fields of the message.
 
-    Reasoning, content, and name and arguments of each tool call must follow each other in this
-    order. White space around a field doesn't count: templates strip it. Arguments may stand as JSON
-    or key by key.
+    The reasoning must stand before everything else, the content before or behind the tool calls,
+    those in their order. White space around a field doesn't count: templates strip it. Arguments
+    may stand as JSON or key by key.
 
     Raises:
         TurnError: if a field isn't there, or no special token ends the turn.
@@ -61,21 +61,55 @@ def end_of_turn(completion: str, message: Message, special: re.Pattern[str] | No
             f"no special token ends its text {_short(completion)}, so a model trained on it would "
             "never learn to stop; use a template and a tokenizer that have an end-of-turn token"
         )
-    body_end = _skip_back(completion, ends)
-    fields_end = _find(completion, message.get("reasoning_content", "").strip(), 0, "its reasoning")
+    body = completion[: _skip_back(completion, ends)]
+    begin = _find(body, message.get("reasoning_content", "").strip(), 0, "its reasoning")
     content, calls = message["content"].strip(), message.get("tool_calls", ())
-    if content and not calls:
-        # An answer is the last thing of its turn: a short one can't hide in markup before it.
-        fields_end = _find(
-            completion[:body_end], content, max(fields_end, body_end - len(content)), "its content"
-        )
-    else:
-        fields_end = _find(completion, content, fields_end, "its content")
-    for number, call in enumerate(calls):
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        fields_end = _find(completion, name, fields_end, f"the name of its tool call {number}")
-        fields_end = _find_arguments(completion, arguments, fields_end, number)
+    if not calls:
+        # An answer is the last thing of its turn.
+        _find(body, content, max(begin, len(body) - len(content)), "its content")
+        return ends[-1].end()
+    try:
+        _find_calls(body, calls, _find(body, content, begin, "its content"))
+    except TurnError:
+        _find(body, content, _find_calls(body, calls, begin), "its content")
     return ends[-1].end()
+
+
+def with_stand_ins(message: Message) -> tuple[Message, dict[str, str]]:
+    """Return the message with other texts in its fields, and these texts by what they stand for.
+
+    No template holds them. So where they stand, the template writes the field: a short text, such
+    as the answer ``>``, may be found elsewhere, and a dropped call's name in the reasoning.
+    """
+    out, texts = dict(message), {}
+    if message.get("reasoning_content", "").strip():
+        texts["its reasoning"] = "stand-in for reasoning"
+        out["reasoning_content"] = out["thinking"] = texts["its reasoning"]
+    if message["content"].strip():
+        out["content"] = texts["its content"] = "stand-in for content"
+    if "tool_calls" in message:
+        out["tool_calls"] = []
+    for number, call in enumerate(message.get("tool_calls", ())):
+        name, key, value = (f"stand_in_{kind}_{number}" for kind in ("name", "key", "value"))
+        texts[f"the name of its tool call {number}"] = name
+        texts[f"an argument of its tool call {number}"] = key
+        texts[f"the value of an argument of its tool call {number}"] = value
+        out["tool_calls"].append({**call, "function": {"name": name, "arguments": {key: value}}})
+    return out, texts
+
+
+def check_stand_ins(completion: str, texts: Mapping[str, str]) -> None:
+    """Check that the texts of :func:`with_stand_ins` stand in the completion of its message.
+
+    Raises:
+        TurnError: if one doesn't.
+    """
+    for what, text in texts.items():
+        if text not in completion:
+            raise TurnError(
+                f"{what} isn't written by the template, which writes such a turn as "
+                f"{_short(completion)}; {_REMEDY}"
+            )
 
 
 def _skip_back(text: str, specials: list[re.Match[str]]) -> int:
@@ -88,27 +122,80 @@ def _skip_back(text: str, specials: list[re.Match[str]]) -> int:
     return end
 
 
-def _find(completion: str, text: str, begin: int, what: str) -> int:
-    found = completion.find(text, begin)
+def _find(text: str, part: str, begin: int, what: str) -> int:
+    found = text.find(part, begin)
     if found < 0:
-        raise TurnError(
-            f"{what} ({_short(text)}) isn't in the text that the model would learn to generate "
-            f"({_short(completion)})"
-        )
-    return found + len(text)
+        raise _missing(what, part, text)
+    return found + len(part)
 
 
-def _find_arguments(completion: str, arguments: Mapping[str, Any], begin: int, number: int) -> int:
-    for form in _json_forms(arguments):
-        found = completion.find(form, begin)
-        if found >= 0:
-            return found + len(form)
-    for key, value in arguments.items():
-        what = f"argument {key!r} of its tool call {number}"
-        begin = _find(completion, key, begin, what)
-        text = value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        begin = _find(completion, text, begin, what)
+def _missing(what: str, part: str, text: str) -> TurnError:
+    return TurnError(
+        f"{what} ({_short(part)}) isn't in the text that the model would learn to generate "
+        f"({_short(text)}): the template drops or changes it; {_REMEDY}"
+    )
+
+
+_REMEDY = (
+    "put it where the template writes it (text beside a tool call often belongs into the "
+    "reasoning), use another template, or switch the turn off with 'train': false"
+)
+
+
+def _find_calls(text: str, calls: Sequence[Mapping[str, Any]], begin: int) -> int:
+    for number, call in enumerate(calls):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        begin = _find(text, name, begin, f"the name of its tool call {number}")
+        begin = _find_arguments(text, arguments, begin, number)
     return begin
+
+
+def _find_arguments(text: str, arguments: Mapping[str, Any], begin: int, number: int) -> int:
+    """Return where the arguments end: as JSON, or each key and value, in any order."""
+    if not arguments:
+        return begin
+    as_json = _ends(text, _json_forms(arguments), begin)
+    try:
+        ends = [begin]
+        for key, value in arguments.items():
+            what = f"argument {key!r} of its tool call {number}"
+            ends.append(_find(text, key, begin, what))
+            ends.append(_find_value(text, value, begin, what))
+    except TurnError:
+        if not as_json:
+            raise
+        return min(as_json)
+    # What another call holds as JSON may stand here key by key: the nearer is meant.
+    return min([*as_json, max(ends)])
+
+
+def _ends(text: str, forms: Iterable[str], begin: int) -> list[int]:
+    """Return where those of the forms end that stand in the text."""
+    return [found + len(form) for form in forms if (found := text.find(form, begin)) >= 0]
+
+
+def _find_value(text: str, value: Any, begin: int, what: str) -> int:
+    forms = list(_forms(value))
+    ends = _ends(text, forms, begin)
+    if ends:
+        return min(ends)
+    if not isinstance(value, (Mapping, list, tuple)):
+        raise _missing(what, forms[0], text)
+    items = [*value, *value.values()] if isinstance(value, Mapping) else value
+    return max((_find_value(text, item, begin, what) for item in items), default=begin)
+
+
+def _forms(value: Any) -> Iterator[str]:
+    """Yield the ways in which templates write a value: Jinja's ``string`` filter is Python's."""
+    if not isinstance(value, str):
+        yield from _json_forms(value)
+        yield str(value)
+        return
+    yield value.strip()
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    yield escaped.replace("\n", "\\n").replace("\r", "\\r")  # LFM2.5's single-quoted strings
+    for ensure_ascii in (False, True):
+        yield json.dumps(value, ensure_ascii=ensure_ascii)[1:-1]
 
 
 def _json_forms(value: Any) -> Iterator[str]:

@@ -225,6 +225,18 @@ def _arguments(arguments: Any, index: int, number: int) -> dict[str, Any]:
     return dict(arguments)
 
 
+def with_text_arguments(message: Message) -> Message:
+    """Return the message with the arguments of its tool calls as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": calls}
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from onepass_trl.chat.checks import check_generable, end_of_turn
+from onepass_trl.chat.checks import (
+    check_generable,
+    check_stand_ins,
+    end_of_turn,
+    with_stand_ins,
+)
 from onepass_trl.chat.encoding import (
     AddedTokens,
     added_tokens,
@@ -16,7 +22,7 @@ from onepass_trl.chat.encoding import (
 )
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
 from onepass_trl.chat.families import Family, Turn, family_of
-from onepass_trl.chat.messages import Message, normalize_messages
+from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
 from onepass_trl.chat.template import Template
 from onepass_trl.passes import Pass
 
@@ -58,22 +64,70 @@ def render_passes(
             turn has nothing before it; or if its reasoning, content or tool calls would not all
             stand in its own pass. The message names the turn and the template family.
     """
-    texts = render_texts(
+    turns = render_turns(
         messages,
         tokenizer,
         tools=tools,
         chat_template_kwargs=chat_template_kwargs,
         train_on=train_on,
     )
-    contexts, completions = zip(*texts, strict=True)
-    context_ids = encode_views(tokenizer, added_tokens(tokenizer), contexts)
+    return [turn.rendered for turn in turns]
+
+
+@dataclass(frozen=True)
+class RenderedTurn:
+    """A trained turn's pass, and what it was rendered from.
+
+    Attributes:
+        rendered: The pass.
+        message: The turn's message in its normal form, see
+            :func:`onepass_trl.chat.messages.normalize_messages`.
+        context: The text of the pass's context.
+        name: What to call the turn in messages.
+        template: The Jinja source of the chat template.
+        tools: The tools, or None.
+    """
+
+    rendered: Pass
+    message: Message
+    context: str
+    name: str
+    template: str
+    tools: Sequence[Any] | None
+
+
+def render_turns(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: TrainOn = "all",
+) -> list[RenderedTurn]:
+    """Return the passes of :func:`render_passes`, each with the message that it was made from."""
+    added = added_tokens(tokenizer)
+    conversation, trained = _read(messages, tokenizer, added, tools, chat_template_kwargs, train_on)
+    contexts, completions = zip(*(conversation.texts(*turn) for turn in trained), strict=True)
+    # What a turn generates stands in later contexts too, as a rule: its pieces are encoded once.
+    ids = encode_views(tokenizer, added, [*contexts, *completions])
+    context_ids, completion_ids = ids[: len(contexts)], ids[len(contexts) :]
     [first_ids] = encode_alone(tokenizer, contexts[:1])
     if not np.array_equal(context_ids[0], first_ids):
         raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")
-    completion_ids = encode_alone(tokenizer, completions)
     return [
-        Pass(np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts]))
-        for parts in zip(context_ids, completion_ids, strict=True)
+        RenderedTurn(
+            rendered=Pass(
+                np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts])
+            ),
+            message=conversation.messages[index],
+            context=context,
+            name=conversation.name(number, index),
+            template=conversation.template.text,
+            tools=tools,
+        )
+        for (number, index), context, *parts in zip(
+            trained, contexts, context_ids, completion_ids, strict=True
+        )
     ]
 
 
@@ -89,12 +143,25 @@ def render_texts(
 
     `render_passes` tokenizes them, each by itself; the arguments and errors are the same.
     """
+    added = added_tokens(tokenizer)
+    conversation, trained = _read(messages, tokenizer, added, tools, chat_template_kwargs, train_on)
+    return [conversation.texts(*turn) for turn in trained]
+
+
+def _read(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    added: AddedTokens,
+    tools: Sequence[Any] | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    train_on: TrainOn,
+) -> tuple[_Conversation, list[tuple[int, int]]]:
+    """Return the conversation, and number and message index of each turn to train."""
     template = Template(tokenizer, tools, chat_template_kwargs)
     family = family_of(template.text)
     normal = normalize_messages(messages, inline_reasoning=family.reads_reasoning(template.text))
     trained = _trained_turns(normal, train_on)
-    conversation = _Conversation(template, family, added_tokens(tokenizer), normal)
-    return [conversation.texts(*turn) for turn in trained]
+    return _Conversation(template, family, added, normal), trained
 
 
 def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple[int, int]]:
@@ -149,11 +216,18 @@ class _Conversation:
     def __init__(
         self, template: Template, family: Family, added: AddedTokens, messages: Sequence[Message]
     ) -> None:
-        self._template = template
+        self.template = template
         self._family = family
         self._added = added
-        self._messages = messages
-        self._prepared = [family.prepare(message) for message in messages]
+        self.messages = messages
+        self._prepared = [self._prepare(message) for message in messages]
+        self._checked: set[tuple[str, bool, bool, int]] = set()
+
+    def _prepare(self, message: Message) -> Message:
+        """Return the message as the template takes it."""
+        if "tool_calls" in message and self.template.takes_text_arguments:
+            return with_text_arguments(message)
+        return message
 
     def texts(self, number: int, index: int) -> tuple[str, str]:
         """Return context and completion of a turn, checked, through the end-of-turn token."""
@@ -166,19 +240,20 @@ class _Conversation:
                     problem += f" ({remedy})"
         except TurnError as error:
             problem = str(error)
-        if index > 0 and self._messages[index - 1]["role"] == "assistant":
+        if index > 0 and self.messages[index - 1]["role"] == "assistant":
             problem += (
                 "; the message before it is from the assistant too, which most templates can't "
                 "continue: join the two, or put a user or tool message between them"
             )
-        raise ChatFormatError(
-            f"assistant turn {number} (message {index}, template family {self._family.name}): "
-            f"{problem}"
-        )
+        raise ChatFormatError(f"{self.name(number, index)}: {problem}")
+
+    def name(self, number: int, index: int) -> str:
+        """Return what to call a turn, given its number and the index of its message."""
+        return f"assistant turn {number} (message {index}, template family {self._family.name})"
 
     def _texts(self, index: int) -> tuple[str, str]:
-        message = self._messages[index]
-        check_generable(message, self._added.special, self._template.text)
+        message = self.messages[index]
+        check_generable(message, self._added.special, self.template.text)
         if not (message["content"] or message.keys() & {"reasoning_content", "tool_calls"}):
             raise TurnError(
                 "it is empty: no reasoning, content or tool call, so the model would learn to "
@@ -186,12 +261,30 @@ class _Conversation:
             )
         if index == 0:
             raise TurnError(_NOTHING_BEFORE)
-        context = self._template.render(self._prepared[:index], prompt=True)
+        context = self.template.render(self._prepared[:index], prompt=True)
         if not context:
             raise TurnError(_NOTHING_BEFORE)
-        turn = Turn(self._template, self._prepared[: index + 1], context)
+        turn = Turn(self.template, self._prepared[: index + 1], context)
         completion = self._family.completion(turn)
-        return context, completion[: end_of_turn(completion, message, self._added.special)]
+        end = end_of_turn(completion, message, self._added.special)
+        self._check_shape(index, context)
+        return context, completion[:end]
+
+    def _check_shape(self, index: int, context: str) -> None:
+        """Check that the template writes each field of such a turn, once for turns alike."""
+        message = self.messages[index]
+        shape = (
+            self.messages[index - 1]["role"],
+            "reasoning_content" in message,
+            bool(message["content"]),
+            len(message.get("tool_calls", ())),
+        )
+        if shape in self._checked:
+            return
+        other, texts = with_stand_ins(message)
+        messages = [*self._prepared[:index], self._prepare(other)]
+        check_stand_ins(self._family.completion(Turn(self.template, messages, context)), texts)
+        self._checked.add(shape)
 
 
 _NOTHING_BEFORE = (

@@ -11,7 +11,7 @@ import numpy as np
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.messages import Message
-from onepass_trl.chat.rendering import TrainOn, chosen_turns, render_passes
+from onepass_trl.chat.rendering import RenderedTurn, TrainOn, chosen_turns, render_turns
 from onepass_trl.passes import Pass
 
 if TYPE_CHECKING:
@@ -143,6 +143,30 @@ def row_to_passes(
         given = _given_passes(row["passes"])
         chosen = chosen_turns(train_on, len(given))
         return [pass_ for number, pass_ in enumerate(given) if number in chosen]
+    turns = row_to_turns(
+        row,
+        tokenizer,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        train_on=train_on,
+        null_arguments=null_arguments,
+    )
+    return [turn.rendered for turn in turns]
+
+
+def row_to_turns(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: TrainOn = "all",
+    null_arguments: NullArguments = "error",
+) -> list[RenderedTurn]:
+    """Return the rendered turns of a row that holds a conversation, not ``passes``.
+
+    Arguments and errors are those of :func:`row_to_passes`.
+    """
     conversation = row_to_conversation(row, null_arguments=null_arguments)
     if conversation.train_on != "all":
         if train_on not in ("all", "last"):
@@ -151,7 +175,7 @@ def row_to_passes(
                 "are trained; use 'all' or 'last', or give the row as 'messages'"
             )
         train_on = conversation.train_on if train_on == "all" else "last"
-    return render_passes(
+    return render_turns(
         conversation.messages,
         tokenizer,
         tools=tools if conversation.tools is None else conversation.tools,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -32,6 +34,30 @@ RESERVED = frozenset(
         "truncation",
     }
 )
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+_EMPTY_QUESTION = {"role": "user", "content": ""}
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=16)
+def _report_unread(template: str, names: tuple[str, ...]) -> None:
+    """Log, once for each template, that these arguments change nothing."""
+    logger.warning(
+        "chat_template_kwargs has %s, which this chat template doesn't read: it changes nothing. "
+        "Is it spelled as the template has it? Its thinking switch is %s",
+        ", ".join(map(repr, names)),
+        _switch(template) or "none",
+    )
+
+
+def _switch(template: str) -> str | None:
+    return next((name for name in THINKING_SWITCHES if _names(template, name)), None)
+
+
+def _names(template: str, argument: str) -> bool:
+    """Return whether the template's source has this name."""
+    return re.search(rf"\b{re.escape(argument)}\b", template) is not None
 
 
 class Template:
@@ -68,6 +94,11 @@ class Template:
                 f"the tokenizer has no chat template to render with ({error}); set "
                 "tokenizer.chat_template"
             ) from error
+        unread = [
+            name for name in self._kwargs if name != "chat_template" and not _names(self.text, name)
+        ]
+        if unread:
+            _report_unread(self.text, tuple(unread))
 
     @cached_property
     def closing(self) -> str:
@@ -76,11 +107,44 @@ class Template:
         Phi-3's writes ``<|endoftext|>`` even behind a question that awaits its answer. Such a token
         isn't part of a turn: no later context holds it.
         """
-        question = [{"role": "user", "content": ""}]
-        whole, eos = self.render(question, prompt=False), self._tokenizer.eos_token
-        if not eos or not whole.endswith(eos):
+        eos = self._tokenizer.eos_token
+        if not eos or not self.question.endswith(eos):
             return ""
-        return "" if self.render(question, prompt=True).startswith(whole) else eos
+        return "" if self.question_prompt.startswith(self.question) else eos
+
+    @cached_property
+    def question(self) -> str:
+        """What the template writes for an empty question."""
+        return self.render([_EMPTY_QUESTION], prompt=False)
+
+    @cached_property
+    def question_prompt(self) -> str:
+        """What inference feeds for an empty question."""
+        return self.render([_EMPTY_QUESTION], prompt=True)
+
+    @cached_property
+    def thinking_switch(self) -> str | None:
+        """The template argument that turns thinking on and off, None if it has none."""
+        return _switch(self.text)
+
+    @cached_property
+    def takes_text_arguments(self) -> bool:
+        """Whether arguments of tool calls must be JSON text: DeepSeek fails for dicts."""
+
+        def refuses(arguments: Any) -> bool:
+            call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            try:
+                self.render_behind_question(message)
+            except TemplateRefusal:
+                return True
+            return False
+
+        return refuses({"a": "b"}) and not refuses('{"a": "b"}')
+
+    def render_behind_question(self, message: dict[str, Any]) -> str:
+        """Return the text of an empty question and an assistant's message."""
+        return self.render([_EMPTY_QUESTION, message], prompt=False)
 
     def render(self, messages: Sequence[dict[str, Any]], *, prompt: bool) -> str:
         """Return the text of the messages, with the generation prompt after it if ``prompt``.

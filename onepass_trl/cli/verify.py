@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -106,6 +107,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32"
     )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=_json_object,
+        help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
+    )
     parser.add_argument("--max_length", type=int, help="cut each pass to its first tokens")
     parser.add_argument(
         "--loss_tolerance", type=float, default=1e-6, help="largest relative difference of the loss"
@@ -120,6 +126,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if options.num_conversations < 1:
         parser.error(f"--num_conversations must be at least 1, got {options.num_conversations}")
     return options
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Return the object that the text is, for argparse."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
 
 
 def _load_passes(options: argparse.Namespace) -> list[list[Pass]]:
@@ -137,7 +151,12 @@ def _load_passes(options: argparse.Namespace) -> list[list[Pass]]:
     null_arguments = settle_null_arguments(dataset, "auto")
     conversations = []
     for index in range(min(options.num_conversations, len(dataset))):
-        passes = row_to_passes(dataset[index], tokenizer, null_arguments=null_arguments)
+        passes = row_to_passes(
+            dataset[index],
+            tokenizer,
+            chat_template_kwargs=options.chat_template_kwargs,
+            null_arguments=null_arguments,
+        )
         if options.max_length is not None:
             passes, overflow = limit_passes(passes, options.max_length, "truncate")
             if overflow.num_passes:

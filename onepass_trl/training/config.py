@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -37,12 +38,21 @@ class OnePassSFTConfig(SFTConfig):
             can't be told from those: ``"drop"`` removes them, ``"keep"`` keeps them, ``"error"``
             refuses them. ``"auto"`` keeps them in columns that hold JSON (where they are real) and
             is ``"error"`` elsewhere.
+        chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking":
+            False}`` (as JSON on the command line), for all conversations; a row's own
+            ``chat_template_kwargs`` come first.
+        verify_rendering: whether what a turn trains the model to generate is parsed, as a server
+            does it, and compared with the turn's message; a difference is an error. By default for
+            the first 8 rows of a dataset, ``True`` for every row, ``False`` for none. It needs a
+            response template: the tokenizer's own, or TRL's for known chat templates.
         attention_impl: implementation of tree attention: ``"auto"``, ``"cuda"``, ``"cpu"``,
             ``"flex"`` or ``"dense"``. See `onepass_trl.tree_attention`.
 
     Raises:
         ValueError: for an option of ``SFTConfig`` that one-pass training can't honour.
     """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
 
     bf16: bool | None = field(
         default=None,
@@ -67,6 +77,19 @@ class OnePassSFTConfig(SFTConfig):
             "choices": list(NULL_ARGUMENTS),
         },
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."
+        },
+    )
+    verify_rendering: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Parse what each turn generates and compare it with its message: for every "
+            "row, for none, or by default for the first rows."
+        },
+    )
     attention_impl: str = field(
         default="auto",
         metadata={
@@ -74,6 +97,12 @@ class OnePassSFTConfig(SFTConfig):
             "choices": ["auto", "cuda", "cpu", "flex", "dense"],
         },
     )
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What ``chat_template_kwargs`` means; ``__post_init__`` has decoded it."""
+        assert not isinstance(self.chat_template_kwargs, str)
+        return self.chat_template_kwargs or {}
 
     @property
     def trained_turns(self) -> TrainOn:
@@ -100,6 +129,13 @@ class OnePassSFTConfig(SFTConfig):
             raise ValueError(
                 f"null_arguments must be one of {', '.join(NULL_ARGUMENTS)}, got "
                 f"{self.null_arguments!r}"
+            )
+        if self.chat_template_kwargs is not None and not isinstance(
+            self.chat_template_kwargs, dict
+        ):
+            raise ValueError(
+                "chat_template_kwargs must be a dict, or JSON text of one such as "
+                f"'{{\"enable_thinking\": false}}', got {self.chat_template_kwargs!r}"
             )
         if self.activation_offloading and self.device.type == "cpu":
             raise ValueError(

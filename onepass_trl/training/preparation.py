@@ -15,7 +15,8 @@ import pyarrow.compute as compute
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from onepass_trl.chat.rows import NullArguments, TrainOn, row_to_passes
+from onepass_trl.chat.families import Family, register_family, registered_families
+from onepass_trl.chat.rows import NullArguments, TrainOn, row_to_passes, row_to_turns
 from onepass_trl.data import (
     Layout,
     Overflow,
@@ -28,6 +29,8 @@ from onepass_trl.data import (
     split_passes,
 )
 from onepass_trl.data.layout import TOKEN_COLUMNS
+from onepass_trl.passes import Pass
+from onepass_trl.training.round_trip import check_round_trip, response_template_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ _LISTS = (List, LargeList)
 # packed.
 RENDER_BATCH_SIZE = 16
 PACK_BATCH_SIZE = 1000
+# So many rows of a dataset are parsed back unless `verify_rendering` says otherwise.
+NUM_VERIFIED_ROWS = 8
 
 _MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "conversations")
 ROW_COLUMNS = (*TOKEN_COLUMNS, "num_turns")
@@ -62,6 +67,7 @@ def _code_digest() -> str:
     package = Path(__file__).parents[1]
     files = [package / "passes.py", *sorted((package / "chat").rglob("*.py"))]
     files += [*sorted((package / "data").glob("*.py")), Path(__file__)]
+    files += [Path(__file__).with_name("round_trip.py")]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -74,10 +80,20 @@ class PreparationOptions:
     train_on: TrainOn
     packing: bool
     null_arguments: NullArguments = "error"
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    verify_rendering: bool | None = None
     num_proc: int | None = None
     shuffle_seed: int | None = None
+    families: tuple[Family, ...] = field(default_factory=registered_families)
+    """The registered families: for the cache, and for processes that don't inherit them."""
     code: str = field(default_factory=lambda: _code_digest())
     """The cache of `datasets` must not outlive the code that made its rows."""
+
+    def verifies(self, index: int) -> bool:
+        """Return whether the row at `index` is parsed back after rendering."""
+        if self.verify_rendering is None:
+            return index < NUM_VERIFIED_ROWS
+        return self.verify_rendering
 
 
 def is_prepared(column_names: list[str]) -> bool:
@@ -168,6 +184,8 @@ def _render(
     described: Callable[[str], dict[str, Any]],
 ) -> AnyDataset:
     """Return the rows of all conversations; what an overflow policy took away is reported."""
+    if options.verify_rendering is not False and "passes" not in column_names:
+        _report_unverified(tokenizer, options, name)
     features = dataset.features
     dataset = dataset.map(
         _render_batch,
@@ -274,19 +292,56 @@ def _has_exact_arguments(feature: Any) -> bool:
     )
 
 
+def _report_unverified(
+    tokenizer: PreTrainedTokenizerBase, options: PreparationOptions, name: str
+) -> None:
+    """Log why conversations aren't parsed back, if they aren't."""
+    template = tokenizer.chat_template
+    if isinstance(template, str) and response_template_of(tokenizer, template) is None:
+        logger.log(
+            logging.WARNING if options.verify_rendering else logging.INFO,
+            "%s dataset: rendered turns aren't parsed back to compare them with their messages, "
+            "since neither the tokenizer nor TRL has a response template for this chat template. "
+            "To have them verified, set tokenizer.response_template",
+            name,
+        )
+
+
 def make_rows(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions,
+    *,
+    verify: bool = False,
 ) -> tuple[list[Layout], Overflow]:
     """Return the rows of one conversation, and what an overflow policy took away."""
-    passes = row_to_passes(
-        row, tokenizer, train_on=options.train_on, null_arguments=options.null_arguments
-    )
+    passes = _passes(row, tokenizer, options, verify)
     if options.max_length is None:
         return [linearize(build_tree(passes))], Overflow()
     passes, lost = limit_passes(passes, options.max_length, options.overflow)
     if not passes:
         return [], lost
     return [linearize(tree) for tree in split_passes(passes, options.max_length)], lost
+
+
+def _passes(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions,
+    verify: bool,
+) -> list[Pass]:
+    """Return the passes of a row, parsed back if `verify` and if it holds messages."""
+    arguments: dict[str, Any] = {
+        "chat_template_kwargs": options.chat_template_kwargs,
+        "train_on": options.train_on,
+        "null_arguments": options.null_arguments,
+    }
+    if not verify or row.get("passes") is not None:
+        return row_to_passes(row, tokenizer, **arguments)
+    turns = row_to_turns(row, tokenizer, **arguments)
+    for turn in turns:
+        check_round_trip(turn, tokenizer)
+    return [turn.rendered for turn in turns]
 
 
 def _render_batch(
@@ -298,12 +353,14 @@ def _render_batch(
     warn: bool,
     features: Features | None,
 ) -> dict[str, list[Any]]:
+    for family in reversed(options.families):
+        register_family(family)
     output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
     for position, index in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}
         row = with_exact_nulls(row, features)
         try:
-            layouts, lost = make_rows(row, tokenizer, options)
+            layouts, lost = make_rows(row, tokenizer, options, verify=options.verifies(index))
         except ValueError as error:
             raise ValueError(f"row {index} of the {name} dataset: {error}") from error
         if warn and lost.num_passes:

@@ -185,6 +185,8 @@ class OnePassSFTTrainer(SFTTrainer):
             train_on=args.trained_turns,
             packing=packing,
             null_arguments=preparation.settle_null_arguments(dataset, args.null_arguments),
+            chat_template_kwargs=args.template_arguments,
+            verify_rendering=args.verify_rendering,
             num_proc=args.dataset_num_proc,
             shuffle_seed=args.seed if args.shuffle_dataset else None,
         )

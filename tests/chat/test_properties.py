@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onepass_trl.chat import ChatFormatError, render_passes
+from tests.chat.families import CASES
 from tests.chat.tokenizers import small_tokenizer, texts
 
 MARKUP = [
@@ -66,16 +67,30 @@ REASONS = (
     "contains '</think>'",
     "only the first",
 )
+# Families whose calls hold the arguments as JSON.
+JSON_CALLS = ("qwen3", "deepseekv3", "deepseek_v3_1", "gptoss")
+OTHER_CALLS = (
+    "glm4moe",
+    "nemotron_3_nano",
+    "nemotron_3_ultra",
+    "qwen3_8",
+    "gemma4_v2",
+    "gemma4_v5",
+    "lfm2_2_5_v2",
+    "lfm2_2_5_vl",
+    "muse_glimmer",
+)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "deepseekv3", "gptoss"])
+@pytest.mark.parametrize("template", [*JSON_CALLS, *OTHER_CALLS])
 @settings(deadline=None)
 @given(messages=conversations)
-def test_passes_are_exact_or_refused(family, messages):
-    tokenizer = small_tokenizer(family)
+def test_passes_are_exact_or_refused(template, messages):
+    tokenizer = small_tokenizer(template)
+    [kwargs] = {tuple(c.kwargs.items()) for c in CASES.values() if c.template == template}
     refusal = None
     try:
-        passes = render_passes(messages, tokenizer)
+        passes = render_passes(messages, tokenizer, chat_template_kwargs=dict(kwargs))
     except ChatFormatError as error:
         refusal = str(error)
     if refusal:
@@ -85,22 +100,32 @@ def test_passes_are_exact_or_refused(family, messages):
     indices = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for index, item in zip(indices, passes, strict=True):
         message = messages[index]
-        if family != "deepseekv3":  # its templates raise an error for arguments that are dicts
+        if "deepseek" not in template:  # these raise an error for arguments that are dicts
             prompt = tokenizer.apply_chat_template(
-                [without_empty_reasoning(m) for m in messages[:index]], add_generation_prompt=True
+                [as_rendered(m) for m in messages[:index]],
+                add_generation_prompt=True,
+                **dict(kwargs),
             )
             assert np.array_equal(item.token_ids[~item.trained], prompt["input_ids"])
         completion = texts(tokenizer, item)[1]
         assert message["reasoning_content"].strip() in completion
         assert message["content"].strip() in completion
-        for call in message.get("tool_calls", ()):
-            assert json.dumps(call["function"]["arguments"], ensure_ascii=False) in completion
-        assert tokenizer.eos_token not in completion[: -len(tokenizer.eos_token)]
+        if template in JSON_CALLS:
+            for call in message.get("tool_calls", ()):
+                assert json.dumps(call["function"]["arguments"], ensure_ascii=False) in completion
+        end = tokenizer.decode(item.token_ids[-1:])
+        assert end in tokenizer.all_special_tokens or end in tokenizer.get_added_vocab()
+        assert tokenizer.eos_token not in completion[: -len(end)]
 
 
-def without_empty_reasoning(message):
-    """Return the message as rendering sees it: empty reasoning is none, and `<think>` is
-    reasoning."""
-    if message["role"] == "assistant" and not message["reasoning_content"]:
-        return {k: v for k, v in message.items() if k != "reasoning_content"}
-    return message
+def as_rendered(message):
+    """Return the message as rendering sees it: empty reasoning is none."""
+    if message["role"] != "assistant":
+        return message
+    rest = {k: v for k, v in message.items() if k != "reasoning_content"}
+    reasoning = message["reasoning_content"]
+    return (
+        {**rest, **dict.fromkeys(("reasoning_content", "thinking"), reasoning)}
+        if reasoning
+        else rest
+    )

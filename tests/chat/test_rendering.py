@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from onepass_trl.chat import ChatFormatError, render_passes
+from tests.chat.families import trl_template
 from tests.chat.tokenizers import SMALL, small_tokenizer, texts
 
 TWO_TURNS = [
@@ -27,103 +28,6 @@ TOOL_TURNS = [
     {"role": "tool", "name": "search", "content": "found"},
     {"role": "assistant", "reasoning_content": "It is there.", "content": "Found it."},
 ]
-GOLDEN = {
-    ("qwen3", "two"): [
-        (
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
-            "<|im_start|>assistant\n",
-            "<think>\nTwo and two.\n</think>\n\n4<|im_end|>",
-        ),
-        (
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
-            "<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nAnd 3+3?<|im_end|>\n"
-            "<|im_start|>assistant\n",
-            "<think>\nThree and three.\n</think>\n\n6<|im_end|>",
-        ),
-    ],
-    ("qwen3", "tool"): [
-        (
-            "<|im_start|>user\nSearch.<|im_end|>\n<|im_start|>assistant\n",
-            '<think>\nI search.\n</think>\n\n<tool_call>\n{"name": "search", "arguments": '
-            '{"query": "träge", "limit": 3}}\n</tool_call><|im_end|>',
-        ),
-        (
-            "<|im_start|>user\nSearch.<|im_end|>\n<|im_start|>assistant\n<think>\nI search.\n"
-            '</think>\n\n<tool_call>\n{"name": "search", "arguments": {"query": "träge", '
-            '"limit": 3}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\nfound\n'
-            "</tool_response><|im_end|>\n<|im_start|>assistant\n",
-            "<think>\nIt is there.\n</think>\n\nFound it.<|im_end|>",
-        ),
-    ],
-    ("deepseekv3", "two"): [
-        (
-            "<｜begin▁of▁sentence｜>Be brief.<｜User｜>2+2?<｜Assistant｜><think>\n",
-            "Two and two.\n</think>\n\n4<｜end▁of▁sentence｜>",
-        ),
-        (
-            "<｜begin▁of▁sentence｜>Be brief.<｜User｜>2+2?<｜Assistant｜>4<｜end▁of▁sentence｜>"
-            "<｜User｜>And 3+3?<｜Assistant｜><think>\n",
-            "Three and three.\n</think>\n\n6<｜end▁of▁sentence｜>",
-        ),
-    ],
-    ("deepseekv3", "tool"): [
-        (
-            "<｜begin▁of▁sentence｜><｜User｜>Search.<｜Assistant｜><think>\n",
-            "I search.\n</think>\n\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
-            '<｜tool▁sep｜>search\n```json\n{"query": "träge", "limit": 3}\n```'
-            "<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>",
-        ),
-        (
-            "<｜begin▁of▁sentence｜><｜User｜>Search.<｜Assistant｜><｜tool▁calls▁begin｜>"
-            '<｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n{"query": "träge", '
-            '"limit": 3}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
-            "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>found<｜tool▁output▁end｜>"
-            "<｜tool▁outputs▁end｜>",
-            "<think>\nIt is there.\n</think>\n\nFound it.<｜end▁of▁sentence｜>",
-        ),
-    ],
-    ("gptoss", "two"): [
-        (
-            "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user"
-            "<|message|>2+2?<|end|><|start|>assistant",
-            "<|channel|>analysis<|message|>Two and two.<|end|><|start|>assistant<|channel|>final"
-            "<|message|>4<|return|>",
-        ),
-        (
-            "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user"
-            "<|message|>2+2?<|end|><|start|>assistant<|channel|>final<|message|>4<|end|><|start|>"
-            "user<|message|>And 3+3?<|end|><|start|>assistant",
-            "<|channel|>analysis<|message|>Three and three.<|end|><|start|>assistant<|channel|>"
-            "final<|message|>6<|return|>",
-        ),
-    ],
-    ("gptoss", "tool"): [
-        (
-            "<|start|>user<|message|>Search.<|end|><|start|>assistant",
-            "<|channel|>analysis<|message|>I search.<|end|><|start|>assistant to=functions.search"
-            '<|channel|>commentary json<|message|>{"query": "träge", "limit": 3}<|call|>',
-        ),
-        (
-            "<|start|>user<|message|>Search.<|end|><|start|>assistant<|channel|>analysis"
-            "<|message|>I search.<|end|><|start|>assistant to=functions.search<|channel|>"
-            'commentary json<|message|>{"query": "träge", "limit": 3}<|call|><|start|>'
-            'functions.search to=assistant<|channel|>commentary<|message|>"found"<|end|>'
-            "<|start|>assistant",
-            "<|channel|>analysis<|message|>It is there.<|end|><|start|>assistant<|channel|>final"
-            "<|message|>Found it.<|return|>",
-        ),
-    ],
-}
-
-
-@pytest.mark.parametrize(("family", "case"), GOLDEN)
-def test_golden(family, case):
-    tokenizer = small_tokenizer(family)
-    passes = render_passes(TWO_TURNS if case == "two" else TOOL_TURNS, tokenizer)
-    rendered = [texts(tokenizer, item) for item in passes]
-    if family == "gptoss":  # its system message holds the date
-        rendered = [(context.partition("<|end|>")[2], turn) for context, turn in rendered]
-    assert rendered == GOLDEN[family, case]
 
 
 def test_deepseek_prompt_without_opener():
@@ -203,6 +107,14 @@ def test_arguments_as_json_text_and_flat_calls_give_the_same_passes(family):
         assert a.token_ids.tolist() == b.token_ids.tolist()
 
 
+@pytest.mark.parametrize("template", ["deepseekv3", "deepseekv3_training"])
+def test_arguments_are_given_as_the_template_takes_them(template):
+    tokenizer = copy.deepcopy(small_tokenizer("deepseekv3"))
+    tokenizer.chat_template = trl_template(template)
+    completion = texts(tokenizer, render_passes(TOOL_TURNS, tokenizer)[0])[1]
+    assert '```json\n{"query": "träge", "limit": 3}\n```' in completion
+
+
 def test_the_messages_are_left_alone():
     messages = copy.deepcopy(TOOL_TURNS)
     messages[1]["train"] = False
@@ -258,7 +170,12 @@ ERRORS = [
     ("qwen3", TWO_TURNS, {"train_on": [True]}, "whole turn numbers"),
     ("qwen3", TWO_TURNS, {"train_on": "first"}, "must be 'all', 'last' or a list"),
     ("qwen3", TWO_TURNS, {"chat_template_kwargs": {"tokenize": False}}, "must not set tokenize"),
-    ("qwen3", TWO_TURNS, {"chat_template_kwargs": {"enable_thinking": False}}, "unknown family"),
+    (
+        "qwen3",
+        TWO_TURNS,
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        "prompt before it.*enable_thinking.: True",
+    ),
     ("qwen3", [user(), answer("a<|im_end|>b")], {}, r"contains the special token '<\|im_end\|>'"),
     ("qwen3", [user(), answer("a</think>b")], {}, "content contains '</think>'"),
     ("qwen3", [user(), answer(reasoning="a</think>b")], {}, "reasoning_content contains"),
@@ -310,9 +227,26 @@ def test_template_without_end_of_turn():
 def test_short_answers_are_not_found_in_markup():
     tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
     tokenizer.chat_template = tokenizer.chat_template.replace("content.lstrip('\\n')", "''")
-    for text in ("t", "end", "im", "k"):
+    for text in ("t", "end", "im", "k", ">", "<"):
         with pytest.raises(ChatFormatError, match="its content"):
             render_passes([user(), answer(text)], tokenizer)
+
+
+def test_dropped_fields_are_not_found_elsewhere():
+    drops = {
+        "reasoning_content.strip('\\n')": [user(), answer("I know it", reasoning="know")],
+        "tool_call.name": [user(), answer("I search", tool_calls=[{"name": "search"}])],
+        "tool_call.arguments | tojson": [
+            user(),
+            answer("I search", tool_calls=[{"name": "search", "arguments": {"se": "ar"}}]),
+        ],
+    }
+    for written, messages in drops.items():
+        tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+        assert written in tokenizer.chat_template
+        tokenizer.chat_template = tokenizer.chat_template.replace(written, "''")
+        with pytest.raises(ChatFormatError, match=r"isn't in the text|tool call"):
+            render_passes(messages, tokenizer)
 
 
 def test_an_empty_turn_is_refused():

@@ -1,9 +1,8 @@
-"""Small tokenizers with the chat templates of real model families, and the folder of real ones."""
+"""Tokenizers of the families: small ones, and those made from the folder of real ones."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tests.chat.families import CASES, Case
 
 SHARED = Path(os.environ.get("ONEPASS_SHARED", Path(__file__).parents[3] / "shared"))
 SHARED_REASON = f"needs the real conversations and tokenizers in {SHARED} (ONEPASS_SHARED)"
@@ -21,38 +22,17 @@ _SENTENCES = [
     "Let me think about this step by step.\n\n1. First\n2. Then\n",
     "assistant user system tool functions commentary analysis final json",
 ]
-_SPECIAL = {
-    "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "llama3_1": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "phi3": ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-    "deepseekv3": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
-    "gptoss": ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"],
-}
-_PLAIN = {
-    "qwen3": ["<think>", "</think>", "<tool_call>", "</tool_call>"],
-    "deepseekv3": ["<think>", "</think>", "<｜User｜>", "<｜Assistant｜>"],
-}
-_EOS = {
-    "qwen3": "<|im_end|>",
-    "llama3_1": "<|eot_id|>",
-    "phi3": "<|endoftext|>",
-    "deepseekv3": "<｜end▁of▁sentence｜>",
-    "gptoss": "<|return|>",
-}
-_BOS = {"llama3_1": "<|begin_of_text|>", "deepseekv3": "<｜begin▁of▁sentence｜>"}
-SMALL = tuple(_SPECIAL)
-
-
-def trl_template(name: str) -> str:
-    """Return a chat template that TRL ships, without importing TRL."""
-    spec = importlib.util.find_spec("trl")
-    assert spec is not None
-    assert spec.origin is not None
-    return (Path(spec.origin).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+SMALL = ("qwen3", "llama3_1", "phi3", "deepseekv3", "gptoss")
+"""Templates whose tokens are as different as any: enough where all would take long."""
 
 
 @functools.cache
-def small_tokenizer(family: str) -> PreTrainedTokenizerBase:
+def small_tokenizer(template: str) -> PreTrainedTokenizerBase:
+    """Return the small tokenizer of the family that has this template."""
+    return make_small_tokenizer(next(case for case in CASES.values() if case.template == template))
+
+
+def make_small_tokenizer(case: Case) -> PreTrainedTokenizerBase:
     """Return a byte-level BPE trained on four sentences, with the family's tokens and template."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,23 +45,36 @@ def small_tokenizer(family: str) -> PreTrainedTokenizerBase:
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    model.add_special_tokens(_SPECIAL[family])
-    model.add_tokens([AddedToken(t, normalized=False) for t in _PLAIN.get(family, [])])
-    names: dict[str, Any] = {"bos_token": _BOS[family]} if family in _BOS else {}
+    tokens = case.tokens
+    model.add_special_tokens(tokens.special.split())
+    model.add_tokens([AddedToken(token, normalized=False) for token in tokens.plain.split()])
+    names: dict[str, Any] = {"bos_token": tokens.bos} if tokens.bos else {}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token=_EOS[family], pad_token=_EOS[family], **names
+        tokenizer_object=model, eos_token=tokens.eos, pad_token=tokens.eos, **names
     )
-    tokenizer.chat_template = trl_template(family)
-    return tokenizer
+    return _finished(tokenizer, case)
 
 
-@functools.cache
-def real_tokenizer(folder: str, template: str = "chat_template.jinja") -> PreTrainedTokenizerBase:
-    """Return a tokenizer of the shared folder with one of its templates."""
+def make_real_tokenizer(case: Case) -> PreTrainedTokenizerBase:
+    """Return the real tokenizer of the family, or another one with the family's tokens."""
     tokenizer = AutoTokenizer.from_pretrained(
-        SHARED / "tokenizers" / folder, model_max_length=10**9
+        SHARED / "tokenizers" / case.tokens.folder, model_max_length=10**9
     )
-    tokenizer.chat_template = (SHARED / "tokenizers" / folder / template).read_text("utf-8")
+    known = tokenizer.get_added_vocab()
+    special = [token for token in case.tokens.special.split() if token not in known]
+    plain = [token for token in case.tokens.plain.split() if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in plain])
+    if case.tokens.bos:
+        tokenizer.bos_token = case.tokens.bos
+    tokenizer.eos_token = case.tokens.eos
+    return _finished(tokenizer, case)
+
+
+def _finished(tokenizer: PreTrainedTokenizerBase, case: Case) -> PreTrainedTokenizerBase:
+    tokenizer.chat_template = case.template_text()
+    if case.parser:
+        tokenizer.response_template = case.parser
     return tokenizer
 
 

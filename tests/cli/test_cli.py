@@ -117,6 +117,8 @@ def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats):
         (["--dataset_name=missing.jsonl"], "there is no such file"),
         (["--dataset_test_split=test", "--eval_strategy=epoch"], "has no split 'test'"),
         (["--overflow=cut"], "invalid choice"),
+        (["--chat_template_kwargs=no"], "chat_template_kwargs must be a dict"),
+        (["--verify_rendering=perhaps"], "verify_rendering"),
         (["--packing_strategy=wrapped", "--packing"], "packing_strategy="),
     ],
 )
@@ -141,6 +143,15 @@ def test_verify_agrees_and_says_so(tiny_model_dir, chats, capsys):
     out = capsys.readouterr().out
     assert "One pass agrees with N-pass" in out
     assert main(["verify", *flags, "--model_from_config"]) == 0
+
+
+def test_verify_takes_template_arguments(tiny_model_dir, chats, capsys):
+    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
+    assert main(["verify", *flags, '--chat_template_kwargs={"enable_thinking": false}']) == 2
+    assert "set chat_template_kwargs to {'enable_thinking': True}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["verify", *flags, "--chat_template_kwargs=[1]"])
+    assert "expected a JSON object, got [1]" in capsys.readouterr().err
 
 
 def test_verify_ends_with_one_if_they_differ(tiny_model_dir, chats, capsys):

@@ -211,6 +211,26 @@ def test_defaults_work_without_an_accelerator(tmp_path, monkeypatch):
     assert OnePassSFTConfig(str(tmp_path), use_cpu=True).bf16 is True  # TRL's
 
 
+def test_template_arguments_reach_every_conversation(train):
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    rows = [{"messages": messages}]
+    lengths = []
+    for kwargs in (None, '{"enable_thinking": false}', {"enable_thinking": False}):
+        trainer = train(
+            dataset=Dataset.from_list(rows), chat_template_kwargs=kwargs, verify_rendering=True
+        )
+        row = trainer.train_dataset[0]
+        lengths.append(int((row["weights"] > 0).sum()))
+    # With thinking off, the prompt holds the empty reasoning.
+    assert lengths[0] > lengths[1] == lengths[2]
+
+
+@pytest.mark.parametrize("wrong", ["enable_thinking", ["enable_thinking"]])
+def test_template_arguments_that_are_none(tmp_path, wrong):
+    with pytest.raises(ValueError, match=r"must be a dict, or JSON text of one such as"):
+        OnePassSFTConfig(str(tmp_path), use_cpu=True, bf16=False, chat_template_kwargs=wrong)
+
+
 def test_a_model_id_is_loaded_with_one_pass_attention(train, tmp_path, caplog):
     make_model("llama").save_pretrained(tmp_path / "llama")
     trainer = train(

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from onepass_trl.chat.families.base import Family, Turn
 from onepass_trl.chat.families.composable import Composable
-from onepass_trl.chat.families.deepseek_r1 import DeepSeekR1
+from onepass_trl.chat.families.deepseek import DeepSeek
+from onepass_trl.chat.families.fenced import Fenced
+from onepass_trl.chat.families.gemma4 import Gemma4
+from onepass_trl.chat.families.glm4 import Glm4
 from onepass_trl.chat.families.gpt_oss import GptOss
+from onepass_trl.chat.families.registry import (
+    FAMILIES,
+    family_of,
+    register_family,
+    registered_families,
+)
 
-__all__ = ["FAMILIES", "Family", "Turn", "family_of"]
-
-# The first that matches is taken; the last matches everything.
-FAMILIES: tuple[Family, ...] = (GptOss(), DeepSeekR1(), Composable())
-
-
-def family_of(template: str) -> Family:
-    """Return the family of a template, given as its Jinja source.
-
-    >>> family_of("{% for message in messages %}{{ message.content }}{% endfor %}").name
-    'composable'
-    """
-    return next(family for family in FAMILIES if family.matches(template))
+__all__ = [
+    "FAMILIES",
+    "Composable",
+    "DeepSeek",
+    "Family",
+    "Fenced",
+    "Gemma4",
+    "Glm4",
+    "GptOss",
+    "Turn",
+    "family_of",
+    "register_family",
+    "registered_families",
+]

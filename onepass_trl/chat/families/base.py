@@ -1,15 +1,17 @@
-"""What a template family says: how its messages are prepared, what a turn's completion is."""
+"""What a template family says: which templates are its own, what a turn's completion is."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.messages import THINK_OPEN, Message
 from onepass_trl.chat.template import Template
+
+_REASONING_FIELDS = ("reasoning_content", "thinking")
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Turn:
 
     Attributes:
         template: The chat template.
-        messages: The prepared messages up to and including the turn's own.
+        messages: The messages, as the template takes them, up to and including the turn's own.
         context: The text that inference would feed before the turn: the messages before it and the
             prompt.
     """
@@ -32,18 +34,48 @@ class Turn:
         """The turn's own message."""
         return self.messages[-1]
 
-    def rendered_alone(self, message: Message, header: str) -> str:
+    @property
+    def reasoning(self) -> str:
+        """The message's reasoning, ``""`` if it has none."""
+        return self.message.get("reasoning_content", "")
+
+    def with_content(self, content: str) -> Turn:
+        """Return the turn with another content."""
+        return replace(self, messages=[*self.messages[:-1], {**self.message, "content": content}])
+
+    def with_reasoning(self, reasoning: str) -> Turn:
+        """Return the turn with another reasoning, ``""`` for none."""
+        message = {k: v for k, v in self.message.items() if k not in _REASONING_FIELDS}
+        if reasoning:
+            message.update(dict.fromkeys(_REASONING_FIELDS, reasoning))
+        return replace(self, messages=[*self.messages[:-1], message])
+
+    def rendered_alone(self, header: str) -> str:
         """Return what the template writes behind an empty question and the header of its answer.
 
         Raises:
             TurnError: if that rendering doesn't begin with the question and the header.
         """
-        question: list[Message] = [{"role": "user", "content": ""}]
-        begin = self.template.render(question, prompt=False) + header
-        alone = self.template.render([*question, message], prompt=False)
+        begin = self.template.question + header
+        alone = self.template.render_behind_question(self.message)
         if not alone.startswith(begin):
             raise TurnError(f"the template doesn't write {header!r} before an assistant message")
         return alone[len(begin) :]
+
+    def refuse_reasoning(self) -> None:
+        """Raise an error if the turn has reasoning: its prompt says that there is none.
+
+        Raises:
+            TurnError: if the turn has reasoning.
+        """
+        if not self.reasoning:
+            return
+        switch = self.template.thinking_switch
+        remedy = f"set chat_template_kwargs to {{{switch!r}: True}}, for this row or for all, or "
+        raise TurnError(
+            f"it has reasoning, but the prompt before it, which ends in {self.context[-40:]!r}, "
+            f"says that there is none; {remedy if switch else ''}remove the reasoning"
+        )
 
 
 class Family(ABC):
@@ -67,10 +99,6 @@ class Family(ABC):
     def reads_reasoning(self, template: str) -> bool:
         """Return whether turns of this template have reasoning apart from their content."""
         return True
-
-    def prepare(self, message: Message) -> Message:
-        """Return the normalized message as this family's templates want it."""
-        return message
 
     @abstractmethod
     def completion(self, turn: Turn) -> str:

@@ -1,7 +1,7 @@
 """Templates that compose: the conversation with the turn begins with the turn's context.
 
-Qwen3, Qwen2.5, Llama 3, Phi and most others. Whatever isn't another family is taken for one of
-these, and the checks on each turn show whether it is.
+Qwen3, Nemotron, LFM2.5, Llama 3, Phi and most others. Whatever isn't another family is taken for
+one of these, and the checks on each turn show whether it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.families.base import Family, Turn
 
 _REASONING_FIELD = re.compile(r"\b(reasoning_content|reasoning|thinking)\b")
+_THINK_CLOSE = re.compile(r"</think>\s*$")
+_STAND_IN = "[reasoning]"
 
 
 class Composable(Family):
@@ -34,20 +36,29 @@ class Composable(Family):
 
     def completion(self, turn: Turn) -> str:
         """Return the end of the conversation's rendering, behind the context."""
-        if "reasoning_content" in turn.message and not self.reads_reasoning(turn.template.text):
+        reads_reasoning = self.reads_reasoning(turn.template.text)
+        if turn.reasoning and not reads_reasoning:
             raise TurnError(
                 "it has reasoning, but the template has no place for any and would drop it; use a "
                 "template of a reasoning model, or put it into the content as <think>..</think> "
                 "if later turns are to see it"
             )
         full = turn.template.render(turn.messages, prompt=False)
-        if not full.startswith(turn.context):
-            at = shared_prefix(full, turn.context)
-            raise TurnError(
-                "this is a template of an unknown family: with the turn, it doesn't go on from "
-                f"the turn's context. Where the context has {turn.context[at : at + 40]!r}, the "
-                f"conversation has {full[at : at + 40]!r}. Use the template of a supported family, "
-                "check chat_template_kwargs (a prompt that turns thinking off excludes turns with "
-                "reasoning), or add a family in onepass_trl/chat/families"
-            )
-        return full[len(turn.context) :].removesuffix(turn.template.closing)
+        if full.startswith(turn.context):
+            return full[len(turn.context) :].removesuffix(turn.template.closing)
+        if reads_reasoning and not turn.reasoning.strip():
+            # Nemotron's prompt opens the reasoning and its template writes `<think></think>` for
+            # none. The model then has to close what the prompt opened, as it does behind reasoning.
+            opened = turn.context + _STAND_IN
+            filled = turn.template.render(turn.with_reasoning(_STAND_IN).messages, prompt=False)
+            if filled.startswith(opened):
+                return filled[len(opened) :].removesuffix(turn.template.closing)
+        if _THINK_CLOSE.search(turn.context):
+            turn.refuse_reasoning()
+        at = shared_prefix(full, turn.context)
+        raise TurnError(
+            "this is a template of an unknown family: with the turn, it doesn't go on from the "
+            f"turn's context. Where the context has {turn.context[at : at + 40]!r}, the "
+            f"conversation has {full[at : at + 40]!r}. Use the template of a supported family, "
+            "check chat_template_kwargs, or add the family with onepass_trl.register_family"
+        )

@@ -54,4 +54,4 @@ class GptOss(Family):
                 "split it into one assistant message for each call, each followed by its tool "
                 "message"
             )
-        return turn.rendered_alone(turn.message, _HEADER)
+        return turn.rendered_alone(_HEADER)

@@ -1,0 +1,182 @@
+"""The reverse of rendering: what the model would generate, parsed, must give the message back.
+
+The parser is transformers' ``tokenizer.parse_response``, as servers and TRL's trainers use it. It
+shares no code with rendering, so it finds what both the template and our checks get wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_parsing.response_templates import (
+    ResponseTemplate,
+    load_response_template,
+)
+from trl.chat_template_utils import add_response_schema
+
+from onepass_trl.chat import ChatFormatError, RenderedTurn
+
+# The parser reads so many characters of the context, to see what of the message the prompt holds.
+PROMPT_LENGTH = 200
+
+
+def response_template_of(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> ResponseTemplate | None:
+    """Return how answers to a chat template are parsed: the tokenizer's way, or TRL's.
+
+    Args:
+        tokenizer: The tokenizer. Its ``response_template``, if it has one, is meant for its own
+            chat template.
+        template: The Jinja source of the chat template.
+
+    Returns:
+        A response template of transformers, None if neither the tokenizer nor TRL has one.
+
+    Raises:
+        ChatFormatError: if the tokenizer's isn't valid.
+    """
+    own = getattr(tokenizer, "response_template", None)
+    if own is None or template != tokenizer.chat_template:
+        return _trl_response_template(template)
+    try:
+        return load_response_template(own)
+    except (TypeError, ValueError) as error:
+        raise ChatFormatError(
+            f"tokenizer.response_template can't be used to verify rendering: {error}. Correct it, "
+            "remove it, or set verify_rendering=False"
+        ) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _trl_response_template(template: str) -> ResponseTemplate | None:
+    # TRL knows templates by their text and sets the attribute; the user's tokenizer is left alone.
+    stand_in = SimpleNamespace(chat_template=template)
+    try:
+        return load_response_template(add_response_schema(stand_in).response_template)
+    except ValueError:
+        return None
+
+
+def check_round_trip(turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Check that parsing the turn's completion gives its message back.
+
+    White space around texts doesn't count, nor do the types of arguments: some templates write the
+    number 5 and the text "5" alike.
+
+    Returns:
+        Whether it could be parsed: there is a response template, and it knows the turn's prompt.
+
+    Raises:
+        ChatFormatError: if another message comes back, or none; it shows where they differ.
+    """
+    response_template = response_template_of(tokenizer, turn.template)
+    prompt = turn.context[-PROMPT_LENGTH:]
+    if response_template is None or not response_template.start_anchor_re.search(prompt):
+        return False
+    parse = functools.partial(
+        tokenizer.parse_response,
+        schema=response_template,
+        prefix=prompt,
+        tools=None if turn.tools is None else list(turn.tools),
+    )
+    ids = turn.rendered.token_ids[turn.rendered.trained]
+    completion, end = (
+        tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in np.split(ids, [-1])
+    )
+    problems = []
+    for generated in (completion + end, completion):  # servers may cut the token that ends a turn
+        problem = _problem(turn.message, parse, generated)
+        if problem is None:
+            return True
+        problems.append(problem)
+    if _problem({"content": ""}, parse, "") is not None:
+        return False  # a prompt without the usual header: the message before it is read as well
+    raise ChatFormatError(
+        f"{turn.name}: parsing what the model would learn to generate {problems[0]}. A server that "
+        "parses so would misread it too: change the message or the chat template, or set "
+        "verify_rendering=False to train it all the same"
+    )
+
+
+def _problem(
+    message: Mapping[str, Any], parse: Callable[[str], dict[str, Any]], generated: str
+) -> str | None:
+    """Return in which field the generated text, parsed, differs from the message, None if equal."""
+    try:
+        parsed = parse(generated)
+    except (KeyError, ValueError) as error:
+        return f"fails: {error}. It is {generated!r}"
+    for what, given, read in _fields(message, parsed):
+        if not _same(given, read):
+            return f"gives back another {what}: {_difference(given, read)}"
+    return None
+
+
+def _fields(
+    message: Mapping[str, Any], parsed: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what each field is called, as it was given and as it was parsed."""
+    reasoning = parsed.get("reasoning_content") or parsed.get("thinking") or ""
+    yield "reasoning", message.get("reasoning_content", ""), reasoning
+    yield "content", message["content"], parsed.get("content") or ""
+    given, read = _calls(message), _calls(parsed)
+    if len(given) != len(read):
+        yield "number of tool calls", given, read
+    for number, pair in enumerate(zip(given, read, strict=False)):
+        yield f"tool call {number}", *pair
+
+
+def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    return [
+        {"name": function["name"], "arguments": function.get("arguments") or {}}
+        for function in functions
+    ]
+
+
+def _same(given: Any, read: Any) -> bool:
+    if isinstance(given, str) and isinstance(read, str):
+        return _plain(given) == _plain(read)
+    if isinstance(given, Mapping) and isinstance(read, Mapping):
+        theirs = {_plain(key): value for key, value in read.items()}
+        return len(given) == len(theirs) and all(
+            _plain(key) in theirs and _same(value, theirs[_plain(key)])
+            for key, value in given.items()
+        )
+    if isinstance(given, list) and isinstance(read, list):
+        return len(given) == len(read) and all(map(_same, given, read))
+    if isinstance(read, str):
+        return _plain(read) in map(_plain, _written(given))
+    if isinstance(given, str):
+        return _plain(given) in map(_plain, _written(read))
+    return bool(given == read)
+
+
+def _plain(text: str) -> str:
+    """Return the text without white space around it, in the form that tokenizers may normalize."""
+    return unicodedata.normalize("NFKC", text).strip()
+
+
+def _written(value: Any) -> tuple[str, ...]:
+    """Return how templates write a value that isn't text, as JSON or by Jinja's string filter."""
+    return json.dumps(value), json.dumps(value, ensure_ascii=False), str(value)
+
+
+def _difference(given: Any, read: Any) -> str:
+    """Return both as text from shortly before their first differing characters."""
+    texts = [
+        _plain(item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))
+        for item in (given, read)
+    ]
+    shorter = min(map(len, texts))
+    at = next((i for i in range(shorter) if texts[0][i] != texts[1][i]), shorter)
+    ours, theirs = (text[max(0, at - 20) : at + 40] for text in texts)
+    return f"from character {at} on it has {theirs!r}, the message has {ours!r}"
