@@ -61,14 +61,17 @@ def main(arguments: list[str] | None = None) -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     device = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    done = {}
+    done: dict[str, list[dict[str, Any]]] = {}
+    args.results.mkdir(parents=True, exist_ok=True)
     for part, module in PARTS.items():
         if args.only in (None, part):
-            done[part] = module.measure(args)
+            done[part] = []
+            path = args.results / f"{device}_{date}_{commit()}_{part}.json"
+            for rows in module.measure(args):
+                done[part] += rows
+                write(path, f"gpu_{part}", done[part])  # each time: a run may be cut short
             if not done[part]:
                 raise SystemExit(f"{part}: --seqs and --cases leave nothing to measure")
-            path = args.results / f"{device}_{date}_{commit()}_{part}.json"
-            write(path, f"gpu_{part}", done[part])
             print(f"wrote {path}", flush=True)
     for part, results in done.items():
         PARTS[part].print_table(results)

@@ -205,17 +205,15 @@ def measure_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any
             torch.cuda.empty_cache()
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the results of the chosen cases, printing each case as it is done."""
-    results: list[dict[str, Any]] = []
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Yield the results of each of the chosen cases."""
     for case in TINY if args.tiny else CASES:
         if args.seqs and case.seq not in args.seqs:
             continue
         if args.cases and args.cases not in case.name:
             continue
         print(f"attention: {case.name}, {case.seq:,} tokens, d {case.d}", flush=True)
-        results += measure_case(case, args)
-    return results
+        yield list(measure_case(case, args))
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -249,11 +249,11 @@ def measure_way(
     return {"step_ms": step_ms, "peak_mib": memory, "loss": loss, "unavailable": None}
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the results of the chosen models."""
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Yield the results of each of the chosen models."""
     models = TINY if args.tiny else {name: MODELS[name] for name in args.models}
-    measured = (measure_model(name, settings, args) for name, settings in models.items())
-    return [row for rows in measured for row in rows]
+    for name, settings in models.items():
+        yield measure_model(name, settings, args)
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
