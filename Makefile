@@ -4,9 +4,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
-BENCHMARKS := $(wildcard benchmarks/bench_*.py)
+BENCHMARKS := $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py))
+# What runs on a GPU machine needs no more than torch, transformers, pytest and the built library.
+GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 
-.PHONY: help venv demo test check format cuda check-cuda wheel bench clean
+.PHONY: help venv demo test check format cuda check-cuda test-gpu wheel bench bench-gpu clean
 
 help:
 	@echo "make venv    set up .venv and build the package into it ($(TORCH); override with TORCH=...)"
@@ -16,8 +18,10 @@ help:
 	@echo "make format  format Python and C++"
 	@echo "make cuda    build the CUDA library too (needs nvcc, not a GPU)"
 	@echo "make check-cuda  build it for head size 128 and check registers, instructions, symbols"
+	@echo "make test-gpu    test it on a GPU; ARGS='-k bfloat16-128' for a part"
 	@echo "make wheel   a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
 	@echo "make bench   run the benchmarks and regenerate the tables of benchmarks/README.md"
+	@echo "make bench-gpu  the benchmarks of a GPU; ARGS='--only attention' for a part"
 	@echo "make clean   remove .venv, builds, caches and runs"
 
 venv: .venv/installed
@@ -68,6 +72,9 @@ cuda: venv .venv/cute
 check-cuda: venv .venv/cute
 	$(BIN)/python csrc/cuda/check_build.py
 
+test-gpu:
+	$(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
+
 wheel: venv .venv/cute
 	ONEPASS_CUDA=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
@@ -76,6 +83,9 @@ bench: venv
 	  name=$$(basename $$script .py); name=$${name#bench_}; echo "== $$name"; \
 	  $(BIN)/python $$script --json benchmarks/results/$$name.json; done
 	$(BIN)/python benchmarks/make_tables.py
+
+bench-gpu:
+	$(GPU_PYTHON) benchmarks/bench_gpu.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

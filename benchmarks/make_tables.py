@@ -23,6 +23,8 @@ def newest_results() -> dict[str, dict[str, Any]]:
 
 
 def format_cell(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -32,10 +34,12 @@ def format_table(record: dict[str, Any]) -> str:
     """Return the results as a Markdown table, above it what they were measured on."""
     rows = record["results"]
     machine, versions = record["machine"], record["versions"]
+    device = f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads"
+    if machine.get("accelerator"):
+        device = machine["accelerator"]
     lines = [
         f"`{record['command']}`  ",
-        f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads, torch "
-        f"{versions['torch']}, commit {record['commit']}, {record['date']}",
+        f"{device}, torch {versions['torch']}, commit {record['commit']}, {record['date']}",
     ]
     if len(rows) == 1:  # a single result reads better downwards
         lines += ["", "| figure | value |", "|---|---|"]

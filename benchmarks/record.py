@@ -37,6 +37,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """Return the commit, with "-dirty" if files have changed; "unknown" outside a repository."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
+    except FileNotFoundError:  # no git
+        described = ""
+    return described or "unknown"
+
+
 def write(path: str | Path, name: str, results: list[dict[str, Any]]) -> None:
     """Write `results`, a list of flat dicts, with the command, machine, versions, commit and date
     to a JSON file."""
@@ -46,20 +61,13 @@ def write(path: str | Path, name: str, results: list[dict[str, Any]]) -> None:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     script = Path(sys.argv[0])
     record = {
         "name": name,
         "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]),
         "machine": machine(),
         "versions": versions,
-        "commit": commit,
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "results": results,
     }

@@ -109,6 +109,27 @@ def test_spills_are_found_in_the_report_of_ptxas(tmp_path):
     ]
 
 
+def test_missing_instructions_are_found(tmp_path, monkeypatch):
+    complete = " HMMA.16816.F32.BF16 R4 LDSM.16.M88.4 R8 LDGSTS.E.BYPASS.128 "
+    code = {
+        ("sm80::dq_kernel<__half, 64, 64>", "sm_80"): complete,
+        ("sm80::forward_kernel<__half, 64, 64>", "sm_80"): complete.replace("LDSM", "LDS"),
+        ("sm80::delta_kernel<__half>", "sm_80"): "",
+        ("range_kernel", "sm_90"): "",
+    }
+    monkeypatch.setattr(check_build, "_machine_code", lambda folder: code)
+    assert list(check_build.instruction_errors(tmp_path)) == [
+        "sm80::forward_kernel<__half, 64, 64> for sm_80 has no LDSM",
+        "no kernel for sm_90 matches 'sm80::(forward|dq|dk_dv)_kernel'",
+    ]
+
+
+def test_nothing_is_checked_without_nvcc(monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", {"PATH": ""})
+    check_build.main()
+    assert capsys.readouterr().out == "check-cuda: skipped, there is no nvcc (or ONEPASS_CUDA=0)\n"
+
+
 def test_symbols_of_the_unstable_interface_are_found(tmp_path):
     (tmp_path / "a.cpp").write_text(
         "namespace c10 { void unstable(int); }\n"

@@ -1,0 +1,97 @@
+"""Rows of random conversations for the GPU benchmarks, and how much work is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onepass_trl import Pass
+from onepass_trl.data import Layout, build_tree, concatenate, linearize
+
+Ints = NDArray[np.int32]
+KEY_TILE = 64
+
+
+class Row(NamedTuple):
+    """What attention needs of a row."""
+
+    visible_end: Ints
+    positions: Ints
+
+
+def conversation(turns: int, low: int, high: int, rng: np.random.Generator) -> list[Pass]:
+    """Return the passes of a chat: messages, reasoning and responses of `low` to `high` tokens."""
+
+    def tokens() -> list[int]:
+        return rng.integers(3, 1000, rng.integers(low, high + 1)).tolist()
+
+    trunk: list[int] = []
+    passes = []
+    for _ in range(turns):
+        trunk += tokens()
+        reasoning, response = tokens(), tokens()
+        completion = reasoning + response
+        passes.append(Pass(trunk + completion, [0] * len(trunk) + [1] * len(completion)))
+        trunk += response
+    return passes
+
+
+def conversations(num_tokens: int, turns: int, low: int, high: int) -> list[list[Pass]]:
+    """Return as many chats as fit into a row of `num_tokens`; at least one, which may be longer."""
+    rng = np.random.default_rng(0)
+    chosen: list[list[Pass]] = []
+    used = 0
+    while True:
+        passes = conversation(turns, low, high, rng)
+        used += build_tree(passes).num_row_tokens()
+        if chosen and used > num_tokens:
+            return chosen
+        chosen.append(passes)
+
+
+def lay_out(chats: list[list[Pass]]) -> Layout:
+    """Return the row in which the chats stand after one another."""
+    return concatenate([linearize(build_tree(passes)) for passes in chats])
+
+
+def chat_row(seq: int, turns: int, low: int, high: int) -> Row:
+    """Return a row of exactly `seq` tokens: chats one after another, the last cut off."""
+    rng = np.random.default_rng(0)
+    layouts: list[Layout] = []
+    while sum(map(len, layouts)) < seq:
+        layouts.append(linearize(build_tree(conversation(turns, low, high, rng))))
+    row = concatenate(layouts)
+    return Row(np.minimum(row.visible_end[:seq], np.int32(seq)), row.position_ids[:seq])
+
+
+def causal_row(seq: int) -> Row:
+    """Return the row of a single document."""
+    return Row(np.full(seq, seq, dtype=np.int32), np.arange(seq, dtype=np.int32))
+
+
+def useful_pairs(row: Row, window: int | None) -> int:
+    """Return how many pairs of a query and a key that it sees there are in a row."""
+    seen = row.positions.astype(np.int64) + 1  # a token sees its own pass up to itself
+    return int((seen if window is None else np.minimum(seen, window)).sum())
+
+
+def executed_pairs(row: Row, window: int | None, query_tile: int) -> int:
+    """Return how many pairs the tiles hold that the portable kernels compute."""
+    ends, seq = row.visible_end, len(row.visible_end)
+    first = np.arange(0, seq, query_tile)
+    last = np.minimum(first + query_tile, seq) - 1
+    key_first = np.arange(0, seq, KEY_TILE)
+
+    def over(tile: int, x: Ints, reduce: Callable[..., Ints]) -> Ints:
+        return reduce(x, np.arange(0, seq, tile))
+
+    visited = key_first[None, :] <= last[:, None]
+    visited &= over(KEY_TILE, ends, np.maximum.reduceat)[None, :] > first[:, None]
+    if window is not None:
+        nearest = over(query_tile, row.positions, np.minimum.reduceat)[:, None]
+        furthest = over(KEY_TILE, row.positions, np.maximum.reduceat)[None, :]
+        visited &= nearest - furthest < window
+    return int(visited.sum()) * query_tile * KEY_TILE

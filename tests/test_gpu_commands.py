@@ -1,0 +1,100 @@
+"""What runs on GPU machines only is run here on the CPU, in small, so that it does not rot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from onepass_trl import _C
+from onepass_trl.visibility import check_visible_end, dense_mask
+from tests.gpu.record_validation import merge
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from gpu_rows import causal_row, chat_row, executed_pairs, useful_pairs  # noqa: E402
+
+ENTRY = [[9, 0], "bfloat16", [64, 64]]
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_gpu_tests(tmp_path):
+    path = tmp_path / "results.json"
+    variables = {"ONEPASS_TEST_GPU_DRY_RUN": "1", "ONEPASS_TEST_GPU_RESULTS": str(path)}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+    results = json.loads(path.read_text())
+    kernels = {tuple(kernel["head_dims"]): kernel for kernel in results["kernels"]}
+    assert set(kernels) == {(64, 64)}
+    for kernel in kernels.values():
+        assert kernel["passed"] == kernel["tests"] > 30
+    with pytest.raises(SystemExit, match="nothing has run on a GPU"):
+        merge([], results)
+
+
+@pytest.mark.parametrize(
+    ("before", "tests", "passed", "failed", "after"),
+    [
+        ([], 5, 5, 0, [ENTRY]),
+        ([ENTRY], 5, 5, 0, [ENTRY]),
+        ([], 5, 4, 0, []),
+        ([ENTRY], 5, 4, 0, [ENTRY]),
+        ([ENTRY], 5, 4, 1, []),
+        ([], 0, 0, 0, []),
+    ],
+)
+def test_only_kernels_that_passed_every_test_are_recorded(before, tests, passed, failed, after):
+    kernel = {"dtype": "bfloat16", "head_dims": [64, 64]}
+    counts = {"tests": tests, "passed": passed, "failed": failed}
+    results = {"device": "a GPU", "capability": [9, 0], "kernels": [{**kernel, **counts}]}
+    assert merge(before, results) == after
+
+
+@pytest.mark.parametrize("row", [causal_row(300), chat_row(700, 5, 3, 30)], ids=["causal", "chat"])
+def test_the_work_that_benchmarks_count(row):
+    check_visible_end(row.visible_end)
+    for window in (None, 40):
+        mask = dense_mask(row.visible_end, row.positions, window)
+        assert useful_pairs(row, window) == mask.sum()
+        assert useful_pairs(row, window) <= executed_pairs(row, window, 64)
+    for tile in (64, 128):
+        _, partial, full = _C.tile_counts(torch.from_numpy(row.visible_end), tile, 64)
+        assert executed_pairs(row, None, tile) == (partial + full) * tile * 64
+    assert executed_pairs(row, 40, 64) < executed_pairs(row, None, 64)
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_gpu_benchmark(tmp_path):
+    """On a CPU all but FlexAttention's backward runs; every way to train has the same loss."""
+    command = [sys.executable, "benchmarks/bench_gpu.py", "--device", "cpu", "--tiny"]
+    run = subprocess.run(
+        [*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("cpu_*.json"))]
+    assert [record["name"] for record in records] == ["gpu_attention", "gpu_steps"]
+    attention, steps = (record["results"] for record in records)
+    for row in attention:
+        runs = row["implementation"] != "flex"
+        assert (row["unavailable"] is None) == runs == (row["backward_ms"] is not None)
+        assert row["executed_over_useful_forward"] >= 1
+    assert len({row["implementation"] for row in attention}) == 4
+    losses = {row["way"]: row["loss"] for row in steps if row["unavailable"] is None}
+    assert len(losses) == 3
+    assert np.ptp(list(losses.values())) < 2e-3 * max(losses.values())
+    n_pass = steps[0]["n_pass_tokens"]
+    assert n_pass > steps[0]["one_pass_tokens"]
+    for word in ("N-pass, packed flash", "sdpa causal"):
+        assert word in run.stdout
