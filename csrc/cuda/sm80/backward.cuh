@@ -11,132 +11,10 @@
 // accumulator rows, so that P and dS go into the next product from registers.
 #pragma once
 
-#include "../launch.h"
-#include "mask.h"
+#include "../gradients.h"
+#include "tile.h"
 
 namespace onepass::cuda::sm80 {
-
-constexpr int kLanesPerRow = 8;
-constexpr int kRowsPerBlock = kThreads / kLanesPerRow;
-
-// The statistics of every query; delta is what the score gradients lack of P * dP. Eight lanes per
-// query. Each translation unit has its own, since they are compiled for different devices.
-template <typename Element>
-static __global__ void __launch_bounds__(kThreads)
-    statistics_kernel(const BackwardParams params, int32_t head_v) {
-  const int32_t query = blockIdx.x * kRowsPerBlock + threadIdx.x / kLanesPerRow;
-  const int32_t head = blockIdx.y, row = blockIdx.z, padded = num_tiles(params.seq) * kTile;
-  const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
-  float delta = 0;
-  if (query < params.seq) {
-    const Element* out = head_of<Element>(params.out, row, head) + query * params.out.seq_stride;
-    const Element* dout = head_of<Element>(params.dout, row, head) + query * params.dout.seq_stride;
-    for (int32_t d = threadIdx.x % kLanesPerRow * 8; d < head_v; d += kLanesPerRow * 8) {
-      const uint4 a = *reinterpret_cast<const uint4*>(out + d);
-      const uint4 b = *reinterpret_cast<const uint4*>(dout + d);
-      const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack<Element>(left[i]), y = unpack<Element>(right[i]);
-        delta += x.x * y.x + x.y * y.y;
-      }
-    }
-  }
-#pragma unroll
-  for (int mask = kLanesPerRow / 2; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
-  if (query < padded && threadIdx.x % kLanesPerRow == 0) {
-    Statistics statistics{INFINITY, 0};
-    if (query < params.seq) {
-      const int64_t index = head_of_row * params.seq + query;
-      if (params.dlse != nullptr) delta -= params.dlse[index];
-      statistics = {params.lse[index] * kLog2E, delta};
-    }
-    params.statistics[head_of_row * padded + query] = statistics;
-  }
-}
-
-// dsinks[head] = -sum over queries of the sink's probability times delta. A block per head, which
-// adds in a fixed order.
-static __global__ void __launch_bounds__(kThreads) dsinks_kernel(const BackwardParams params) {
-  const int32_t head = blockIdx.x, padded = num_tiles(params.seq) * kTile;
-  const float sink = params.sinks[head] * kLog2E;
-  float total = 0;
-  for (int32_t row = 0; row < params.batch; ++row) {
-    const Statistics* of_head =
-        params.statistics + (static_cast<int64_t>(row) * params.heads + head) * padded;
-    for (int32_t query = threadIdx.x; query < params.seq; query += kThreads) {
-      total -= fast_exp2(sink - of_head[query].lse) * of_head[query].delta;
-    }
-  }
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
-  float* of_warp = reinterpret_cast<float*>(shared_memory());
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = total;
-  sync_block();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kWarps; ++warp) total += of_warp[warp];
-    params.dsinks[head] = total;
-  }
-}
-
-// Scores become probabilities P, and the gradient of the probabilities dP becomes what P has to be
-// multiplied with to give dS, the gradient of the products up to `scale`. `statistics_of(n, half,
-// column)` gives those of a query.
-template <int kBlocks, typename StatisticsOf>
-__device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
-                                              Accumulator<1, kBlocks>& dp,
-                                              const ScoreScale& score_scale,
-                                              const StatisticsOf& statistics_of) {
-#pragma unroll
-  for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const Statistics of_query = statistics_of(n, e / 2, e % 2);
-      const float score = scores[0][n][e];
-      scores[0][n][e] = fast_exp2(score * score_scale.factor - of_query.lse);
-      dp[0][n][e] = (dp[0][n][e] - of_query.delta) * score_scale.derivative(score);
-    }
-  }
-}
-
-// The elementwise product of two accumulators, as a left factor.
-template <typename Element, int kBlocks>
-__device__ __forceinline__ void round_product_to_factor(LeftFactor<1, kBlocks / 2>& factor,
-                                                        const Accumulator<1, kBlocks>& a,
-                                                        const Accumulator<1, kBlocks>& b) {
-#pragma unroll
-  for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int e = 2 * half;
-      factor[0][n / 2][n % 2 * 2 + half] =
-          pack<Element>(a[0][n][e] * b[0][n][e], a[0][n][e + 1] * b[0][n][e + 1]);
-    }
-  }
-}
-
-template <int kBlocks>
-__device__ __forceinline__ void multiply_by(Accumulator<1, kBlocks>& c, float factor) {
-#pragma unroll
-  for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) c[0][n][e] *= factor;
-  }
-}
-
-// Writes a warp's 16 rows of a gradient through its own rows of a kept tile of shared memory, which
-// no other warp reads.
-template <typename Element, int kCols>
-__device__ __forceinline__ void store_gradient(Element* staging, const Tensor& gradient,
-                                               int32_t row, int32_t head, int32_t first,
-                                               int32_t seq,
-                                               const Accumulator<1, kCols / 8>& values) {
-  sync_warp();
-  round_to_tile<Element, kCols>(staging, values);
-  sync_warp();
-  store_rows<Element, 16, kCols>(head_of<Element>(gradient, row, head), staging,
-                                 gradient.seq_stride, first, seq);
-}
 
 template <typename Element, int kHeadQk, int kHeadV>
 __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams params) {
@@ -314,16 +192,6 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   if constexpr (kWantDv) {
     store_gradient<Element, kHeadV>(v_tile + warp * 16 * kHeadV, params.dv, row, kv_head, warp_key,
                                     seq, dv);
-  }
-}
-
-template <typename Element>
-void launch_statistics(const BackwardParams& params, int32_t head_v, Stream stream) {
-  const Grid by_query{num_tiles(params.seq) * kTile / kRowsPerBlock, params.heads, params.batch};
-  launch(statistics_kernel<Element>, by_query, kThreads, 0, stream, params, head_v);
-  if (params.sinks != nullptr) {
-    launch(dsinks_kernel, Grid{params.heads, 1, 1}, kThreads,
-           kWarps * static_cast<int>(sizeof(float)), stream, params);
   }
 }
 

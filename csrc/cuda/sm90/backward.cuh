@@ -11,14 +11,11 @@
 // done with it (one arrival per warp).
 #pragma once
 
-#include "../sm80/backward.cuh"
+#include "../gradients.h"
 #include "tensor_map.h"
 #include "tile.h"
 
 namespace onepass::cuda::sm90 {
-
-using sm80::Accumulator;
-using sm80::LeftFactor;
 
 struct BackwardMaps {
   TensorMap q, k, v, dout;
@@ -121,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int consumer = warpgroup - 1, warp = threadIdx.x / 32 % 4;
   const int32_t own_query = first_query + consumer * kRows;
   const int32_t warp_query = own_query + warp * 16;
-  const sm80::ScoreScale score_scale(params);
+  const ScoreScale score_scale(params);
   const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
   Statistics statistics[2];
 #pragma unroll
@@ -131,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                    : Statistics{INFINITY, 0};
   }
   Accumulator<1, kHeadQk / 8> dq;
-  sm80::clear(dq);
+  clear(dq);
   wait(memory.kept_full(), 0);
   Walk walk(params, row, first_query);
   Stage stage;
@@ -148,11 +145,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     hold(scores[0]);
     hold(dp[0]);
     score_scale.cap(scores);
-    if (!visit.full) sm80::mask_keys(scores, params, row, warp_query, first_key);
-    sm80::differentiate(scores, dp, score_scale,
-                        [&](int, int half, int) { return statistics[half]; });
+    if (!visit.full) mask_keys(scores, params, row, warp_query, first_key);
+    differentiate(scores, dp, score_scale, [&](int, int half, int) { return statistics[half]; });
     LeftFactor<1, kRows / 16> ds;
-    sm80::round_product_to_factor<Element>(ds, scores, dp);
+    round_product_to_factor<Element>(ds, scores, dp);
     start_add<Element, TileQk>(dq[0], ds[0], memory.stage_qk(stage.index));
     commit_products();
     wait_products<0>();
@@ -160,9 +156,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     release(memory.empty(stage.index));
   }
   sync_threads(1 + consumer, kWarpgroup);  // the whole consumer is done with its kept tiles
-  sm80::multiply_by(dq, params.scale);
+  multiply_by(dq, params.scale);
   Element* staging = reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp * 16 * kHeadQk;
-  sm80::store_gradient<Element, kHeadQk>(staging, params.dq, row, head, warp_query, seq, dq);
+  store_gradient<Element, kHeadQk>(staging, params.dq, row, head, warp_query, seq, dq);
 }
 
 template <typename Element, int kHeadQk, int kHeadV>
@@ -210,11 +206,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     return plan_of_row(params.plan, row, seq).key_order_2[blockIdx.x] * kConsumers * kRows +
            (recomputed(threadIdx.x) / 32 - 4) * 16;
   };
-  const sm80::ScoreScale score_scale(params);
+  const ScoreScale score_scale(params);
   Accumulator<1, kHeadQk / 8> dk;
   Accumulator<1, kHeadV / 8> dv;
-  sm80::clear(dk);
-  sm80::clear(dv);
+  clear(dk);
+  clear(dv);
   wait(memory.kept_full(), 0);
   Walk walk(params, row, tile, group);
   Stage stage;
@@ -230,18 +226,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     hold(scores[0]);
     hold(dp[0]);
     score_scale.cap(scores);
-    if (!step.full) sm80::mask_queries(scores, params, row, warp_key(), step.first);
+    if (!step.full) mask_queries(scores, params, row, warp_key(), step.first);
     const Statistics* statistics = memory.stage_statistics(stage.index);
-    sm80::differentiate(scores, dp, score_scale, [&](int n, int, int column) {
+    differentiate(scores, dp, score_scale, [&](int n, int, int column) {
       return statistics[8 * n + 2 * (lane % 4) + column];
     });
     LeftFactor<1, kRows / 16> probabilities, ds;
-    sm80::round_to_factor<Element>(probabilities, scores);
+    round_to_factor<Element>(probabilities, scores);
     start_add<Element, TileV>(dv[0], probabilities[0], memory.stage_v(stage.index));
     commit_products();
     wait_products<0>();
     hold(dv[0]);
-    sm80::round_product_to_factor<Element>(ds, scores, dp);
+    round_product_to_factor<Element>(ds, scores, dp);
     start_add<Element, TileQk>(dk[0], ds[0], memory.stage_qk(stage.index));
     commit_products();
     wait_products<0>();
@@ -249,11 +245,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     release(memory.empty(stage.index));
   }
   sync_threads(1 + consumer, kWarpgroup);  // the whole consumer is done with its kept tiles
-  sm80::multiply_by(dk, params.scale);
+  multiply_by(dk, params.scale);
   Element* k_staging = reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp * 16 * kHeadQk;
   Element* v_staging = reinterpret_cast<Element*>(memory.kept_v(consumer)) + warp * 16 * kHeadV;
-  sm80::store_gradient<Element, kHeadQk>(k_staging, params.dk, row, kv_head, warp_key(), seq, dk);
-  sm80::store_gradient<Element, kHeadV>(v_staging, params.dv, row, kv_head, warp_key(), seq, dv);
+  store_gradient<Element, kHeadQk>(k_staging, params.dk, row, kv_head, warp_key(), seq, dk);
+  store_gradient<Element, kHeadV>(v_staging, params.dv, row, kv_head, warp_key(), seq, dv);
 }
 
 template <typename Element, int kHeadQk, int kHeadV>
@@ -267,7 +263,7 @@ void launch_backward(const BackwardParams& params, Stream stream) {
       map(params.q, params.heads, kHeadQk), map(params.k, params.kv_heads, kHeadQk),
       map(params.v, params.kv_heads, kHeadV), map(params.dout, params.heads, kHeadV)};
   const int32_t pairs = ceil_div(params.seq, kConsumers * kRows);
-  sm80::launch_statistics<Element>(params, kHeadV, stream);
+  launch_statistics<Element>(params, kHeadV, stream);
   launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{pairs, params.heads, params.batch}, kThreads,
          Config::kSharedBytes, stream, params, maps);
   launch(dk_dv_kernel<Element, kHeadQk, kHeadV>, Grid{pairs, params.kv_heads, params.batch},

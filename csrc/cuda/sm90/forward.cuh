@@ -11,14 +11,12 @@
 // done with it (one arrival per warp).
 #pragma once
 
-#include "../sm80/forward.cuh"
+#include "../rows.h"
+#include "../softmax.h"
 #include "tensor_map.h"
 #include "tile.h"
 
 namespace onepass::cuda::sm90 {
-
-using sm80::Accumulator;
-using sm80::LeftFactor;
 
 struct ForwardMaps {
   TensorMap q, k, v;
@@ -108,12 +106,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   take_registers<kConsumerRegisters>();
   const int consumer = warpgroup - 1;
   const int32_t warp_query = first_query + consumer * 64 + threadIdx.x % kWarpgroup / 32 * 16;
-  const sm80::ScoreScale score_scale(params);
-  sm80::Softmax<1> softmax;
+  const ScoreScale score_scale(params);
+  Softmax<1> softmax;
   Accumulator<1, kRows / 8> scores;
   Accumulator<1, kHeadV / 8> out;
   LeftFactor<1, kRows / 16> probabilities;
-  sm80::clear(out);
+  clear(out);
 
   const auto start_scores = [&](const Stage& stage) {
     wait(k_full + stage.index, stage.parity);
@@ -134,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int half = 0; half < kRows / kTile; ++half) {
       auto& part = reinterpret_cast<Accumulator<1, kTile / 8>&>(scores[0][half * kTile / 8]);
-      sm80::mask_keys(part, params, row, warp_query, first_key + half * kTile);
+      mask_keys(part, params, row, warp_query, first_key + half * kTile);
     }
   };
 
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   release(k_empty + stage.index);
   finish_scores(visit);
   exponentiate();
-  sm80::round_to_factor<Element>(probabilities, scores);
+  round_to_factor<Element>(probabilities, scores);
   while (next.tile >= 0) {
     visit = next;
     next = walk.next();
@@ -179,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     release(v_empty + values.index);
     values.advance();
     softmax.rescale_out(out, rescale);
-    sm80::round_to_factor<Element>(probabilities, scores);
+    round_to_factor<Element>(probabilities, scores);
   }
   start_values(values);
   wait_products<0>();
@@ -196,10 +194,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Through the queries' place, once the whole consumer has read its own.
   sync_threads(3 + consumer, kWarpgroup);
   Element* staging = reinterpret_cast<Element*>(q_tile) + (threadIdx.x / 32 - 4) * 16 * kHeadV;
-  sm80::round_to_tile<Element, kHeadV>(staging, out);
+  round_to_tile<Element, kHeadV>(staging, out);
   sync_warp();
-  sm80::store_rows<Element, 16, kHeadV>(sm80::head_of<Element>(params.out, row, head), staging,
-                                        params.out.seq_stride, warp_query, seq);
+  store_rows<Element, 16, kHeadV>(head_of<Element>(params.out, row, head), staging,
+                                  params.out.seq_stride, warp_query, seq);
 }
 
 template <typename Element, int kHeadQk, int kHeadV>

@@ -1,9 +1,10 @@
 // Scores: softcap, and the mask of partial tiles, element by element.
 #pragma once
 
-#include "tile.h"
+#include "accumulator.h"
+#include "plan.h"
 
-namespace onepass::cuda::sm80 {
+namespace onepass::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -136,4 +137,4 @@ __device__ __forceinline__ void mask_queries(Accumulator<1, kTile / 8>& scores,
   }
 }
 
-}  // namespace onepass::cuda::sm80
+}  // namespace onepass::cuda

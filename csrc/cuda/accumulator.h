@@ -1,0 +1,72 @@
+// What the threads of a warp hold of 16-row slices: accumulators of products, and left factors of
+// others. mma.sync and wgmma lay both out alike.
+#pragma once
+
+#include "instructions.h"
+
+namespace onepass::cuda {
+
+// Accumulators of 16 rows x 8 kBlocks columns, in kRowTiles pieces: element [m][n] holds rows
+// 16 m + l / 4 (and 8 below), columns 8 n + 2 (l % 4) (and the next).
+template <int kRowTiles, int kBlocks>
+using Accumulator = float[kRowTiles][kBlocks][4];
+
+template <int kRowTiles, int kBlocks>
+__device__ __forceinline__ void clear(Accumulator<kRowTiles, kBlocks>& c) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) c[m][n][e] = 0;
+    }
+  }
+}
+
+// A warp's rows as the left factor of a product over 16 kSteps.
+template <int kRowTiles, int kSteps>
+using LeftFactor = uint32_t[kRowTiles][kSteps][4];
+
+// An accumulator has the layout of a left factor but for the rounding.
+template <typename Element, int kRowTiles, int kBlocks>
+__device__ __forceinline__ void round_to_factor(LeftFactor<kRowTiles, kBlocks / 2>& factor,
+                                                const Accumulator<kRowTiles, kBlocks>& c) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        factor[m][n / 2][n % 2 * 2 + half] =
+            pack<Element>(c[m][n][2 * half], c[m][n][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// The elementwise product of two accumulators, as a left factor.
+template <typename Element, int kBlocks>
+__device__ __forceinline__ void round_product_to_factor(LeftFactor<1, kBlocks / 2>& factor,
+                                                        const Accumulator<1, kBlocks>& a,
+                                                        const Accumulator<1, kBlocks>& b) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int e = 2 * half;
+      factor[0][n / 2][n % 2 * 2 + half] =
+          pack<Element>(a[0][n][e] * b[0][n][e], a[0][n][e + 1] * b[0][n][e + 1]);
+    }
+  }
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void multiply_by(Accumulator<1, kBlocks>& c, float factor) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[0][n][e] *= factor;
+  }
+}
+
+}  // namespace onepass::cuda

@@ -1,0 +1,76 @@
+// Rows of heads in global memory, and where a warp puts rows into shared memory to write them.
+#pragma once
+
+#include "accumulator.h"
+#include "params.h"
+
+namespace onepass::cuda {
+
+template <typename Element>
+__device__ __forceinline__ Element* head_of(const Tensor& tensor, int32_t row, int32_t head) {
+  return static_cast<Element*>(tensor.data) + row * tensor.batch_stride + head * tensor.head_stride;
+}
+
+// Where a tile of rows of kCols elements keeps the 16-byte chunk (row, chunk), in elements. Chunks
+// are permuted within groups of eight (or four) of their row, so that the eight rows of a matrix
+// that ldmatrix reads lie in different banks.
+template <int kCols>
+struct Swizzle {
+  static_assert(kCols % 32 == 0, "rows are whole multiples of 64 bytes");
+  static constexpr int kGroup = kCols % 64 == 0 ? 8 : 4;
+  static constexpr int kGroups = kCols / 8 / kGroup;
+
+  static __device__ __forceinline__ int offset(int row, int chunk) {
+    const int key = kGroup == 8 ? row & 7 : (row >> 1) & 3;
+    return row * kCols + (chunk ^ key) * 8;
+  }
+
+  // The offset of chunk `chunk + 2 pairs` of the same row, from that of an even `chunk` or the one
+  // after it below kGroup: what the product loops need of an offset per step.
+  static __device__ __forceinline__ int advance(int offset, int pairs) {
+    constexpr int kPairs = kGroup / 2;
+    return (offset ^ (pairs % kPairs * 16)) + pairs / kPairs * kGroup * 8;
+  }
+};
+
+// Rounds a warp's accumulator into a tile of 16 kRowTiles rows in shared memory.
+template <typename Element, int kCols, int kRowTiles>
+__device__ __forceinline__ void round_to_tile(Element* tile,
+                                              const Accumulator<kRowTiles, kCols / 8>& c) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+    const int top = 16 * m + lane / 4;
+#pragma unroll
+    for (int n = 0; n < kCols / 8; ++n) {
+      const int column = 2 * (lane % 4);
+      *reinterpret_cast<uint32_t*>(tile + Swizzle<kCols>::offset(top, n) + column) =
+          pack<Element>(c[m][n][0], c[m][n][1]);
+      *reinterpret_cast<uint32_t*>(tile + Swizzle<kCols>::offset(top + 8, n) + column) =
+          pack<Element>(c[m][n][2], c[m][n][3]);
+    }
+  }
+}
+
+// Writes kRows rows that a warp has put into shared memory to rows `first` and on of one head; rows
+// from `end` on are left out.
+template <typename Element, int kRows, int kCols>
+__device__ __forceinline__ void store_rows(Element* to, const Element* from, int64_t row_stride,
+                                           int32_t first, int32_t end) {
+  using Layout = Swizzle<kCols>;
+  constexpr int kRowsAtOnce = 32 / Layout::kGroup;
+  const int chunk = threadIdx.x % Layout::kGroup;
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+    const int row = i * kRowsAtOnce + threadIdx.x % 32 / Layout::kGroup;
+    if (first + row >= end) continue;
+    const uint4* source = reinterpret_cast<const uint4*>(from + Layout::offset(row, chunk));
+    uint4* target = reinterpret_cast<uint4*>(to + (first + row) * row_stride + chunk * 8);
+#pragma unroll
+    for (int group = 0; group < Layout::kGroups; ++group) {
+      target[group * Layout::kGroup] = source[group * Layout::kGroup];
+    }
+  }
+}
+
+}  // namespace onepass::cuda
