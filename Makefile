@@ -11,18 +11,18 @@ GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 .PHONY: help venv demo test check format cuda check-cuda test-gpu wheel bench bench-gpu clean
 
 help:
-	@echo "make venv    set up .venv and build the package into it ($(TORCH); override with TORCH=...)"
-	@echo "make demo    train a small model on examples/conversations.jsonl and compare with N-pass (3 minutes)"
-	@echo "make test    run the tests"
-	@echo "make check   formatting, lint, types, layers"
-	@echo "make format  format Python and C++"
-	@echo "make cuda    build the CUDA library too (needs nvcc, not a GPU)"
+	@echo "make venv        set up .venv and build the package into it ($(TORCH); override with TORCH=...)"
+	@echo "make demo        train a small model on examples/conversations.jsonl and compare with N-pass (3 minutes)"
+	@echo "make test        run the tests"
+	@echo "make check       formatting, lint, types, layers"
+	@echo "make format      format Python and C++"
+	@echo "make cuda        build the CUDA library too (needs nvcc, not a GPU)"
 	@echo "make check-cuda  build it for head size 128 and check registers, instructions, symbols"
 	@echo "make test-gpu    test it on a GPU; ARGS='-k bfloat16-128' for a part"
-	@echo "make wheel   a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
-	@echo "make bench   run the benchmarks and regenerate the tables of benchmarks/README.md"
-	@echo "make bench-gpu  the benchmarks of a GPU; ARGS='--only attention' for a part"
-	@echo "make clean   remove .venv, builds, caches and runs"
+	@echo "make wheel       a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
+	@echo "make bench       run the benchmarks and regenerate the tables of benchmarks/README.md"
+	@echo "make bench-gpu   the benchmarks of a GPU; ARGS='--only attention' for a part"
+	@echo "make clean       remove .venv, builds, caches and runs"
 
 venv: .venv/installed
 

@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "intermediate_size": 3072,
         "num_hidden_layers": 28,
         "num_attention_heads": 16,
+        "tie_word_embeddings": True,
     },
     "8B": {
         **_CONFIG,
@@ -175,7 +176,7 @@ def make_model(settings: dict[str, Any], device: str) -> Qwen3ForCausalLM:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = Qwen3ForCausalLM(Qwen3Config(**settings, tie_word_embeddings=True))
+            model = Qwen3ForCausalLM(Qwen3Config(**settings))
     finally:
         torch.set_default_dtype(previous)
     model.train()
