@@ -11,6 +11,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -221,8 +222,16 @@ inline void run_block(Block& running) {
     self.start.uc_link = nullptr;
     makecontext(&self.start, run_thread, 0);
   }
-  // Warps in random order, each for one round of its threads: what a GPU may do, too.
+  // Warps in random order, each for one round of its threads, some far more often than others: what
+  // a GPU may do, too.
   const int warps = threads / 32;
+  std::vector<unsigned> pace(warps);
+  for (int begin = 0; begin < warps; begin += 4) {  // four warps in step: a warpgroup on Hopper
+    const unsigned of_four = running.random() % 2 == 0 ? 1 : 64;
+    for (int i = begin; i < std::min(begin + 4, warps); ++i) {
+      pace[i] = running.random() % 4 == 0 ? 8 : of_four;
+    }
+  }
   int left = threads;
   int64_t idle = 0;
   while (left > 0) {
@@ -234,6 +243,7 @@ inline void run_block(Block& running) {
       copy();
     }
     const int chosen = static_cast<int>(running.random() % warps);
+    if (running.random() % pace[chosen] != 0) continue;
     const int begin = static_cast<int>(running.random() % 32);
     for (int i = 0; i < 32; ++i) {
       running.current = chosen * 32 + (begin + i) % 32;

@@ -117,10 +117,12 @@ def test_any_strides_give_the_same_bits(family, lay_out):
 
 
 @pytest.mark.parametrize(
-    ("family", "head_dims"), [("sm80", (64, 64)), ("sm80", (192, 128)), ("sm90", (64, 64))], ids=str
+    ("family", "head_dims"),
+    [("sm80", (64, 64)), ("sm80", (192, 128)), ("sm90", (64, 64)), ("sm90", (128, 128))],
+    ids=str,
 )
 def test_any_order_of_warps_gives_the_same_bits(family, head_dims):
-    shape = Shape(1, 4, 2, 180, *head_dims)
+    shape = Shape(1, 4, 2, 300, *head_dims)
     case = make_case(shape, dtype=BF16, seed=9, window=100, softcap=3.0, sinks=True)
     results = []
     for seed in range(4):

@@ -191,8 +191,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int32_t query = warp_query + 8 * half + lane / 4;
     if (lane % 4 == 0 && query < seq) lse[query] = value;
   }
-  // Through the queries' place, once the whole consumer has read its own.
-  sync_threads(3 + consumer, kWarpgroup);
+  // Through the queries' place, once both consumers have read them for the last time: blocks of
+  // columns hold rows of both.
+  sync_threads(3, kConsumers * kWarpgroup);
   Element* staging = reinterpret_cast<Element*>(q_tile) + (threadIdx.x / 32 - 4) * 16 * kHeadV;
   round_to_tile<Element, kHeadV>(staging, out);
   sync_warp();
