@@ -19,6 +19,7 @@ class Gemma4(Fenced):
     """The reasoning stands in the channel ``thought``."""
 
     name = "gemma-4"
+    thinking_opener = "<|channel>thought"
     header: ClassVar[str] = "<|turn>model\n"
 
     def matches(self, template: str) -> bool:
