@@ -166,9 +166,12 @@ struct Call {
     STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "q has dtype ",
                     toString(type), ", expected BFloat16 or Half");
     element = type == ScalarType::BFloat16 ? ElementType::bf16 : ElementType::fp16;
+    STD_TORCH_CHECK(0 <= window && window <= INT32_MAX, "window is ", window,
+                    ", expected 0 for none, or an int32");
     // A plan is checked for its size only: whose it is is up to the caller.
     plan = plan_.has_value() ? *plan_ : tree_plan(visible_end_, positions_, window);
     check("plan", plan, {batch, plan_size(static_cast<int32_t>(seq))}, ScalarType::Int, device);
+    plan = torch::stable::contiguous(plan);
     q = aligned(q_), k = aligned(k_), v = aligned(v_);
     visible_end = torch::stable::contiguous(visible_end_);
     if (window > 0) {

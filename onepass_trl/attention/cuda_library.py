@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from onepass_trl.attention import ops  # noqa: F401 (defines what the library implements)
+from onepass_trl.attention.remembered import Remembered
+
 PATH = Path(__file__).parents[1] / "_cuda.so"
 BUILD_COMMAND = "make cuda"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -98,38 +101,15 @@ def plan_of(visible_end: torch.Tensor, positions: torch.Tensor | None, window: i
     Returns:
         ``(batch, ops.plan_size(seq))`` int32 on the same device.
     """
-    if _must_not_remember(visible_end, positions):
-        return torch.ops.onepass.tree_plan(visible_end, positions, window)
-    plans = _plans.setdefault(visible_end, {})
-    made_of = (
-        visible_end._version,
-        None if positions is None else id(positions),
-        None if positions is None else positions._version,
+    return _plans.get(
+        visible_end,
+        () if positions is None else (positions,),
+        window,
+        lambda: torch.ops.onepass.tree_plan(visible_end, positions, window),
     )
-    known = plans.get(window)
-    if known is None or known.made_of != made_of:
-        plan = torch.ops.onepass.tree_plan(visible_end, positions, window)
-        # Holding the positions keeps their id from being given to other ones.
-        known = plans[window] = _KnownPlan(made_of, positions, plan)
-    return known.plan
 
 
-class _KnownPlan(NamedTuple):
-    made_of: tuple[int | None, ...]
-    positions: torch.Tensor | None
-    plan: torch.Tensor
-
-
-def _must_not_remember(visible_end: torch.Tensor, positions: torch.Tensor | None) -> bool:
-    """A graph replays on other contents of the same tensors; inference tensors do not count their
-    changes.
-    """
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return True
-    return visible_end.is_inference() or (positions is not None and positions.is_inference())
-
-
-_plans = torch.utils.weak.WeakTensorKeyDictionary()
+_plans = Remembered()
 BUILD = read_build()
 LOAD_ERROR = _load()
 VALIDATED: list[list[object]] = json.loads(

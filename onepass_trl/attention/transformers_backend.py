@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from onepass_trl.attention.api import Impl, tree_attention
 from onepass_trl.attention.model_check import base_model, check_model
+from onepass_trl.attention.remembered import Remembered
 
 __all__ = [
     "DeferredMask",
@@ -37,8 +37,8 @@ __all__ = [
 
 NAME = "onepass"
 
-# position_ids (int64) -> (its version, the int32 positions of the op), so that layers share them.
-_int32_positions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Of position_ids (int64) the int32 positions of the op, so that layers share them.
+_int32_positions = Remembered()
 
 
 _visible_end_required = False
@@ -267,17 +267,11 @@ def _positions(module: nn.Module, position_ids: Tensor | None, visible_end: Tens
             f"one-pass attention in {_layer_name(module)}: its window is measured in positions, "
             "and got none: pass position_ids to the model"
         )
-    if (
-        torch.compiler.is_compiling()
-        or position_ids.dtype == torch.int32
-        or position_ids.is_inference()
-    ):
+    if position_ids.dtype == torch.int32:
         return _cast_positions(position_ids, visible_end)
-    version, positions = _int32_positions.get(position_ids, (None, None))
-    if version != position_ids._version or positions.shape != visible_end.shape:
-        positions = _cast_positions(position_ids, visible_end)
-        _int32_positions[position_ids] = position_ids._version, positions
-    return positions
+    return _int32_positions.get(
+        position_ids, (), visible_end.shape, lambda: _cast_positions(position_ids, visible_end)
+    )
 
 
 def _cast_positions(position_ids: Tensor, visible_end: Tensor) -> Tensor:

@@ -38,11 +38,13 @@ __device__ __forceinline__ void arrive_and_expect(Barrier* barrier, int bytes) {
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(barrier, bytes);
 }
 __device__ __forceinline__ void arrive(Barrier* barrier) {
+  asm volatile("" ::: "memory");  // CuTe's barriers do not say that memory depends on them
   cutlass::arch::ClusterBarrier::arrive(barrier);
 }
 // Waits until the phase of this parity is over.
 __device__ __forceinline__ void wait(Barrier* barrier, int parity) {
   cutlass::arch::ClusterBarrier::wait(barrier, parity);
+  asm volatile("" ::: "memory");
 }
 
 // Starts to copy one block of columns of one head, of as many tokens as the map says; what lies

@@ -1,0 +1,58 @@
+"""Values that all layers of a pass would make anew from the same tensors, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class _Known(NamedTuple):
+    made_of: tuple[tuple[int, int, int], ...]
+    others: tuple[Tensor, ...]
+    """Held, so that no other tensor gets their ids."""
+    value: Tensor
+
+
+class Remembered:
+    """Remembers what was made from a tensor for as long as it lives unchanged.
+
+    A change is seen by the tensor's version counter or its address. What changes the contents past
+    both is not: writes through ``.data``, and a replayed CUDA graph that writes the tensor itself.
+    """
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def get(
+        self, tensor: Tensor, others: tuple[Tensor, ...], key: Hashable, make: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return `make()`, or what it has returned for these tensors and this key before.
+
+        Args:
+            tensor: what is made belongs to this tensor and goes when it goes.
+            others: what else it is made of.
+            key: what it is made for.
+            make: makes it, on the current stream.
+        """
+        tensors = (tensor, *others)
+        if _must_be_made(tensors):
+            return make()
+        known_of_tensor = self._known.setdefault(tensor, {})
+        # Another stream would have to wait for the one on which it is made.
+        key = (key, torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else key
+        made_of = tuple((id(x), x._version, x.data_ptr()) for x in tensors)
+        known = known_of_tensor.get(key)
+        if known is None or known.made_of != made_of:
+            known = known_of_tensor[key] = _Known(made_of, others, make())
+        return known.value
+
+
+def _must_be_made(tensors: tuple[Tensor, ...]) -> bool:
+    """A graph replays on other contents of the same tensors; inference tensors count no changes."""
+    if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors):
+        return True
+    return tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
