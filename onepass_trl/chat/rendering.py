@@ -82,6 +82,7 @@ class RenderedTurn:
         rendered: The pass.
         message: The turn's message in its normal form, see
             :func:`onepass_trl.chat.messages.normalize_messages`.
+        index: Index of that message in the conversation.
         context: The text of the pass's context.
         name: What to call the turn in messages.
         template: The Jinja source of the chat template.
@@ -90,6 +91,7 @@ class RenderedTurn:
 
     rendered: Pass
     message: Message
+    index: int
     context: str
     name: str
     template: str
@@ -120,6 +122,7 @@ def render_turns(
                 np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts])
             ),
             message=conversation.messages[index],
+            index=index,
             context=context,
             name=conversation.name(number, index),
             template=conversation.template.text,

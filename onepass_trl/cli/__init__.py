@@ -12,6 +12,7 @@ VERBS = {
     "sft": "train on conversations in one pass: the flags and YAML files of `trl sft`",
     "setsft": "train several reasoning traces per question, each behind its own forking token",
     "verify": "compare one pass with N separate passes on your model and conversations",
+    "inspect": "show how a conversation is cut, who sees whom, what is trained and what that saves",
     "env": "print versions, attention implementations and devices, for bug reports",
 }
 

@@ -109,7 +109,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--chat_template_kwargs",
-        type=_json_object,
+        type=json_object,
         help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
     )
     parser.add_argument("--max_length", type=int, help="cut each pass to its first tokens")
@@ -128,7 +128,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     """Return the object that the text is, for argparse."""
     value = json.loads(text)
     if not isinstance(value, dict):

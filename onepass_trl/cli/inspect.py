@@ -1,0 +1,142 @@
+"""`onepass-trl inspect`: one conversation as trunk and branches, in the terminal or as a page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from onepass_trl.tools.inspection import Inspection, Segment
+
+_SHOWN = 100  # characters of a text, at most
+
+
+def main(argv: list[str]) -> int:
+    """Show the row that `argv` names; return 0."""
+    options = _parse(argv)
+    from rich.console import Console
+
+    from onepass_trl.tools.figures import figures, remarks
+
+    found = _inspect(options)
+    console = Console(highlight=False)
+    console.print(as_tree(found))
+    for line in [*figures(found), *remarks(found)]:
+        console.print(line, markup=False, soft_wrap=True)
+    if options.html is not None:
+        from onepass_trl.tools.page import to_html
+
+        title = f"{options.dataset}, row {options.row}"
+        Path(options.html).write_text(to_html(found, title), encoding="utf-8")
+        console.print(f"Wrote {options.html}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    from onepass_trl.cli.verify import json_object
+
+    parser = argparse.ArgumentParser(
+        prog="onepass-trl inspect",
+        description="Show how a conversation is cut: the trunk that later turns see and the branch "
+        "of each turn, which tokens are trained, and how much less one pass computes than N "
+        "separate passes. Turns, messages and positions count from 0. Needs a tokenizer, no "
+        "weights.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("dataset", help="dataset of the Hub, or a .jsonl, .json or .parquet file")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="model of the Hub, or a folder: its tokenizer"
+    )
+    parser.add_argument("--row", type=int, default=0, help="which row, from 0")
+    parser.add_argument("--dataset_config", help="configuration of the dataset")
+    parser.add_argument(
+        "--dataset_split", default="train", help="split, or a slice such as train[100:]"
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=json_object,
+        help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write one self-contained page")
+    return parser.parse_args(argv)
+
+
+def _inspect(options: argparse.Namespace) -> Inspection:
+    from transformers import AutoTokenizer
+
+    from onepass_trl.cli.dataset import load_conversations
+    from onepass_trl.tools.inspection import inspect_row
+    from onepass_trl.training.preparation import settle_null_arguments
+
+    if options.html is not None and not Path(options.html).resolve().parent.is_dir():
+        raise FileNotFoundError(
+            f"--html {options.html}: there is no folder {Path(options.html).resolve().parent}"
+        )
+    dataset = load_conversations(
+        options.dataset, options.dataset_split, config=options.dataset_config
+    )
+    if not 0 <= options.row < len(dataset):
+        raise ValueError(
+            f"--row {options.row} is out of range: split {options.dataset_split!r} of "
+            f"{options.dataset!r} has {len(dataset)} rows, 0..{len(dataset) - 1}"
+        )
+    return inspect_row(
+        dataset[options.row],
+        AutoTokenizer.from_pretrained(options.model_name_or_path),
+        chat_template_kwargs=options.chat_template_kwargs,
+        null_arguments=settle_null_arguments(dataset, "auto"),
+    )
+
+
+def as_tree(found: Inspection) -> Tree:
+    """Return the conversation's outline: its trunk, and the branches where they leave it."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from onepass_trl.tools.figures import name_of
+    from onepass_trl.tools.inspection import Branch
+
+    root = Tree(Text("trunk", style="bold"))
+    waiting = [(root, found.trunk)]
+    while waiting:
+        tree, branch = waiting.pop()
+        for item in branch.items:
+            if isinstance(item, Branch):
+                waiting.append((tree.add(Text(name_of(item), style="bold")), item))
+            else:
+                tree.add(_line(found, item))
+    return root
+
+
+def _line(found: Inspection, segment: Segment) -> Text:
+    from rich.text import Text
+
+    from onepass_trl.tools.transcript import visible_text
+
+    number = "" if segment.message < 0 else f" {segment.message}"
+    text = "".join(
+        text
+        for text, is_copy in zip(
+            found.texts[segment.begin : segment.end],
+            found.is_copy[segment.begin : segment.end],
+            strict=True,
+        )
+        if not is_copy
+    )
+    what = ("trained", "green") if segment.trained else ("context", "blue")
+    return Text.assemble(
+        (f"{segment.role}{number}", "bold"),
+        f"  {segment.size}  ",
+        what,
+        f"  {_shortened(visible_text(text))}",
+        no_wrap=True,
+        overflow="ellipsis",
+    )
+
+
+def _shortened(text: str) -> str:
+    return text[:_SHOWN].replace("\n", "⏎").replace("\t", " ") + "…" * (len(text) > _SHOWN)

@@ -1,0 +1,55 @@
+"""What an inspected row amounts to, in words: for the terminal and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onepass_trl.tools.inspection import TILE, Branch, Inspection
+
+
+def name_of(branch: Branch) -> str:
+    """Return what to call a branch."""
+    if branch.turns == 1:
+        return f"branch of turn {branch.last_turn}"
+    return f"branch of {branch.turns} turns, the last is turn {branch.last_turn}"
+
+
+def figures(found: Inspection) -> Iterator[str]:
+    """Yield the row's figures as lines of text."""
+    skipped, partial, full = found.tiles
+    executed = partial + full
+    num_turns = len(found.pass_lengths)
+    yield (
+        f"tokens: one pass {len(found.row):,}, N-pass {found.n_pass_tokens:,} in {num_turns} "
+        f"passes = {found.token_ratio:.2f} times as many"
+    )
+    yield (
+        f"attention pairs: one pass {found.pairs:,}, N-pass {found.n_pass_pairs:,} = "
+        f"{found.n_pass_pairs / found.pairs:.2f} times as many (layers without a window)"
+    )
+    yield (
+        f"tiles of {TILE} x {TILE}: {executed:,} executed ({full:,} full, {partial:,} partial), "
+        f"{skipped:,} skipped; {found.pairs / TILE**2:,.1f} tiles' worth of pairs are useful, "
+        f"{found.pairs / TILE**2 / executed:.0%} of what is executed"
+    )
+    trained, copies = int(found.trained[~found.is_copy].sum()), int(found.is_copy.sum())
+    yield f"trained tokens: {trained:,}; fork copies: {copies}"
+
+
+def remarks(found: Inspection) -> Iterator[str]:
+    """Yield what is particular about the row, as sentences."""
+    num_turns = len(found.pass_lengths)
+    if num_turns == 1:
+        yield "Only one turn is trained, so one pass is what N-pass computes."
+        return
+    if found.is_chain:
+        yield (
+            "The template keeps every turn in later contexts as it was generated, so no "
+            "duplication is needed: the row is the last pass, an ordinary causal sequence in "
+            "which all turns are trained."
+        )
+    if found.has_reasoning is False:
+        yield (
+            "No trained turn has reasoning. One pass still saves "
+            f"{1 - 1 / found.token_ratio:.0%} of the tokens that {num_turns} passes would compute."
+        )

@@ -1,0 +1,331 @@
+"""How one conversation is cut: its tree as trunk and branches, its row, and what one pass saves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from onepass_trl.attention import ExtensionNotBuiltError
+from onepass_trl.chat.messages import normalize_messages
+from onepass_trl.chat.rendering import RenderedTurn
+from onepass_trl.chat.rows import NullArguments, row_to_conversation, row_to_passes, row_to_turns
+from onepass_trl.data.layout import Layout, linearize
+from onepass_trl.data.tree import ROOT, TokenTree
+from onepass_trl.passes import Pass
+from onepass_trl.tools.transcript import message_starts, token_texts
+from onepass_trl.visibility import num_visible_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TILE = 64  # queries and keys of a tile, as in the kernels
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of a row's tokens of one message, which the same passes see, all trained or none.
+
+    Attributes:
+        begin: first token in the row.
+        end: one beyond the last.
+        first_position: position id of the first token.
+        last_position: position id of the last token.
+        role: of the message; ``"context"`` or ``"completion"`` where the message isn't known.
+        message: index of the message, or -1.
+        trained: whether its tokens are targets of the loss.
+        num_passes: in how many passes it stands.
+        num_copies: fork copies among its tokens.
+    """
+
+    begin: int
+    end: int
+    first_position: int
+    last_position: int
+    role: str
+    message: int
+    trained: bool
+    num_passes: int
+    num_copies: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of its tokens, fork copies not counted."""
+        return self.end - self.begin - self.num_copies
+
+    @property
+    def size(self) -> str:
+        """How many tokens it has and at which positions, in words."""
+        tokens = "token" if self.num_tokens == 1 else "tokens"
+        return f"{self.num_tokens} {tokens} at {self.first_position}..{self.last_position}"
+
+
+@dataclass
+class Branch:
+    """Segments that follow one another, and after each the branches that leave there.
+
+    Attributes:
+        turns: how many passes go through it.
+        last_turn: number of the last of these passes, from 0.
+        items: its segments and branches, in reading order.
+    """
+
+    turns: int
+    last_turn: int
+    items: list[Segment | Branch] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """One conversation's row, explained.
+
+    Attributes:
+        row: the row.
+        texts: text of each of its tokens, ``num_tokens`` of them.
+        trained: ``(num_tokens,)`` bool, whether a token is a target of the loss in any pass.
+        is_copy: ``(num_tokens,)`` bool, whether it is a fork copy.
+        trunk: the tree; the trunk is the path of the last pass, up to what that pass generates.
+        pass_lengths: number of tokens of each pass.
+        has_reasoning: whether a trained turn has reasoning; None where messages aren't known.
+    """
+
+    row: Layout
+    texts: list[str]
+    trained: NDArray[np.bool_]
+    is_copy: NDArray[np.bool_]
+    trunk: Branch
+    pass_lengths: list[int]
+    has_reasoning: bool | None
+
+    @property
+    def n_pass_tokens(self) -> int:
+        """Tokens that N-pass computes."""
+        return sum(self.pass_lengths)
+
+    @property
+    def token_ratio(self) -> float:
+        """How many times as many tokens N-pass computes."""
+        return self.n_pass_tokens / len(self.row)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of query and key that one pass needs, without a window."""
+        return num_visible_pairs(self.row.visible_end)
+
+    @property
+    def n_pass_pairs(self) -> int:
+        """Pairs of query and key that N-pass needs, without a window."""
+        return sum(length * (length + 1) // 2 for length in self.pass_lengths)
+
+    @cached_property
+    def tiles(self) -> tuple[int, int, int]:
+        """Tiles of 64 x 64 on or below the diagonal: skipped, partial and full.
+
+        Raises:
+            ExtensionNotBuiltError: if the compiled extension is missing.
+        """
+        try:
+            from onepass_trl import _C
+        except ImportError as error:
+            raise ExtensionNotBuiltError(
+                f"tiles are counted by the compiled extension, which cannot be loaded ({error}): "
+                "install the package, or build it with `pip install --no-build-isolation -e .`"
+            ) from error
+        return _C.tile_counts(torch.from_numpy(self.row.visible_end), TILE, TILE)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each pass begins with all of the one before, so that nothing stands twice."""
+        return len(self.row) == max(self.pass_lengths)
+
+
+def inspect_row(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    null_arguments: NullArguments = "error",
+) -> Inspection:
+    """Return what becomes of a dataset row; arguments and errors are those of `row_to_passes`."""
+    given: dict[str, Any] = dict(
+        chat_template_kwargs=chat_template_kwargs, null_arguments=null_arguments
+    )
+    if row.get("passes") is not None:
+        return inspect_passes(row_to_passes(row, tokenizer, **given), tokenizer)
+    turns = row_to_turns(row, tokenizer, **given)
+    conversation = row_to_conversation(row, null_arguments=null_arguments)
+    messages = normalize_messages(conversation.messages, inline_reasoning=True)
+    for turn in turns:
+        messages[turn.index] = turn.message
+    return inspect_passes([turn.rendered for turn in turns], tokenizer, turns, messages)
+
+
+def inspect_passes(
+    passes: Sequence[Pass],
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[RenderedTurn] = (),
+    messages: Sequence[Mapping[str, Any]] = (),
+) -> Inspection:
+    """Return how passes are merged and laid out.
+
+    Args:
+        passes: of one conversation, at least one.
+        tokenizer: gives the text of tokens.
+        turns: what the passes were rendered from, if known: gives segments their roles.
+        messages: of the conversation, in their normal form.
+    """
+    tree = TokenTree()
+    ends = [tree.insert(pass_) for pass_ in passes]
+    view = _View(tree, tokenizer)
+    paths = view.paths(ends)
+    if turns:
+        view.find_messages(turns, messages, paths)
+    reasoning = any(turn.message.get("reasoning_content") for turn in turns) if turns else None
+    return Inspection(
+        row=view.row,
+        texts=view.texts,
+        trained=view.trained,
+        is_copy=view.is_copy,
+        trunk=view.outline(paths, [str(message["role"]) for message in messages]),
+        pass_lengths=[len(pass_) for pass_ in passes],
+        has_reasoning=reasoning,
+    )
+
+
+class _View:
+    """A tree with its row, and for each token of the row what it is."""
+
+    def __init__(self, tree: TokenTree, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tree, self.tokenizer, self.row = tree, tokenizer, linearize(tree)
+        num_tokens = len(self.row)
+        self.texts = [""] * num_tokens
+        self.trained = np.zeros(num_tokens, dtype=np.bool_)
+        self.is_copy = self.row.num_passes == 0
+        self.message = np.full(num_tokens, -1, dtype=np.int64)
+        self.spans = [(0, 0)] * len(tree.nodes)
+        self.children: list[list[int]] = [[] for _ in tree.nodes]
+        begin = 0
+        for index, _, children in tree.depth_first():
+            self.children[index] = children
+            if index == ROOT:
+                continue
+            node, copies = tree.nodes[index], tree.num_fork_copies(index)
+            end = begin + node.token_ids.size + copies
+            self.spans[index] = begin, end
+            before = int(self.row.input_ids[begin - 1]) if begin else None
+            texts = token_texts(node.token_ids, tokenizer, before)
+            self.texts[begin:end] = [*texts[:-1], *texts[-1:] * (copies + 1)]
+            trained = node.weights > 0
+            self.trained[begin:end] = [*trained[:-1], *trained[-1:].repeat(copies + 1)]
+            begin = end
+
+    def paths(self, ends: Sequence[int]) -> list[list[int]]:
+        """Return the nodes of each pass, from the first, given the one in which it ends."""
+        parents = {child: index for index, below in enumerate(self.children) for child in below}
+        paths = []
+        for index in ends:
+            path = [index]
+            while parents[path[-1]] != ROOT:
+                path.append(parents[path[-1]])
+            paths.append(path[::-1])
+        return paths
+
+    def find_messages(
+        self,
+        turns: Sequence[RenderedTurn],
+        messages: Sequence[Mapping[str, Any]],
+        paths: Sequence[list[int]],
+    ) -> None:
+        """Set the message of each token."""
+        names = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        added = (
+            re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+            if names
+            else None
+        )
+        tokens = [
+            np.concatenate([np.arange(*self.spans[index]) for index in path]) for path in paths
+        ]
+        tokens = [where[~self.is_copy[where]] for where in tokens]
+        ends = {self.texts[where[-1]] for where in tokens}
+        # The last pass first: a token keeps what the context that has most around it says.
+        for turn, where in zip(reversed(turns), reversed(tokens), strict=True):
+            in_context = where[: len(where) - turn.rendered.num_trained]
+            texts = [self.texts[token] for token in in_context.tolist()]
+            starts = message_starts("".join(texts), messages[: turn.index], added, ends)
+            known = [(start, number) for number, start in enumerate(starts) if start is not None]
+            offsets = np.cumsum([0, *map(len, texts)])[:-1]
+            at = np.searchsorted([start for start, _ in known], offsets, side="right") - 1
+            found = np.array([number for _, number in known])[np.maximum(at, 0)]
+            if at.size and known[0][0] > 0:
+                found[at < 0] = -1  # what the template writes before the first message
+            new = self.message[in_context] < 0
+            self.message[in_context[new]] = found[new]
+            self.message[where[len(in_context) :]] = turn.index
+        for copy in np.flatnonzero(self.is_copy)[::-1]:
+            self.message[copy] = self.message[copy + 1]
+
+    def segments(self, index: int, roles: Sequence[str]) -> list[Segment]:
+        """Return the segments of a node."""
+        begin, end = self.spans[index]
+        if begin == end:
+            return []
+        keys = np.stack([self.message[begin:end], self.trained[begin:end]])
+        cuts = begin + 1 + np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0))
+        borders = [begin, *cuts.tolist(), end]
+        return [self._segment(index, *border, roles) for border in pairwise(borders)]
+
+    def _segment(self, index: int, begin: int, end: int, roles: Sequence[str]) -> Segment:
+        message, trained = int(self.message[begin]), bool(self.trained[begin])
+        if message >= 0:
+            role = roles[message]
+        elif roles:
+            role = "template"
+        else:
+            role = "completion" if trained else "context"
+        return Segment(
+            begin=begin,
+            end=end,
+            first_position=int(self.row.position_ids[begin]),
+            last_position=int(self.row.position_ids[end - 1]),
+            role=role,
+            message=message,
+            trained=trained,
+            num_passes=self.tree.nodes[index].num_passes,
+            num_copies=int(self.is_copy[begin:end].sum()),
+        )
+
+    def outline(self, paths: Sequence[list[int]], roles: Sequence[str]) -> Branch:
+        """Return the tree as nested branches, of which each follows its last pass."""
+        last_turn = {index: turn for turn, path in enumerate(paths) for index in path}
+        last_turn[ROOT] = len(paths) - 1
+
+        def branch_from(index: int) -> Branch:
+            branch = Branch(self.tree.nodes[index].num_passes, last_turn[index])
+            below = [index]
+            while below:
+                branch.items += self.segments(below[0], roles)
+                ordered = self.children[below[0]]
+                below = sorted(ordered, key=lambda child: -last_turn[child])[:1]
+                branch.items += [branch_from(child) for child in ordered if child not in below]
+            return branch
+
+        trunk = branch_from(ROOT)
+        # What the last turn generates is its branch, like that of every turn before it.
+        tail = len(trunk.items)
+        while tail and _is_generated_once(trunk.items[tail - 1]):
+            tail -= 1
+        if tail < len(trunk.items):
+            trunk.items[tail:] = [Branch(1, trunk.last_turn, trunk.items[tail:])]
+        return trunk
+
+
+def _is_generated_once(item: Segment | Branch) -> bool:
+    return isinstance(item, Segment) and item.trained and item.num_passes == 1

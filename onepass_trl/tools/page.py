@@ -1,0 +1,84 @@
+"""An inspected row as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from importlib.resources import files
+from typing import Any
+
+from onepass_trl.tools.figures import figures, name_of, remarks
+from onepass_trl.tools.inspection import TILE, Branch, Inspection
+from onepass_trl.tools.transcript import visible_text
+
+
+def to_html(found: Inspection, title: str) -> str:
+    """Return the page: text in ASCII, of a size linear in the tokens, which loads nothing.
+
+    The conversation stands in it as JSON in which no character means anything to HTML, and gets
+    into the document as text only. The page's policy allows its own script and no other.
+    """
+    page = files("onepass_trl.tools").joinpath("page.html").read_text(encoding="utf-8")
+    script = re.search(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    assert script is not None
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    # All at once: what is put in is never searched again, whatever it holds.
+    parts = {
+        "$TITLE": html.escape(visible_text(title)),
+        "$SCRIPT_HASH": f"sha256-{digest}",
+        "$DATA": _as_script_data(_data(found)),
+    }
+    return re.sub(r"\$(TITLE|SCRIPT_HASH|DATA)\b", lambda match: parts[match[0]], page)
+
+
+def _as_script_data(value: Any) -> str:
+    """Return JSON that is safe inside a <script> element: ASCII without <, > and &."""
+    text = json.dumps(value, separators=(",", ":"))
+    return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _data(found: Inspection) -> dict[str, Any]:
+    row = found.row
+    segments: list[dict[str, Any]] = []
+    return {
+        "tile": TILE,
+        "ids": row.input_ids.tolist(),
+        "texts": [visible_text(text) for text in found.texts],
+        "positions": row.position_ids.tolist(),
+        "labels": row.shift_labels.tolist(),
+        "weights": row.weights.tolist(),
+        "visibleEnd": row.visible_end.tolist(),
+        "trained": found.trained.astype(int).tolist(),
+        "copies": found.is_copy.nonzero()[0].tolist(),
+        "outline": _outline(found.trunk, "trunk", segments),
+        "segments": sorted(segments, key=lambda segment: segment["begin"]),
+        "figures": [*figures(found), *remarks(found)],
+    }
+
+
+def _outline(branch: Branch, name: str, segments: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a branch as nested objects; collect its segments, which the objects name by `begin`.
+
+    The segment's `place` says what it belongs to, in words.
+    """
+    items: list[Any] = []
+    for item in branch.items:
+        if isinstance(item, Branch):
+            items.append(_outline(item, name_of(item), segments))
+            continue
+        items.append(item.begin)
+        number = "" if item.message < 0 else f" {item.message}"
+        segments.append(
+            {
+                "begin": item.begin,
+                "end": item.end,
+                "size": item.size,
+                "role": f"{item.role}{number}",
+                "place": name,
+                "trained": item.trained,
+            }
+        )
+    return {"name": name, "items": items}

@@ -1,0 +1,148 @@
+"""What a row of tokens says and who says it: the text of each token, the message it stands in."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LONGEST_CHARACTER = 4  # bytes in UTF-8, of which each can be a token
+_CLOSES = re.compile(r"end|eo[mst]|</|return", re.IGNORECASE)  # in the names of closing tokens
+
+
+def token_texts(
+    token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, before: int | None = None
+) -> list[str]:
+    """Return the text of each token, such that they join to the text of all.
+
+    Of tokens that share one character the last has it, and the others have the empty text.
+
+    Args:
+        token_ids: Consecutive tokens of one pass.
+        tokenizer: The tokenizer.
+        before: The token before them: some tokenizers drop the space that begins a text.
+    """
+    ids = [int(token) for token in token_ids]
+    texts: list[str] = []
+    pending: list[int] = []
+    for number, token in enumerate(ids):
+        pending.append(token)
+        lead = [] if before is None else [before]
+        text = _decode(tokenizer, [*lead, *pending])[len(_decode(tokenizer, lead)) :]
+        is_last = number == len(ids) - 1
+        if text.endswith("\ufffd") and len(pending) < _LONGEST_CHARACTER and not is_last:
+            texts.append("")
+            continue
+        texts.append(text)
+        pending, before = [], token
+    return texts
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    if not ids:
+        return ""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def visible_text(text: str) -> str:
+    """Return the text with control characters as symbols, so that showing it does nothing else.
+
+    Newlines and tabs stay. Escape sequences would command a terminal, and the controls of writing
+    direction would reorder what stands around them.
+
+    >>> visible_text("a\\x1b[31m\\u202eb")
+    'a␛[31m⟨202E⟩b'
+    """
+    return "".join(map(_visible_character, text))
+
+
+def _visible_character(character: str) -> str:
+    if character in "\n\t":
+        return character
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\u2421"
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return f"⟨{code:04X}⟩"
+    return character
+
+
+def message_starts(
+    context: str,
+    messages: Sequence[Mapping[str, Any]],
+    added: re.Pattern[str] | None,
+    ends_of_turn: Iterable[str],
+) -> list[int | None]:
+    """Return where in a context each message begins, and last where the generated turn does.
+
+    Templates don't say where a message begins, so its content is looked for, and the border is laid
+    between the added tokens before it. The result is for display only. None stands for a message
+    that is not found: a template may leave it out or rewrite it.
+
+    Args:
+        context: The text before a turn, generation prompt included.
+        messages: The messages of the context, in their normal form.
+        added: Pattern of the added tokens.
+        ends_of_turn: Texts of the tokens with which a turn ends.
+
+    >>> chat = [{"role": "user", "content": "Hi"}]
+    >>> message_starts("<s>Hi<e><s>", chat, re.compile("<.>"), ["<e>"])
+    [0, 8]
+    """
+    starts: list[int | None] = []
+    end, ends = 0, [text for text in ends_of_turn if text]
+    for message in messages:
+        begin = None
+        for forms in _needles(message):
+            needle = next((form for form in forms if context.find(form, end) >= 0), None)
+            if needle is None:
+                continue
+            found = context.find(needle, end)
+            if begin is None:
+                is_first = not any(start is not None for start in starts)
+                begin = (
+                    _first_border(context[:found], added)
+                    if is_first
+                    else end + _border(context[end:found], added, ends)
+                )
+            end = found + len(needle)
+        starts.append(begin)
+    return [*starts, end + _border(context[end:], added, ends)]
+
+
+def _needles(message: Mapping[str, Any]) -> list[list[str]]:
+    """Return the texts that stand in a rendered message, in their order, each in some spellings."""
+    names = [[call["function"]["name"]] for call in message.get("tool_calls") or ()]
+    content = str(message.get("content") or "").strip()
+    if not content:
+        return names
+    as_json = [json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+    return [[content, *as_json], *names]
+
+
+def _first_border(gap: str, added: re.Pattern[str] | None) -> int:
+    """Return where the first message begins: at the last opening, as templates write their own."""
+    openings = list(added.finditer(gap)) if added is not None else []
+    return max((m.start() for m in openings if m[0] == openings[0][0]), default=0)
+
+
+def _border(gap: str, added: re.Pattern[str] | None, ends_of_turn: Sequence[str]) -> int:
+    """Return where, between the contents of two messages, the second begins."""
+    found = list(added.finditer(gap)) if added is not None else []
+    border = min((gap.find(text) + len(text) for text in ends_of_turn if text in gap), default=0)
+    for match in found:
+        if match.start() < border:
+            continue
+        if border and gap[border : match.start()].strip():
+            return border
+        if not _CLOSES.search(match[0]):
+            return match.start()
+        border = match.end()
+    return border or len(gap)

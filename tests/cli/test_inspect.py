@@ -1,0 +1,70 @@
+import json
+
+import pytest
+
+from onepass_trl.cli import main
+
+from .test_cli import CHATS
+
+
+@pytest.fixture
+def inspect(tiny_model_dir, tmp_path, capsys):
+    """A function that inspects conversations and returns exit status, output and errors."""
+
+    def run(chats, *flags):
+        path = tmp_path / "chats.jsonl"
+        path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+        status = main(["inspect", str(path), f"--model_name_or_path={tiny_model_dir}", *flags])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_conversation_is_shown_as_a_tree(inspect, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "120")
+    page = tmp_path / "row.html"
+    status, out, _ = inspect(CHATS, "--row=2", f"--html={page}")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == "trunk"
+    assert lines[1].startswith("├── user 0  ")
+    assert "What is 2 plus 2?" in lines[1]
+    assert sum("branch of turn" in line for line in lines) == 2
+    assert sum("  trained  <think>⏎" in line for line in lines) == 2
+    assert "times as many" in out
+    assert "tiles of 64 x 64" in out
+    assert "chats.jsonl, row 2" in page.read_text()
+
+
+def test_a_conversation_commands_no_terminal_and_no_markup(inspect, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = "[bold]no[/bold] [/] \x1b[31mred\x07"
+    chat = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "A"}]}
+    status, out, _ = inspect([chat])
+    assert status == 0
+    assert "[bold]no[/bold] [/] ␛[31mred␇" in out
+    assert "\x1b" not in out
+    assert "Only one turn is trained" in out
+
+
+def test_a_dataset_without_reasoning_is_told_what_is_saved(inspect):
+    messages = [{k: m[k] for k in ("role", "content")} for m in CHATS[0]["messages"]]
+    status, out, _ = inspect([{"messages": messages}])
+    assert status == 0
+    assert "No trained turn has reasoning. One pass still saves" in out
+
+
+@pytest.mark.parametrize("row", [8, -1])
+def test_a_row_out_of_range(inspect, row):
+    status, _, error = inspect(CHATS, f"--row={row}")
+    assert status == 2
+    assert f"--row {row} is out of range" in error
+    assert "has 8 rows, 0..7" in error
+
+
+def test_missing_file_and_folder(inspect, tiny_model_dir, capsys):
+    assert main(["inspect", "none.jsonl", f"--model_name_or_path={tiny_model_dir}"]) == 2
+    assert "no such file" in capsys.readouterr().err
+    status, _, error = inspect(CHATS, "--html=missing_folder/row.html")
+    assert status == 2
+    assert "there is no folder" in error

@@ -1,0 +1,142 @@
+import re
+
+import numpy as np
+import pytest
+
+from onepass_trl import Pass
+from onepass_trl.data.layout import IGNORE_INDEX
+from onepass_trl.tools.figures import figures, remarks
+from onepass_trl.tools.inspection import Branch, Segment, inspect_passes, inspect_row
+from onepass_trl.tools.transcript import message_starts
+from onepass_trl.visibility import dense_mask
+from tests.chat.tokenizers import small_tokenizer
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is two plus two?"},
+    {"role": "assistant", "reasoning_content": "Let me think.", "content": "The answer is four."},
+    {"role": "user", "content": "And three more?"},
+    {"role": "assistant", "reasoning_content": "First, add.", "content": "It is seven."},
+]
+
+
+def segments_of(branch):
+    for item in branch.items:
+        if isinstance(item, Branch):
+            yield from segments_of(item)
+        else:
+            yield item
+
+
+def text_of(found, segment):
+    return "".join(found.texts[segment.begin : segment.end])
+
+
+@pytest.mark.parametrize("template", ["qwen3", "deepseekv3", "gptoss"])
+def test_segments_cover_the_row_once_and_hold_their_message(template):
+    found = inspect_row({"messages": CHAT}, small_tokenizer(template))
+    segments = sorted(segments_of(found.trunk), key=lambda segment: segment.begin)
+    borders = [(segment.begin, segment.end) for segment in segments]
+    assert np.array_equal(
+        np.concatenate([np.arange(*b) for b in borders]), np.arange(len(found.row))
+    )
+    for segment in segments:
+        assert set(found.trained[segment.begin : segment.end]) == {segment.trained}
+    for number, message in enumerate(CHAT):
+        own = [segment for segment in segments if segment.message == number]
+        assert {segment.role for segment in own} == {message["role"]}
+        assert message["content"] in "".join(text_of(found, segment) for segment in own)
+        for other in CHAT[:number]:
+            context = "".join(text_of(found, segment) for segment in own)
+            assert other["content"] not in context
+
+
+def test_trunk_and_branches_of_a_chat(tiny_tokenizer):
+    found = inspect_row({"messages": CHAT}, tiny_tokenizer)
+    trunk = [item for item in found.trunk.items if isinstance(item, Segment)]
+    branches = [item for item in found.trunk.items if isinstance(item, Branch)]
+    assert not any(segment.trained for segment in trunk)
+    assert [branch.last_turn for branch in branches] == [0, 1]
+    for branch, reasoning in zip(branches, ("Let me think.", "First, add."), strict=True):
+        (segment,) = branch.items
+        assert segment.trained
+        assert reasoning in text_of(found, segment)
+    text = "".join(text_of(found, segment) for segment in trunk)
+    assert "The answer is four." in text
+    assert "Let me think." not in text
+
+
+def test_figures_are_those_of_the_dense_mask(tiny_tokenizer):
+    found = inspect_row({"messages": CHAT}, tiny_tokenizer)
+    assert found.pairs == dense_mask(found.row.visible_end).sum()
+    assert found.n_pass_tokens == found.row.num_passes.sum()
+    side = -(-len(found.row) // 64)
+    assert sum(found.tiles) == side * (side + 1) // 2
+    assert f"one pass {len(found.row):,}, N-pass {found.n_pass_tokens:,}" in "\n".join(
+        figures(found)
+    )
+    assert not list(remarks(found))
+
+
+def test_fork_copies_belong_to_the_segment_of_their_token(tiny_tokenizer):
+    passes = [Pass([5, 6, 7, tail], [0, 0, 0, 1]) for tail in (8, 9, 10)]
+    found = inspect_passes(passes, tiny_tokenizer)
+    context, *_ = segments_of(found.trunk)
+    assert (context.begin, context.end, context.num_copies, context.num_tokens) == (0, 5, 2, 3)
+    assert context.role == "context"
+    assert (found.row.shift_labels[found.is_copy] != IGNORE_INDEX).all()
+    assert found.has_reasoning is None
+
+
+def test_a_template_that_keeps_everything_needs_no_duplication():
+    chat = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in CHAT]
+    found = inspect_row({"messages": chat}, small_tokenizer("llama3_1"))
+    assert found.is_chain
+    said = " ".join(remarks(found))
+    assert "no duplication is needed" in said
+    assert "No trained turn has reasoning. One pass still saves" in said
+
+
+def test_one_turn_saves_nothing(tiny_tokenizer):
+    found = inspect_row({"messages": CHAT[:3]}, tiny_tokenizer)
+    assert list(remarks(found)) == [
+        "Only one turn is trained, so one pass is what N-pass computes."
+    ]
+
+
+def test_rows_of_passes(tiny_tokenizer):
+    row = {
+        "passes": [
+            {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]},
+            {"input_ids": [5, 6, 8], "labels": [-100, -100, 8]},
+        ]
+    }
+    found = inspect_row(row, tiny_tokenizer)
+    assert {segment.role for segment in segments_of(found.trunk)} == {"context", "completion"}
+
+
+@pytest.mark.parametrize("template", ["qwen3", "deepseekv3", "gptoss"])
+def test_tool_calls_and_results_have_their_roles(template):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    chat = [
+        CHAT[1],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": '{"sum": "4"}'},
+        {"role": "assistant", "content": "It is four."},
+    ]
+    found = inspect_row({"messages": chat}, small_tokenizer(template))
+    segments = list(segments_of(found.trunk))
+    results = [segment for segment in segments if segment.role == "tool"]
+    assert "sum" in "".join(text_of(found, segment) for segment in results)
+    assert not any("add" in text_of(found, s) for s in segments if s.role == "user")
+    assert {segment.message for segment in results} == {2}
+    assert all(s.role == "assistant" for s in segments if s.trained)
+
+
+def test_a_message_that_is_not_found_goes_with_the_next():
+    added = re.compile("<.>")
+    chat = [{"role": "user", "content": text} for text in ("one", "two", "three")]
+    assert message_starts("<s>one<e><s>TWO<e><s>three<e><s>", chat, added, ["<e>"]) == [
+        *(0, None),
+        *(9, 29),
+    ]

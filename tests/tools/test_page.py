@@ -1,0 +1,151 @@
+"""The page in a real browser: what is lit is what is seen, and a conversation runs nothing."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from onepass_trl import Pass
+from onepass_trl.tools.inspection import inspect_passes, inspect_row
+from onepass_trl.tools.page import to_html
+from onepass_trl.visibility import dense_mask
+from tests.browser import CHROMIUM, NO_CHROMIUM, Page
+
+from .test_inspection import CHAT
+
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+
+HOSTILE = (
+    "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'>"
+    "<!-- <script> $DATA $TITLE \u2028 \x1b[31m \u202e & &lt; \\u003c ]]>"
+)
+LIT = """[...document.querySelectorAll(".token")]
+    .filter(token => token.closest(".lit")).map(token => Number(token.dataset.index))"""
+
+
+@pytest.fixture
+def open_page(tmp_path):
+    """A function that opens an inspected row in a browser."""
+    pages = []
+
+    def opened(found, title="a row"):
+        path = tmp_path / "row.html"
+        path.write_text(to_html(found, title), encoding="utf-8")
+        pages.append(Page(path, tmp_path / "profile"))
+        return pages[-1]
+
+    yield opened
+    for page in pages:
+        with page:
+            assert not [e for e in page.events if e["method"] == "Runtime.exceptionThrown"]
+
+
+def hover(page, index):
+    page.evaluate(f"tokens[{index}].scrollIntoView({{block: 'center'}})")
+    box = page.evaluate(
+        f"(box => [box.x + box.width / 2, box.y + box.height / 2])"
+        f"(tokens[{index}].getClientRects()[0])"
+    )
+    page.point_at(*box)
+
+
+def lit(page):
+    return sorted(page.evaluate(LIT))
+
+
+def seen(found, index):
+    return np.flatnonzero(dense_mask(found.row.visible_end)[index]).tolist()
+
+
+@in_browser
+def test_hovering_a_token_of_a_branch_lights_its_trunk_prefix_and_its_branch(
+    open_page, tiny_tokenizer
+):
+    found = inspect_row({"messages": CHAT}, tiny_tokenizer)
+    page = open_page(found)
+    first_turn = np.flatnonzero(found.trained & (found.row.visible_end == len(found.row)))[0]
+    index = int(first_turn + 3)
+    assert seen(found, index) != list(range(index + 1))  # the other turn's branch is before it
+    hover(page, index)
+    assert lit(page) == seen(found, index)
+    details = page.evaluate("document.querySelector('#details').textContent")
+    assert f"{found.row.position_ids[index]} (row index {index})" in details
+    assert f"id {found.row.shift_labels[index]}" in details
+    page.point_at(1, 1)
+    assert lit(page) == []
+
+
+@in_browser
+def test_every_token_of_a_row_with_fork_copies_and_long_runs(open_page, tiny_tokenizer):
+    shared = [5] * 150
+    passes = [Pass([*shared, tail, *[9] * 70], [0] * 150 + [1] * 71) for tail in (6, 7, 8)]
+    found = inspect_passes(passes, tiny_tokenizer)
+    page = open_page(found)
+    for index in [0, 64, 149, 150, 151, 152, 153, 200, len(found.row) - 1]:
+        page.evaluate(f"show({index}, false)")
+        assert lit(page) == seen(found, index), index
+
+
+@in_browser
+def test_the_keyboard_is_enough(open_page, tiny_tokenizer):
+    found = inspect_row({"messages": CHAT}, tiny_tokenizer)
+    page = open_page(found)
+    page.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "tokens"
+    assert lit(page) == [0]
+    page.press("End")
+    assert lit(page) == seen(found, len(found.row) - 1)
+    page.press("ArrowLeft")
+    assert lit(page) == seen(found, len(found.row) - 2)
+    page.press("Escape")
+    assert lit(page) == []
+    page.press("Tab")
+    assert page.evaluate("document.activeElement.matches('summary, button')")
+
+
+@in_browser
+def test_a_hostile_conversation_is_text_and_runs_nothing(open_page, tiny_tokenizer):
+    chat = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": HOSTILE}]
+    page = open_page(inspect_row({"messages": chat}, tiny_tokenizer), title=HOSTILE)
+    assert page.evaluate("window.ran") is None
+    assert page.evaluate("document.querySelectorAll('script').length") == 2
+    assert page.evaluate("document.querySelectorAll('img').length") == 0
+    text = page.evaluate("document.getElementById('tokens').textContent")
+    assert text.count("</script><script>window.ran = 1</script><img src=x onerror=") == 2
+    # A dot stands for a token that is a part of a character.
+    assert "$DATA $TITLE ⟨2028⟩ ␛[31m ⟨202E⟩ & &lt; \\u003c ]]>" in text.replace("·", "")
+    requests = [e for e in page.events if e["method"] == "Network.requestWillBeSent"]
+    assert {e["params"]["request"]["url"].split(":")[0] for e in requests} == {"file"}
+    assert len(requests) == 1
+
+
+@in_browser
+def test_tiles_of_the_picture_are_those_of_the_plan_and_a_phone_is_wide_enough(
+    open_page, tiny_tokenizer
+):
+    chat = [dict(m, content=m["content"] * 40) for m in CHAT]
+    found = inspect_row({"messages": chat}, tiny_tokenizer)
+    page = open_page(found)
+    legend = page.evaluate("document.querySelector('.legend').textContent")
+    assert tuple(map(int, re.findall(r"(\d+) (?:skipped|partial|full)", legend))) == found.tiles
+    page.resize(390, 844)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_page_grows_with_the_tokens_and_not_with_their_pairs(tiny_tokenizer):
+    sizes = [
+        len(to_html(inspect_passes([Pass([5] * n, [0] + [1] * (n - 1))], tiny_tokenizer), ""))
+        for n in (1000, 2000, 4000)
+    ]
+    assert sizes[2] - sizes[1] < 2.2 * (sizes[1] - sizes[0])
+
+
+def test_the_data_means_nothing_to_html(tiny_tokenizer):
+    chat = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": "Yes."}]
+    page = to_html(inspect_row({"messages": chat}, tiny_tokenizer), HOSTILE)
+    data = re.search(r'id="data">(.*?)</script>', page)[1]
+    assert not set(data) & set("<>&")
+    assert data.isascii()
+    assert "window.ran = 1</script>" in "".join(json.loads(data)["texts"])
+    assert "http" not in page.replace("http-equiv", "")
