@@ -1,6 +1,8 @@
 // The table of the kernels that the build instantiates.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -64,15 +66,19 @@ const Kernel<BackwardParams> kBackward[] = {
 
 // ONEPASS_CUDA_FAMILY=sm80 takes the portable kernels on Hopper too, to compare.
 bool only_portable() {
-  static const char* family = std::getenv("ONEPASS_CUDA_FAMILY");
-  return family != nullptr && std::strcmp(family, "sm80") == 0;
+  const char* family = std::getenv("ONEPASS_CUDA_FAMILY");
+  if (family == nullptr || std::strcmp(family, "sm90") == 0) return false;
+  if (std::strcmp(family, "sm80") == 0) return true;
+  throw std::runtime_error(std::string("ONEPASS_CUDA_FAMILY is '") + family +
+                           "', expected sm80, sm90, or nothing for the best");
 }
 
 template <typename ParamsType, size_t kCount>
 const Kernel<ParamsType>* find(const Kernel<ParamsType> (&kernels)[kCount], int major,
                                ElementType type, int64_t d_qk, int64_t d_v) {
+  static const bool portable = only_portable();
   for (const Kernel<ParamsType>& kernel : kernels) {
-    const bool runs = kernel.family == Family::sm80 || (major == 9 && !only_portable());
+    const bool runs = kernel.family == Family::sm80 || (major == 9 && !portable);
     if (runs && kernel.type == type && kernel.d_qk == d_qk && kernel.d_v == d_v) return &kernel;
   }
   return nullptr;

@@ -268,10 +268,11 @@ def _choose(impl: Impl, q: Tensor, v: Tensor, scale: float) -> str:
 def _cuda_is_validated(q: Tensor, v: Tensor) -> bool:
     capability = torch.cuda.get_device_capability(q.device)
     head_dims = (q.shape[3], v.shape[3])
+    # The first is cheap and, so far, mostly false: this runs once per layer.
     return (
-        cuda_library.missing(capability) is None
+        cuda_library.is_validated(capability, q.dtype, head_dims)
+        and cuda_library.missing(capability) is None
         and head_dims in cuda_library.BUILD.head_dims  # type: ignore[union-attr]
-        and cuda_library.is_validated(capability, q.dtype, head_dims)
     )
 
 
@@ -285,11 +286,12 @@ def _check_cuda(q: Tensor, v: Tensor, scale: float) -> None:
         raise ValueError(_dtype_message("cuda", q.dtype, cuda_library.DTYPES))
     head_dims, built = (q.shape[3], v.shape[3]), cuda_library.BUILD.head_dims  # type: ignore[union-attr]
     if head_dims not in built:
+        wanted = ";".join(f"{d_qk}/{d_v}" for d_qk, d_v in (*built, head_dims))
         raise ValueError(
             f"impl='cuda': head sizes d_qk {head_dims[0]} and d_v {head_dims[1]}, and the library "
-            f"is built for {', '.join(f'{d_qk}/{d_v}' for d_qk, d_v in built)}: rebuild it with "
-            f"`ONEPASS_HEAD_DIMS={head_dims[0]}/{head_dims[1]} {cuda_library.BUILD_COMMAND}` (it "
-            "takes multiples of 32 up to 256, d_v at most d_qk), or use impl='flex'"
+            f"is built for {', '.join(f'{d_qk}/{d_v}' for d_qk, d_v in built)}: use impl='flex', "
+            "or, if they are multiples of 32 up to 256 and d_v is at most d_qk, rebuild it with "
+            f"`ONEPASS_HEAD_DIMS='{wanted}' {cuda_library.BUILD_COMMAND}`"
         )
     if not scale > 0:
         raise ValueError(

@@ -65,10 +65,12 @@ def missing(capability: tuple[int, int] | None) -> str | None:
     if LOAD_ERROR is not None:
         return f"{PATH} cannot be loaded ({LOAD_ERROR}): rebuild it with `{BUILD_COMMAND}`"
     if capability is not None and not BUILD.runs_on(capability):
-        arch = "".join(map(str, capability))
+        number = "".join(map(str, capability))
+        # The "a" is what the Hopper kernels need; without it there are the portable ones only.
+        wanted = ";".join((*BUILD.archs, "90a" if number == "90" else number))
         return (
             f"the CUDA library is built for compute capabilities {', '.join(BUILD.archs)} and the "
-            f"device has {arch}: rebuild it with `ONEPASS_CUDA_ARCHS={arch} {BUILD_COMMAND}`"
+            f"device has {number}: rebuild it with `ONEPASS_CUDA_ARCHS='{wanted}' {BUILD_COMMAND}`"
         )
     return None
 

@@ -100,6 +100,7 @@ class ForkingDiversityCallback(TrainerCallback):
                 num_tokens,
                 forking_token_format=config.forking_token_format,
                 thinking_opener=config.thinking_opener,
+                chat_template_kwargs=config.template_arguments,
             )
             completions = generate(model, prompts, tokenizer, self._max_new_tokens)
             distinct += len(set(map(tuple, completions))) / num_tokens

@@ -21,11 +21,13 @@ from onepass_trl.setsft.collator import SET_COLUMNS, from_row, to_row
 from onepass_trl.setsft.rendering import ForkingTokens, row_to_traces
 from onepass_trl.setsft.traces import Trace, TraceSet
 from onepass_trl.training.preparation import (
-    RENDER_BATCH_SIZE,
     AnyDataset,
     PreparationOptions,
     check_no_transform,
     pack_and_shuffle,
+    register_families,
+    render_rows,
+    report_unverified,
     with_exact_nulls,
 )
 
@@ -137,22 +139,16 @@ def _render(
     name: str,
     described: Callable[[str], dict[str, Any]],
 ) -> AnyDataset:
-    streaming = isinstance(dataset, IterableDataset)
-    rendered = dataset.map(
+    report_unverified(tokenizer, options.rows, name)
+    rendered = render_rows(
+        dataset,
+        column_names,
         _render_batch,
-        batched=True,
-        batch_size=RENDER_BATCH_SIZE,
-        with_indices=True,
-        remove_columns=column_names,
-        features=Features(_RENDERED_FEATURES),
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "options": options,
-            "name": name,
-            "warn": streaming,
-            "features": dataset.features,
-        },
-        **described("Rendering"),
+        _RENDERED_FEATURES,
+        described("Rendering"),
+        tokenizer=tokenizer,
+        options=options,
+        name=name,
     )
     if isinstance(rendered, Dataset):
         columns = {column: rendered.data[column].to_numpy() for column in _REPORT_COLUMNS}
@@ -182,7 +178,12 @@ def make_sets(
         ValueError: if there are more traces than forking tokens, and the policy is ``"error"``.
     """
     traces = row_to_traces(
-        row, tokenizer, options.tokens, null_arguments=options.rows.null_arguments
+        row,
+        tokenizer,
+        options.tokens,
+        chat_template_kwargs=options.rows.chat_template_kwargs,
+        null_arguments=options.rows.null_arguments,
+        verify=options.rows.verifies(index),
     )
     num_tokens = len(options.tokens.ids)
     if len(traces) > num_tokens and options.excess_traces == "error":
@@ -231,6 +232,7 @@ def _render_batch(
     warn: bool,
     features: Features | None,
 ) -> dict[str, list[Any]]:
+    register_families(options.rows)
     output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
     for position, index in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from onepass_trl.chat import ChatFormatError, row_to_conversation
 from onepass_trl.chat.encoding import Ids, encode_alone
 from onepass_trl.chat.families import family_of
-from onepass_trl.chat.rendering import render_texts
+from onepass_trl.chat.rendering import render_texts, render_turns
 from onepass_trl.chat.rows import NullArguments
 from onepass_trl.chat.template import Template
 from onepass_trl.passes import Pass
@@ -27,6 +28,7 @@ from onepass_trl.setsft.tokens import (
     forking_tokens,
 )
 from onepass_trl.setsft.traces import Trace
+from onepass_trl.training.round_trip import check_round_trip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +89,9 @@ def row_to_traces(
     tokenizer: PreTrainedTokenizerBase,
     tokens: ForkingTokens,
     *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     null_arguments: NullArguments = "error",
+    verify: bool = False,
 ) -> list[Trace]:
     """Return the traces of a dataset row, one for each of its completions.
 
@@ -100,11 +104,13 @@ def row_to_traces(
             given as JSON text.
         tokenizer: the tokenizer, with the forking tokens.
         tokens: the forking tokens.
+        chat_template_kwargs: further arguments of the template; the row's own come first.
         null_arguments: as for `onepass_trl.chat.row_to_conversation`.
+        verify: also parse the messages back, see `onepass_trl.training.round_trip`.
 
     Raises:
-        ChatFormatError: if the row can't be read or rendered, or a completion has no thinking
-            opener; the message names the completion.
+        ChatFormatError: if the row can't be read or rendered, a completion has no thinking opener,
+            or parsing gives another message; the message names the completion.
     """
     missing = [column for column in _COLUMNS if row.get(column) is None]
     if missing:
@@ -123,6 +129,14 @@ def row_to_traces(
             f"{str(completions)[:80]!r}: give the row a trace, or remove it"
         )
     settings = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+    render = partial(
+        _message_parts,
+        tokenizer=tokenizer,
+        opener=tokens.opener,
+        chat_template_kwargs=chat_template_kwargs or {},
+        null_arguments=null_arguments,
+        verify=verify,
+    )
     traces = []
     for number, completion in enumerate(completions):
         try:
@@ -130,7 +144,7 @@ def row_to_traces(
                 parts = _text_parts(prompt, completion, tokenizer, tokens.opener)
             else:
                 chat = {**settings, "prompt": prompt, "completion": [_as_message(completion)]}
-                parts = _message_parts(chat, tokenizer, tokens.opener, null_arguments)
+                parts = render(chat)
             traces.append(_to_trace(parts, number, tokenizer, tokens, isinstance(prompt, str)))
         except ChatFormatError as error:
             raise ChatFormatError(f"completion {number} of {len(completions)}: {error}") from error
@@ -170,12 +184,13 @@ def forking_prompts(
         parts = _text_parts(prompt, tokens.opener + "x", tokenizer, tokens.opener)
     else:
         answer = _any_answer(tokenizer, tools, chat_template_kwargs, tokens.opener)
-        given = {"prompt": prompt, "completion": [answer], "tools": tools}
         parts = _message_parts(
-            {**given, "chat_template_kwargs": chat_template_kwargs},
-            tokenizer,
-            tokens.opener,
-            "keep",
+            {"prompt": prompt, "completion": [answer], "tools": tools},
+            tokenizer=tokenizer,
+            opener=tokens.opener,
+            chat_template_kwargs=chat_template_kwargs or {},
+            null_arguments="keep",
+            verify=False,
         )
     _refuse_forking_tokens(parts, tokens)
     texts = [parts.before + name + parts.between for name in tokens.names]
@@ -223,18 +238,23 @@ def _as_message(completion: Any) -> Mapping[str, Any]:
 
 def _message_parts(
     row: Mapping[str, Any],
+    *,
     tokenizer: PreTrainedTokenizerBase,
     opener: str,
+    chat_template_kwargs: Mapping[str, Any],
     null_arguments: NullArguments,
+    verify: bool,
 ) -> _Parts:
     conversation = row_to_conversation(row, null_arguments=null_arguments)
-    [(context, completion)] = render_texts(
-        conversation.messages,
-        tokenizer,
-        tools=conversation.tools,
-        chat_template_kwargs=conversation.chat_template_kwargs,
-        train_on=conversation.train_on,
-    )
+    arguments: dict[str, Any] = {
+        "tools": conversation.tools,
+        "chat_template_kwargs": {**chat_template_kwargs, **conversation.chat_template_kwargs},
+        "train_on": conversation.train_on,
+    }
+    if verify:
+        [turn] = render_turns(conversation.messages, tokenizer, **arguments)
+        check_round_trip(turn, tokenizer)
+    [(context, completion)] = render_texts(conversation.messages, tokenizer, **arguments)
     return _split(context, completion, opener)
 
 

@@ -19,7 +19,6 @@ from transformers import (
 )
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from onepass_trl.attention.transformers_backend import visible_end_required
 from onepass_trl.data import Layout, build_tree, linearize, split_passes
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.setsft import matching, preparation
@@ -269,14 +268,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         inputs = {name: batch[name] for name in names}
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = False
-        with visible_end_required():
-            outputs = model(
-                **inputs,
-                use_cache=False,
-                fused_lm_head=True,
-                attention_impl=self.args.attention_impl,
-            )
-        return outputs.log_probs[0].float().cpu().numpy()
+        return self._forward(model, inputs).log_probs[0].float().cpu().numpy()
 
     def _most_forwards(self, num_forwards: int) -> int:
         """Return the largest number of forwards that a process needs for its batch."""

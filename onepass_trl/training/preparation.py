@@ -184,24 +184,17 @@ def _render(
     described: Callable[[str], dict[str, Any]],
 ) -> AnyDataset:
     """Return the rows of all conversations; what an overflow policy took away is reported."""
-    if options.verify_rendering is not False and "passes" not in column_names:
-        _report_unverified(tokenizer, options, name)
-    features = dataset.features
-    dataset = dataset.map(
+    if "passes" not in column_names:
+        report_unverified(tokenizer, options, name)
+    dataset = render_rows(
+        dataset,
+        column_names,
         _render_batch,
-        batched=True,
-        batch_size=RENDER_BATCH_SIZE,
-        with_indices=True,
-        remove_columns=column_names,
-        features=Features(_RENDERED_FEATURES),
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "options": options,
-            "name": name,
-            "warn": isinstance(dataset, IterableDataset),
-            "features": features,
-        },
-        **described("Rendering"),
+        _RENDERED_FEATURES,
+        described("Rendering"),
+        tokenizer=tokenizer,
+        options=options,
+        name=name,
     )
     if isinstance(dataset, Dataset):
         if _report_overflow(dataset, options, name):
@@ -292,10 +285,12 @@ def _has_exact_arguments(feature: Any) -> bool:
     )
 
 
-def _report_unverified(
+def report_unverified(
     tokenizer: PreTrainedTokenizerBase, options: PreparationOptions, name: str
 ) -> None:
-    """Log why conversations aren't parsed back, if they aren't."""
+    """Log why conversations aren't parsed back, if they are meant to be and aren't."""
+    if options.verify_rendering is False:
+        return
     template = tokenizer.chat_template
     if isinstance(template, str) and response_template_of(tokenizer, template) is None:
         logger.log(
@@ -344,6 +339,47 @@ def _passes(
     return [turn.rendered for turn in turns]
 
 
+def render_rows(
+    dataset: AnyDataset,
+    column_names: list[str],
+    render_batch: Callable[..., dict[str, list[Any]]],
+    features: Mapping[str, Any],
+    described: Mapping[str, Any],
+    **arguments: Any,
+) -> AnyDataset:
+    """Return what `render_batch` makes of the rows of a dataset.
+
+    Args:
+        dataset: the rows.
+        column_names: its columns; they are removed.
+        render_batch: renders a batch of columns, given the rows' indices, `arguments`, the
+            dataset's features, and whether to warn at once, as nothing is counted in a stream.
+        features: of what it makes.
+        described: further arguments of ``Dataset.map``.
+        arguments: further arguments of `render_batch`.
+    """
+    return dataset.map(
+        render_batch,
+        batched=True,
+        batch_size=RENDER_BATCH_SIZE,
+        with_indices=True,
+        remove_columns=column_names,
+        features=Features(features),
+        fn_kwargs={
+            **arguments,
+            "warn": isinstance(dataset, IterableDataset),
+            "features": dataset.features,
+        },
+        **described,
+    )
+
+
+def register_families(options: PreparationOptions) -> None:
+    """Register the families of user code, also in a process that didn't inherit them."""
+    for family in reversed(options.families):
+        register_family(family)
+
+
 def _render_batch(
     batch: dict[str, list[Any]],
     indices: list[int],
@@ -353,8 +389,7 @@ def _render_batch(
     warn: bool,
     features: Features | None,
 ) -> dict[str, list[Any]]:
-    for family in reversed(options.families):
-        register_family(family)
+    register_families(options)
     output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
     for position, index in enumerate(indices):
         row = {column: values[position] for column, values in batch.items()}

@@ -251,13 +251,7 @@ class OnePassSFTTrainer(SFTTrainer):
             # see it makes them (and so the auxiliary loss) the ones of N passes; padding and fork
             # copies count nothing.
             inputs["attention_mask"] = num_passes
-        with visible_end_required():
-            outputs = model(
-                **inputs,
-                use_cache=False,
-                fused_lm_head=True,
-                attention_impl=self.args.attention_impl,
-            )
+        outputs = self._forward(model, inputs)
 
         weights = weights.to(outputs.log_probs.device)
         token_loss = -outputs.log_probs * weights
@@ -280,6 +274,16 @@ class OnePassSFTTrainer(SFTTrainer):
         )
         self._record(loss, outputs, weights, counts)
         return loss
+
+    def _forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        """Return the model's outputs, of which `log_probs` are those of ``shift_labels``."""
+        with visible_end_required():
+            return model(
+                **inputs,
+                use_cache=False,
+                fused_lm_head=True,
+                attention_impl=self.args.attention_impl,
+            )
 
     def _record(
         self,

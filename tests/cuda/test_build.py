@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from onepass_trl.attention import cuda_library
 from onepass_trl.attention.cuda_library import CudaBuild, read_build
 
 ROOT = Path(__file__).parents[2]
@@ -235,3 +236,27 @@ def test_torch_loads_it_and_its_checks_answer(built, tmp_path):
         "k has dtype Float, expected BFloat16",
         "k is on another device than q",
     ]
+
+
+def test_a_family_that_is_none_is_an_error():
+    program = (
+        "from tests.cuda import emulation\n"
+        "emulation.library().onepass_forward(9, True, 64, 64, None)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "ONEPASS_CUDA_FAMILY": "sm_80"},
+        capture_output=True,
+        text=True,
+    )
+    assert "ONEPASS_CUDA_FAMILY is 'sm_80', expected sm80, sm90" in run.stderr
+
+
+def test_remedies_keep_what_is_built(monkeypatch):
+    monkeypatch.setattr(cuda_library, "BUILD", CudaBuild("13.0", ("80",), ((64, 64),)))
+    monkeypatch.setattr(cuda_library, "LOAD_ERROR", None)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    assert cuda_library.missing((8, 6)) is None
+    assert "ONEPASS_CUDA_ARCHS='80;90a' make cuda" in cuda_library.missing((9, 0))
+    assert "ONEPASS_CUDA_ARCHS='80;120' make cuda" in cuda_library.missing((12, 0))

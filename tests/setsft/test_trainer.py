@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from onepass_trl.setsft import (
     forking_prompts,
     generate,
     mutual_information,
+    rendering,
 )
+from onepass_trl.training.preparation import NUM_VERIFIED_ROWS
+from onepass_trl.training.round_trip import check_round_trip
 from tests.models import make_model
 from tests.setsft.sets import ROWS, random_set
 from tests.setsft.trainers import (
@@ -293,6 +297,34 @@ class TestOptions:
         trainer = make(**options)
         trainer.train()
         assert all(loss > 0 for loss in history(trainer, "loss"))
+
+    def test_template_arguments_hold_for_all_rows_and_a_rows_own_come_first(self, make):
+        off = {"enable_thinking": False}
+        with pytest.raises(ValueError, match=r"row 0 .* completion 0 .*enable_thinking"):
+            make(chat_template_kwargs=off)
+        rows = [{**row, "chat_template_kwargs": {"enable_thinking": True}} for row in ROWS]
+        expected, actual = make(), make(rows, chat_template_kwargs=off)
+        for a, b in zip(expected.train_dataset, actual.train_dataset, strict=True):
+            assert a["input_ids"].tolist() == b["input_ids"].tolist()
+
+    @pytest.mark.parametrize(
+        ("choice", "verified"), [(None, NUM_VERIFIED_ROWS), (True, 10), (False, 0)]
+    )
+    def test_completions_are_parsed_back(self, make, monkeypatch, choice, verified):
+        turns = []
+        monkeypatch.setattr(rendering, "check_round_trip", lambda turn, _: turns.append(turn))
+        rows = [ROWS[0]] * 10
+        make(rows, verify_rendering=choice)
+        assert len(turns) == verified * len(ROWS[0]["completions"])
+
+    def test_a_completion_that_is_parsed_as_another_is_an_error(self, make, monkeypatch):
+        def check_another(turn, tokenizer):
+            another = replace(turn, message={**turn.message, "content": "another"})
+            return check_round_trip(another, tokenizer)
+
+        monkeypatch.setattr(rendering, "check_round_trip", check_another)
+        with pytest.raises(ValueError, match=r"row 0 .* completion 0 .*gives back another content"):
+            make()
 
     def test_the_router_loss_is_that_of_the_matched_traces(self, tmp_path):
         model, tokenizer = forking_model("qwen3_moe", router_aux_loss_coef=0.5)

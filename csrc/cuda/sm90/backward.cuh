@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   take_registers<kConsumerRegisters>();
   const int consumer = warpgroup - 1, warp = threadIdx.x / 32 % 4;
-  const int32_t own_query = first_query + consumer * kRows;
-  const int32_t warp_query = own_query + warp * 16;
+  const int32_t warp_query = first_query + consumer * kRows + warp * 16;
   const ScoreScale score_scale(params);
   const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
   Statistics statistics[2];
