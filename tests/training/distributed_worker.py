@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
@@ -66,11 +68,15 @@ def train_and_save(trainer: OnePassSFTTrainer, folder: str) -> None:
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         Path(folder, "history.json").write_text(json.dumps(history))
-    # DDP goes before the process group: its destructor could wait for a thread of the group.
+    # DDP goes before the process group: its destructor could wait for a thread of the group. The
+    # caller still holds the trainer, so it is taken out of there.
     accelerator = trainer.accelerator
     accelerator.wait_for_everyone()
-    del trainer
+    wrapped = weakref.ref(trainer.model_wrapped)
+    trainer.model_wrapped = None
     accelerator.free_memory()
+    if isinstance(wrapped(), DistributedDataParallel):
+        raise AssertionError("something holds DDP: the process may hang when it ends")
     accelerator.end_training()
 
 
