@@ -1,0 +1,45 @@
+"""Figures as PNG files, with matplotlib where it is installed. None of them needs a display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# One colour for each way to train, in every figure; told apart in grey and by the colour-blind.
+ONE_PASS, N_PASS, PEER = "#0b6e99", "#d97706", "#6b7280"
+
+
+def check_png(path: str | Path) -> None:
+    """Raise unless a figure can be written to `path`: before the work that it would show.
+
+    Raises:
+        ValueError: if matplotlib is missing, or `path` doesn't end in ``.png``.
+        FileNotFoundError: if its folder doesn't exist.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: figures are drawn by matplotlib, which cannot be imported ({error}): "
+            "pip install matplotlib"
+        ) from error
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{path}: figures are PNG files, expected a name that ends in .png")
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {folder}")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of `width` x `height` inches, which no window shows."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a PNG file on white, 150 dots an inch."""
+    figure.savefig(path, dpi=150, facecolor="white")
