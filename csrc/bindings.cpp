@@ -33,10 +33,9 @@ py::dict build_info() {
 }
 
 void check_row(const at::Tensor& row, const char* name) {
-  TORCH_CHECK_VALUE(
-      row.dim() == 1 && row.scalar_type() == at::kInt && row.device().is_cpu(), name, " has shape ",
-      row.sizes(), " and type ", row.scalar_type(), " on ", row.device(),
-      ", expected (seq,) int32 on the CPU");
+  TORCH_CHECK_VALUE(row.dim() == 1 && row.scalar_type() == at::kInt && row.device().is_cpu(), name,
+                    " has shape ", row.sizes(), " and type ", row.scalar_type(), " on ",
+                    row.device(), ", expected (seq,) int32 on the CPU");
 }
 
 py::tuple tile_counts(const at::Tensor& visible_end, int64_t q_tile, int64_t k_tile,
@@ -55,10 +54,10 @@ py::tuple tile_counts(const at::Tensor& visible_end, int64_t q_tile, int64_t k_t
                       " tokens, expected as many as visible_end, ", row.numel());
     own_positions = positions->contiguous();
   }
-  const auto counts = cpu::count_tiles(
-      row.const_data_ptr<int32_t>(),
-      own_positions.defined() ? own_positions.const_data_ptr<int32_t>() : nullptr, row.numel(),
-      q_tile, k_tile, window);
+  const auto counts =
+      cpu::count_tiles(row.const_data_ptr<int32_t>(),
+                       own_positions.defined() ? own_positions.const_data_ptr<int32_t>() : nullptr,
+                       row.numel(), q_tile, k_tile, window);
   return py::make_tuple(counts.skipped, counts.partial, counts.full);
 }
 
