@@ -49,6 +49,13 @@ def load_conversations(
     return _load_json(name, files, split, streaming)
 
 
+def read_row(dataset: Any, index: int) -> dict[str, Any]:
+    """Return a row as training reads it: without what a struct column fills up with nulls."""
+    from onepass_trl.training.preparation import with_exact_nulls
+
+    return with_exact_nulls(dataset[index], dataset.features)
+
+
 def _load_split(name: str, split: str, source: dict[str, Any], streaming: bool) -> Any:
     from datasets import load_dataset
 

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.verify import json_object
+    from onepass_trl.cli.arguments import json_object
 
     parser = argparse.ArgumentParser(
         prog="onepass-trl inspect",
@@ -68,7 +68,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _inspect(options: argparse.Namespace) -> Inspection:
     from transformers import AutoTokenizer
 
-    from onepass_trl.cli.dataset import load_conversations
+    from onepass_trl.cli.dataset import load_conversations, read_row
     from onepass_trl.tools.inspection import inspect_row
     from onepass_trl.training.preparation import settle_null_arguments
 
@@ -85,7 +85,7 @@ def _inspect(options: argparse.Namespace) -> Inspection:
             f"{options.dataset!r} has {len(dataset)} rows, 0..{len(dataset) - 1}"
         )
     return inspect_row(
-        dataset[options.row],
+        read_row(dataset, options.row),
         AutoTokenizer.from_pretrained(options.model_name_or_path),
         chat_template_kwargs=options.chat_template_kwargs,
         null_arguments=settle_null_arguments(dataset, "auto"),

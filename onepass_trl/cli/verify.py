@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,6 +74,8 @@ def _line(name: str, items: list[Comparison]) -> str:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
+    from onepass_trl.cli.arguments import json_object
+
     parser = argparse.ArgumentParser(
         prog="onepass-trl verify",
         description="Compute loss and gradients of some conversations in N separate passes and in "
@@ -128,19 +129,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """Return the object that the text is, for argparse."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
-    return value
-
-
 def _load_passes(options: argparse.Namespace) -> list[list[Pass]]:
     from transformers import AutoTokenizer
 
     from onepass_trl.chat.rows import row_to_passes
-    from onepass_trl.cli.dataset import load_conversations
+    from onepass_trl.cli.dataset import load_conversations, read_row
     from onepass_trl.data import limit_passes
     from onepass_trl.training.preparation import settle_null_arguments
 
@@ -152,7 +145,7 @@ def _load_passes(options: argparse.Namespace) -> list[list[Pass]]:
     conversations = []
     for index in range(min(options.num_conversations, len(dataset))):
         passes = row_to_passes(
-            dataset[index],
+            read_row(dataset, index),
             tokenizer,
             chat_template_kwargs=options.chat_template_kwargs,
             null_arguments=null_arguments,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onepass_trl.tools.inspection import TILE, Branch, Inspection
+from onepass_trl.tools.inspection import Branch, Inspection
+from onepass_trl.tools.tiles import TILE
 
 
 def name_of(branch: Branch) -> str:

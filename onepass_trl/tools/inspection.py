@@ -10,23 +10,20 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from onepass_trl.attention import ExtensionNotBuiltError
 from onepass_trl.chat.messages import normalize_messages
 from onepass_trl.chat.rendering import RenderedTurn
 from onepass_trl.chat.rows import NullArguments, row_to_conversation, row_to_passes, row_to_turns
 from onepass_trl.data.layout import Layout, linearize
 from onepass_trl.data.tree import ROOT, TokenTree
 from onepass_trl.passes import Pass
+from onepass_trl.tools.tiles import count_tiles
 from onepass_trl.tools.transcript import message_starts, token_texts
 from onepass_trl.visibility import num_visible_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TILE = 64  # queries and keys of a tile, as in the kernels
 
 
 @dataclass(frozen=True)
@@ -131,14 +128,7 @@ class Inspection:
         Raises:
             ExtensionNotBuiltError: if the compiled extension is missing.
         """
-        try:
-            from onepass_trl import _C
-        except ImportError as error:
-            raise ExtensionNotBuiltError(
-                f"tiles are counted by the compiled extension, which cannot be loaded ({error}): "
-                "install the package, or build it with `pip install --no-build-isolation -e .`"
-            ) from error
-        return _C.tile_counts(torch.from_numpy(self.row.visible_end), TILE, TILE)
+        return count_tiles(self.row.visible_end)
 
     @property
     def is_chain(self) -> bool:

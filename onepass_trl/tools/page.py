@@ -11,7 +11,8 @@ from importlib.resources import files
 from typing import Any
 
 from onepass_trl.tools.figures import figures, name_of, remarks
-from onepass_trl.tools.inspection import TILE, Branch, Inspection
+from onepass_trl.tools.inspection import Branch, Inspection
+from onepass_trl.tools.tiles import TILE
 from onepass_trl.tools.transcript import visible_text
 
 

@@ -124,7 +124,7 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     implementation, training = model.config._attn_implementation, model.training
     model.eval()
     try:
-        model.set_attn_implementation(_reference_attention(model))
+        model.set_attn_implementation(reference_attention(model))
         n_pass_loss, n_pass_gradients, n_pass_seconds = _measure(model, n_pass)
         use_onepass_attention(model)
         with visible_end_required():
@@ -147,7 +147,8 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     )
 
 
-def _reference_attention(model: PreTrainedModel) -> str:
+def reference_attention(model: PreTrainedModel) -> str:
+    """Return what N-pass attends with: SDPA, or eager attention where that can't softcap."""
     config = model.config.get_text_config()
     softcaps = getattr(config, "attn_logit_softcapping", None) is not None
     return "sdpa" if model._supports_sdpa and not softcaps else "eager"

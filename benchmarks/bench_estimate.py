@@ -1,0 +1,223 @@
+"""What `onepass-trl estimate` predicts for a step, beside the steps of the trainers.
+
+For each dataset: how many times as long N-pass takes, by the operations, by the rows that
+`--measure` runs, and by running all rows in `OnePassSFTTrainer` and all turns in TRL's
+`SFTTrainer`.
+
+    python benchmarks/bench_estimate.py --data chats.jsonl .. --json out.json
+
+The model is a small Qwen3 with random weights. Its vocabulary is those tokens that occur, so that
+the LM head doesn't hide the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_rendering import SHARED, print_table
+from datasets import Dataset
+from record import write
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl import SFTConfig, SFTTrainer
+
+from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, Pass
+from onepass_trl.cli.dataset import load_conversations, read_row
+from onepass_trl.data.layout import IGNORE_INDEX
+from onepass_trl.tools.estimation import estimate, limited, passes_of
+from onepass_trl.tools.flops import model_cost
+from onepass_trl.tools.step_time import choose_probes, measure, spread
+from onepass_trl.training.preparation import PreparationOptions
+
+FILES = ("maths_chat", "tool_chat", "agent_short", "agent_long")
+
+
+def make_config(args: argparse.Namespace, vocab_size: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=3 * args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 64,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2**18,
+    )
+
+
+def make_model(config: Qwen3Config) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(config)
+
+
+def read_passes(
+    path: Path, tokenizer: PreTrainedTokenizerBase, options: PreparationOptions, max_tokens: int
+) -> list[list[Pass]]:
+    """Return the passes of the first conversations, together about `max_tokens` tokens of N-pass.
+
+    Their tokens are numbered anew, from 0 and without gaps.
+    """
+    dataset = load_conversations(str(path), "train")
+    chats: list[list[Pass]] = []
+    total = 0
+    for index in range(len(dataset)):
+        passes, _ = passes_of(read_row(dataset, index), tokenizer, options)
+        if left := limited(passes, options)[0]:
+            chats.append(left)
+        total += sum(map(len, left))
+        if total >= max_tokens:
+            break
+    known = np.unique(np.concatenate([p.token_ids for passes in chats for p in passes]))
+    return [
+        [Pass(np.searchsorted(known, p.token_ids), p.trained) for p in passes] for passes in chats
+    ]
+
+
+def as_rows(passes: list[Pass]) -> list[dict[str, list[int]]]:
+    return [
+        {
+            "input_ids": pass_.token_ids.tolist(),
+            "labels": np.where(pass_.trained, pass_.token_ids, IGNORE_INDEX).tolist(),
+        }
+        for pass_ in passes
+    ]
+
+
+def make_trainers(
+    config: Qwen3Config,
+    chats: list[list[dict[str, list[int]]]],
+    max_length: int,
+    folder: str,
+) -> list[SFTTrainer]:
+    """Return the trainers of one pass and of N-pass."""
+    tokenizer = PreTrainedTokenizerFast(  # of no use but to pad
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<pad>",
+    )
+    settings: dict[str, Any] = dict(
+        output_dir=folder,
+        max_length=max_length,
+        per_device_train_batch_size=1,
+        bf16=False,
+        use_cpu=True,
+        activation_checkpointing=False,
+        report_to="none",
+    )
+    one_pass = OnePassSFTTrainer(
+        make_model(config),
+        OnePassSFTConfig(**settings),
+        train_dataset=Dataset.from_list([{"passes": passes} for passes in chats]),
+        processing_class=tokenizer,
+    )
+    n_pass = SFTTrainer(
+        make_model(config),
+        SFTConfig(**settings),
+        train_dataset=Dataset.from_list([pass_ for passes in chats for pass_ in passes]),
+        processing_class=tokenizer,
+    )
+    return [one_pass, n_pass]
+
+
+def seconds(trainers: list[SFTTrainer], repeats: int) -> list[float]:
+    """Return each trainer's time of forward and backward over its whole dataset.
+
+    They run in turn, and of each batch the smallest time counts.
+    """
+    batches = [list(trainer.get_train_dataloader()) for trainer in trainers]
+    times = [np.full(len(own), np.inf) for own in batches]
+    for _ in range(repeats):
+        for trainer, own, best in zip(trainers, batches, times, strict=True):
+            num_items = trainer._get_num_items_in_batch(own, torch.device("cpu"))
+            trainer.current_gradient_accumulation_steps = len(own)
+            for index, batch in enumerate(own):
+                start = time.perf_counter()
+                trainer.training_step(trainer.model, batch, num_items)
+                best[index] = min(best[index], time.perf_counter() - start)
+            trainer.model.zero_grad()
+    return [float(best.sum()) for best in times]
+
+
+def compare(
+    args: argparse.Namespace, path: Path, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return predictions and measurement for one dataset."""
+    options = PreparationOptions(
+        max_length=args.max_length,
+        overflow="truncate",
+        train_on="all",
+        packing=False,
+        null_arguments="keep",
+    )
+    conversations = read_passes(path, tokenizer, options, args.tokens)
+    chats = [as_rows(passes) for passes in conversations]
+    rows = [{"passes": passes} for passes in chats]
+    largest = max(int(p.token_ids.max()) for passes in conversations for p in passes)
+    config = make_config(args, largest + 1)
+    found = estimate(enumerate(rows), tokenizer, options, model_cost(config))
+    probes = choose_probes([rows[at] for at in spread(found.row_tokens)], tokenizer, options)
+    one, n = measure(make_model(config), *probes, found.attention_weights)
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = make_trainers(config, chats, args.max_length, folder)
+    one_pass_seconds, n_pass_seconds = seconds(trainers, args.repeats)
+    measured = n_pass_seconds / one_pass_seconds
+    by_rows = n.seconds(found.n_pass) / one.seconds(found.one_pass)
+    by_operations = found.flops_ratio(scores_every_position=True)
+    return {
+        "dataset": path.stem,
+        "conversations": len(conversations),
+        "vocabulary": config.vocab_size,
+        "one_pass_tokens": found.one_pass.tokens,
+        "token_ratio": found.token_ratio,
+        "executed_over_useful": found.executed_over_useful,
+        "one_pass_seconds": one_pass_seconds,
+        "n_pass_seconds": n_pass_seconds,
+        "measured_ratio": measured,
+        "by_operations": by_operations,
+        "error_by_operations": by_operations / measured - 1,
+        "by_rows_run": by_rows,
+        "error_by_rows_run": by_rows / measured - 1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, nargs="+", default=[SHARED / f"data/{name}.jsonl" for name in FILES]
+    )
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "qwen3")
+    parser.add_argument("--tokens", type=int, default=60000, help="of N-pass, of each dataset")
+    parser.add_argument("--max-length", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", help="write the result to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    results = []
+    for path in args.data:
+        results.append(compare(args, path, tokenizer))
+        print_table(results[-1:])
+    if args.json:
+        write(args.json, "estimate", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Arguments that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which conversations, for which model, rendered how."""
+    parser.add_argument("dataset", help="dataset of the Hub, or a .jsonl, .json or .parquet file")
+    parser.add_argument("--model_name_or_path", required=True, help="model of the Hub, or a folder")
+    parser.add_argument("--dataset_config", help="configuration of the dataset")
+    parser.add_argument(
+        "--dataset_split", default="train", help="split, or a slice such as train[100:]"
+    )
+    parser.add_argument(
+        "--train_on",
+        type=trained_turns,
+        default="all",
+        help="assistant turns to train: 'all', 'last' or a list such as '[0, 2]'",
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=json_object,
+        help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
+    )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Return the object that the text is, for argparse."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
+
+
+def trained_turns(text: str) -> Any:
+    """Return what ``--train_on`` means, for argparse."""
+    from onepass_trl.training.config import parse_train_on
+
+    try:
+        return parse_train_on(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

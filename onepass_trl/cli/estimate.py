@@ -1,0 +1,202 @@
+"""`onepass-trl estimate`: what one pass would save on a dataset, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from onepass_trl.tools.estimation import Estimate
+    from onepass_trl.tools.step_time import StepTime
+    from onepass_trl.training.preparation import PreparationOptions
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str]) -> int:
+    """Print what one pass saves on the dataset that `argv` names; return 0."""
+    options = _parse(argv)
+    _check_outputs(options)
+    import torch
+    from transformers import AutoTokenizer
+
+    from onepass_trl.cli.dataset import read_row
+    from onepass_trl.tools.estimation import estimate
+    from onepass_trl.tools.estimation_report import as_json, report
+    from onepass_trl.tools.flops import model_cost
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+    config = _load_config(options)
+    dataset, indices = _load(options)
+    preparation = _preparation(options, dataset)
+    rows = ((index, read_row(dataset, index)) for index in _with_progress(indices))
+    found = estimate(rows, tokenizer, preparation, model_cost(config) if config else None)
+    times = None
+    if options.measure:
+        assert config is not None
+        times = _measure(options, found, config, dataset, tokenizer, preparation)
+
+    device = torch.accelerator.current_accelerator()
+    given: dict[str, Any] = {"scores_every_position": device is None, "times": times}
+    what = f"{len(indices):,} of {len(dataset):,}" if len(indices) < len(dataset) else "all"
+    print(f"{options.dataset}: {what} conversations\n")
+    print("\n".join(report(found, **given)))
+    if options.json is not None:
+        value = {"dataset": options.dataset, **as_json(found, **given)}
+        Path(options.json).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        print(f"Wrote {options.json}")
+    if options.png is not None:
+        from onepass_trl.tools import plots
+        from onepass_trl.tools.estimation_plot import draw
+
+        figure = draw(found, options.dataset, scores_every_position=device is None)
+        plots.save(figure, options.png)
+        print(f"Wrote {options.png}")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    from onepass_trl.cli.arguments import add_conversation_arguments
+    from onepass_trl.data.packing import OVERFLOW_POLICIES
+
+    parser = argparse.ArgumentParser(
+        prog="onepass-trl estimate",
+        description="Count what one pass and N-pass compute on a dataset: tokens, attention, "
+        "floating-point operations of the model, rows after packing, and what max_length would "
+        "take away. Needs a tokenizer and a config, no weights.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_conversation_arguments(parser)
+    parser.add_argument(
+        "-k",
+        "--num_conversations",
+        type=int,
+        default=1000,
+        help="how many conversations, drawn at random from more; 0 for all",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--max_length", type=int, help="longest row; unset: any length")
+    parser.add_argument(
+        "--overflow",
+        choices=OVERFLOW_POLICIES,
+        default="truncate",
+        help="what becomes of a turn that is longer than max_length with its context",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time forward and backward of the model, with random weights, on a few rows on this "
+        "device, and predict the step-time ratio from that",
+    )
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="of the measured model; unset: as the trainer's default"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write all figures as JSON")
+    parser.add_argument("--png", metavar="FILE", help="also draw them (needs matplotlib)")
+    options = parser.parse_args(argv)
+    if options.num_conversations < 0:
+        parser.error(f"--num_conversations must be 0 or more, got {options.num_conversations}")
+    if options.max_length is not None and options.max_length < 2:
+        parser.error(f"--max_length must be at least 2, got {options.max_length}")
+    return options
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raise for a file that can't be written: before the work that it would hold."""
+    if options.png is not None:
+        from onepass_trl.tools.plots import check_png
+
+        check_png(options.png)
+    if options.json is not None and not Path(options.json).resolve().parent.is_dir():
+        raise FileNotFoundError(
+            f"--json {options.json}: there is no folder {Path(options.json).resolve().parent}"
+        )
+
+
+def _load_config(options: argparse.Namespace) -> PreTrainedConfig | None:
+    """Return the model's configuration, None for a local folder without one."""
+    from transformers import AutoConfig
+
+    folder = Path(options.model_name_or_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        if options.measure:
+            raise FileNotFoundError(
+                f"--measure runs the model with random weights, but {folder} has no config.json: "
+                "name a model's folder, or leave out --measure"
+            )
+        return None
+    return AutoConfig.from_pretrained(options.model_name_or_path)
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:
+    """Return the dataset, and the rows to look at, in their order."""
+    from onepass_trl.cli.dataset import load_conversations
+
+    dataset = load_conversations(
+        options.dataset, options.dataset_split, config=options.dataset_config
+    )
+    number = options.num_conversations
+    if number == 0 or number >= len(dataset):
+        return dataset, list(range(len(dataset)))
+    return dataset, sorted(random.Random(options.seed).sample(range(len(dataset)), number))
+
+
+def _preparation(options: argparse.Namespace, dataset: Any) -> PreparationOptions:
+    from onepass_trl.training.preparation import PreparationOptions, settle_null_arguments
+
+    return PreparationOptions(
+        max_length=options.max_length,
+        overflow=options.overflow,
+        train_on=options.train_on,
+        packing=options.max_length is not None,
+        null_arguments=settle_null_arguments(dataset, "auto"),
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
+
+
+def _with_progress(indices: list[int]) -> Iterator[int]:
+    from tqdm import tqdm
+
+    return iter(tqdm(indices, desc="estimate", unit="conversation", leave=False))
+
+
+def _measure(
+    options: argparse.Namespace,
+    found: Estimate,
+    config: PreTrainedConfig,
+    dataset: Any,
+    tokenizer: Any,
+    preparation: PreparationOptions,
+) -> tuple[StepTime, StepTime]:
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from onepass_trl.cli.dataset import read_row
+    from onepass_trl.tools.step_time import choose_probes, measure, spread
+
+    chosen = spread(found.row_tokens)
+    rows, passes = choose_probes(
+        [read_row(dataset, int(found.indices[at])) for at in chosen], tokenizer, preparation
+    )
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    set_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    repeats = 3
+    with tqdm(total=(len(rows) + len(passes)) * (repeats + 1), desc="measure", leave=False) as bar:
+        return measure(
+            model,
+            rows,
+            passes,
+            found.attention_weights,
+            repeats=repeats,
+            progress=lambda: bar.update() and None,
+        )

@@ -1,0 +1,339 @@
+"""What one pass saves on a dataset: tokens, attention, operations, rows. No model is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onepass_trl.chat.rows import row_to_passes, row_to_turns
+from onepass_trl.data import (
+    Layout,
+    Overflow,
+    TokenTree,
+    build_tree,
+    limit_passes,
+    linearize,
+    pack,
+    split_passes,
+)
+from onepass_trl.data.layout import IGNORE_INDEX
+from onepass_trl.passes import Pass
+from onepass_trl.tools.flops import (
+    ATTENTION_FORWARDS,
+    HEAD_FORWARDS,
+    LINEAR_FORWARDS,
+    ModelCost,
+)
+from onepass_trl.tools.tiles import TILE, count_tiles
+from onepass_trl.training.preparation import PACK_BATCH_SIZE, PreparationOptions
+from onepass_trl.visibility import causal_visible_end
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_LONGEST = 3
+
+
+@dataclass
+class Work:
+    """What a way of training computes for some rows.
+
+    Attributes:
+        rows: sequences.
+        tokens: their tokens.
+        scored: positions whose next token is scored.
+        pairs: (query, key) pairs that see each other, by the window of the layer.
+        executed: pairs in the tiles of 64 x 64 that hold such a pair, by window.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    scored: int = 0
+    pairs: Counter[int | None] = field(default_factory=Counter)
+    executed: Counter[int | None] = field(default_factory=Counter)
+
+    def add(self, other: Work) -> None:
+        """Add what `other` computes."""
+        for name in (column.name for column in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Floating-point operations of forward and backward, without those of the optimizer.
+
+    Attributes:
+        linear: products with the weights.
+        attention: scores and weighted sums, of the pairs that see each other.
+        head: products with the LM head.
+    """
+
+    linear: float
+    attention: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.linear + self.attention + self.head
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What one pass and N-pass compute on the same conversations.
+
+    Arrays have shape ``(num_conversations,)``.
+
+    Attributes:
+        indices: of the conversations in their dataset.
+        one_pass: the rows of the prefix trees.
+        n_pass: one row for each turn.
+        num_turns: trained turns of each conversation; 0 where nothing of it is left.
+        row_tokens: tokens of each conversation in one pass.
+        n_pass_tokens: its tokens in N-pass.
+        longest_path: tokens of its longest turn with its context, before the overflow policy.
+        num_split: conversations that `max_length` splits into several rows.
+        overflow: what the overflow policy takes away.
+        packed_rows: rows after packing; None without `max_length`.
+        max_length: limit of a row, None for none.
+        has_reasoning: whether any trained turn has reasoning; None where messages aren't known.
+        is_chain: whether no token of any conversation stands twice.
+        cost: of the model, None if it isn't known.
+    """
+
+    indices: NDArray[np.int64]
+    one_pass: Work
+    n_pass: Work
+    num_turns: NDArray[np.int64]
+    row_tokens: NDArray[np.int64]
+    n_pass_tokens: NDArray[np.int64]
+    longest_path: NDArray[np.int64]
+    num_split: int
+    overflow: Overflow
+    packed_rows: int | None
+    max_length: int | None
+    has_reasoning: bool | None
+    is_chain: bool
+    cost: ModelCost | None
+
+    @property
+    def token_ratio(self) -> float:
+        """How many times as many tokens N-pass computes."""
+        return self.n_pass.tokens / self.one_pass.tokens
+
+    @property
+    def executed_over_useful(self) -> float:
+        """Pairs in the tiles that one pass executes, over pairs that see each other."""
+        windows = self.attention_weights
+        return _weighted(self.one_pass.executed, windows) / _weighted(self.one_pass.pairs, windows)
+
+    @property
+    def attention_weights(self) -> dict[int | None, int]:
+        """Operations of a forward per pair, all layers together, by window."""
+        if self.cost is None:
+            return {None: 1}
+        weights: Counter[int | None] = Counter()
+        for layers in self.cost.attention:
+            weights[layers.window] += layers.num_layers * layers.flops_per_pair
+        return dict(weights)
+
+    def flops(self, work: Work, *, scores_every_position: bool = False) -> StepFlops:
+        """Return the operations of forward and backward over some rows.
+
+        Args:
+            work: ``one_pass`` or ``n_pass``.
+            scores_every_position: as TRL's fused LM head does on a CPU; on an accelerator it leaves
+                out positions without a target.
+
+        Raises:
+            ValueError: if the cost of the model isn't known.
+        """
+        if self.cost is None:
+            raise ValueError("the operations of a step follow from a model: give its cost")
+        scored = work.tokens if scores_every_position else work.scored
+        return StepFlops(
+            linear=LINEAR_FORWARDS * self.cost.linear_flops * work.tokens,
+            attention=ATTENTION_FORWARDS * _weighted(work.pairs, self.attention_weights),
+            head=HEAD_FORWARDS * self.cost.head_flops * scored,
+        )
+
+    def flops_ratio(self, *, scores_every_position: bool = False) -> float:
+        """Return how many times as many operations N-pass has: the step-time ratio, if each
+        operation took as long as any other."""
+        n_pass, one_pass = (
+            self.flops(work, scores_every_position=scores_every_position).total
+            for work in (self.n_pass, self.one_pass)
+        )
+        return n_pass / one_pass
+
+
+def estimate(
+    rows: Iterable[tuple[int, Mapping[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions,
+    cost: ModelCost | None = None,
+) -> Estimate:
+    """Return what one pass and N-pass would compute on the conversations of `rows`.
+
+    N-pass is taken to have a row for each turn, without padding.
+
+    Args:
+        rows: of a dataset, in any form that `onepass_trl.chat.rows` reads, each after its index.
+        tokenizer: with a chat template.
+        options: how rows are made of conversations.
+        cost: of the model, see `model_cost`.
+
+    Raises:
+        ValueError: if there are no rows, one can't be read or rendered (the message names it), or
+            nothing is left to train.
+    """
+    windows: set[int | None] = {layers.window for layers in cost.attention} if cost else set()
+    counts = [_count(index, row, tokenizer, options, windows | {None}) for index, row in rows]
+    if not counts:
+        raise ValueError("there is no conversation to estimate: the dataset has no rows")
+    one_pass, n_pass, lost = Work(), Work(), Overflow()
+    for count in counts:
+        one_pass.add(count.one_pass)
+        n_pass.add(count.n_pass)
+        for name in ("num_passes", "num_lost_turns", "num_lost_tokens"):
+            setattr(lost, name, getattr(lost, name) + getattr(count.overflow, name))
+    lost.longest = max(count.overflow.longest for count in counts)
+    if one_pass.tokens == 0:
+        raise ValueError(
+            f"nothing is left to train: the shortest of the {lost.num_passes} turns is longer than "
+            f"max_length {options.max_length} (the longest has {lost.longest} tokens with its "
+            "context). Raise max_length"
+        )
+    reasoning = [count.has_reasoning for count in counts if count.has_reasoning is not None]
+    return Estimate(
+        indices=np.array([count.index for count in counts]),
+        one_pass=one_pass,
+        n_pass=n_pass,
+        num_turns=np.array([count.n_pass.rows for count in counts]),
+        row_tokens=np.array([count.one_pass.tokens for count in counts]),
+        n_pass_tokens=np.array([count.n_pass.tokens for count in counts]),
+        longest_path=np.array([count.overflow.longest for count in counts]),
+        num_split=sum(len(count.lengths) > 1 for count in counts),
+        overflow=lost,
+        packed_rows=_packed_rows([count.lengths for count in counts], options.max_length),
+        max_length=options.max_length,
+        has_reasoning=any(reasoning) if reasoning else None,
+        is_chain=all(count.is_chain for count in counts),
+        cost=cost,
+    )
+
+
+def passes_of(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
+) -> tuple[list[Pass], bool | None]:
+    """Return the passes of a row, and whether a trained turn has reasoning, if messages say so."""
+    given: dict[str, Any] = dict(
+        chat_template_kwargs=options.chat_template_kwargs,
+        train_on=options.train_on,
+        null_arguments=options.null_arguments,
+    )
+    if row.get("passes") is not None:
+        return row_to_passes(row, tokenizer, **given), None
+    turns = row_to_turns(row, tokenizer, **given)
+    reasoning = any(turn.message.get("reasoning_content") for turn in turns)
+    return [turn.rendered for turn in turns], reasoning
+
+
+def limited(
+    passes: list[Pass], options: PreparationOptions
+) -> tuple[list[Pass], list[TokenTree], Overflow]:
+    """Return the passes that ``max_length`` leaves, their trees, and what was taken away."""
+    if options.max_length is None:
+        return passes, [build_tree(passes)], Overflow(longest=max(map(len, passes)))
+    passes, lost = limit_passes(passes, options.max_length, options.overflow)
+    return passes, split_passes(passes, options.max_length) if passes else [], lost
+
+
+@dataclass(frozen=True)
+class _Count:
+    """What is counted of one conversation; `lengths` are those of its rows."""
+
+    index: int
+    one_pass: Work
+    n_pass: Work
+    lengths: list[int]
+    overflow: Overflow
+    has_reasoning: bool | None
+    is_chain: bool
+
+
+def _count(
+    index: int,
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions,
+    windows: set[int | None],
+) -> _Count:
+    try:
+        passes, has_reasoning = passes_of(row, tokenizer, options)
+        passes, trees, lost = limited(passes, options)
+    except ValueError as error:
+        raise ValueError(f"row {index} of the dataset: {error}") from error
+    layouts = [linearize(tree) for tree in trees]
+    one_pass, n_pass = Work(), Work()
+    for layout in layouts:
+        one_pass.add(work_of_row(layout, windows))
+    for pass_ in passes:
+        n_pass.add(work_of_pass(len(pass_), pass_.num_trained, windows))
+    return _Count(
+        index=index,
+        one_pass=one_pass,
+        n_pass=n_pass,
+        lengths=[len(layout) for layout in layouts],
+        overflow=lost,
+        has_reasoning=has_reasoning,
+        is_chain=len(passes) < 2 or one_pass.tokens == max(map(len, passes)),
+    )
+
+
+def work_of_row(row: Layout, windows: Iterable[int | None]) -> Work:
+    """Return what one pass computes for a row. A token sees its whole path, window permitting."""
+    seen = row.position_ids.astype(np.int64) + 1
+    work = Work(
+        rows=1, tokens=len(row), scored=int(np.count_nonzero(row.shift_labels != IGNORE_INDEX))
+    )
+    for window in windows:
+        work.pairs[window] = int((seen if window is None else np.minimum(seen, window)).sum())
+        _, partial, full = count_tiles(row.visible_end, row.position_ids, window)
+        work.executed[window] = (partial + full) * TILE**2
+    return work
+
+
+def work_of_pass(num_tokens: int, num_trained: int, windows: Iterable[int | None]) -> Work:
+    """Return what N-pass computes for one pass, with kernels that skip what no query sees."""
+    work = Work(rows=1, tokens=num_tokens, scored=num_trained)
+    for window in windows:
+        span = num_tokens if window is None else min(window, num_tokens)
+        work.pairs[window] = span * (span + 1) // 2 + (num_tokens - span) * span
+        if window is None:
+            side = -(-num_tokens // TILE)
+            work.executed[window] = side * (side + 1) // 2 * TILE**2
+        else:
+            positions = np.arange(num_tokens, dtype=np.int32)
+            ends = causal_visible_end(num_tokens)
+            _, partial, full = count_tiles(ends, positions, window)
+            work.executed[window] = (partial + full) * TILE**2
+    return work
+
+
+def _packed_rows(lengths: Sequence[Sequence[int]], max_length: int | None) -> int | None:
+    """Return how many rows packing leaves, of batches as the trainer packs them."""
+    if max_length is None:
+        return None
+    flat = [length for row in lengths for length in row]
+    batches = (flat[at : at + PACK_BATCH_SIZE] for at in range(0, len(flat), PACK_BATCH_SIZE))
+    return sum(len(pack(batch, max_length)) for batch in batches)
+
+
+def _weighted(pairs: Mapping[int | None, int], weights: Mapping[int | None, int]) -> int:
+    return sum(weight * pairs[window] for window, weight in weights.items())

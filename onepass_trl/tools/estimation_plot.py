@@ -1,0 +1,101 @@
+"""An estimate as a figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onepass_trl.tools import plots
+from onepass_trl.tools.estimation import Estimate
+from onepass_trl.tools.estimation_report import turn_bins
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw(found: Estimate, title: str, *, scores_every_position: bool = False) -> Figure:
+    """Return a figure of what a dataset holds and what one pass saves on it.
+
+    Args:
+        found: the estimate.
+        title: stands above it.
+        scores_every_position: as for `Estimate.flops`.
+    """
+    figure = plots.new_figure(10, 7)
+    figure.suptitle(title)
+    axes = figure.subplots(2, 2)
+    _draw_turns(axes[0, 0], found)
+    _draw_lengths(axes[0, 1], found)
+    _draw_savings(axes[1, 0], found)
+    _draw_operations(axes[1, 1], found, scores_every_position)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[0]:
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _draw_turns(ax: Any, found: Estimate) -> None:
+    bins = turn_bins(found.num_turns.tolist())
+    ax.bar(list(bins), list(bins.values()), color=plots.ONE_PASS)
+    ax.set_title("trained turns of a conversation")
+    ax.set_ylabel("conversations")
+
+
+def _draw_lengths(ax: Any, found: Estimate) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    lengths = found.longest_path[found.longest_path > 0]
+    edges = np.geomspace(lengths.min(), lengths.max() + 1, 25)
+    ax.hist(lengths, bins=edges, color=plots.ONE_PASS)
+    ax.set_xscale("log")
+    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        axis(EngFormatter(sep=""))
+    ax.set_title("longest turn of a conversation with its context")
+    ax.set_xlabel("tokens")
+    ax.set_ylabel("conversations")
+    if found.max_length is not None:
+        ax.axvline(found.max_length, color="black", linewidth=1, linestyle="--")
+        ax.annotate(
+            "max_length",
+            (found.max_length, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -10),
+            textcoords="offset points",
+        )
+
+
+def _draw_savings(ax: Any, found: Estimate) -> None:
+    left = found.row_tokens > 0
+    ratios = found.n_pass_tokens[left] / found.row_tokens[left]
+    ax.scatter(found.num_turns[left], ratios, s=10, alpha=0.5, color=plots.ONE_PASS)
+    ax.set_title(f"N-pass computes {found.token_ratio:.2f} times as many tokens")
+    ax.set_xlabel("trained turns")
+    ax.set_ylabel("N-pass tokens / one-pass tokens")
+    ax.set_ylim(bottom=0)
+
+
+def _draw_operations(ax: Any, found: Estimate, scores_every_position: bool) -> None:
+    if found.cost is None:
+        ax.axis("off")
+        ax.text(0.5, 0.5, "no configuration of a model:\noperations unknown", ha="center")
+        return
+    ways = [
+        found.flops(work, scores_every_position=scores_every_position)
+        for work in (found.n_pass, found.one_pass)
+    ]
+    from matplotlib.ticker import EngFormatter
+
+    bottom = np.zeros(2)
+    parts = {"linear": plots.ONE_PASS, "attention": plots.N_PASS, "head": plots.PEER}
+    for name, color in parts.items():
+        values = np.array([getattr(way, name) for way in ways])
+        label = "LM head" if name == "head" else name
+        ax.bar(["N-pass", "one pass"], values, bottom=bottom, color=color, label=label)
+        bottom += values
+    ratio = found.flops_ratio(scores_every_position=scores_every_position)
+    ax.set_title(f"operations, {found.cost.name}: {ratio:.2f} times")
+    ax.yaxis.set_major_formatter(EngFormatter(unit="FLOP"))
+    ax.set_ylabel("forward and backward")
+    ax.legend(frameon=False)

@@ -1,0 +1,238 @@
+"""An estimate in words and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from onepass_trl.tools.estimation import Estimate, Work
+from onepass_trl.tools.step_time import StepTime
+
+_BAR = 30  # characters of the longest bar
+_BINS = 12  # lines of the histogram, at most
+_LONGEST = 3  # conversations named
+
+
+def report(
+    found: Estimate,
+    *,
+    scores_every_position: bool = False,
+    times: tuple[StepTime, StepTime] | None = None,
+) -> Iterator[str]:
+    """Yield an estimate as lines of text.
+
+    Args:
+        found: the estimate.
+        scores_every_position: as for `Estimate.flops`.
+        times: of one pass and N-pass, if measured.
+    """
+    yield f"{'':24}{'one pass':>20}{'N-pass':>20}{'ratio':>9}"
+    one, n = found.one_pass, found.n_pass
+    yield _line("tokens", one.tokens, n.tokens)
+    yield _line("rows, before packing", one.rows, n.rows)
+    weights = found.attention_weights
+    pairs = [_mean_pairs(work, weights) for work in (one, n)]
+    yield _line("attention pairs a layer", *pairs)
+    if found.cost is not None:
+        flops = [
+            asdict(found.flops(work, scores_every_position=scores_every_position))
+            for work in (one, n)
+        ]
+        for name in ("linear", "attention", "head"):
+            label = "LM head" if name == "head" else name
+            yield _line(f"operations, {label}", flops[0][name], flops[1][name])
+        yield _line("operations, all", *(sum(way.values()) for way in flops))
+    if times is not None:
+        seconds = [time.seconds(work) for time, work in zip(times, (one, n), strict=True)]
+        yield _line("seconds on this device", *seconds)
+    yield ""
+    yield from _prediction(found, scores_every_position, times)
+    yield (
+        f"The tiles that one pass executes hold {found.executed_over_useful:.2f} times the pairs "
+        "that see each other."
+    )
+    yield from _rows(found)
+    yield from _remarks(found)
+    yield ""
+    yield from histogram(found.num_turns.tolist())
+
+
+def _line(name: str, one_pass: float, n_pass: float) -> str:
+    ratio = f"{n_pass / one_pass:.2f}" if one_pass else "-"
+    return f"{name:24}{_number(one_pass):>20}{_number(n_pass):>20}{ratio:>9}"
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if value < 1e4 else f"{value:.3e}"
+
+
+def _mean_pairs(work: Work, weights: dict[int | None, int]) -> int:
+    total = sum(weight * work.pairs[window] for window, weight in weights.items())
+    return round(total / sum(weights.values()))
+
+
+def _prediction(
+    found: Estimate, scores_every_position: bool, times: tuple[StepTime, StepTime] | None
+) -> Iterator[str]:
+    if times is not None:
+        one, n = times[0].seconds(found.one_pass), times[1].seconds(found.n_pass)
+        error = max(time.largest_error for time in times)
+        yield (
+            f"Predicted: N-pass takes {n / one:.2f} times as long, by rows that ran on this device "
+            f"(fitted to within {error:.0%})."
+        )
+    if found.cost is None:
+        yield (
+            "The model's folder has no configuration, so its operations aren't known: no step-time "
+            "ratio is predicted."
+        )
+        return
+    ratio = found.flops_ratio(scores_every_position=scores_every_position)
+    verb = "By operations alone" if times is not None else "Predicted by operations"
+    yield (
+        f"{verb}: N-pass takes {ratio:.2f} times as long, if all operations are equally fast "
+        f"({found.cost.name}, {_size(found.cost.num_parameters)} parameters)."
+    )
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
+
+
+def _rows(found: Estimate) -> Iterator[str]:
+    longest = np.argsort(-found.longest_path, kind="stable")[:_LONGEST]
+    named = ", ".join(f"{found.longest_path[at]:,} (row {found.indices[at]})" for at in longest)
+    yield f"Longest turns with their contexts, in tokens: {named}."
+    if found.max_length is None:
+        yield "No --max_length: every conversation is one row, of at most " + (
+            f"{found.row_tokens.max():,} tokens."
+        )
+        return
+    lost = found.overflow
+    if lost.num_passes:
+        yield (
+            f"Overflow: {lost.num_passes:,} turns are longer than max_length {found.max_length:,}; "
+            f"{lost.num_lost_tokens:,} trained tokens are lost, {lost.num_lost_turns:,} turns "
+            f"whole, {(found.num_turns == 0).sum():,} conversations whole. max_length "
+            f"{lost.longest:,} keeps all."
+        )
+    else:
+        yield f"No turn is longer than max_length {found.max_length:,}."
+    if found.num_split:
+        yield f"{found.num_split:,} conversations are split into several rows; nothing is lost."
+    assert found.packed_rows is not None
+    room = found.packed_rows * found.max_length
+    yield (
+        f"Packing: {found.one_pass.rows:,} rows become {found.packed_rows:,}, "
+        f"{found.one_pass.tokens / room:.1%} full ({room - found.one_pass.tokens:,} tokens of "
+        "padding if rows were padded to max_length)."
+    )
+
+
+def _remarks(found: Estimate) -> Iterator[str]:
+    if found.is_chain and found.n_pass.rows > len(found.num_turns):
+        yield (
+            "No token stands twice: on these conversations the template keeps every turn in later "
+            "contexts as it was generated, so no duplication is needed. Each row is an ordinary "
+            "causal sequence in which all its turns are trained."
+        )
+    if found.has_reasoning is False:
+        yield (
+            "No trained turn has reasoning. One pass still saves "
+            f"{1 - 1 / found.token_ratio:.0%} of the tokens."
+        )
+    if found.n_pass.rows <= len(found.num_turns):
+        yield "No conversation has two trained turns, so one pass is what N-pass computes."
+
+
+def histogram(num_turns: list[int]) -> Iterator[str]:
+    """Yield a histogram of turns as lines of text.
+
+    >>> print(*histogram([3, 3, 1]), sep="\\n")
+    trained turns  conversations
+                1  ███████████████ 1
+                3  ██████████████████████████████ 2
+    """
+    yield "trained turns  conversations"
+    bins = turn_bins(num_turns)
+    largest = max(bins.values())
+    for name, count in bins.items():
+        yield f"{name:>13}  {'█' * max(round(_BAR * count / largest), 1)} {count:,}"
+
+
+def turn_bins(num_turns: list[int]) -> dict[str, int]:
+    """Return how many conversations have so many turns: each number, or ranges if they are many.
+
+    >>> turn_bins([3, 3, 1])
+    {'1': 1, '3': 2}
+    """
+    counts = Counter(num_turns)
+    if len(counts) <= _BINS:
+        return {str(number): counts[number] for number in sorted(counts)}
+    edges = np.unique(np.geomspace(1, max(counts) + 1, _BINS + 1).round().astype(int))
+    edges[0] = min(min(counts), 1)
+    bins = {}
+    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        number = sum(count for turns, count in counts.items() if begin <= turns < end)
+        if number:
+            bins[str(begin) if end == begin + 1 else f"{begin}-{end - 1}"] = number
+    return bins
+
+
+def as_json(
+    found: Estimate,
+    *,
+    scores_every_position: bool = False,
+    times: tuple[StepTime, StepTime] | None = None,
+) -> dict[str, Any]:
+    """Return all figures of an estimate, as `json` writes them."""
+    one, n = found.one_pass, found.n_pass
+    value: dict[str, Any] = {
+        "conversations": len(found.num_turns),
+        "max_length": found.max_length,
+        "one_pass": _work_json(one),
+        "n_pass": _work_json(n),
+        "token_ratio": found.token_ratio,
+        "executed_over_useful": found.executed_over_useful,
+        "packed_rows": found.packed_rows,
+        "split_conversations": found.num_split,
+        "overflow": asdict(found.overflow),
+        "has_reasoning": found.has_reasoning,
+        "is_chain": found.is_chain,
+        "turns": turn_bins(found.num_turns.tolist()),
+    }
+    if found.cost is not None:
+        value["model"] = asdict(found.cost)
+        value["flops"] = {
+            name: asdict(found.flops(work, scores_every_position=scores_every_position))
+            for name, work in (("one_pass", one), ("n_pass", n))
+        }
+        value["flops_ratio"] = found.flops_ratio(scores_every_position=scores_every_position)
+    if times is not None:
+        seconds = [time.seconds(work) for time, work in zip(times, (one, n), strict=True)]
+        value["seconds"] = {"one_pass": seconds[0], "n_pass": seconds[1]}
+        value["time_ratio"] = seconds[1] / seconds[0]
+        value["fit_error"] = max(time.largest_error for time in times)
+    return value
+
+
+def _work_json(work: Work) -> dict[str, Any]:
+    return {
+        "rows": work.rows,
+        "tokens": work.tokens,
+        "scored": work.scored,
+        "pairs": {_window_name(window): number for window, number in work.pairs.items()},
+        "executed_pairs": {
+            _window_name(window): number for window, number in work.executed.items()
+        },
+    }
+
+
+def _window_name(window: int | None) -> str:
+    return "full" if window is None else str(window)

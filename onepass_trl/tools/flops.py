@@ -1,0 +1,132 @@
+"""What a model costs: each weight is multiplied once per token, attention goes by the pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from onepass_trl.attention.model_check import check_model
+
+# Forward and backward, in forwards. A matrix product has two in its backward. Attention has two of
+# them forward and five backward, as the scores are computed again. So are the logits in TRL's fused
+# LM head.
+LINEAR_FORWARDS, ATTENTION_FORWARDS, HEAD_FORWARDS = 3.0, 3.5, 4.0
+# Under which names configurations say how many experts a token goes to.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
+
+
+@dataclass(frozen=True)
+class AttentionLayers:
+    """Layers whose attention is alike.
+
+    Attributes:
+        num_layers: how many there are.
+        window: their sliding window, None for none.
+        flops_per_pair: of one layer's forward, all heads together, for a query and a key it sees.
+    """
+
+    num_layers: int
+    window: int | None
+    flops_per_pair: int
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """The floating-point operations of a model's forward pass; a multiply-add counts two.
+
+    Attributes:
+        name: the class of the model.
+        num_parameters: all of them, also experts that a token doesn't go to.
+        linear_flops: per token: projections, MLPs, the experts that it goes to, routers.
+        head_flops: per position whose next token is scored.
+        attention: per pair of query and key, by kind of layer.
+    """
+
+    name: str
+    num_parameters: int
+    linear_flops: int
+    head_flops: int
+    attention: tuple[AttentionLayers, ...]
+
+
+def model_cost(config: PreTrainedConfig) -> ModelCost:
+    """Return what the forward pass of a causal language model with this configuration costs.
+
+    The model is built without memory for its weights.
+
+    Raises:
+        ValueError: if it can't be trained in one pass, see `check_model`.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    check_model(model)
+    text_config = config.get_text_config(decoder=True)
+    head = model.get_output_embeddings()
+    body = sum(_active_weights(module, text_config) for module in model.modules())
+    head_weights = head.weight.numel()
+    return ModelCost(
+        name=type(model).__name__,
+        num_parameters=model.num_parameters(),
+        linear_flops=2 * (body - head_weights),
+        head_flops=2 * head_weights,
+        attention=_attention_layers(model, text_config),
+    )
+
+
+def _active_weights(module: nn.Module, config: PreTrainedConfig) -> int:
+    """Return how many of a module's own weights a token is multiplied with."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    total = 0
+    for name, weight in module.named_parameters(recurse=False):
+        if weight.ndim < 2 or name.endswith("bias"):
+            continue
+        if weight.ndim == 3:  # (experts, .., ..)
+            total += weight[0].numel() * _experts_per_token(config)
+        else:
+            total += weight.numel()
+    return total
+
+
+def _experts_per_token(config: PreTrainedConfig) -> int:
+    for name in _EXPERTS_PER_TOKEN:
+        if (number := getattr(config, name, None)) is not None:
+            return int(number)
+    raise ValueError(
+        f"{type(config).__name__} has experts, but none of {', '.join(_EXPERTS_PER_TOKEN)} says to "
+        "how many of them a token goes: set num_experts_per_tok"
+    )
+
+
+def _attention_layers(
+    model: PreTrainedModel, config: PreTrainedConfig
+) -> tuple[AttentionLayers, ...]:
+    counts: dict[tuple[int | None, int], int] = {}
+    for module in model.modules():
+        if not _is_attention(module):
+            continue
+        # Mistral's and Phi-3's layers read it from the configuration.
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+        kind = window, 2 * config.num_attention_heads * sum(_head_sizes(module, config))
+        counts[kind] = counts.get(kind, 0) + 1
+    if not counts:
+        raise ValueError(f"{type(model).__name__}: found no attention layer in it")
+    return tuple(
+        AttentionLayers(number, window, flops) for (window, flops), number in counts.items()
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "is_causal") and hasattr(module, "layer_idx")
+
+
+def _head_sizes(module: nn.Module, config: Any) -> tuple[int, int]:
+    """Return the head sizes of queries and values."""
+    if (nope := getattr(module, "qk_nope_head_dim", None)) is not None:
+        return nope + module.qk_rope_head_dim, module.v_head_dim  # type: ignore[return-value]
+    size = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size, size

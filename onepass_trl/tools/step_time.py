@@ -1,0 +1,193 @@
+"""How long forward and backward take on this machine, fitted to a few rows that are run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from onepass_trl.data import Layout, linearize
+from onepass_trl.data.collator import OnePassCollator
+from onepass_trl.data.layout import IGNORE_INDEX
+from onepass_trl.passes import Pass
+from onepass_trl.tools.estimation import Work, limited, passes_of, work_of_pass, work_of_row
+from onepass_trl.training.preparation import PreparationOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NUM_PROBES = 6
+LONGEST_PROBE = 8192  # tokens
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of forward and backward: so many per row, token and executed pair.
+
+    Attributes:
+        per_row: whatever a row has.
+        per_token: of a row's token.
+        per_pair: of a pair in an executed tile, times the weight of its layers.
+        weights: by window, of the layers that have it.
+        largest_error: of the fit, relative to what was measured.
+    """
+
+    per_row: float
+    per_token: float
+    per_pair: float
+    weights: Mapping[int | None, int]
+    largest_error: float
+
+    def seconds(self, work: Work) -> float:
+        """Return the time that these rows take."""
+        coefficients = [self.per_row, self.per_token, self.per_pair]
+        return float(_features(work, self.weights) @ coefficients)
+
+
+def _features(work: Work, weights: Mapping[int | None, int]) -> np.ndarray:
+    pairs = sum(weight * work.executed[window] for window, weight in weights.items())
+    return np.array([work.rows, work.tokens, pairs], dtype=np.float64)
+
+
+def fit(
+    works: Sequence[Work], seconds: Sequence[float], weights: Mapping[int | None, int]
+) -> StepTime:
+    """Return the non-negative coefficients that come closest, by relative error, to `seconds`.
+
+    >>> from collections import Counter
+    >>> works = [Work(1, n, n, executed=Counter({None: n * n})) for n in (100, 200, 400)]
+    >>> time = fit(works, [1 + 0.01 * n + 1e-5 * n * n for n in (100, 200, 400)], {None: 1})
+    >>> print(f"{time.per_row:.3f} {time.per_token:.5f} {time.per_pair:.2g}")
+    1.000 0.01000 1e-05
+    """
+    features = np.array([_features(work, weights) for work in works])
+    measured, scale = np.array(seconds), features.max(axis=0)
+    coefficients, _ = nnls(features / scale / measured[:, None], np.ones(len(works)))
+    coefficients /= scale
+    error = float(np.abs(features @ coefficients / measured - 1).max())
+    per_row, per_token, per_pair = coefficients.tolist()
+    return StepTime(per_row, per_token, per_pair, dict(weights), error)
+
+
+def spread(lengths: NDArray[np.int64], number: int = NUM_PROBES) -> list[int]:
+    """Return indices of some lengths from the shortest to the longest, evenly by rank.
+
+    >>> spread(np.array([50, 10, 40, 20, 30]), 3)
+    [1, 4, 0]
+    """
+    order = np.argsort(lengths, kind="stable")
+    ranks = np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)
+    return list(dict.fromkeys(order[ranks].tolist()))
+
+
+def choose_probes(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions,
+) -> tuple[list[Layout], list[Pass]]:
+    """Return rows of one pass and of N-pass to run, of all lengths that these conversations have.
+
+    None is longer than `LONGEST_PROBE`: what is longer is cut, as with that ``max_length``.
+    """
+    length = min(options.max_length or LONGEST_PROBE, LONGEST_PROBE)
+    options = replace(options, max_length=length, overflow="truncate")
+    layouts: list[Layout] = []
+    passes: list[Pass] = []
+    for row in rows:
+        left, trees, _ = limited(passes_of(row, tokenizer, options)[0], options)
+        layouts += [linearize(tree) for tree in trees]
+        passes += left
+    chosen = spread(np.array([len(layout) for layout in layouts]))
+    chosen_passes = spread(np.array([len(pass_) for pass_ in passes]))
+    return [layouts[at] for at in chosen], [passes[at] for at in chosen_passes]
+
+
+def measure(
+    model: PreTrainedModel,
+    rows: Sequence[Layout],
+    passes: Sequence[Pass],
+    weights: Mapping[int | None, int],
+    *,
+    repeats: int = 3,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[StepTime, StepTime]:
+    """Return the step times of one pass and of N-pass, each fitted to some rows of its own.
+
+    Both run the model as the trainers do, with TRL's fused LM head, in turn, and the shortest of
+    `repeats` counts. N-pass attends with SDPA, or eagerly where that can't do what the model asks.
+
+    Args:
+        model: a causal language model of transformers. Its weights don't matter; afterwards it has
+            TRL's head and no gradients.
+        rows: of one pass.
+        passes: rows of N-pass.
+        weights: of the layers' attention, by window, see `Estimate.attention_weights`.
+        repeats: how often each is timed, after a run that isn't.
+        progress: called after each run.
+
+    Raises:
+        ValueError: if one-pass attention doesn't support the model.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    from onepass_trl.attention.transformers_backend import use_onepass_attention
+    from onepass_trl.tools.verify import reference_attention
+
+    use_onepass_attention(model)
+    add_fused_lm_head(model)
+    model.train()
+    one_pass_batches = [_one_pass_batch(row, model.device) for row in rows]
+    n_pass_batches = [_n_pass_batch(pass_, model.device) for pass_ in passes]
+    seconds = np.full((2, max(len(rows), len(passes))), np.inf)
+    reference = reference_attention(model)
+    for repeat in range(repeats + 1):
+        for way, (name, batches) in enumerate(
+            [("onepass", one_pass_batches), (reference, n_pass_batches)]
+        ):
+            model.set_attn_implementation(name)
+            for index, batch in enumerate(batches):
+                taken = _seconds(model, batch)
+                if repeat:
+                    seconds[way, index] = min(seconds[way, index], taken)
+                progress()
+    n_pass_works = [work_of_pass(len(pass_), pass_.num_trained, [None]) for pass_ in passes]
+    return (
+        fit([work_of_row(row, weights) for row in rows], seconds[0, : len(rows)].tolist(), weights),
+        # SDPA masks what is outside a window, and skips none of it.
+        fit(n_pass_works, seconds[1, : len(passes)].tolist(), {None: sum(weights.values())}),
+    )
+
+
+def _one_pass_batch(row: Layout, device: torch.device) -> dict[str, torch.Tensor]:
+    batch = OnePassCollator()([row])
+    names = ("input_ids", "position_ids", "visible_end", "shift_labels")
+    return {name: batch[name].to(device) for name in names}
+
+
+def _n_pass_batch(pass_: Pass, device: torch.device) -> dict[str, torch.Tensor]:
+    labels = np.where(pass_.trained, pass_.token_ids, IGNORE_INDEX)
+    arrays = {"input_ids": pass_.token_ids, "labels": labels}
+    return {
+        name: torch.from_numpy(array.astype(np.int64))[None].to(device)
+        for name, array in arrays.items()
+    }
+
+
+def _seconds(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
+    model.zero_grad(set_to_none=True)
+    _synchronize(model.device)
+    start = time.perf_counter()
+    model(**batch, use_cache=False, fused_lm_head=True).loss.backward()
+    _synchronize(model.device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

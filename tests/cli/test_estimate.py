@@ -1,0 +1,103 @@
+import json
+import shutil
+
+import pytest
+
+from onepass_trl.cli import main
+
+from .test_cli import CHATS
+
+
+@pytest.fixture
+def estimate(tiny_model_dir, tmp_path, capsys):
+    """A function that estimates conversations and returns exit status, output and errors."""
+
+    def run(chats, *flags, model=tiny_model_dir):
+        path = tmp_path / "chats.jsonl"
+        path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+        status = main(["estimate", str(path), f"--model_name_or_path={model}", *flags])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_dataset_is_estimated(estimate, tmp_path):
+    flags = [f"--json={tmp_path / 'out.json'}", "--max_length=200"]
+    status, out, _ = estimate(CHATS, *flags)
+    assert status == 0
+    value = json.loads((tmp_path / "out.json").read_text())
+    assert "all conversations" in out
+    assert f"N-pass takes {value['flops_ratio']:.2f} times as long" in out
+    assert value["conversations"] == 8
+    assert value["n_pass"]["rows"] == 16
+    assert value["model"]["name"] == "Qwen3ForCausalLM"
+    assert value["packed_rows"] < value["one_pass"]["rows"] == 8
+
+
+def test_some_conversations_are_drawn(estimate, tmp_path):
+    values = []
+    for seed in (0, 0, 1):
+        _, out, _ = estimate(CHATS, "-k3", f"--seed={seed}")
+        assert "3 of 8 conversations" in out
+        values.append(out)
+    assert values[0] == values[1]
+
+
+def test_train_on_and_template_arguments_count(estimate):
+    _, all_turns, _ = estimate(CHATS)
+    _, last_turn, _ = estimate(CHATS, "--train_on=last")
+    assert "No conversation has two trained turns" in last_turn
+    assert "No conversation has two trained turns" not in all_turns
+    with pytest.raises(SystemExit):
+        estimate(CHATS, "--train_on=some")
+
+
+def test_a_measured_estimate(estimate, tmp_path):
+    status, out, _ = estimate(CHATS, "--measure", "-k4", f"--json={tmp_path / 'out.json'}")
+    assert status == 0
+    value = json.loads((tmp_path / "out.json").read_text())
+    assert f"Predicted: N-pass takes {value['time_ratio']:.2f} times as long" in out
+    assert value["seconds"]["n_pass"] > 0
+
+
+def test_a_figure_is_drawn(estimate, tmp_path):
+    pytest.importorskip("matplotlib")
+    status, out, _ = estimate(CHATS, f"--png={tmp_path / 'out.png'}")
+    assert status == 0
+    assert "out.png" in out
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_a_config(estimate, tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "tokenizer")
+    (folder / "config.json").unlink()
+    status, out, _ = estimate(CHATS, model=folder)
+    assert status == 0
+    assert "no step-time ratio is predicted" in " ".join(out.split())
+    status, _, error = estimate(CHATS, "--measure", model=folder)
+    assert status == 2
+    assert "has no config.json" in error
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--json=missing/out.json", "there is no folder"),
+        ("--png=missing/out.png", "there is no folder"),
+        ("--png=out.pdf", "expected a name that ends in .png"),
+        ("--overflow=error", None),
+    ],
+)
+def test_bad_input(estimate, flag, message):
+    if message is None:
+        flag, message = "--overflow=error", "raise max_length to at least"
+        status, _, error = estimate(CHATS, flag, "--max_length=20")
+    else:
+        status, _, error = estimate(CHATS, flag)
+    assert status == 2
+    assert message in error
+
+
+def test_a_missing_file(tiny_model_dir, capsys):
+    assert main(["estimate", "none.jsonl", f"--model_name_or_path={tiny_model_dir}"]) == 2
+    assert "no such file" in capsys.readouterr().err

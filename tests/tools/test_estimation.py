@@ -1,0 +1,186 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onepass_trl import Pass, build_tree, linearize
+from onepass_trl.data import split_passes
+from onepass_trl.tools.estimation import estimate, work_of_pass, work_of_row
+from onepass_trl.tools.estimation_plot import draw
+from onepass_trl.tools.estimation_report import as_json, report, turn_bins
+from onepass_trl.tools.flops import AttentionLayers, ModelCost
+from onepass_trl.training.preparation import PreparationOptions, make_rows
+from onepass_trl.visibility import dense_mask
+from tests.chat.tokenizers import small_tokenizer
+from tests.conversations import as_row, forked_rollouts, random_chat
+
+from .test_inspection import CHAT
+
+OPTIONS = PreparationOptions(
+    max_length=None, overflow="truncate", train_on="all", packing=False, null_arguments="keep"
+)
+COST = ModelCost("Toy", 10**9, linear_flops=100, head_flops=30, attention=(
+    AttentionLayers(2, None, 8), AttentionLayers(1, 5, 8)
+))  # fmt: skip
+
+
+def chats(number=6, turns=3):
+    return [(seed, as_row(random_chat(turns, seed))) for seed in range(number)]
+
+
+@given(st.integers(1, 4), st.integers(0, 2**31), st.sampled_from([None, 1, 3, 9, 400]))
+def test_work_is_that_of_the_dense_mask(turns, seed, window):
+    passes = [*random_chat(turns, seed, high=40), *forked_rollouts(2, seed)]
+    row = linearize(build_tree(passes))
+    work = work_of_row(row, [window])
+    mask = dense_mask(row.visible_end, row.position_ids, window)
+    assert (work.rows, work.tokens) == (1, len(row))
+    assert work.pairs[window] == mask.sum()
+    assert work.executed[window] >= sum(
+        64**2
+        for q in range(0, len(row), 64)
+        for k in range(0, len(row), 64)
+        if mask[q : q + 64, k : k + 64].any()
+    )
+    for pass_ in passes:
+        alone = linearize(build_tree([pass_]))
+        work, expected = (
+            work_of_pass(len(pass_), pass_.num_trained, [window]),
+            work_of_row(alone, [window]),
+        )
+        assert work == expected
+
+
+@pytest.mark.parametrize("max_length", [None, 60, 25])
+def test_estimate_counts_what_training_would(max_length, tiny_tokenizer):
+    options = dataclasses.replace(OPTIONS, max_length=max_length)
+    rows = chats()
+    found = estimate(rows, tiny_tokenizer, options, COST)
+    layouts = [make_rows(row, tiny_tokenizer, options)[0] for _, row in rows]
+    assert found.row_tokens.tolist() == [sum(map(len, own)) for own in layouts]
+    assert found.n_pass_tokens.tolist() == [
+        sum(int(row.num_passes.sum()) for row in own) for own in layouts
+    ]
+    assert found.num_turns.tolist() == [sum(row.num_turns for row in own) for own in layouts]
+    assert found.one_pass.rows == sum(map(len, layouts))
+    assert found.num_split == sum(len(own) > 1 for own in layouts)
+    assert found.n_pass.scored == sum(float(row.weights.sum()) for own in layouts for row in own)
+    lost = [make_rows(row, tiny_tokenizer, options)[1] for _, row in rows]
+    assert found.overflow.num_lost_tokens == sum(part.num_lost_tokens for part in lost)
+    assert (found.overflow.num_lost_tokens > 0) == (max_length == 25)
+    if max_length == 60:
+        assert found.packed_rows < found.one_pass.rows
+    assert sum(turn_bins(found.num_turns.tolist()).values()) == len(rows)
+
+
+def test_operations_follow_from_tokens_and_pairs(tiny_tokenizer):
+    found = estimate(chats(), tiny_tokenizer, OPTIONS, COST)
+    work = found.one_pass
+    flops = found.flops(work)
+    assert flops.linear == 3 * 100 * work.tokens
+    assert flops.attention == 3.5 * (16 * work.pairs[None] + 8 * work.pairs[5])
+    assert flops.head == 4 * 30 * work.scored
+    assert found.flops(work, scores_every_position=True).head == 4 * 30 * work.tokens
+    assert found.flops_ratio() == pytest.approx(found.flops(found.n_pass).total / flops.total)
+    with pytest.raises(ValueError, match="follow from a model"):
+        estimate(chats(), tiny_tokenizer, OPTIONS).flops_ratio()
+
+
+def text_of(found, **given):
+    return "\n".join(report(found, **given))
+
+
+def test_the_report_says_what_was_found(tiny_tokenizer):
+    found = estimate(chats(), tiny_tokenizer, OPTIONS, COST)
+    text = text_of(found)
+    assert f"{found.longest_path.max()} (row {found.longest_path.argmax()})" in text
+    assert f"{found.one_pass.tokens:,}" in text
+    assert f"N-pass takes {found.flops_ratio():.2f} times as long" in text
+    assert "No --max_length" in text
+    assert "operations aren't known" in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
+
+
+def test_the_report_says_what_max_length_loses(tiny_tokenizer):
+    options = dataclasses.replace(OPTIONS, max_length=25, overflow="drop")
+    found = estimate(chats(), tiny_tokenizer, options, COST)
+    text = text_of(found)
+    assert f"{found.overflow.num_passes} turns are longer than max_length 25" in text
+    assert f"max_length {found.overflow.longest} keeps all" in text
+    assert f"become {found.packed_rows}" in text
+
+
+def test_a_template_that_keeps_everything(tiny_tokenizer):
+    passes = [Pass([1, 2, 3], [0, 1, 1]), Pass([1, 2, 3, 4, 5], [0, 0, 0, 0, 1])]
+    assert "No token stands twice" in text_of(
+        estimate([(0, as_row(passes))], tiny_tokenizer, OPTIONS)
+    )
+    assert "No token stands twice" not in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
+
+
+def test_conversations_without_reasoning_and_with_one_turn():
+    tokenizer = small_tokenizer("qwen3")
+    plain = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in CHAT]
+    with_reasoning, without = (
+        estimate([(0, {"messages": m})], tokenizer, OPTIONS) for m in (CHAT, plain)
+    )
+    assert with_reasoning.has_reasoning
+    assert "No trained turn has reasoning" not in text_of(with_reasoning)
+    assert "No trained turn has reasoning. One pass still saves" in text_of(without)
+    single = estimate([(0, {"messages": CHAT[:3]})], tokenizer, OPTIONS)
+    assert "No conversation has two trained turns" in text_of(single)
+    assert "No token stands twice" not in text_of(single)
+
+
+def test_bad_input(tiny_tokenizer):
+    with pytest.raises(ValueError, match="the dataset has no rows"):
+        estimate([], tiny_tokenizer, OPTIONS)
+    with pytest.raises(ValueError, match=r"row 7 of the dataset: .*accepted forms"):
+        estimate([*chats(1), (7, {"text": "x"})], tiny_tokenizer, OPTIONS)
+    short = dataclasses.replace(OPTIONS, max_length=2, overflow="drop")
+    with pytest.raises(ValueError, match=r"nothing is left to train.*Raise max_length"):
+        estimate(chats(), tiny_tokenizer, short)
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=60))
+def test_each_conversation_is_in_one_bin(num_turns):
+    bins = turn_bins(num_turns)
+    assert sum(bins.values()) == len(num_turns)
+    assert len(bins) <= 13
+    for name, count in bins.items():
+        begin, _, end = name.partition("-")
+        inside = range(int(begin), int(end or begin) + 1)
+        assert count == sum(turns in inside for turns in num_turns)
+
+
+def test_json_and_figure(tiny_tokenizer, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = dataclasses.replace(OPTIONS, max_length=30)
+    found = estimate(chats(), tiny_tokenizer, options, COST)
+    value = as_json(found)
+    assert value["n_pass"]["tokens"] == found.n_pass.tokens
+    assert value["one_pass"]["pairs"] == {
+        "full": found.one_pass.pairs[None],
+        "5": found.one_pass.pairs[5],
+    }
+    assert value["flops_ratio"] == found.flops_ratio()
+    figure = draw(found, "chats")
+    bars = figure.axes[0].patches
+    assert sum(bar.get_height() for bar in bars) == len(chats())
+    heights = [bar.get_height() for bar in figure.axes[3].patches]
+    assert sum(heights[::2]) == pytest.approx(found.flops(found.n_pass).total)
+    draw(estimate(chats(), tiny_tokenizer, OPTIONS), "no model")
+
+
+def test_split_rows_keep_their_passes(tiny_tokenizer):
+    """The tokens of N-pass don't depend on how a tree is split."""
+    passes = random_chat(5, 3)
+    longest = max(map(len, passes))
+    whole = estimate([(0, as_row(passes))], tiny_tokenizer, OPTIONS)
+    split = estimate(
+        [(0, as_row(passes))], tiny_tokenizer, dataclasses.replace(OPTIONS, max_length=longest)
+    )
+    assert len(split_passes(passes, longest)) == split.one_pass.rows > 1
+    assert split.n_pass == whole.n_pass
+    assert np.array_equal(split.n_pass_tokens, whole.n_pass_tokens)

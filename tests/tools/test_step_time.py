@@ -1,0 +1,65 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onepass_trl import build_tree, linearize
+from onepass_trl.tools.estimation import Work, work_of_pass, work_of_row
+from onepass_trl.tools.step_time import choose_probes, fit, measure, spread
+from tests.conversations import as_row, random_chat
+from tests.models import make_model
+
+from .test_estimation import OPTIONS
+
+
+@given(st.lists(st.floats(0, 10), min_size=3, max_size=3), st.integers(0, 2**31))
+def test_a_fit_finds_times_that_follow_the_model(coefficients, seed):
+    rng = np.random.default_rng(seed)
+    works = [
+        work_of_pass(int(length), 1, [None, 50])
+        for length in rng.choice(np.arange(1, 3000), 8, replace=False)
+    ]
+    weights = {None: 3, 50: 1}
+    true = [
+        coefficients[0] + coefficients[1] * work.tokens / 1e3
+        + coefficients[2] * (3 * work.executed[None] + work.executed[50]) / 1e6 + 1e-3
+        for work in works
+    ]  # fmt: skip
+    time = fit(works, true, weights)
+    assert time.largest_error < 1e-3
+    total = Work()
+    for work in works:
+        total.add(work)
+    assert time.seconds(total) == pytest.approx(sum(true), rel=1e-3)
+
+
+def test_spread_is_from_the_shortest_to_the_longest():
+    lengths = np.array([7, 3, 9, 1, 5])
+    assert lengths[spread(lengths, 3)].tolist() == [1, 5, 9]
+    assert sorted(spread(lengths, 10)) == [0, 1, 2, 3, 4]
+    assert spread(np.array([4]), 6) == [0]
+
+
+def test_probes_are_no_longer_than_max_length(tiny_tokenizer):
+    options = dataclasses.replace(OPTIONS, max_length=30, overflow="error")
+    chats = [as_row(random_chat(4, seed)) for seed in range(3)]
+    rows, passes = choose_probes(chats, tiny_tokenizer, options)
+    assert max(map(len, rows)) <= 30
+    assert max(map(len, passes)) <= 30
+    assert all(pass_.num_trained for pass_ in passes)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss"])
+def test_both_ways_are_measured(name):
+    passes = [pass_ for seed in range(3) for pass_ in random_chat(2, seed)]
+    rows = [linearize(build_tree(random_chat(2, seed))) for seed in range(3)]
+    model, runs = make_model(name), []
+    times = measure(
+        model, rows, passes, {None: 1, 5: 1}, repeats=1, progress=lambda: runs.append(1)
+    )
+    assert len(runs) == 2 * (len(rows) + len(passes))
+    for time in times:
+        assert time.seconds(work_of_row(rows[0], [None, 5])) > 0
+        assert 0 <= time.largest_error < np.inf
