@@ -51,7 +51,7 @@ def load_conversations(
 
 def read_row(dataset: Any, index: int) -> dict[str, Any]:
     """Return a row as training reads it: without what a struct column fills up with nulls."""
-    from onepass_trl.training.preparation import with_exact_nulls
+    from onepass_trl.training.nulls import with_exact_nulls
 
     return with_exact_nulls(dataset[index], dataset.features)
 

@@ -148,7 +148,8 @@ def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:
 
 
 def _preparation(options: argparse.Namespace, dataset: Any) -> PreparationOptions:
-    from onepass_trl.training.preparation import PreparationOptions, settle_null_arguments
+    from onepass_trl.training.nulls import settle_null_arguments
+    from onepass_trl.training.preparation import PreparationOptions
 
     return PreparationOptions(
         max_length=options.max_length,

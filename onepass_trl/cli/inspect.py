@@ -70,7 +70,7 @@ def _inspect(options: argparse.Namespace) -> Inspection:
 
     from onepass_trl.cli.dataset import load_conversations, read_row
     from onepass_trl.tools.inspection import inspect_row
-    from onepass_trl.training.preparation import settle_null_arguments
+    from onepass_trl.training.nulls import settle_null_arguments
 
     if options.html is not None and not Path(options.html).resolve().parent.is_dir():
         raise FileNotFoundError(

@@ -135,7 +135,7 @@ def _load_passes(options: argparse.Namespace) -> list[list[Pass]]:
     from onepass_trl.chat.rows import row_to_passes
     from onepass_trl.cli.dataset import load_conversations, read_row
     from onepass_trl.data import limit_passes
-    from onepass_trl.training.preparation import settle_null_arguments
+    from onepass_trl.training.nulls import settle_null_arguments
 
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     dataset = load_conversations(

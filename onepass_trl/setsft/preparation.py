@@ -20,6 +20,7 @@ from onepass_trl.passes import Pass
 from onepass_trl.setsft.collator import SET_COLUMNS, from_row, to_row
 from onepass_trl.setsft.rendering import ForkingTokens, row_to_traces
 from onepass_trl.setsft.traces import Trace, TraceSet
+from onepass_trl.training.nulls import with_exact_nulls
 from onepass_trl.training.preparation import (
     AnyDataset,
     PreparationOptions,
@@ -28,7 +29,6 @@ from onepass_trl.training.preparation import (
     register_families,
     render_rows,
     report_unverified,
-    with_exact_nulls,
 )
 
 logger = logging.getLogger(__name__)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pyarrow.compute as compute
-from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat.families import Family, register_family, registered_families
@@ -30,13 +29,12 @@ from onepass_trl.data import (
 )
 from onepass_trl.data.layout import TOKEN_COLUMNS
 from onepass_trl.passes import Pass
+from onepass_trl.training.nulls import with_exact_nulls
 from onepass_trl.training.round_trip import check_round_trip, response_template_of
 
 logger = logging.getLogger(__name__)
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
-
-_LISTS = (List, LargeList)
 
 # Rows are made and packed this many at a time, so that memory stays bounded and a stream can be
 # packed.
@@ -45,7 +43,6 @@ PACK_BATCH_SIZE = 1000
 # So many rows of a dataset are parsed back unless `verify_rendering` says otherwise.
 NUM_VERIFIED_ROWS = 8
 
-_MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "conversations")
 ROW_COLUMNS = (*TOKEN_COLUMNS, "num_turns")
 _ROW_FEATURES = {
     **{name: List(Value("int32")) for name in TOKEN_COLUMNS},
@@ -67,7 +64,7 @@ def _code_digest() -> str:
     package = Path(__file__).parents[1]
     files = [package / "passes.py", *sorted((package / "chat").rglob("*.py"))]
     files += [*sorted((package / "data").glob("*.py")), Path(__file__)]
-    files += [Path(__file__).with_name("round_trip.py")]
+    files += [Path(__file__).with_name(name) for name in ("nulls.py", "round_trip.py")]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -231,58 +228,6 @@ def _check_row_lengths(
             f"a row of the prepared {name} dataset has {longest} tokens, but max_length is "
             f"{max_length}: prepare the conversations with this max_length, or raise it"
         )
-
-
-def settle_null_arguments(dataset: Dataset | IterableDataset, choice: str) -> NullArguments:
-    """Return what `choice` means for this dataset: nulls in a JSON column are real."""
-    if choice != "auto":
-        return cast(NullArguments, choice)
-    columns = [
-        feature for name, feature in (dataset.features or {}).items() if name in _MESSAGE_COLUMNS
-    ]
-    return "keep" if columns and all(map(_has_exact_arguments, columns)) else "error"
-
-
-def with_exact_nulls(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
-    """Return the row with tools and template arguments as JSON text, less a struct's fillers.
-
-    A struct column gives every row the keys of all rows, filled with nulls; nulls in `Json` values
-    are real. Only the column's type tells them apart, so it is settled here.
-    """
-    if features is None:
-        return row
-    columns = [name for name in ("tools", "chat_template_kwargs") if name in features]
-    exact = {
-        name: json.dumps(_without_fillers(row[name], features[name]))
-        for name in columns
-        if row[name] is not None and not isinstance(row[name], str)
-    }
-    return {**row, **exact}
-
-
-def _without_fillers(value: Any, feature: Any) -> Any:
-    if isinstance(feature, dict) and isinstance(value, dict):
-        return {
-            key: _without_fillers(item, feature[key])
-            for key, item in value.items()
-            if item is not None
-        }
-    if isinstance(feature, _LISTS) and isinstance(value, list):
-        return [_without_fillers(item, feature.feature) for item in value]
-    return value
-
-
-def _has_exact_arguments(feature: Any) -> bool:
-    """Return whether nulls among tool-call arguments in a column of this type can't be fillers."""
-    if isinstance(feature, _LISTS):
-        return _has_exact_arguments(feature.feature)
-    if not isinstance(feature, dict):
-        return True  # Json, or text
-    if isinstance(feature.get("arguments"), (dict, *_LISTS)):
-        return False
-    return all(
-        _has_exact_arguments(feature[key]) for key in ("tool_calls", "function") if key in feature
-    )
 
 
 def report_unverified(

@@ -31,6 +31,7 @@ from onepass_trl.attention.transformers_backend import (
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.training import preparation
 from onepass_trl.training.config import OnePassSFTConfig
+from onepass_trl.training.nulls import settle_null_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class OnePassSFTTrainer(SFTTrainer):
             overflow=args.overflow,
             train_on=args.trained_turns,
             packing=packing,
-            null_arguments=preparation.settle_null_arguments(dataset, args.null_arguments),
+            null_arguments=settle_null_arguments(dataset, args.null_arguments),
             chat_template_kwargs=args.template_arguments,
             verify_rendering=args.verify_rendering,
             num_proc=args.dataset_num_proc,

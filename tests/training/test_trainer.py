@@ -489,7 +489,7 @@ def test_rotary_embeddings_that_depend_on_the_row_are_errors(train):
 def test_fillers_next_to_json_are_not_taken_for_nulls(train):
     from datasets import Features, Json, LargeList, List, Value
 
-    from onepass_trl.training.preparation import settle_null_arguments
+    from onepass_trl.training.nulls import settle_null_arguments
 
     def settled(arguments, wrap=List):
         call = {"function": {"name": Value("string"), "arguments": arguments}}
