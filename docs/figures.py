@@ -6,10 +6,11 @@ that are readable on a light and on a dark page.
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
-from onepass_trl import Pass, build_tree, linearize
-from onepass_trl.visibility import dense_mask
+from onepass_trl import Layout, Pass, build_tree, linearize
+from onepass_trl.visibility import dense_mask, num_visible_pairs
 
 FOLDER = Path(__file__).parent / "figures"
 # The kinds of tokens by their tens, as in how_it_works.md: h, t and r of a turn.
@@ -98,6 +99,39 @@ def row_figure() -> str:
     return _svg(size + 60, top + len(row) * _CELL + 4, parts, "who sees whom in the row")
 
 
+def cost_figure() -> str:
+    """Return the bars of scaling.md: N-pass over one pass, tokens and pairs."""
+    parts, y, scale = [], 8, 22
+    for turns in (1, 3, 10, 30, 100):
+        row = one_row_of(turns)
+        tokens = sum(map(len, row[0])) / len(row[1].input_ids)
+        pairs = sum(len(one) * (len(one) + 1) // 2 for one in row[0])
+        pairs /= num_visible_pairs(row[1].visible_end)
+        parts.append(_text(64, y + 24, f"{turns} turn{'s' * (turns > 1)}", anchor="end"))
+        for ratio, colour, what in ((tokens, _COLOURS[3], "tokens"), (pairs, _COLOURS[2], "pairs")):
+            parts.append(
+                f'<rect x="74" y="{y}" width="{ratio * scale:.1f}" height="14" fill="{colour}"/>'
+            )
+            label = f"{ratio:.2f} times the {what}"
+            parts.append(_text(80 + ratio * scale, y + 12, label, anchor="start"))
+            y += 17
+        y += 12
+    return _svg(620, y, parts, "N-pass over one pass")
+
+
+def one_row_of(turns: int) -> tuple[list[Pass], Layout]:
+    """Return passes and row of a conversation with 300, 800 and 200 tokens a turn."""
+    context: list[int] = []
+    passes, ids = [], iter(range(1_000_000))
+    for _ in range(turns):
+        context = context + list(islice(ids, 300))
+        thought, answer = list(islice(ids, 800)), list(islice(ids, 200))
+        trained = [False] * len(context) + [True] * 1000
+        passes.append(Pass(context + thought + answer, trained))
+        context = context + answer
+    return passes, linearize(build_tree(passes))
+
+
 def _token(x: float, y: float, token: int, framed: bool) -> str:
     frame = 'stroke="#d84315" stroke-width="2.5"' if framed else f'stroke="{_LINE}"'
     return (
@@ -108,7 +142,7 @@ def _token(x: float, y: float, token: int, framed: bool) -> str:
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "middle", colour: str = _LINE) -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{colour}">{text}</text>'
+    return f'<text x="{x:g}" y="{y}" text-anchor="{anchor}" fill="{colour}">{text}</text>'
 
 
 def _svg(width: float, height: float, parts: list[str], title: str) -> str:
@@ -120,7 +154,12 @@ def _svg(width: float, height: float, parts: list[str], title: str) -> str:
     )
 
 
-FIGURES = {"passes.svg": passes_figure, "tree.svg": tree_figure, "row.svg": row_figure}
+FIGURES = {
+    "passes.svg": passes_figure,
+    "tree.svg": tree_figure,
+    "row.svg": row_figure,
+    "cost.svg": cost_figure,
+}
 
 if __name__ == "__main__":
     for file, draw in FIGURES.items():
