@@ -16,7 +16,7 @@ PAGES = [
 # The first words of the commands that may stand in a page. An indented block whose line begins with
 # another word is a formula or a picture.
 PROGRAMS = ("make", "onepass-trl", "pip", "python", "accelerate", "torchrun")
-NOT_RUN = re.compile(r"<!-- not run: (\S.*) -->")
+NOT_RUN = re.compile(r"^<!-- not run: (\S.*) -->$", re.MULTILINE)
 _TOP = "docs|examples|tests|benchmarks|csrc|onepass_trl"
 
 
@@ -73,7 +73,7 @@ def commands_of(page: Path) -> Iterator[tuple[str, str]]:
             continue
         joined = block.text.replace("\\\n", " ")
         for offset, line in enumerate(joined.splitlines()):
-            command = re.sub(r"\s+#.*", "", line).strip()
+            command = re.sub(r"(?:^|\s+)#.*", "", line).strip()
             command = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command).removeprefix(".venv/bin/")
             if command and (block.language == "sh" or command.split()[0] in PROGRAMS):
                 yield f"{page.relative_to(REPOSITORY)}:{block.line + offset}", command
