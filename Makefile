@@ -8,7 +8,7 @@ BENCHMARKS := $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py))
 # What runs on a GPU machine needs no more than torch, transformers, pytest and the built library.
 GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 
-.PHONY: help venv demo test check format cuda check-cuda test-gpu wheel bench bench-gpu clean
+.PHONY: help venv demo test check format cuda check-cuda test-gpu wheel bench bench-gpu docs clean
 
 help:
 	@echo "make venv        set up .venv and build the package into it ($(TORCH); override with TORCH=...)"
@@ -22,6 +22,7 @@ help:
 	@echo "make wheel       a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
 	@echo "make bench       run the benchmarks and regenerate the tables of benchmarks/README.md"
 	@echo "make bench-gpu   the benchmarks of a GPU; ARGS='--only attention' for a part"
+	@echo "make docs        the documentation site, in site/"
 	@echo "make clean       remove .venv, builds, caches and runs"
 
 venv: .venv/installed
@@ -87,8 +88,17 @@ bench: venv
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/bench_gpu.py $(ARGS)
 
+# The package is installed: this adds what its extra asks for and builds nothing.
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install 'onepass-trl[docs]'
+	touch $@
+
+# Strict: a link or an anchor that leads nowhere is an error.
+docs: venv .venv/docs
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find onepass_trl -name '*.so' -delete
 	rm -f onepass_trl/_cuda.json
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,393 @@
+"""What README.md and docs/ say can be run as it stands there, and what they name exists."""
+
+import ast
+import copy
+import doctest
+import functools
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import trl
+import yaml
+from datasets import Dataset
+from packaging.requirements import Requirement
+
+import onepass_trl.setsft  # before TRL is changed below: it holds subclasses
+from onepass_trl.chat.families import registry
+from onepass_trl.cli import VERBS, main
+from onepass_trl.cli.sft import make_parser
+from tests.cli.test_cli import CHATS
+from tests.conversations import as_row, random_chat
+from tests.models import make_model
+from tests.pages import (
+    NOT_RUN,
+    PAGES,
+    PROGRAMS,
+    REPOSITORY,
+    blocks_of,
+    commands_of,
+    links_of,
+    paths_of,
+)
+
+DOCS = REPOSITORY / "docs"
+README = (REPOSITORY / "README.md").read_text()
+# Each is a marked exception that no test can run.
+MOST_NOT_RUN = 2
+COMMANDS = [
+    pytest.param(command, id=place) for page in PAGES for place, command in commands_of(page)
+]
+PLACEHOLDERS = {"MODEL", "Qwen/Qwen3-0.6B"}
+# What makes a command a short one on the CPU.
+FLAGS = dict.fromkeys(
+    ("sft", "setsft"),
+    "--model_name_or_path {model} --max_steps 1 --report_to none --save_strategy no --use_cpu "
+    "--bf16 False --dtype float32 --max_length 512 --gradient_accumulation_steps 1 "
+    "--per_device_train_batch_size 1 --eval_strategy no",
+)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A folder, the current one, in which the commands find what they name."""
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(REPOSITORY / "examples")
+    Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    Path("passes.jsonl").write_text(json.dumps(as_row(random_chat(2, vocab_size=300))) + "\n")
+    return tmp_path
+
+
+class TestCode:
+    """The blocks of a page are one program, which may take some names for granted."""
+
+    @pytest.mark.parametrize(
+        "page",
+        [page for page in PAGES if any(b.language in ("python", "pycon") for b in blocks_of(page))],
+        ids=lambda page: page.stem,
+    )
+    def test_it_runs_and_prints_what_is_said(
+        self, page, workspace, monkeypatch, tiny_tokenizer, tiny_model_dir
+    ):
+        # TRL's default of bf16 needs an accelerator; ours is off without one.
+        config = functools.partial(trl.SFTConfig, use_cpu=True, bf16=False)
+        monkeypatch.setattr(trl, "SFTConfig", config)
+        monkeypatch.setattr(registry, "_registered", [])
+        tokenizer = copy.deepcopy(tiny_tokenizer)  # one that was saved after set fine-tuning
+        tokenizer.add_tokens([f"<think{i}>" for i in range(1, 7)], special_tokens=True)
+        names = {
+            "model": str(tiny_model_dir),
+            "dataset": Dataset.from_list(CHATS[:1]),
+            "tokenizer": tokenizer,
+            "messages": CHATS[0]["messages"],
+        }
+        for block in blocks_of(page):
+            if block.not_run:
+                continue
+            if block.language == "python":
+                code = "\n" * (block.line - 1) + block.text
+                exec(compile(code, str(page), "exec"), names)
+                if "trainer" in names:
+                    assert len(names["trainer"].train_dataset) == 1
+            elif block.language == "pycon":
+                run_session(block, names)
+
+    def test_sessions_that_print_something_else_fail(self):
+        block = blocks_of(DOCS / "how_it_works.md")[0]
+        block.text = block.text.replace("\n21\n", "\n20\n")
+        with pytest.raises(AssertionError, match=r"Got:\n +21"):
+            run_session(block, {})
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+    def test_other_blocks_are_known(self, page):
+        for block in blocks_of(page):
+            assert block.language in ("", "python", "pycon", "sh", "yaml", "text"), block
+            if block.language == "yaml":
+                assert yaml.safe_load(block.text), block
+
+    def test_few_blocks_are_not_run(self):
+        texts = [page.read_text("utf-8") for page in PAGES]
+        assert sum(len(NOT_RUN.findall(text)) for text in texts) <= MOST_NOT_RUN
+        assert sum(bool(block.not_run) for page in PAGES for block in blocks_of(page)) == sum(
+            len(NOT_RUN.findall(text)) for text in texts
+        )
+
+
+def run_session(block, names):
+    """Run what stands behind >>> and compare what it prints."""
+    session = doctest.DocTestParser().get_doctest(
+        block.text, {}, str(block), str(block.page), block.line - 1
+    )
+    session.globs = names
+    output = []
+    doctest.DocTestRunner(verbose=False).run(session, out=output.append, clear_globs=False)
+    assert not output, "".join(output)
+
+
+class TestCommands:
+    def test_there_are_some_of_each_program(self):
+        programs = {param.values[0].split()[0] for param in COMMANDS}
+        assert {"make", "onepass-trl", "pip", "accelerate"} <= programs <= set(PROGRAMS)
+
+    @pytest.mark.parametrize("command", [c for c in COMMANDS if "onepass-trl " in c.values[0]])
+    def test_verbs_run(self, command, workspace, monkeypatch, tiny_model_dir):
+        """As they stand, on a tiny model; training takes one step and its launcher no process."""
+        program, verb, *words = shlex.split(command)
+        assert program == "onepass-trl"
+        words = [str(tiny_model_dir) if word in PLACEHOLDERS else word for word in words]
+        words += FLAGS.get(verb, "").format(model=tiny_model_dir).split()
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", train_in_this_process)
+        assert main([verb, *words]) == 0
+
+    @pytest.mark.parametrize("command", [c for c in COMMANDS if "onepass-trl " not in c.values[0]])
+    def test_the_others_name_what_exists(self, command, workspace):
+        program, *words = shlex.split(command)
+        globals()[f"check_{program}"](words)
+
+    @pytest.mark.parametrize(
+        "path", sorted((REPOSITORY / "examples").rglob("*.yaml")), ids=lambda path: path.stem
+    )
+    def test_the_headers_of_examples_are_understood(self, path, workspace, monkeypatch):
+        launched = []
+        header = re.match(r"(?:#.*\n)+", path.read_text())[0]
+        commands = re.findall(rf"^# +((?:{'|'.join(PROGRAMS)}) .*)", header, flags=re.MULTILINE)
+        assert commands
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+        for command in commands:
+            program, *words = shlex.split(command)
+            if program == "onepass-trl":
+                assert main([*words, "--use_cpu", "--bf16=False"]) == 0
+            else:
+                assert program == "accelerate"
+                check_accelerate(words)
+        assert all(options.module for options in launched)
+
+    def test_verbs_named_in_passing_exist(self):
+        for page in PAGES:
+            for verb in re.findall(r"`onepass-trl (\w+)", page.read_text("utf-8")):
+                assert verb in {*VERBS, "verb"}, page
+            for target in re.findall(r"`make ([\w-]+)", page.read_text("utf-8")):
+                assert target in make_targets(), page
+
+
+def train_in_this_process(options):
+    """Stand in for accelerate's launcher, which would start processes."""
+    assert options.module
+    module = importlib.import_module(options.training_script)
+    assert module.train(options.training_script_args) == 0
+
+
+def make_targets():
+    lines = re.findall(
+        r"^([\w-]+(?: [\w-]+)*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE
+    )
+    return {target for line in lines for target in line.split()}
+
+
+def check_make(words):
+    targets = [word for word in words if "=" not in word]
+    assert set(targets) <= set(make_targets())
+
+
+def check_pip(words):
+    assert words[0] == "install"
+    flags = {"--no-build-isolation", "--no-deps", "-e"}
+    for word in words[1:]:
+        if word.startswith("-"):
+            assert word in flags
+        elif word.startswith("."):
+            extras = re.findall(r"\w+", word)
+            known = (REPOSITORY / "pyproject.toml").read_text()
+            assert all(re.search(rf"^{extra} = \[", known, re.MULTILINE) for extra in extras)
+        else:
+            Requirement(word)
+
+
+def check_python(words):
+    """A script's flags must be some that it adds; a module must exist."""
+    if words[0] == "-m":
+        if words[1] == "pip":
+            return check_pip(words[2:])
+        assert importlib.util.find_spec(words[1])
+        return None
+    script = (REPOSITORY / words[0]).read_text()
+    flags = [word.split("=")[0] for word in words[1:] if word.startswith("-")]
+    assert all(f'"{flag}"' in script for flag in flags)
+    return None
+
+
+def check_accelerate(words):
+    """The launcher's flags and file, the module, and the module's own flags are understood."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    options = launch_command_parser().parse_args(words[1:])
+    assert options.module
+    if options.config_file:
+        load_config_from_file(options.config_file)
+    parser = importlib.import_module(options.training_script).make_parser()
+    flags = [*options.training_script_args, "--use_cpu", "--bf16=False"]
+    parser.parse_args_and_config(flags, fail_with_unknown_args=True)
+
+
+def check_torchrun(words):
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser().parse_args(words)
+    assert options.module
+    parser = importlib.import_module(options.training_script).make_parser()
+    flags = [*options.training_script_args, "--use_cpu", "--bf16=False"]
+    parser.parse_args_and_config(flags, fail_with_unknown_args=True)
+
+
+class TestNames:
+    """mkdocs checks the links within docs/ and their anchors; these are the others."""
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+    def test_links_lead_somewhere(self, page):
+        generated = {"architecture.md", "contributing.md", "benchmarks.md"}  # see docs/hooks.py
+        for link in links_of(page):
+            path = link.partition("#")[0]
+            assert not path or path in generated or (page.parent / path).exists(), link
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+    def test_paths_exist(self, page):
+        # In ARCHITECTURE.md a path begins where its line is.
+        bases = ["", "onepass_trl", "csrc", "csrc/cuda", "csrc/cuda/sm90", "tests"]
+        for path in paths_of(page):
+            assert any(list((REPOSITORY / base).glob(path.rstrip("/"))) for base in bases), path
+
+    def test_the_python_page_has_every_public_name(self):
+        text = (DOCS / "api.md").read_text()
+        paths = re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE)
+        documented = []
+        for path in paths:
+            module, _, name = path.rpartition(".")
+            documented.append(getattr(importlib.import_module(module), name))
+        for name in set(onepass_trl.__all__) - {"__version__"}:
+            assert getattr(onepass_trl, name) in documented, name
+
+    def test_every_option_in_the_table_exists(self):
+        table = README.split("### Options of its own")[1].split("\n\n")[1]
+        options = re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)
+        flags = make_parser().format_help()
+        assert options == [
+            "train_on",
+            "overflow",
+            "null_arguments",
+            "chat_template_kwargs",
+            "verify_rendering",
+            "attention_impl",
+        ]
+        assert all(f"--{option}" in flags for option in options)
+
+    def test_models_named_as_tested_are_tested(self):
+        config = make_model("deepseek_v3").config
+        assert config.qk_nope_head_dim != config.v_head_dim
+
+
+class TestTroubleshooting:
+    """A heading of the third order is a message of the package; … stands for what varies."""
+
+    HEADINGS = re.findall(
+        r"^### (.*)$", (DOCS / "troubleshooting.md").read_text("utf-8"), flags=re.MULTILINE
+    )
+
+    @pytest.mark.parametrize("heading", HEADINGS)
+    def test_the_message_is_one_of_the_package(self, heading):
+        quoted = re.fullmatch(r"`+ ?(.*?) ?`+(?: \{ ?#[\w-]+ ?\})?", heading)
+        assert quoted, "a heading is a message in backticks"
+        assert occurs(quoted[1], messages_of_the_package()), quoted[1]
+
+    def test_a_changed_message_is_noticed(self):
+        messages = messages_of_the_package()
+        assert occurs("max_length must be at least … or None", messages)
+        assert not occurs("max_length must be at most … or None", messages)
+        assert not occurs("…", messages)
+
+    def test_no_heading_stands_twice(self):
+        assert len(set(self.HEADINGS)) == len(self.HEADINGS) > 30
+
+
+def occurs(quoted, messages):
+    """Return whether the pieces of the quotation stand in one message, in order."""
+    pieces = [piece.strip() for piece in quoted.split("…") if piece.strip()]
+    pattern = re.compile(".*?".join(map(re.escape, pieces)), re.DOTALL)
+    return sum(map(len, pieces)) >= 12 and any(map(pattern.search, messages))
+
+
+@functools.cache
+def messages_of_the_package():
+    """All texts of the package but docstrings, with … for what is filled in."""
+    texts = []
+    for path in sorted((REPOSITORY / "onepass_trl").rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        inner = {
+            id(child)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.JoinedStr, ast.Expr))
+            for child in ast.iter_child_nodes(node)
+        }
+        texts += [
+            text_of(node)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Constant, ast.JoinedStr)) and id(node) not in inner
+        ]
+    return texts
+
+
+def text_of(node):
+    if isinstance(node, ast.JoinedStr):
+        parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+        return "".join(parts)
+    return re.sub(r"%[sdrg]", "…", node.value) if isinstance(node.value, str) else ""
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return load(DOCS / "hooks.py")
+
+
+class TestSite:
+    def test_each_verb_has_its_help(self, hooks):
+        page = hooks.with_help((DOCS / "commands.md").read_text("utf-8"))
+        for verb in VERBS:
+            assert page.count(f"usage: onepass-trl {verb}") == 1, verb
+        assert "<!-- help" not in page
+
+    def test_links_out_of_the_site_become_paths(self, hooks):
+        source = DOCS / "index.md"
+        settled = hooks.with_links("[a](../examples/sft.yaml) [b](../ARCHITECTURE.md#x)", source)
+        assert settled == "a (`examples/sft.yaml`) [b](architecture.md#x)"
+        with pytest.raises(ValueError, match="which doesn't exist"):
+            hooks.with_links("[a](../examples/none.yaml)", source)
+
+    def test_what_a_browser_would_fetch_is_noticed(self, hooks):
+        class page:
+            class file:
+                src_uri = "index.md"
+
+        assert (
+            hooks.on_post_page('<a href="https://arxiv.org">', page)
+            == '<a href="https://arxiv.org">'
+        )
+        for text in ('<script src="https://x.y/z.js">', '<link href="//x.y" rel="stylesheet">'):
+            with pytest.raises(ValueError, match="from elsewhere"):
+                hooks.on_post_page(text, page)
+
+    def test_the_figures_are_current(self):
+        figures = load(DOCS / "figures.py")
+        for name, draw in figures.FIGURES.items():
+            assert (DOCS / "figures" / name).read_text() == draw(), "run python docs/figures.py"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
