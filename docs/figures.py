@@ -101,7 +101,7 @@ def row_figure() -> str:
 
 def cost_figure() -> str:
     """Return the bars of scaling.md: N-pass over one pass, tokens and pairs."""
-    parts, y, scale = [], 8, 22
+    parts, y, scale = [], 8, 14
     for turns in (1, 3, 10, 30, 100):
         row = one_row_of(turns)
         tokens = sum(map(len, row[0])) / len(row[1].input_ids)
@@ -112,11 +112,11 @@ def cost_figure() -> str:
             parts.append(
                 f'<rect x="74" y="{y}" width="{ratio * scale:.1f}" height="14" fill="{colour}"/>'
             )
-            label = f"{ratio:.2f} times the {what}"
+            label = f"{ratio:.2f} x {what}"
             parts.append(_text(80 + ratio * scale, y + 12, label, anchor="start"))
             y += 17
         y += 12
-    return _svg(620, y, parts, "N-pass over one pass")
+    return _svg(430, y, parts, "N-pass over one pass")
 
 
 def one_row_of(turns: int) -> tuple[list[Pass], Layout]:
