@@ -1,4 +1,4 @@
-"""`onepass-trl inspect`: one conversation as trunk and branches, in the terminal or as a page."""
+"""`onepass-trl inspect`: one conversation as trunk and branches, as text, page or picture."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _SHOWN = 100  # characters of a text, at most
 def main(argv: list[str]) -> int:
     """Show the row that `argv` names; return 0."""
     options = _parse(argv)
+    _check_outputs(options)
     from rich.console import Console
 
     from onepass_trl.tools.figures import figures, remarks
@@ -30,10 +31,19 @@ def main(argv: list[str]) -> int:
     if options.html is not None:
         from onepass_trl.tools.page import to_html
 
-        title = f"{options.dataset}, row {options.row}"
-        Path(options.html).write_text(to_html(found, title), encoding="utf-8")
+        Path(options.html).write_text(to_html(found, _title(options)), encoding="utf-8")
         console.print(f"Wrote {options.html}", markup=False, soft_wrap=True)
+    if options.png is not None:
+        from onepass_trl.tools import mask_picture, plots
+
+        plots.save(mask_picture.draw(found, _title(options)), options.png)
+        console.print(f"Wrote {options.png}", markup=False, soft_wrap=True)
     return 0
+
+
+def _title(options: argparse.Namespace) -> str:
+    path = Path(options.dataset)
+    return f"{path.name if path.is_file() else options.dataset}, row {options.row}"
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -61,8 +71,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=json_object,
         help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
     )
+    parser.add_argument(
+        "--train_on",
+        default="all",
+        help="which assistant turns are trained: all, last or a list such as '[0, 2]'",
+    )
     parser.add_argument("--html", metavar="FILE", help="also write one self-contained page")
+    parser.add_argument(
+        "--png", metavar="FILE", help="also draw who sees whom (needs matplotlib, no display)"
+    )
     return parser.parse_args(argv)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raise unless what is asked for can be written: before any work."""
+    if options.png is not None:
+        from onepass_trl.tools.plots import check_png
+
+        check_png(options.png)
+    if options.html is not None and not Path(options.html).resolve().parent.is_dir():
+        raise FileNotFoundError(
+            f"--html {options.html}: there is no folder {Path(options.html).resolve().parent}"
+        )
 
 
 def _inspect(options: argparse.Namespace) -> Inspection:
@@ -70,12 +100,10 @@ def _inspect(options: argparse.Namespace) -> Inspection:
 
     from onepass_trl.cli.dataset import load_conversations
     from onepass_trl.tools.inspection import inspect_row
+    from onepass_trl.training.config import parse_train_on
     from onepass_trl.training.preparation import settle_null_arguments
 
-    if options.html is not None and not Path(options.html).resolve().parent.is_dir():
-        raise FileNotFoundError(
-            f"--html {options.html}: there is no folder {Path(options.html).resolve().parent}"
-        )
+    train_on = parse_train_on(options.train_on)
     dataset = load_conversations(
         options.dataset, options.dataset_split, config=options.dataset_config
     )
@@ -88,6 +116,7 @@ def _inspect(options: argparse.Namespace) -> Inspection:
         dataset[options.row],
         AutoTokenizer.from_pretrained(options.model_name_or_path),
         chat_template_kwargs=options.chat_template_kwargs,
+        train_on=train_on,
         null_arguments=settle_null_arguments(dataset, "auto"),
     )
 
@@ -127,12 +156,13 @@ def _line(found: Inspection, segment: Segment) -> Text:
         )
         if not is_copy
     )
-    what = ("trained", "green") if segment.trained else ("context", "blue")
+    what, colour = ("trained", "green") if segment.trained else ("context", "blue")
     return Text.assemble(
         (f"{segment.role}{number}", "bold"),
         f"  {segment.size}  ",
-        what,
-        f"  {_shortened(visible_text(text))}",
+        # Where messages aren't known, the role has said it.
+        *(() if what == segment.role else ((what, colour), "  ")),
+        _shortened(visible_text(text)),
         no_wrap=True,
         overflow="ellipsis",
     )

@@ -107,14 +107,14 @@ class OnePassSFTConfig(SFTConfig):
     @property
     def trained_turns(self) -> TrainOn:
         """What ``train_on`` means: ``"all"``, ``"last"`` or the list of turn indices."""
-        return _parse_train_on(self.train_on)
+        return parse_train_on(self.train_on)
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
             # TRL's default of bf16 raises on a machine without an accelerator.
             self.bf16 = False
         super().__post_init__()
-        self.train_on = json.dumps(_parse_train_on(self.train_on)).strip('"')
+        self.train_on = json.dumps(parse_train_on(self.train_on)).strip('"')
         if self.overflow not in packing.OVERFLOW_POLICIES:
             raise ValueError(
                 f"overflow must be one of {', '.join(packing.OVERFLOW_POLICIES)}, got "
@@ -174,7 +174,8 @@ class OnePassSFTConfig(SFTConfig):
             )
 
 
-def _parse_train_on(value: str | Sequence[int]) -> TrainOn:
+def parse_train_on(value: str | Sequence[int]) -> TrainOn:
+    """Return what a value of ``train_on`` means, raising ValueError if it means nothing."""
     if value == "all":
         return "all"
     if value == "last":
