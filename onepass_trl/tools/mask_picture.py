@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,7 +169,7 @@ def _draw_bands(axes: Axes, found: Inspection) -> None:
     """Draw trunk and branches above the keys and to the right of the queries."""
     end = len(found.row)
     thickness, gap = 0.028 * end, 0.008 * end
-    style = {"clip_on": False, "linewidth": 0.5, "edgecolor": "white"}
+    style: dict[str, Any] = {"clip_on": False, "linewidth": 0.5, "edgecolor": "white"}
     number = 0
     for name, begin, stop in sorted(stretches(found.trunk), key=lambda stretch: stretch[1]):
         colour = _TRUNK if name == "trunk" else _BRANCHES[number % 2]
@@ -179,14 +179,14 @@ def _draw_bands(axes: Axes, found: Inspection) -> None:
         axes.add_patch(_rectangle((end + gap, begin), thickness, width, facecolor=colour, **style))
         if width < _NARROWEST_LABELLED * end:
             continue
-        text = {"ha": "center", "va": "center", "fontsize": 8, "clip_on": False}
+        text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "clip_on": False}
         text["color"] = "black" if colour == _BRANCHES[1] else "white"
         middle = (begin + stop) / 2
         axes.text(middle, -gap - thickness / 2, name, **text)
         axes.text(end + gap + thickness / 2, middle, name, rotation=-90, **text)
 
 
-def _rectangle(corner: tuple[float, float], width: float, height: float, **style: object) -> object:
+def _rectangle(corner: tuple[float, float], width: float, height: float, **style: Any) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle(corner, width, height, **style)
