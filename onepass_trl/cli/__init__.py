@@ -13,6 +13,7 @@ VERBS = {
     "setsft": "train several reasoning traces per question, each behind its own forking token",
     "verify": "compare one pass with N separate passes on your model and conversations",
     "inspect": "show how a conversation is cut, who sees whom, what is trained and what that saves",
+    "bench": "time attention and training steps beside their peers, on your machine and data",
     "env": "print versions, attention implementations and devices, for bug reports",
 }
 

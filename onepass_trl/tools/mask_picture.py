@@ -74,7 +74,8 @@ def rasterize(visible_end: NDArray[np.int32], max_cells: int = CELLS) -> Raster:
         for share, pairs in zip(shares, (*parts, seen), strict=True):
             share.append((_add_blocks(pairs, per_cell) / _add_blocks(area, per_cell)).astype("f4"))
     skipped, partial, full = counts.tolist()
-    return Raster(num_tokens, cell, *map(np.concatenate, shares), (skipped, partial, full))
+    in_full, in_partial, in_seen = map(np.concatenate, shares)
+    return Raster(num_tokens, cell, in_full, in_partial, in_seen, (skipped, partial, full))
 
 
 def _seen_pairs(
