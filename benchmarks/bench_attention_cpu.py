@@ -21,7 +21,7 @@ from onepass_trl.tools.bench.report import attention_table
 from onepass_trl.tools.bench.workload import AttentionShape, chat_passes
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--user", type=int, default=60, help="tokens of a user message")
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the result here too")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     passes = chat_passes(args.turns, args.user, args.reasoning, args.response, vocab_size=1000)
     results = measure_attention(

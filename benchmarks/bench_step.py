@@ -58,14 +58,14 @@ def measure(args: argparse.Namespace, turns: int) -> dict[str, object]:
     return {**result, "speedup_over_token_ratio": result["speedup"] / result["token_ratio"]}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     add_shape(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     result = measure(args, args.turns)
     del result["note"]  # both ways have run

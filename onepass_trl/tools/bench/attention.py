@@ -204,8 +204,8 @@ def _run_in_turn(
             run = runs[name]
             begin = time.perf_counter()
             try:
-                _check_memory(peer, x.q.device)
-                out, forward, backward = _time_once(peer, x)
+                check_memory(peer, x.q.device)
+                out, forward, backward = time_once(peer, x)
             except (RuntimeError, ValueError) as error:  # out of memory, not supported
                 runs[name] = _Run(f"not measured: {reason(error)}")
                 del running[name]
@@ -225,7 +225,7 @@ class MemoryLimitError(RuntimeError):
     """Something would need more memory than there is."""
 
 
-def _check_memory(peer: Peer, device: torch.device) -> None:
+def check_memory(peer: Peer, device: torch.device) -> None:
     """Raise instead of being killed: a CPU's memory is granted first and missed later."""
     free = available_bytes(device) if device.type == "cpu" else None
     if free is not None and peer.num_bytes > free:
@@ -234,8 +234,8 @@ def _check_memory(peer: Peer, device: torch.device) -> None:
         )
 
 
-def _time_once(peer: Peer, x: Inputs) -> tuple[Tensor, float, float | None]:
-    """Return the output, and the seconds of forward and backward."""
+def time_once(peer: Peer, x: Inputs) -> tuple[Tensor, float, float | None]:
+    """Return the output, and the seconds of forward and backward, None without one."""
     device = x.q.device
     synchronize(device)
     begin = time.perf_counter()

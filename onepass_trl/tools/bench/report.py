@@ -38,7 +38,10 @@ def attention_table(results: Sequence[Mapping[str, Any]]) -> str:
 def step_table(result: Mapping[str, Any]) -> str:
     """Return the result of `measure_step` as lines of text."""
     lines = [
-        "Training step: forward, loss and backward of each row, one row a batch, and AdamW",
+        f"Training step on {result['conversations']} "
+        f"conversation{'s' * (result['conversations'] > 1)}, smallest and median of "
+        f"{result['repeats']} repeats: forward, loss and backward of each row, one row a batch, "
+        "and AdamW",
         f"turns: {result['turns']:,}; executed / useful pairs of one pass: "
         f"{result['executed_over_useful']:.2f} (tiles of {TILE} x {TILE}, layers without a window)",
         "",

@@ -111,6 +111,7 @@ def measure_step(
     *,
     repeats: int,
     use_cpu: bool,
+    budget_s: float = 120.0,
 ) -> dict[str, Any]:
     """Return tokens, times and losses of one optimizer step over the conversations, both ways.
 
@@ -123,6 +124,7 @@ def measure_step(
         make_model: returns equal models.
         repeats: how many steps are timed, after one to warm up.
         use_cpu: whether to stay on the CPU where there is an accelerator.
+        budget_s: after so many seconds of steps no other repeat begins; one is always timed.
 
     Raises:
         ValueError: if the model can't be trained in one pass, or several accelerators are seen.
@@ -142,7 +144,9 @@ def measure_step(
     times: dict[str, list[float]] = {name: [] for name in running}
     losses: dict[str, list[float]] = {name: [] for name in running}
     notes = []
-    for _ in range(repeats + 1):
+    for number in range(repeats + 1):
+        if number > 1 and sum(map(sum, times.values())) > budget_s:
+            break
         for name, way in list(running.items()):
             try:
                 seconds, loss = _time_step(way)
@@ -197,6 +201,7 @@ def _counts(conversations: Sequence[Sequence[Pass]]) -> dict[str, Any]:
     n_pass = sum(len(pass_) for passes in conversations for pass_ in passes)
     one_pass = sum(row.size for row in rows)
     return {
+        "conversations": len(conversations),
         "turns": sum(map(len, conversations)),
         "n_pass_tokens": n_pass,
         "one_pass_tokens": one_pass,
@@ -209,6 +214,7 @@ def _figures(times: dict[str, list[float]], losses: dict[str, list[float]]) -> d
     n_pass, one_pass = times[N_PASS], times[ONE_PASS]
     differences = [abs(a - b) / b for a, b in zip(losses[ONE_PASS], losses[N_PASS], strict=False)]
     return {
+        "repeats": max(len(n_pass), len(one_pass)),
         **min_and_median("n_pass", "seconds", n_pass),
         **min_and_median("one_pass", "seconds", one_pass),
         "n_pass_loss": losses[N_PASS][0] if losses[N_PASS] else None,
