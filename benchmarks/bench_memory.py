@@ -1,9 +1,10 @@
 """Peak memory of attention against the length of the row: one pass, dense mask, FlexAttention.
 
 Each figure comes from a process of its own: the most memory that forward and backward have held,
-inputs and gradients included, beyond what the process held before. A short row has gone through
+inputs and gradients included, beyond what the process held before. Short rows have gone through
 first, so that libraries are loaded, threads started and FlexAttention is compiled. On a CPU
-FlexAttention has no backward, so its figures are those of the forward pass alone. Linux only.
+FlexAttention has no backward, so its figures are those of the forward pass alone. Linux with
+glibc only.
 
     python benchmarks/bench_memory.py --json benchmarks/results/memory.json
 """
@@ -11,6 +12,7 @@ FlexAttention has no backward, so its figures are those of the forward pass alon
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -36,6 +38,7 @@ PEERS = ("onepass cpu", FLEX, DENSE_MASK)
 TURN = {"user": 60, "reasoning": 260, "response": 150}
 SHAPE = AttentionShape(heads=4, kv_heads=2, d_qk=64, d_v=64)
 DEVICE = torch.device("cpu")
+WARM_UP = (1, 2)  # of the second length FlexAttention learns that lengths vary, and compiles again
 
 
 def held_kib(name: str) -> int:
@@ -46,26 +49,32 @@ def held_kib(name: str) -> int:
 
 def measure_here(name: str, turns: int) -> dict[str, Any]:
     """Return the figures of one peer and one row, in this process."""
-    seq, backward = 0, False
-    for num_turns in (1, turns):
-        row = linearize(build_tree(chat_passes(num_turns, **TURN, vocab_size=1000))).visible_end
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        before = held_kib("VmRSS")
-        inputs = make_inputs(row, SHAPE, torch.float32, DEVICE)
-        peer = make_peers(inputs)[name]
-        seq, backward = row.size, peer.has_backward
-        try:
-            check_memory(peer, DEVICE)
-        except RuntimeError as error:
-            return {"seq": seq, "backward": backward, "peak_mib": None, "note": reason(error)}
-        time_once(peer, inputs)
-    peak = (held_kib("VmHWM") - before) / 1024
-    return {"seq": seq, "backward": backward, "peak_mib": peak, "note": None}
+    for short in WARM_UP:
+        run(name, short)
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is held no longer
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = held_kib("VmRSS")
+    seq, has_backward, note = run(name, turns)
+    peak = None if note else (held_kib("VmHWM") - before) / 1024
+    return {"seq": seq, "backward": has_backward, "peak_mib": peak, "note": note}
+
+
+def run(name: str, turns: int) -> tuple[int, bool, str | None]:
+    """Run one peer; return the row's length, whether there is a backward, why it was refused."""
+    row = linearize(build_tree(chat_passes(turns, **TURN, vocab_size=1000))).visible_end
+    inputs = make_inputs(row, SHAPE, torch.float32, DEVICE)
+    peer = make_peers(inputs)[name]
+    try:
+        check_memory(peer, DEVICE)
+    except RuntimeError as error:
+        return row.size, peer.has_backward, reason(error)
+    time_once(peer, inputs)
+    return row.size, peer.has_backward, None
 
 
 def measure(name: str, turns: int, threads: int) -> dict[str, Any]:
     """Return the figures of one peer and one row, in a process of their own."""
-    run = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable,
             __file__,
@@ -80,7 +89,7 @@ def measure(name: str, turns: int, threads: int) -> dict[str, Any]:
         text=True,
         check=True,
     )
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         results.append({column: result[column] for column in COLUMNS})
         print(
             f"{turns:3} turns: {result['speedup']:.2f} times as fast, "
-            f"{result['token_ratio']:.2f} times fewer tokens",
+            f"N-pass has {result['token_ratio']:.2f} times as many tokens",
             flush=True,
         )
     if args.json:

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 GREY, GRID = "#4b5563", "#e5e7eb"
 FLOAT32_EPSILON = 2**-23
+_RIGHT: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 10}
 
 
 def speedup_by_turns(record: dict[str, Any]) -> Figure:
-    """Draw how many times as fast one pass is, beside how many times fewer tokens it has."""
+    """Draw how many times as fast one pass is, beside how many times as many tokens N-pass has."""
     rows = record["results"]
     turns = [row["turns"] for row in rows]
     figure, axes = _begin("A training step in one pass, against N-pass", record)
@@ -32,9 +33,10 @@ def speedup_by_turns(record: dict[str, Any]) -> Figure:
     axes.set(xlabel="turns of the chat", xticks=turns, xlim=(0, max(turns) * 1.04))
     axes.set_ylim(0, max(ratio + speedup) * 1.12)
     axes.yaxis.set_major_formatter("{x:g} x")
-    last = len(turns) - 1
-    _label(axes, turns[last - 1], speedup[last - 1], "times as fast\n(measured)", ONE_PASS, "below")
-    _label(axes, turns[last - 2], ratio[last - 2], "times fewer tokens", PEER, "above")
+    x, y = turns[-2], speedup[-2]
+    _label(axes, x, y, "time of N-pass / time of one pass", ONE_PASS, "below")
+    x, y = turns[-3], ratio[-3]
+    _label(axes, x, y, "tokens of N-pass / tokens of one pass", PEER, "above")
     return figure
 
 
@@ -84,24 +86,18 @@ def loss_curves(record: dict[str, Any]) -> Figure:
     losses.plot(steps, n_pass, color=N_PASS, lw=5, alpha=0.55, solid_capstyle="round")
     losses.plot(steps, one_pass, color=ONE_PASS, lw=1.3)
     losses.set_ylabel("loss of the step")
-    middle = len(steps) // 3
-    top = max(n_pass[middle - 5 : middle + 25])
-    losses.annotate(
-        "N-pass (wide)",
-        (steps[middle], n_pass[middle]),
-        (steps[middle], top + 1.6),
-        color=N_PASS,
-        fontsize=10,
-    )
-    losses.annotate(
-        "one pass (thin)", (0, 0), (steps[middle], top + 0.8), color=ONE_PASS, fontsize=10
-    )
+    for height, text, colour in (
+        (0.92, "N-pass (wide line)", N_PASS),
+        (0.83, "one pass (thin line)", ONE_PASS),
+    ):
+        losses.text(0.98, height, text, color=colour, transform=losses.transAxes, **_RIGHT)
     apart = [(step, abs(one / n - 1)) for step, one, n in zip(steps, one_pass, n_pass, strict=True)]
     apart = [(step, difference) for step, difference in apart if difference > 0]  # a log axis
     differences.plot(*zip(*apart, strict=True), ".", color=ONE_PASS, ms=4)
     differences.axhline(FLOAT32_EPSILON, color=PEER, lw=1, ls="--")
-    where = {"ha": "right", "va": "top", "fontsize": 9}
-    differences.text(steps[-1], 0.85 * FLOAT32_EPSILON, "float32: 2^-23", color=PEER, **where)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    text = "rounding of float32, 2^-23"
+    differences.text(steps[-1], FLOAT32_EPSILON, text, color=PEER, bbox=box, **_RIGHT)
     differences.set(yscale="log", xlabel="step", ylabel="relative difference")
     differences.set_ylim(bottom=min(difference for _, difference in apart) / 4)
     differences.minorticks_off()
