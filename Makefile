@@ -8,7 +8,7 @@ BENCHMARKS := $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py))
 # What runs on a GPU machine needs no more than torch, transformers, pytest and the built library.
 GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 
-.PHONY: help venv demo test check format cuda check-cuda test-gpu wheel bench bench-gpu docs clean
+.PHONY: help venv demo test check format cuda check-cuda test-gpu wheel bench bench-gpu docs plots clean
 
 help:
 	@echo "make venv        set up .venv and build the package into it ($(TORCH); override with TORCH=...)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-gpu    test it on a GPU; ARGS='-k bfloat16-128' for a part"
 	@echo "make wheel       a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
 	@echo "make bench       run the benchmarks and regenerate the tables of benchmarks/README.md"
+	@echo "make plots       draw docs/figures from the results of the benchmarks"
 	@echo "make bench-gpu   the benchmarks of a GPU; ARGS='--only attention' for a part"
 	@echo "make docs        the documentation site, in site/"
 	@echo "make clean       remove .venv, builds, caches and runs"
@@ -84,6 +85,9 @@ bench: venv
 	  name=$$(basename $$script .py); name=$${name#bench_}; echo "== $$name"; \
 	  $(BIN)/python $$script --json benchmarks/results/$$name.json; done
 	$(BIN)/python benchmarks/make_tables.py
+
+plots: venv
+	$(BIN)/python benchmarks/make_plots.py
 
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/bench_gpu.py $(ARGS)

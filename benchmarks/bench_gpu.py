@@ -25,7 +25,8 @@ sys.path.insert(0, str(HERE.parent))  # an offline machine may have the reposito
 import gpu_attention  # noqa: E402
 import gpu_steps  # noqa: E402
 import torch  # noqa: E402
-from record import commit, write  # noqa: E402
+
+from onepass_trl.tools.bench.record import commit, write  # noqa: E402
 
 PARTS: dict[str, Any] = {"attention": gpu_attention, "steps": gpu_steps}
 

@@ -23,11 +23,11 @@ from typing import Any
 import datasets
 import torch
 from bench_rendering import SHARED, print_table
-from record import write
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
+from onepass_trl.tools.bench.record import write
 
 FILES = ("maths_chat", "tool_chat", "agent_short", "agent_long")
 

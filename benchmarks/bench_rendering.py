@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import write
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from onepass_trl.chat import render_passes
+from onepass_trl.tools.bench.record import write
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from bench_step import make_model
 from datasets import Dataset
-from record import write
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from onepass_trl import Pass, SetSFTConfig, SetSFTTrainer
 from onepass_trl.setsft.matching import match, plan_costs
 from onepass_trl.setsft.traces import Trace, TraceSet
+from onepass_trl.tools.bench.record import write
 
 
 def random_set(args: argparse.Namespace, question: int) -> TraceSet:

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gpu_rows import Row, causal_row, chat_row, executed_pairs, useful_pairs
-from gpu_timing import median_ms, peak_mib, reason
+from gpu_timing import median_ms, peak_mib
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onepass_trl.attention import cuda_library, tree_attention
 from onepass_trl.attention.flex import build_block_mask
 from onepass_trl.attention.reference import visibility_mask
+from onepass_trl.tools.bench.timing import reason
 
 
 class Case(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gpu_rows import conversations, lay_out
-from gpu_timing import median_ms, peak_mib, reason
+from gpu_timing import median_ms, peak_mib
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, Qwen3Config, Qwen3ForCausalLM
@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Qwen3Config
 from onepass_trl import Pass
 from onepass_trl.attention.reference import visibility_mask
 from onepass_trl.attention.transformers_backend import use_onepass_attention
+from onepass_trl.tools.bench.timing import reason
 
 _CONFIG = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
 MODELS: dict[str, dict[str, Any]] = {

@@ -52,9 +52,3 @@ def peak_mib(run: Callable[[], object], device: str) -> float | None:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def reason(error: BaseException) -> str:
-    """Return the first line of an error, for a table."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:120]

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+CURVES = ("loss_curves",)  # a line per step: for make_plots.py only
 
 
 def newest_results() -> dict[str, dict[str, Any]]:
-    """Return the newest record of each benchmark, by its name."""
+    """Return the newest record of each benchmark that has a table, by its name."""
     records = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     records.sort(key=lambda record: record["date"])
-    return {record["name"]: record for record in records}
+    return {record["name"]: record for record in records if record["name"] not in CURVES}
 
 
 def format_cell(value: Any) -> str:

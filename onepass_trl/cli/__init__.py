@@ -14,6 +14,7 @@ VERBS = {
     "verify": "compare one pass with N separate passes on your model and conversations",
     "inspect": "show how a conversation is cut, who sees whom, what is trained and what that saves",
     "estimate": "count what one pass saves on a dataset, and predict how much faster a step is",
+    "bench": "time attention and training steps beside their peers, on your machine and data",
     "env": "print versions, attention implementations and devices, for bug reports",
 }
 

@@ -1,8 +1,9 @@
-"""`onepass-trl inspect`: one conversation as trunk and branches, in the terminal or as a page."""
+"""`onepass-trl inspect`: one conversation as trunk and branches, as text, page or picture."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,26 +19,37 @@ _SHOWN = 100  # characters of a text, at most
 def main(argv: list[str]) -> int:
     """Show the row that `argv` names; return 0."""
     options = _parse(argv)
+    _check_outputs(options)
     from rich.console import Console
 
     from onepass_trl.tools.figures import figures, remarks
 
     found = _inspect(options)
-    console = Console(highlight=False)
+    # rich would look COLUMNS up in the environment that it found when it was imported.
+    console = Console(highlight=False, width=shutil.get_terminal_size().columns)
     console.print(as_tree(found))
     for line in [*figures(found), *remarks(found)]:
         console.print(line, markup=False, soft_wrap=True)
     if options.html is not None:
         from onepass_trl.tools.page import to_html
 
-        title = f"{options.dataset}, row {options.row}"
-        Path(options.html).write_text(to_html(found, title), encoding="utf-8")
+        Path(options.html).write_text(to_html(found, _title(options)), encoding="utf-8")
         console.print(f"Wrote {options.html}", markup=False, soft_wrap=True)
+    if options.png is not None:
+        from onepass_trl.tools import mask_picture, plots
+
+        plots.save(mask_picture.draw(found, _title(options)), options.png)
+        console.print(f"Wrote {options.png}", markup=False, soft_wrap=True)
     return 0
 
 
+def _title(options: argparse.Namespace) -> str:
+    path = Path(options.dataset)
+    return f"{path.name if path.is_file() else options.dataset}, row {options.row}"
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.arguments import json_object
+    from onepass_trl.cli.arguments import add_conversation_arguments
 
     parser = argparse.ArgumentParser(
         prog="onepass-trl inspect",
@@ -47,22 +59,25 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("dataset", help="dataset of the Hub, or a .jsonl, .json or .parquet file")
-    parser.add_argument(
-        "--model_name_or_path", required=True, help="model of the Hub, or a folder: its tokenizer"
-    )
+    add_conversation_arguments(parser)
     parser.add_argument("--row", type=int, default=0, help="which row, from 0")
-    parser.add_argument("--dataset_config", help="configuration of the dataset")
-    parser.add_argument(
-        "--dataset_split", default="train", help="split, or a slice such as train[100:]"
-    )
-    parser.add_argument(
-        "--chat_template_kwargs",
-        type=json_object,
-        help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
-    )
     parser.add_argument("--html", metavar="FILE", help="also write one self-contained page")
+    parser.add_argument(
+        "--png", metavar="FILE", help="also draw who sees whom (needs matplotlib, no display)"
+    )
     return parser.parse_args(argv)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raise unless what is asked for can be written: before any work."""
+    if options.png is not None:
+        from onepass_trl.tools.plots import check_png
+
+        check_png(options.png)
+    if options.html is not None and not Path(options.html).resolve().parent.is_dir():
+        raise FileNotFoundError(
+            f"--html {options.html}: there is no folder {Path(options.html).resolve().parent}"
+        )
 
 
 def _inspect(options: argparse.Namespace) -> Inspection:
@@ -72,10 +87,6 @@ def _inspect(options: argparse.Namespace) -> Inspection:
     from onepass_trl.tools.inspection import inspect_row
     from onepass_trl.training.nulls import settle_null_arguments
 
-    if options.html is not None and not Path(options.html).resolve().parent.is_dir():
-        raise FileNotFoundError(
-            f"--html {options.html}: there is no folder {Path(options.html).resolve().parent}"
-        )
     dataset = load_conversations(
         options.dataset, options.dataset_split, config=options.dataset_config
     )
@@ -88,6 +99,7 @@ def _inspect(options: argparse.Namespace) -> Inspection:
         read_row(dataset, options.row),
         AutoTokenizer.from_pretrained(options.model_name_or_path),
         chat_template_kwargs=options.chat_template_kwargs,
+        train_on=options.train_on,
         null_arguments=settle_null_arguments(dataset, "auto"),
     )
 
@@ -127,12 +139,13 @@ def _line(found: Inspection, segment: Segment) -> Text:
         )
         if not is_copy
     )
-    what = ("trained", "green") if segment.trained else ("context", "blue")
+    what, colour = ("trained", "green") if segment.trained else ("context", "blue")
     return Text.assemble(
         (f"{segment.role}{number}", "bold"),
         f"  {segment.size}  ",
-        what,
-        f"  {_shortened(visible_text(text))}",
+        # Where messages aren't known, the role has said it.
+        *(() if what == segment.role else ((what, colour), "  ")),
+        _shortened(visible_text(text)),
         no_wrap=True,
         overflow="ellipsis",
     )

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
 
     from onepass_trl.tools.verify import compare
 
-    conversations = _load_passes(options)
+    conversations = load_passes(options)
     model = _load_model(options)
     compare(
         model, conversations[0][:1]
@@ -129,12 +129,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _load_passes(options: argparse.Namespace) -> list[list[Pass]]:
+def load_passes(options: argparse.Namespace) -> list[list[Pass]]:
+    """Return the passes of the first conversations that the options name, cut to ``max_length``."""
     from transformers import AutoTokenizer
 
     from onepass_trl.chat.rows import row_to_passes
     from onepass_trl.cli.dataset import load_conversations, read_row
-    from onepass_trl.data import limit_passes
     from onepass_trl.training.nulls import settle_null_arguments
 
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
@@ -150,24 +150,30 @@ def _load_passes(options: argparse.Namespace) -> list[list[Pass]]:
             chat_template_kwargs=options.chat_template_kwargs,
             null_arguments=null_arguments,
         )
-        if options.max_length is not None:
-            passes, overflow = limit_passes(passes, options.max_length, "truncate")
-            if overflow.num_passes:
-                print(
-                    f"conversation {index}: {overflow.num_passes} passes cut to "
-                    f"{options.max_length} tokens (the longest has {overflow.longest}), "
-                    f"{overflow.num_lost_turns} of them left out"
-                )
-            if not passes:
-                raise ValueError(
-                    f"conversation {index} has no trained token within --max_length "
-                    f"{options.max_length}: its longest pass has {overflow.longest} tokens; raise "
-                    "--max_length"
-                )
-        conversations.append(passes)
+        conversations.append(limit_length(passes, options.max_length, f"conversation {index}"))
     if not conversations:
         raise ValueError(f"split {options.dataset_split!r} of {options.dataset_name!r} has no rows")
     return conversations
+
+
+def limit_length(passes: list[Pass], max_length: int | None, name: str) -> list[Pass]:
+    """Return the passes cut to their first `max_length` tokens; print what that takes away."""
+    from onepass_trl.data import limit_passes
+
+    if max_length is None:
+        return passes
+    passes, overflow = limit_passes(passes, max_length, "truncate")
+    if overflow.num_passes:
+        print(
+            f"{name}: {overflow.num_passes} passes cut to {max_length} tokens (the longest has "
+            f"{overflow.longest}), {overflow.num_lost_turns} of them left out"
+        )
+    if not passes:
+        raise ValueError(
+            f"{name} has no trained token within --max_length {max_length}: its longest pass has "
+            f"{overflow.longest} tokens; raise --max_length"
+        )
+    return passes
 
 
 def _load_model(options: argparse.Namespace) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onepass_trl.chat.messages import normalize_messages
-from onepass_trl.chat.rendering import RenderedTurn
+from onepass_trl.chat.rendering import RenderedTurn, TrainOn, chosen_turns
 from onepass_trl.chat.rows import NullArguments, row_to_conversation, row_to_passes, row_to_turns
 from onepass_trl.data.layout import Layout, linearize
 from onepass_trl.data.tree import ROOT, TokenTree
@@ -69,8 +69,8 @@ class Branch:
     """Segments that follow one another, and after each the branches that leave there.
 
     Attributes:
-        turns: how many passes go through it.
-        last_turn: number of the last of these passes, from 0.
+        turns: how many trained turns go through it.
+        last_turn: number of the last of these among the conversation's turns, from 0.
         items: its segments and branches, in reading order.
     """
 
@@ -141,20 +141,26 @@ def inspect_row(
     tokenizer: PreTrainedTokenizerBase,
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: TrainOn = "all",
     null_arguments: NullArguments = "error",
 ) -> Inspection:
     """Return what becomes of a dataset row; arguments and errors are those of `row_to_passes`."""
     given: dict[str, Any] = dict(
-        chat_template_kwargs=chat_template_kwargs, null_arguments=null_arguments
+        chat_template_kwargs=chat_template_kwargs, null_arguments=null_arguments, train_on=train_on
     )
     if row.get("passes") is not None:
-        return inspect_passes(row_to_passes(row, tokenizer, **given), tokenizer)
+        every = row_to_passes(row, tokenizer, **{**given, "train_on": "all"})
+        numbers = sorted(chosen_turns(train_on, len(every)))
+        return inspect_passes([every[number] for number in numbers], tokenizer, numbers=numbers)
     turns = row_to_turns(row, tokenizer, **given)
     conversation = row_to_conversation(row, null_arguments=null_arguments)
     messages = normalize_messages(conversation.messages, inline_reasoning=True)
     for turn in turns:
         messages[turn.index] = turn.message
-    return inspect_passes([turn.rendered for turn in turns], tokenizer, turns, messages)
+    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    numbers = [spoken.index(turn.index) for turn in turns]
+    passes = [turn.rendered for turn in turns]
+    return inspect_passes(passes, tokenizer, turns, messages, numbers=numbers)
 
 
 def inspect_passes(
@@ -162,6 +168,8 @@ def inspect_passes(
     tokenizer: PreTrainedTokenizerBase,
     turns: Sequence[RenderedTurn] = (),
     messages: Sequence[Mapping[str, Any]] = (),
+    *,
+    numbers: Sequence[int] | None = None,
 ) -> Inspection:
     """Return how passes are merged and laid out.
 
@@ -170,6 +178,7 @@ def inspect_passes(
         tokenizer: gives the text of tokens.
         turns: what the passes were rendered from, if known: gives segments their roles.
         messages: of the conversation, in their normal form.
+        numbers: which turns of the conversation the passes are, in ascending order; all by default.
     """
     tree = TokenTree()
     ends = [tree.insert(pass_) for pass_ in passes]
@@ -183,7 +192,10 @@ def inspect_passes(
         texts=view.texts,
         trained=view.trained,
         is_copy=view.is_copy,
-        trunk=view.outline(paths, [str(message["role"]) for message in messages]),
+        trunk=view.outline(
+            dict(zip(range(len(paths)) if numbers is None else numbers, paths, strict=True)),
+            [str(message["role"]) for message in messages],
+        ),
         pass_lengths=[len(pass_) for pass_ in passes],
         has_reasoning=reasoning,
     )
@@ -292,10 +304,15 @@ class _View:
             num_copies=int(self.is_copy[begin:end].sum()),
         )
 
-    def outline(self, paths: Sequence[list[int]], roles: Sequence[str]) -> Branch:
-        """Return the tree as nested branches, of which each follows its last pass."""
-        last_turn = {index: turn for turn, path in enumerate(paths) for index in path}
-        last_turn[ROOT] = len(paths) - 1
+    def outline(self, paths: Mapping[int, list[int]], roles: Sequence[str]) -> Branch:
+        """Return the tree as nested branches, of which each follows its last pass.
+
+        Args:
+            paths: the nodes of each pass, by the number of its turn, in ascending order.
+            roles: of the messages.
+        """
+        last_turn = {index: turn for turn, path in paths.items() for index in path}
+        last_turn[ROOT] = max(paths)
 
         def branch_from(index: int) -> Branch:
             branch = Branch(self.tree.nodes[index].num_passes, last_turn[index])

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -68,3 +69,47 @@ def test_missing_file_and_folder(inspect, tiny_model_dir, capsys):
     status, _, error = inspect(CHATS, "--html=missing_folder/row.html")
     assert status == 2
     assert "there is no folder" in error
+
+
+def test_the_picture_is_written_and_named(inspect, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "row.png"
+    status, out, _ = inspect(CHATS, "--row=1", f"--png={picture}")
+    assert status == 0
+    assert f"Wrote {picture}" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    def refuse(picture):
+        assert main(["inspect", "none.jsonl", "--model_name_or_path=none", f"--png={picture}"]) == 2
+        return capsys.readouterr().err
+
+    pytest.importorskip("matplotlib")
+    assert "expected a name that ends in .png" in refuse("row.pdf")
+    assert "there is no folder" in refuse(tmp_path / "none" / "row.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in refuse("row.png")
+
+
+def test_turns_keep_their_numbers_when_some_are_trained(inspect, capsys):
+    status, out, _ = inspect(CHATS, "--train_on=last")
+    assert status == 0
+    assert "branch of turn 1" in out
+    assert "branch of turn 0" not in out
+    passes = [
+        {"input_ids": [5, 6, 7, tail], "labels": [-100, -100, -100, tail]} for tail in (8, 9, 10)
+    ]
+    status, out, _ = inspect([{"passes": passes}], "--train_on=[0, 2]")
+    assert status == 0
+    assert [f"turn {number}" in out for number in range(3)] == [True, False, True]
+    with pytest.raises(SystemExit):
+        inspect(CHATS, "--train_on=first")
+    assert "train_on must be 'all', 'last' or a list" in capsys.readouterr().err
+
+
+def test_rows_of_passes_say_context_once(inspect):
+    row = {"passes": [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}]}
+    _, out, _ = inspect([row])
+    assert out.count("context") == 1
+    assert "completion  1 token at 2..2  trained" in out

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 _PACKAGES = ("torch", "transformers", "trl", "tokenizers", "numpy")
+_REPOSITORY = Path(__file__).parents[3]
 
 
 def machine() -> dict[str, Any]:
@@ -38,33 +40,51 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit, with "-dirty" if files have changed; "unknown" outside a repository."""
+    """Return the package's commit, with "-dirty" if files have changed.
+
+    "unknown" for an installed package: the repository around it, if any, is another.
+    """
+    if not (_REPOSITORY / ".git").exists():
+        return "unknown"
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
             capture_output=True,
             text=True,
             check=False,
-            cwd=Path(__file__).parent,
+            cwd=_REPOSITORY,
         ).stdout.strip()
     except FileNotFoundError:  # no git
         described = ""
     return described or "unknown"
 
 
-def write(path: str | Path, name: str, results: list[dict[str, Any]]) -> None:
-    """Write `results`, a list of flat dicts, with the command, machine, versions, commit and date
-    to a JSON file."""
+def write(
+    path: str | Path,
+    name: str,
+    results: list[dict[str, Any]],
+    command: Sequence[str] | None = None,
+) -> None:
+    """Write `results` with the command, machine, versions, commit and date to a JSON file.
+
+    Args:
+        path: of the file.
+        name: of the benchmark.
+        results: flat dicts.
+        command: what was run; by default the script of this process.
+    """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    script = Path(sys.argv[0])
+    if command is None:
+        script = Path(sys.argv[0])
+        command = ["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]
     record = {
         "name": name,
-        "command": shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]),
+        "command": shlex.join(command),
         "machine": machine(),
         "versions": versions,
         "commit": commit(),

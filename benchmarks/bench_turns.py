@@ -1,0 +1,53 @@
+"""Speed-up of a training step by one pass, against the number of turns of the chat.
+
+The step of bench_step.py, with the same turns, more and more of them.
+
+    python benchmarks/bench_turns.py --json benchmarks/results/turns.json
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import datasets
+import torch
+from bench_step import add_shape, measure
+
+from onepass_trl.tools.bench.record import write
+
+COLUMNS = (
+    "turns",
+    "n_pass_tokens",
+    "one_pass_tokens",
+    "token_ratio",
+    "executed_over_useful",
+    "n_pass_min_seconds",
+    "one_pass_min_seconds",
+    "speedup",
+    "largest_loss_difference",
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 3, 5, 8, 12, 16])
+    parser.add_argument("--repeats", type=int, default=3)
+    add_shape(parser)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    datasets.disable_progress_bars()
+    results = []
+    for turns in args.turns:
+        result = measure(args, turns)
+        results.append({column: result[column] for column in COLUMNS})
+        print(
+            f"{turns:3} turns: {result['speedup']:.2f} times as fast, "
+            f"N-pass has {result['token_ratio']:.2f} times as many tokens",
+            flush=True,
+        )
+    if args.json:
+        write(args.json, "turns", results)
+
+
+if __name__ == "__main__":
+    main()

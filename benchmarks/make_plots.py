@@ -1,0 +1,180 @@
+"""Draws the figures of docs/figures from the JSON of results/.
+
+make plots
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onepass_trl.tools.plots import N_PASS, ONE_PASS, PEER, check_png, new_figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+GREY, GRID = "#4b5563", "#e5e7eb"
+FLOAT32_EPSILON = 2**-23
+_RIGHT: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 10}
+
+
+def speedup_by_turns(record: dict[str, Any]) -> Figure:
+    """Draw how many times as fast one pass is, beside how many times as many tokens N-pass has."""
+    rows = record["results"]
+    turns = [row["turns"] for row in rows]
+    figure, axes = _begin("A training step in one pass, against N-pass", record)
+    ratio, speedup = ([row[name] for row in rows] for name in ("token_ratio", "speedup"))
+    axes.plot(turns, ratio, color=PEER, lw=1.5, zorder=2)
+    axes.plot(turns, speedup, "o", color=ONE_PASS, ms=7, zorder=3)
+    axes.set(xlabel="turns of the chat", xticks=turns, xlim=(0, max(turns) * 1.04))
+    axes.set_ylim(0, max(ratio + speedup) * 1.12)
+    axes.yaxis.set_major_formatter("{x:g} x")
+    x, y = turns[-2], speedup[-2]
+    _label(axes, x, y, "time of N-pass / time of one pass", ONE_PASS, "below")
+    x, y = turns[-3], ratio[-3]
+    _label(axes, x, y, "tokens of N-pass / tokens of one pass", PEER, "above")
+    return figure
+
+
+def memory_by_tokens(record: dict[str, Any]) -> Figure:
+    """Draw the peak memory of attention against the length of the row."""
+    names = {
+        "onepass cpu": ("one pass", ONE_PASS, "o-"),
+        "flex": ("FlexAttention", N_PASS, "s--"),
+        "sdpa dense mask": ("SDPA with a dense mask", PEER, "D-"),
+    }
+    figure, axes = _begin("Peak memory of attention, forward and backward", record)
+    for key, (name, colour, style) in names.items():
+        rows = [
+            row
+            for row in record["results"]
+            if row["implementation"] == key and row["peak_mib"] is not None
+        ]
+        if not rows:
+            continue
+        if not rows[0]["backward"]:
+            name += "\n(forward alone: no backward on a CPU)"
+        x, y = [row["seq"] for row in rows], [row["peak_mib"] for row in rows]
+        axes.plot(x, y, style, color=colour, ms=5, lw=1.5)
+        side = "above" if key == "sdpa dense mask" else "below"
+        _label(axes, x[-2], y[-2], name, colour, side)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the row")
+    ticks = sorted({row["seq"] for row in record["results"]})
+    axes.set_xticks(ticks, [f"{tick / 1000:.3g}k" for tick in ticks])
+    axes.minorticks_off()
+    sizes = [(2**i, f"{2**i} MiB" if i < 10 else f"{2 ** (i - 10)} GiB") for i in range(2, 20, 2)]
+    low, high = axes.get_ylim()
+    shown = [(size, text) for size, text in sizes if low <= size <= high]
+    axes.set_yticks([size for size, _ in shown], [text for _, text in shown])
+    return figure
+
+
+def loss_curves(record: dict[str, Any]) -> Figure:
+    """Draw the losses of both ways over one another, and below it how far they are apart."""
+    rows = record["results"]
+    steps = [row["step"] for row in rows]
+    n_pass, one_pass = ([row[f"{way}_pass_loss"] for row in rows] for way in ("n", "one"))
+    figure = new_figure(7.2, 5.6)
+    losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for axes in (losses, differences):
+        _clean(axes)
+    _caption(figure, losses, "A training run in N passes and in one", record)
+    losses.plot(steps, n_pass, color=N_PASS, lw=5, alpha=0.55, solid_capstyle="round")
+    losses.plot(steps, one_pass, color=ONE_PASS, lw=1.3)
+    losses.set_ylabel("loss of the step")
+    for height, text, colour in (
+        (0.92, "N-pass (wide line)", N_PASS),
+        (0.83, "one pass (thin line)", ONE_PASS),
+    ):
+        losses.text(0.98, height, text, color=colour, transform=losses.transAxes, **_RIGHT)
+    apart = [(step, abs(one / n - 1)) for step, one, n in zip(steps, one_pass, n_pass, strict=True)]
+    apart = [(step, difference) for step, difference in apart if difference > 0]  # a log axis
+    differences.plot(*zip(*apart, strict=True), ".", color=ONE_PASS, ms=4)
+    differences.axhline(FLOAT32_EPSILON, color=PEER, lw=1, ls="--")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    text = "rounding of float32, 2^-23"
+    differences.text(steps[-1], FLOAT32_EPSILON, text, color=PEER, bbox=box, **_RIGHT)
+    differences.set(yscale="log", xlabel="step", ylabel="relative difference")
+    differences.set_ylim(bottom=min(difference for _, difference in apart) / 4)
+    differences.minorticks_off()
+    return figure
+
+
+FIGURES = {
+    "turns": ("speedup_by_turns", speedup_by_turns),
+    "memory": ("memory_by_tokens", memory_by_tokens),
+    "loss_curves": ("loss_curves", loss_curves),
+}
+
+
+def _begin(title: str, record: dict[str, Any]) -> tuple[Figure, Axes]:
+    figure = new_figure(7.2, 4.4)
+    axes = figure.add_subplot()
+    _clean(axes)
+    _caption(figure, axes, title, record)
+    return figure, axes
+
+
+def _clean(axes: Axes) -> None:
+    axes.grid(color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=GREY, length=0, labelsize=10)
+    axes.xaxis.label.set(color=GREY, size=10.5)
+    axes.yaxis.label.set(color=GREY, size=10.5)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#9ca3af")
+
+
+def _caption(figure: Figure, axes: Axes, title: str, record: dict[str, Any]) -> None:
+    """Write the title, and in small below the figure what it was measured on."""
+    machine = record["machine"]
+    device = machine["accelerator"] or f"{machine['cpu']}, {machine['threads']} threads"
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
+    figure.supxlabel(
+        f"{device}; torch {record['versions']['torch']}; commit {record['commit']}; "
+        f"{record['date']}; results/{record['name']}.json",
+        fontsize=7.5,
+        color="#6b7280",
+        x=0.99,
+        ha="right",
+    )
+
+
+def _label(axes: Axes, x: float, y: float, text: str, colour: str, side: str) -> None:
+    """Write a line's name beside one of its points."""
+    above = side == "above"
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(-8 if above else 8, 8 if above else -10),
+        textcoords="offset points",
+        ha="right" if above else "left",
+        va="bottom" if above else "top",
+        color=colour,
+        fontsize=10,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to read")
+    parser.add_argument("--output", type=Path, default=HERE.parent / "docs" / "figures")
+    args = parser.parse_args(arguments)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, (file, draw) in FIGURES.items():
+        path = args.output / f"{file}.png"
+        check_png(path)
+        source = args.results / f"{name}.json"
+        if not source.is_file():
+            raise SystemExit(f"{source} is missing: run benchmarks/bench_{name}.py --json {source}")
+        save(draw(json.loads(source.read_text())), path)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""`onepass-trl bench`: attention and training steps beside their peers, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from onepass_trl.passes import Pass
+
+_TURN = {"turns": 10, "user": 60, "reasoning": 260, "response": 150}
+
+
+def main(argv: list[str]) -> int:
+    """Time what `argv` asks for and print it; return 0."""
+    options = _parse(argv)
+    if options.json is not None and not Path(options.json).resolve().parent.is_dir():
+        raise FileNotFoundError(
+            f"--json {options.json}: there is no folder {Path(options.json).resolve().parent}"
+        )
+    import torch
+
+    from onepass_trl.tools.bench.record import write
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    accelerator = None if options.use_cpu else torch.accelerator.current_accelerator()
+    device = accelerator or torch.device("cpu")
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, options.dtype or default)
+    config = _load_config(options)
+    conversations = _load_passes(options, config)
+    print(_subject(options, config, conversations))
+    print(f"device: {_device_name(device)}; {str(dtype).removeprefix('torch.')}", flush=True)
+    given = options, config, conversations, dtype, device
+    results: list[dict[str, Any]] = []
+    if not options.step:
+        results += _attention(*given)
+    if not options.attention:
+        results += _step(*given)
+    if options.json is not None:
+        write(options.json, "bench", results, ["onepass-trl", "bench", *argv])
+        print(f"\nWrote {options.json}")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    from onepass_trl.cli.arguments import json_object
+
+    parser = argparse.ArgumentParser(
+        prog="onepass-trl bench",
+        description="Time one layer's attention beside SDPA and FlexAttention, and a training step "
+        "beside N-pass in TRL's SFTTrainer: on this machine, in one run, in turn. With a dataset, "
+        "on the passes of its conversations; else on a chat of random tokens. With a model, in its "
+        "shape with random weights; else in that of a small Qwen3.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "dataset_name",
+        metavar="dataset",
+        nargs="?",
+        help="dataset of the Hub, or a .jsonl, .json or .parquet file",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        help="model of the Hub, or a folder: its config, and for a dataset its tokenizer",
+    )
+    parser.add_argument("--num_layers", type=_count, help="leave the model its first layers only")
+    parser.add_argument("--dataset_config", help="configuration of the dataset")
+    parser.add_argument(
+        "--dataset_split", default="train", help="split, or a slice such as train[100:]"
+    )
+    parser.add_argument(
+        "-k",
+        "--num_conversations",
+        type=_count,
+        default=1,
+        help="how many conversations a step takes, from the first; attention takes the longest",
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=json_object,
+        help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument("--max_length", type=_count, help="cut each pass to its first tokens")
+    for name, value in _TURN.items():
+        what = "turns" if name == "turns" else f"tokens of a turn's {name}"
+        parser.add_argument(
+            f"--{name}",
+            type=_count,
+            default=argparse.SUPPRESS,
+            help=f"without a dataset: {what} (default: {value})",
+        )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--attention", action="store_true", help="time attention only")
+    only.add_argument("--step", action="store_true", help="time training steps only")
+    parser.add_argument("--peers", nargs="+", metavar="PEER", help="time these in attention only")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of weights and inputs (default: float32 on a CPU, else bfloat16)",
+    )
+    parser.add_argument("--use_cpu", action="store_true", help="don't use the accelerator")
+    parser.add_argument("--threads", type=_count, help="threads of the CPU (default: torch's)")
+    parser.add_argument("--repeats", type=_count, default=5, help="after one run to warm up")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
+    options = parser.parse_args(argv)
+    given = [name for name in _TURN if name in options]
+    if options.dataset_name is not None and given:
+        parser.error(f"--{given[0]} shapes a chat of random tokens, but a dataset is given too")
+    if options.dataset_name is not None and options.model_name_or_path is None:
+        parser.error("a dataset needs --model_name_or_path, whose tokenizer renders it")
+    for name, value in _TURN.items():
+        setattr(options, name, getattr(options, name, value))
+    return options
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def _load_config(options: argparse.Namespace) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    from onepass_trl.tools.bench.workload import small_config, trim_layers
+
+    if options.model_name_or_path is None:
+        config = small_config()
+    else:
+        config = AutoConfig.from_pretrained(options.model_name_or_path)
+    if options.num_layers is not None:
+        trim_layers(config, options.num_layers)
+    return config
+
+
+def _load_passes(options: argparse.Namespace, config: PretrainedConfig) -> list[list[Pass]]:
+    from onepass_trl.cli.verify import limit_length, load_passes
+    from onepass_trl.tools.bench.workload import chat_passes
+
+    if options.dataset_name is not None:
+        return load_passes(options)
+    vocab_size = config.get_text_config().vocab_size
+    passes = chat_passes(
+        options.turns, options.user, options.reasoning, options.response, vocab_size
+    )
+    return [limit_length(passes, options.max_length, "the chat")]
+
+
+def _device_name(device: torch.device) -> str:
+    from onepass_trl.tools.bench.record import machine
+
+    facts = machine()
+    if device.type == "cpu":
+        return f"{facts['cpu']} ({facts['isa']}), {facts['threads']} threads"
+    return facts["accelerator"] or str(device)
+
+
+def _subject(
+    options: argparse.Namespace, config: PretrainedConfig, conversations: list[list[Pass]]
+) -> str:
+    """Return what is measured, in words."""
+    text = config.get_text_config()
+    name = options.model_name_or_path or "a small Qwen3"
+    if options.dataset_name is None:
+        turn = ", ".join(f"{getattr(options, name)} of {name}" for name in list(_TURN)[1:])
+        what = f"a chat of random tokens, {options.turns} turns (tokens of a turn: {turn})"
+    else:
+        number = len(conversations)
+        what = f"{number} conversation{'s' * (number > 1)} of {options.dataset_name}"
+    return (
+        f"conversations: {what}\n"
+        f"model: {name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
+        f"{text.vocab_size:,} tokens of vocabulary; random weights"
+    )
+
+
+def _attention(
+    options: argparse.Namespace,
+    config: PretrainedConfig,
+    conversations: list[list[Pass]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Time attention on the longest conversation's row."""
+    from onepass_trl.data import build_tree, linearize
+    from onepass_trl.tools.bench.attention import measure_attention
+    from onepass_trl.tools.bench.report import attention_table
+    from onepass_trl.tools.bench.workload import attention_shape
+
+    rows = [linearize(build_tree(passes)).visible_end for passes in conversations]
+    results = measure_attention(
+        max(rows, key=len),
+        attention_shape(config),
+        dtype=dtype,
+        device=device,
+        repeats=options.repeats,
+        peers=options.peers,
+    )
+    print("", attention_table(results), sep="\n", flush=True)
+    return [{"part": "attention", **row} for row in results]
+
+
+def _step(
+    options: argparse.Namespace,
+    config: PretrainedConfig,
+    conversations: list[list[Pass]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Time training steps on all conversations."""
+    import datasets
+
+    from onepass_trl.tools.bench.report import step_table
+    from onepass_trl.tools.bench.step import check_memory, measure_step
+    from onepass_trl.tools.bench.workload import random_model
+
+    datasets.disable_progress_bars()
+    check_memory(config, dtype, device)
+    result = measure_step(
+        conversations,
+        lambda: random_model(config, dtype),
+        repeats=options.repeats,
+        use_cpu=device.type == "cpu",
+    )
+    print("", step_table(result), sep="\n", flush=True)
+    return [{"part": "step", **result}]

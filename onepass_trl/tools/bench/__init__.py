@@ -1,0 +1,1 @@
+"""One-pass training timed beside its peers: attention and whole training steps."""

@@ -1,0 +1,73 @@
+"""Results of benchmarks as tables of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onepass_trl.tools.tiles import TILE
+
+_TIMES = ("forward", "backward", "total")
+
+
+def attention_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of `measure_attention` as lines of text."""
+    first = results[0]
+    groups = "" if first["heads"] == first["kv_heads"] else f" ({first['kv_heads']} of keys)"
+    lines = [
+        f"Attention of one layer without a window: {first['seq']:,} tokens, {first['heads']} heads"
+        f"{groups} of size {first['head_dim']}, {first['dtype']}",
+        f"useful pairs: {first['useful_share_of_causal']:.3f} of the causal ones; executed / "
+        f"useful: {first['executed_over_useful']:.2f} (tiles of {TILE} x {TILE}, onepass cpu)",
+        f"ms, smallest and median of {first['repeats']} repeats; x: times as long as "
+        f"{first['implementation']}",
+        "",
+        f"{'':16}{'forward':>15}{'backward':>20}{'both':>18}{'x':>13}",
+    ]
+    for row in results:
+        cells = [
+            f"{_number(row[f'{name}_min_ms'])} {_number(row[f'{name}_median_ms'])}"
+            for name in _TIMES
+        ]
+        ratio = "-" if row["times_onepass"] is None else f"{row['times_onepass']:.2f}"
+        lines.append(f"{row['implementation']:16}{' '.join(cells)}{ratio:>9}")
+    notes = [f"{row['implementation']}: {row['note']}" for row in results if row["note"]]
+    return "\n".join([*lines, *[""][: len(notes)], *notes])
+
+
+def step_table(result: Mapping[str, Any]) -> str:
+    """Return the result of `measure_step` as lines of text."""
+    lines = [
+        f"Training step on {result['conversations']} "
+        f"conversation{'s' * (result['conversations'] > 1)}, smallest and median of "
+        f"{result['repeats']} repeats: forward, loss and backward of each row, one row a batch, "
+        "and AdamW",
+        f"turns: {result['turns']:,}; executed / useful pairs of one pass: "
+        f"{result['executed_over_useful']:.2f} (tiles of {TILE} x {TILE}, layers without a window)",
+        "",
+        f"{'':32}{'tokens':>11}{'seconds, min':>15}{'median':>10}{'tokens / s':>13}{'loss':>10}",
+    ]
+    names = {"n_pass": "N-pass (TRL's SFTTrainer)", "one_pass": "one pass (OnePassSFTTrainer)"}
+    for way, name in names.items():
+        tokens, seconds = result[f"{way}_tokens"], result[f"{way}_min_seconds"]
+        line = f"{name:32}{tokens:11,}"
+        if seconds is not None:
+            line += f"{seconds:15.3f}{result[f'{way}_median_seconds']:10.3f}"
+            line += f"{tokens / seconds:13,.0f}{result[f'{way}_loss']:10.4f}"
+        lines.append(line)
+    if result["note"] is not None:
+        lines.append(f"not measured: {result['note']}")
+    if result["speedup"] is not None:
+        lines += [
+            "",
+            f"One pass is {result['speedup']:.2f} times as fast; N-pass has "
+            f"{result['token_ratio']:.2f} times as many tokens. The losses of a step differ by at "
+            f"most {result['largest_loss_difference']:.1e}, relative to N-pass.",
+        ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return f"{'-':>9}"
+    return f"{value:9.2f}" if value < 100 else f"{value:9,.0f}"

@@ -1,0 +1,54 @@
+"""Peers timed in turn on one device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Return how long a run takes, until the device has done its work."""
+    synchronize(device)
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device has been given to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def min_and_median(name: str, unit: str, times: Sequence[float]) -> dict[str, float | None]:
+    """Return both as columns of a result; None each if nothing was timed.
+
+    >>> min_and_median("forward", "ms", [3.0, 1.0, 2.0])
+    {'forward_min_ms': 1.0, 'forward_median_ms': 2.0}
+    """
+    return {
+        f"{name}_min_{unit}": min(times, default=None),
+        f"{name}_median_{unit}": statistics.median(times) if times else None,
+    }
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return how much memory of the device is free; None where that isn't known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    sizes = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return 1024 * int(sizes["MemAvailable"].split()[0])
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of an error, for a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:120]

@@ -1,0 +1,124 @@
+"""What is benchmarked: the passes of a chat, and a model's shape."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from onepass_trl.passes import Pass
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class AttentionShape(NamedTuple):
+    """The heads of an attention layer and their sizes.
+
+    Attributes:
+        heads: of queries.
+        kv_heads: of keys and values.
+        d_qk: size of a head of queries and keys.
+        d_v: size of a head of values.
+    """
+
+    heads: int
+    kv_heads: int
+    d_qk: int
+    d_v: int
+
+
+def chat_passes(
+    num_turns: int, user: int, reasoning: int, response: int, vocab_size: int
+) -> list[Pass]:
+    """Return the passes of a chat of random tokens whose reasoning is hidden from later turns.
+
+    Args:
+        num_turns: at least 1.
+        user: tokens of a user message.
+        reasoning: tokens of a turn's reasoning.
+        response: tokens of a turn's response.
+        vocab_size: of the tokens, which are always the same ones.
+
+    >>> [len(pass_) for pass_ in chat_passes(2, 3, 5, 2, vocab_size=9)]
+    [10, 15]
+    """
+    rng = np.random.default_rng(0)
+    trunk: list[int] = []
+    passes = []
+    for _ in range(num_turns):
+        trunk += rng.integers(0, vocab_size, user).tolist()
+        completion = rng.integers(0, vocab_size, reasoning + response).tolist()
+        passes.append(Pass(trunk + completion, [0] * len(trunk) + [1] * len(completion)))
+        trunk += completion[reasoning:]
+    return passes
+
+
+def small_config(
+    *,
+    num_layers: int = 4,
+    hidden_size: int = 384,
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    vocab_size: int = 4096,
+) -> PretrainedConfig:
+    """Return the configuration of a small Qwen3."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+    )
+
+
+def trim_layers(config: PretrainedConfig, num_layers: int) -> None:
+    """Leave a model its first layers.
+
+    Raises:
+        ValueError: if it doesn't have so many.
+    """
+    text = config.get_text_config()
+    if not 1 <= num_layers <= text.num_hidden_layers:
+        raise ValueError(
+            f"num_layers is {num_layers}, expected 1 to {text.num_hidden_layers}, the layers of "
+            "the model"
+        )
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[:num_layers]
+
+
+def attention_shape(config: PretrainedConfig) -> AttentionShape:
+    """Return the shape of a model's attention layers."""
+    text: Any = config.get_text_config()
+    heads = text.num_attention_heads
+    d = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if getattr(text, "qk_nope_head_dim", None):  # multi-head latent attention
+        d_qk, d_v = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
+        return AttentionShape(heads, heads, d_qk, d_v)
+    return AttentionShape(heads, getattr(text, "num_key_value_heads", None) or heads, d, d)
+
+
+def random_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model with random weights on the CPU, always the same ones."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    # Its own configuration: a trainer writes into that of its model.
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def num_parameters(config: PretrainedConfig) -> int:
+    """Return how many parameters a model has, without making any."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()

@@ -1,0 +1,230 @@
+"""Who sees whom in an inspected row, as a picture: its tiles and pairs, its trunk and branches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onepass_trl.tools.inspection import Branch, Inspection
+from onepass_trl.tools.plots import ONE_PASS, new_figure
+from onepass_trl.tools.tiles import TILE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELLS = 1024  # on a side of the picture, at most
+
+_FULL, _SEEN, _MASKED, _SKIPPED = "#0b4f6c", "#5aa9c8", "#f2b866", "#ffffff"
+_TRUNK, _BRANCHES = "#4b5563", (ONE_PASS, "#8fc1d4")
+_NARROWEST_LABELLED = 0.062  # of the row
+
+
+@dataclass(frozen=True, eq=False)
+class Raster:
+    """A row's pairs of query and key in square cells.
+
+    Attributes:
+        num_tokens: of the row.
+        cell: queries and keys of a cell.
+        full: ``(cells, cells)`` float32, a query cell each row: which share of a cell's pairs lies
+            in full tiles, where every pair is seen.
+        partial: which share lies in partial tiles.
+        seen: which share is seen.
+        tiles: tiles of 64 x 64 on or below the diagonal: skipped, partial and full.
+    """
+
+    num_tokens: int
+    cell: int
+    full: NDArray[np.float32]
+    partial: NDArray[np.float32]
+    seen: NDArray[np.float32]
+    tiles: tuple[int, int, int]
+
+
+def rasterize(visible_end: NDArray[np.int32], max_cells: int = CELLS) -> Raster:
+    """Return the raster of a row without a window: time O(seq^2 / 64), memory O(max_cells^2 + seq).
+
+    Args:
+        visible_end: ``(num_tokens,)`` int32, at least one token.
+        max_cells: how many cells a side may have.
+    """
+    num_tokens = visible_end.size
+    cell = next((c for c in (1, 2, 4, 8, 16, 32) if c * max_cells >= num_tokens), TILE)
+    if cell == TILE:
+        cell *= -(-num_tokens // (TILE * max_cells))
+    # Counted on a grid that tiles and cells are both multiples of.
+    step, strip = min(cell, TILE), max(cell, TILE)
+    per_tile, per_cell = TILE // step, cell // step
+    bounds = np.append(np.arange(0, num_tokens, step, dtype=np.int32), np.int32(num_tokens))
+    shares: list[list[NDArray[np.float32]]] = [[], [], []]
+    counts = np.zeros(3, dtype=np.int64)
+    for begin in range(0, num_tokens, strip):
+        rows = bounds[begin // step : (begin + strip) // step + 1]
+        area = np.diff(rows)[:, None] * np.diff(bounds)[None, :]
+        seen = _seen_pairs(visible_end, rows, step)
+        in_tile, of_tile = _add_blocks(seen, per_tile), _add_blocks(area, per_tile)
+        is_full, is_visited = in_tile == of_tile, in_tile > 0
+        below = np.arange(is_full.shape[1]) <= begin // TILE + np.arange(len(is_full))[:, None]
+        counts += [(below & ~is_visited).sum(), (is_visited & ~is_full).sum(), is_full.sum()]
+        parts = (_spread(is_full, per_tile, area), _spread(is_visited & ~is_full, per_tile, area))
+        for share, pairs in zip(shares, (*parts, seen), strict=True):
+            share.append((_add_blocks(pairs, per_cell) / _add_blocks(area, per_cell)).astype("f4"))
+    skipped, partial, full = counts.tolist()
+    in_full, in_partial, in_seen = map(np.concatenate, shares)
+    return Raster(num_tokens, cell, in_full, in_partial, in_seen, (skipped, partial, full))
+
+
+def _seen_pairs(
+    visible_end: NDArray[np.int32], rows: NDArray[np.int32], step: int
+) -> NDArray[np.int32]:
+    """Return how many pairs are seen in each cell of `step` keys, between each two of `rows`."""
+    keys = np.arange(visible_end.size, dtype=np.int32)
+    num_queries = visible_end - keys
+    blocks = np.arange(0, keys.size, step)
+    # Key j has been seen by so many of the queries before i.
+    before = [np.add.reduceat(np.clip(i - keys, 0, num_queries), blocks) for i in rows]
+    return np.diff(np.stack(before), axis=0)
+
+
+def _add_blocks(x: NDArray[np.int32], size: int) -> NDArray[np.int32]:
+    if size == 1:
+        return x
+    x = np.add.reduceat(x, np.arange(0, x.shape[0], size), axis=0)
+    return np.add.reduceat(x, np.arange(0, x.shape[1], size), axis=1)
+
+
+def _spread(tiles: NDArray[np.bool_], size: int, area: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the pairs of each cell that lie in the tiles that are true."""
+    cells = tiles.repeat(size, axis=0)[: area.shape[0]].repeat(size, axis=1)[:, : area.shape[1]]
+    return cells * area
+
+
+def colours(raster: Raster) -> NDArray[np.float32]:
+    """Return the picture, ``(cells, cells, 3)`` float32 in 0..1: a cell mixes what it holds."""
+    from matplotlib.colors import to_rgb
+
+    seen_in_partial = raster.seen - raster.full
+    parts = (
+        (_FULL, raster.full),
+        (_SEEN, seen_in_partial),
+        (_MASKED, raster.partial - seen_in_partial),
+        (_SKIPPED, 1 - raster.full - raster.partial),
+    )
+    mixed = sum(share[..., None] * np.array(to_rgb(name), dtype="f4") for name, share in parts)
+    return np.clip(np.asarray(mixed, dtype=np.float32), 0, 1)
+
+
+def draw(found: Inspection, title: str) -> Figure:
+    """Return the picture of an inspected row; its layers without a window.
+
+    Queries go down and keys to the right. Bands along both axes show trunk and branches.
+    """
+    raster = rasterize(found.row.visible_end)
+    figure = new_figure(8.6, 9.2)
+    axes = figure.add_subplot()
+    end = raster.num_tokens
+    side = raster.cell * len(raster.seen)  # the last cell may reach beyond the row
+    is_fine = raster.cell == 1
+    axes.imshow(
+        colours(raster),
+        extent=(0, side, side, 0),
+        interpolation="nearest" if is_fine else "antialiased",
+    )
+    axes.set(xlim=(0, end), ylim=(end, 0), xlabel="key (token of the row)", ylabel="query")
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    for spine in axes.spines.values():
+        spine.set(color="#9ca3af", linewidth=0.6)
+    _draw_bands(axes, found)
+    _describe(figure, axes, found, raster, title)
+    return figure
+
+
+def stretches(branch: Branch, name: str = "trunk") -> Iterator[tuple[str, int, int]]:
+    """Yield the name, the first token and the end of each stretch of the row, of one branch each.
+
+    In reading order, not in the row's.
+    """
+    own: list[tuple[int, int]] = []
+    for item in branch.items:
+        if isinstance(item, Branch):
+            yield from stretches(item, _label(item))
+        elif own and own[-1][1] == item.begin:
+            own[-1] = own[-1][0], item.end
+        else:
+            own.append((item.begin, item.end))
+    for begin, end in own:
+        yield name, begin, end
+
+
+def _label(branch: Branch) -> str:
+    return f"turn {branch.last_turn}" if branch.turns == 1 else f"{branch.turns} turns"
+
+
+def _draw_bands(axes: Axes, found: Inspection) -> None:
+    """Draw trunk and branches above the keys and to the right of the queries."""
+    end = len(found.row)
+    thickness, gap = 0.028 * end, 0.008 * end
+    style: dict[str, Any] = {"clip_on": False, "linewidth": 0.5, "edgecolor": "white"}
+    number = 0
+    for name, begin, stop in sorted(stretches(found.trunk), key=lambda stretch: stretch[1]):
+        colour = _TRUNK if name == "trunk" else _BRANCHES[number % 2]
+        number += name != "trunk"
+        width = stop - begin
+        axes.add_patch(_rectangle((begin, -gap), width, -thickness, facecolor=colour, **style))
+        axes.add_patch(_rectangle((end + gap, begin), thickness, width, facecolor=colour, **style))
+        if width < _NARROWEST_LABELLED * end:
+            continue
+        text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "clip_on": False}
+        text["color"] = "black" if colour == _BRANCHES[1] else "white"
+        middle = (begin + stop) / 2
+        axes.text(middle, -gap - thickness / 2, name, **text)
+        axes.text(end + gap + thickness / 2, middle, name, rotation=-90, **text)
+
+
+def _rectangle(corner: tuple[float, float], width: float, height: float, **style: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height, **style)
+
+
+def _describe(figure: Figure, axes: Axes, found: Inspection, raster: Raster, title: str) -> None:
+    """Write title, figures and legend."""
+    from matplotlib.patches import Patch
+
+    skipped, partial, full = raster.tiles
+    executed = (partial + full) * TILE**2
+    turns = len(found.pass_lengths)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    axes.set_title(
+        f"{len(found.row):,} tokens in one pass; {turns} {'turn' if turns == 1 else 'turns'}; "
+        f"N-pass computes {found.token_ratio:.2f} times as many tokens\n"
+        f"{found.pairs:,} useful pairs; tiles of {TILE} x {TILE} compute "
+        f"{executed / found.pairs:.2f} times as many",
+        fontsize=9,
+        color="#374151",
+        pad=26,
+    )
+    entries = [
+        (_FULL, f"full tile: every pair is seen ({full:,} tiles)"),
+        (_SEEN, f"seen pair of a partial tile ({partial:,} tiles)"),
+        (_MASKED, "masked pair of a partial tile: computed in vain"),
+        (_SKIPPED, f"not computed ({skipped:,} tiles below the diagonal)"),
+        (_TRUNK, "trunk: what later turns see"),
+        (_BRANCHES[0], "branch: hidden from later turns"),
+    ]
+    figure.legend(
+        handles=[
+            Patch(facecolor=c, edgecolor="#9ca3af", lw=0.5, label=text) for c, text in entries
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=8.5,
+    )

@@ -1,0 +1,98 @@
+"""The benchmarks are run in small, and the figures drawn from what is committed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function that returns a script of benchmarks/ as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def results_of(path: Path, name: str) -> list[dict]:
+    record = json.loads(path.read_text())
+    assert record["name"] == name
+    assert {"command", "machine", "versions", "commit", "date"} <= set(record)
+    return record["results"]
+
+
+TINY = ["--layers=1", "--hidden-size=16", "--heads=2", "--kv-heads=1", "--head-dim=8"]
+TURN = ["--user=4", "--reasoning=9", "--response=5", "--vocab-size=50"]
+
+
+def test_speed_up_by_turns(script, tmp_path):
+    path = tmp_path / "turns.json"
+    flags = ["--turns", "1", "3", "--repeats=1", *TINY, *TURN, f"--json={path}"]
+    script("bench_turns").main(flags)
+    one, three = results_of(path, "turns")
+    assert (one["turns"], one["token_ratio"]) == (1, 1)
+    assert three["token_ratio"] > 1
+    assert max(one["largest_loss_difference"], three["largest_loss_difference"]) < 1e-5
+
+
+def test_loss_curves_lie_on_each_other(script, tmp_path, capsys):
+    path = tmp_path / "loss_curves.json"
+    script("bench_loss_curves").main(["--steps=3", "--turns=2", f"--json={path}"])
+    rows = results_of(path, "loss_curves")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["one_pass_loss"] == pytest.approx(row["n_pass_loss"], rel=1e-5)
+    assert "3 steps, loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_grows_with_the_mask_and_not_with_the_tree(script):
+    memory = script("bench_memory")
+    one_pass, dense = (memory.measure(name, 8, 1) for name in ("onepass cpu", "sdpa dense mask"))
+    assert one_pass["seq"] == dense["seq"] == 4810
+    assert dense["peak_mib"] - one_pass["peak_mib"] > 4810**2 * 4 / 2**20
+    assert one_pass["peak_mib"] < 60
+
+
+def test_the_figures_are_drawn_from_what_is_committed(script, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = script("make_plots")
+    plots.main([f"--output={tmp_path}"])
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        "speedup_by_turns",
+        "memory_by_tokens",
+        "loss_curves",
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    record = json.loads((BENCHMARKS / "results" / "turns.json").read_text())
+    figure = plots.speedup_by_turns(record)
+    (axes,) = figure.axes
+    ratio, speedup = axes.lines
+    assert list(speedup.get_ydata()) == [row["speedup"] for row in record["results"]]
+    assert list(ratio.get_xdata()) == [row["turns"] for row in record["results"]]
+    assert f"commit {record['commit']}" in figure.get_supxlabel()
+
+
+def test_a_missing_result_is_named(script, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match=r"turns\.json is missing: run benchmarks/bench_turns\.py"):
+        script("make_plots").main([f"--results={tmp_path}", f"--output={tmp_path / 'figures'}"])
+
+
+def test_every_result_has_its_table_or_figure(script):
+    tables, plots = script("make_tables"), script("make_plots")
+    page = (BENCHMARKS / "README.md").read_text()
+    for name, record in tables.newest_results().items():
+        assert f"<!-- {name} -->" in page
+        assert tables.format_table(record)
+    committed = {path.stem for path in (BENCHMARKS / "results").glob("*.json")}
+    assert set(plots.FIGURES) <= committed
+    for file, _ in plots.FIGURES.values():
+        assert f"figures/{file}.png" in page
