@@ -360,6 +360,13 @@ class TestSite:
             assert page.count(f"usage: onepass-trl {verb}") == 1, verb
         assert "<!-- help" not in page
 
+    def test_a_new_verb_gets_a_section(self, hooks, monkeypatch):
+        monkeypatch.setitem(VERBS, "bake", "make a cake")
+        monkeypatch.setattr(hooks, "help_of", lambda verb: f"usage: {verb}\n")
+        page = hooks.with_help("<!-- help: sft -->\n\n<!-- help: others -->\n")
+        assert "## bake\n\nMake a cake.\n\n??? note" in page
+        assert page.count("usage: sft") == 1
+
     def test_links_out_of_the_site_become_paths(self, hooks):
         source = DOCS / "index.md"
         settled = hooks.with_links("[a](../examples/sft.yaml) [b](../ARCHITECTURE.md#x)", source)

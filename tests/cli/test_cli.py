@@ -10,6 +10,8 @@ from onepass_trl.cli.dataset import load_conversations
 from onepass_trl.cli.sft import train
 
 ACCELERATE = Path(__file__).parents[2] / "examples" / "accelerate"
+# For a configuration of eight GPUs.
+TWO_ON_THE_CPU = ["--num_processes=2", "--mixed_precision=no"]
 CHATS = [
     {
         "messages": [
@@ -84,13 +86,17 @@ def test_sft_trains_and_saves(sft_flags, tmp_path, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    ["--num_processes=2", f"--accelerate_config={ACCELERATE / 'ddp_cpu.yaml'}"],
-    ids=["flags", "file"],
+    [
+        ["--num_processes=2"],
+        [f"--accelerate_config={ACCELERATE / 'ddp_cpu.yaml'}"],
+        [f"--accelerate_config={ACCELERATE / 'fsdp2.yaml'}", *TWO_ON_THE_CPU],
+    ],
+    ids=["flags", "ddp_cpu", "fsdp2"],
 )
 def test_sft_trains_in_two_processes(sft_flags, launcher, capfd):
     """A step of two processes takes twice the rows of one: 2 of the 8 at batch size 1."""
     flags = [*sft_flags, "--per_device_train_batch_size=1"]
-    assert main(["sft", *flags, *launcher.split("=")]) == 0
+    assert main(["sft", *flags, *(part for flag in launcher for part in flag.split("="))]) == 0
     assert "'epoch': '0.25'" in capfd.readouterr().out
 
 
