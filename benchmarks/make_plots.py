@@ -32,11 +32,14 @@ def speedup_by_turns(record: dict[str, Any]) -> Figure:
     axes.plot(turns, speedup, "o", color=ONE_PASS, ms=7, zorder=3)
     axes.set(xlabel="turns of the chat", xticks=turns, xlim=(0, max(turns) * 1.04))
     axes.set_ylim(0, max(ratio + speedup) * 1.12)
+    axes.locator_params(axis="y", nbins=6)
     axes.yaxis.set_major_formatter("{x:g} x")
-    x, y = turns[-2], speedup[-2]
-    _label(axes, x, y, "time of N-pass / time of one pass", ONE_PASS, "below")
-    x, y = turns[-3], ratio[-3]
-    _label(axes, x, y, "tokens of N-pass / tokens of one pass", PEER, "above")
+    # Both grow with the turns, so this corner stays free.
+    for height, text, colour in (
+        (0.93, "●  time of N-pass / time of one pass", ONE_PASS),
+        (0.85, "—  tokens of N-pass / tokens of one pass", PEER),
+    ):
+        axes.text(0.02, height, text, color=colour, fontsize=10.5, transform=axes.transAxes)
     return figure
 
 
@@ -45,7 +48,7 @@ def memory_by_tokens(record: dict[str, Any]) -> Figure:
     names = {
         "onepass cpu": ("one pass", ONE_PASS, "o-"),
         "flex": ("FlexAttention", N_PASS, "s--"),
-        "sdpa dense mask": ("SDPA with a dense mask", PEER, "D-"),
+        "sdpa dense mask": ("SDPA, dense mask", PEER, "D-"),
     }
     figure, axes = _begin("Peak memory of attention, forward and backward", record)
     for key, (name, colour, style) in names.items():
@@ -57,15 +60,23 @@ def memory_by_tokens(record: dict[str, Any]) -> Figure:
         if not rows:
             continue
         if not rows[0]["backward"]:
-            name += "\n(forward alone: no backward on a CPU)"
+            name += ", forward\n(no backward on a CPU)"
         x, y = [row["seq"] for row in rows], [row["peak_mib"] for row in rows]
         axes.plot(x, y, style, color=colour, ms=5, lw=1.5)
-        side = "above" if key == "sdpa dense mask" else "below"
-        _label(axes, x[-2], y[-2], name, colour, side)
+        axes.annotate(
+            name,
+            (x[-1], y[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=10,
+        )
     axes.set(xscale="log", yscale="log", xlabel="tokens of the row")
     ticks = sorted({row["seq"] for row in record["results"]})
     axes.set_xticks(ticks, [f"{tick / 1000:.3g}k" for tick in ticks])
     axes.minorticks_off()
+    axes.set_xlim(ticks[0] * 0.85, ticks[-1] * 5)  # room for the names
     sizes = [(2**i, f"{2**i} MiB" if i < 10 else f"{2 ** (i - 10)} GiB") for i in range(2, 20, 2)]
     low, high = axes.get_ylim()
     shown = [(size, text) for size, text in sizes if low <= size <= high]
@@ -95,9 +106,8 @@ def loss_curves(record: dict[str, Any]) -> Figure:
     apart = [(step, difference) for step, difference in apart if difference > 0]  # a log axis
     differences.plot(*zip(*apart, strict=True), ".", color=ONE_PASS, ms=4)
     differences.axhline(FLOAT32_EPSILON, color=PEER, lw=1, ls="--")
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-    text = "rounding of float32, 2^-23"
-    differences.text(steps[-1], FLOAT32_EPSILON, text, color=PEER, bbox=box, **_RIGHT)
+    text = "dashed: rounding of float32, 2^-23"
+    differences.text(0.98, 0.08, text, color=PEER, transform=differences.transAxes, **_RIGHT)
     differences.set(yscale="log", xlabel="step", ylabel="relative difference")
     differences.set_ylim(bottom=min(difference for _, difference in apart) / 4)
     differences.minorticks_off()
@@ -142,21 +152,6 @@ def _caption(figure: Figure, axes: Axes, title: str, record: dict[str, Any]) -> 
         color="#6b7280",
         x=0.99,
         ha="right",
-    )
-
-
-def _label(axes: Axes, x: float, y: float, text: str, colour: str, side: str) -> None:
-    """Write a line's name beside one of its points."""
-    above = side == "above"
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(-8 if above else 8, 8 if above else -10),
-        textcoords="offset points",
-        ha="right" if above else "left",
-        va="bottom" if above else "top",
-        color=colour,
-        fontsize=10,
     )
 
 
