@@ -26,6 +26,8 @@ def newest_results() -> dict[str, dict[str, Any]]:
 def format_cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -49,7 +51,8 @@ def format_table(record: dict[str, Any]) -> str:
     same = [column for column in rows[0] if all(row[column] == rows[0][column] for row in rows)]
     if same:
         lines[-1] += "  "
-        lines.append(", ".join(f"{column} {format_cell(rows[0][column])}" for column in same))
+        facts = [f"{column} {format_cell(rows[0][column])}" for column in same]
+        lines.append(", ".join(fact for fact in facts if not fact.endswith(" ")))
     columns = [column for column in rows[0] if column not in same]
     lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(format_cell(row[c]) for c in columns) + " |" for row in rows]

@@ -49,8 +49,6 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.arguments import json_object
-
     parser = argparse.ArgumentParser(
         prog="onepass-trl bench",
         description="Time one layer's attention beside SDPA and FlexAttention, and a training step "
@@ -59,6 +57,35 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "shape with random weights; else in that of a small Qwen3.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    _add_subject(parser)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--attention", action="store_true", help="time attention only")
+    only.add_argument("--step", action="store_true", help="time training steps only")
+    parser.add_argument("--peers", nargs="+", metavar="PEER", help="time these in attention only")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of weights and inputs (default: float32 on a CPU, else bfloat16)",
+    )
+    parser.add_argument("--use_cpu", action="store_true", help="don't use the accelerator")
+    parser.add_argument("--threads", type=_count, help="threads of the CPU (default: torch's)")
+    parser.add_argument("--repeats", type=_count, default=5, help="after one run to warm up")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
+    options = parser.parse_args(argv)
+    given = [name for name in _TURN if name in options]
+    if options.dataset_name is not None and given:
+        parser.error(f"--{given[0]} shapes a chat of random tokens, but a dataset is given too")
+    if options.dataset_name is not None and options.model_name_or_path is None:
+        parser.error("a dataset needs --model_name_or_path, whose tokenizer renders it")
+    for name, value in _TURN.items():
+        setattr(options, name, getattr(options, name, value))
+    return options
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what is measured: conversations and model."""
+    from onepass_trl.cli.arguments import json_object
+
     parser.add_argument(
         "dataset_name",
         metavar="dataset",
@@ -95,28 +122,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             default=argparse.SUPPRESS,
             help=f"without a dataset: {what} (default: {value})",
         )
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--attention", action="store_true", help="time attention only")
-    only.add_argument("--step", action="store_true", help="time training steps only")
-    parser.add_argument("--peers", nargs="+", metavar="PEER", help="time these in attention only")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of weights and inputs (default: float32 on a CPU, else bfloat16)",
-    )
-    parser.add_argument("--use_cpu", action="store_true", help="don't use the accelerator")
-    parser.add_argument("--threads", type=_count, help="threads of the CPU (default: torch's)")
-    parser.add_argument("--repeats", type=_count, default=5, help="after one run to warm up")
-    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
-    options = parser.parse_args(argv)
-    given = [name for name in _TURN if name in options]
-    if options.dataset_name is not None and given:
-        parser.error(f"--{given[0]} shapes a chat of random tokens, but a dataset is given too")
-    if options.dataset_name is not None and options.model_name_or_path is None:
-        parser.error("a dataset needs --model_name_or_path, whose tokenizer renders it")
-    for name, value in _TURN.items():
-        setattr(options, name, getattr(options, name, value))
-    return options
 
 
 def _count(text: str) -> int:

@@ -109,15 +109,17 @@ def make_peers(x: Inputs) -> dict[str, Peer]:
 def _compiled_flex(x: Inputs) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: list[Callable[..., Tensor]] = []
+    compiled: list[Callable[[], Tensor]] = []
     # It refuses inputs that require gradients even where none are asked for.
     q, k, v = x.q.detach(), x.k.detach(), x.v.detach()
 
     def run() -> Tensor:
         if not compiled:
-            compiled.append(torch.compile(flex_attention, dynamic=True))
-        mask = build_block_mask(x.visible_end, None, None)
-        return compiled[0](q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+            mask = build_block_mask(x.visible_end, None, None)  # once, as our own layers share it
+            function = torch.compile(flex_attention, dynamic=True)
+            has_groups = q.shape[1] != k.shape[1]
+            compiled.append(partial(function, q, k, v, block_mask=mask, enable_gqa=has_groups))
+        return compiled[0]()
 
     return run
 
