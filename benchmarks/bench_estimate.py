@@ -21,45 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 from bench_rendering import SHARED, print_table
-from datasets import Dataset
-from record import write
-from tokenizers import Tokenizer, models
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTTrainer
 
-from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, Pass
+from onepass_trl import Pass
 from onepass_trl.cli.dataset import load_conversations, read_row
-from onepass_trl.data.layout import IGNORE_INDEX
+from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.step import N_PASS, ONE_PASS, labelled, make_trainers
+from onepass_trl.tools.bench.workload import random_model, small_config
 from onepass_trl.tools.estimation import estimate, limited, passes_of
 from onepass_trl.tools.flops import model_cost
 from onepass_trl.tools.step_time import choose_probes, measure, spread
 from onepass_trl.training.preparation import PreparationOptions
 
 FILES = ("maths_chat", "tool_chat", "agent_short", "agent_long")
-
-
-def make_config(args: argparse.Namespace, vocab_size: int) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=3 * args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden_size // 64,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=2**18,
-    )
-
-
-def make_model(config: Qwen3Config) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(config)
 
 
 def read_passes(
@@ -83,52 +58,6 @@ def read_passes(
     return [
         [Pass(np.searchsorted(known, p.token_ids), p.trained) for p in passes] for passes in chats
     ]
-
-
-def as_rows(passes: list[Pass]) -> list[dict[str, list[int]]]:
-    return [
-        {
-            "input_ids": pass_.token_ids.tolist(),
-            "labels": np.where(pass_.trained, pass_.token_ids, IGNORE_INDEX).tolist(),
-        }
-        for pass_ in passes
-    ]
-
-
-def make_trainers(
-    config: Qwen3Config,
-    chats: list[list[dict[str, list[int]]]],
-    max_length: int,
-    folder: str,
-) -> list[SFTTrainer]:
-    """Return the trainers of one pass and of N-pass."""
-    tokenizer = PreTrainedTokenizerFast(  # of no use but to pad
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<pad>",
-    )
-    settings: dict[str, Any] = dict(
-        output_dir=folder,
-        max_length=max_length,
-        per_device_train_batch_size=1,
-        bf16=False,
-        use_cpu=True,
-        activation_checkpointing=False,
-        report_to="none",
-    )
-    one_pass = OnePassSFTTrainer(
-        make_model(config),
-        OnePassSFTConfig(**settings),
-        train_dataset=Dataset.from_list([{"passes": passes} for passes in chats]),
-        processing_class=tokenizer,
-    )
-    n_pass = SFTTrainer(
-        make_model(config),
-        SFTConfig(**settings),
-        train_dataset=Dataset.from_list([pass_ for passes in chats for pass_ in passes]),
-        processing_class=tokenizer,
-    )
-    return [one_pass, n_pass]
 
 
 def seconds(trainers: list[SFTTrainer], repeats: int) -> list[float]:
@@ -162,16 +91,26 @@ def compare(
         null_arguments="keep",
     )
     conversations = read_passes(path, tokenizer, options, args.tokens)
-    chats = [as_rows(passes) for passes in conversations]
-    rows = [{"passes": passes} for passes in chats]
+    rows = [{"passes": [labelled(pass_) for pass_ in passes]} for passes in conversations]
     largest = max(int(p.token_ids.max()) for passes in conversations for p in passes)
-    config = make_config(args, largest + 1)
+    config = small_config(
+        num_layers=args.layers,
+        hidden_size=args.hidden_size,
+        heads=args.hidden_size // 64,
+        vocab_size=largest + 1,
+    )
     found = estimate(enumerate(rows), tokenizer, options, model_cost(config))
     probes = choose_probes([rows[at] for at in spread(found.row_tokens)], tokenizer, options)
-    one, n = measure(make_model(config), *probes, found.attention_weights)
+    one, n = measure(random_model(config, torch.float32), *probes, found.attention_weights)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = make_trainers(config, chats, args.max_length, folder)
-    one_pass_seconds, n_pass_seconds = seconds(trainers, args.repeats)
+        trainers = make_trainers(
+            conversations,
+            lambda: random_model(config, torch.float32),
+            folder,
+            use_cpu=True,
+            max_length=args.max_length,
+        )
+    one_pass_seconds, n_pass_seconds = seconds([trainers[ONE_PASS], trainers[N_PASS]], args.repeats)
     measured = n_pass_seconds / one_pass_seconds
     by_rows = n.seconds(found.n_pass) / one.seconds(found.one_pass)
     by_operations = found.flops_ratio(scores_every_position=True)

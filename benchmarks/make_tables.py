@@ -16,11 +16,22 @@ HERE = Path(__file__).parent
 CURVES = ("loss_curves",)  # a line per step: for make_plots.py only
 
 
-def newest_results() -> dict[str, dict[str, Any]]:
-    """Return the newest record of each benchmark that has a table, by its name."""
+def newest_results() -> dict[str, list[dict[str, Any]]]:
+    """Return the newest record on each machine, of each benchmark that has a table, by its name."""
     records = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     records.sort(key=lambda record: record["date"])
-    return {record["name"]: record for record in records if record["name"] not in CURVES}
+    newest: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        if record["name"] not in CURVES:
+            newest.setdefault(record["name"], {})[device_of(record)] = record
+    return {name: list(by_device.values()) for name, by_device in newest.items()}
+
+
+def device_of(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    if machine.get("accelerator"):
+        return machine["accelerator"]
+    return f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads"
 
 
 def format_cell(value: Any) -> str:
@@ -35,14 +46,10 @@ def format_cell(value: Any) -> str:
 
 def format_table(record: dict[str, Any]) -> str:
     """Return the results as a Markdown table, above it what they were measured on."""
-    rows = record["results"]
-    machine, versions = record["machine"], record["versions"]
-    device = f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads"
-    if machine.get("accelerator"):
-        device = machine["accelerator"]
+    rows, versions = record["results"], record["versions"]
     lines = [
         f"`{record['command']}`  ",
-        f"{device}, torch {versions['torch']}, commit {record['commit']}, {record['date']}",
+        f"{device_of(record)}, torch {versions['torch']}, commit {record['commit']}, {record['date']}",
     ]
     if len(rows) == 1:  # a single result reads better downwards
         lines += ["", "| figure | value |", "|---|---|"]
@@ -62,10 +69,11 @@ def format_table(record: dict[str, Any]) -> str:
 def main() -> None:
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
-    for name, record in newest_results().items():
+    for name, records in newest_results().items():
+        tables = "\n\n".join(map(format_table, records))
         text, count = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda match, record=record: f"{match[1]}\n{format_table(record)}\n\n{match[2]}",
+            lambda match, tables=tables: f"{match[1]}\n{tables}\n\n{match[2]}",
             text,
             flags=re.DOTALL,
         )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,16 @@ def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
         type=json_object,
         help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
     )
+
+
+def load_config(model: str) -> PreTrainedConfig | None:
+    """Return the model's configuration, None for a local folder without one."""
+    from transformers import AutoConfig
+
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return None
+    return AutoConfig.from_pretrained(model)
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -26,13 +26,19 @@ def main(argv: list[str]) -> int:
     import torch
     from transformers import AutoTokenizer
 
+    from onepass_trl.cli.arguments import load_config
     from onepass_trl.cli.dataset import read_row
     from onepass_trl.tools.estimation import estimate
     from onepass_trl.tools.estimation_report import as_json, report
     from onepass_trl.tools.flops import model_cost
 
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
-    config = _load_config(options)
+    config = load_config(options.model_name_or_path)
+    if config is None and options.measure:
+        raise FileNotFoundError(
+            f"--measure runs the model with random weights, but {options.model_name_or_path} has "
+            "no config.json: name a model's folder, or leave out --measure"
+        )
     dataset, indices = _load(options)
     preparation = _preparation(options, dataset)
     rows = ((index, read_row(dataset, index)) for index in _with_progress(indices))
@@ -117,21 +123,6 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"--json {options.json}: there is no folder {Path(options.json).resolve().parent}"
         )
-
-
-def _load_config(options: argparse.Namespace) -> PreTrainedConfig | None:
-    """Return the model's configuration, None for a local folder without one."""
-    from transformers import AutoConfig
-
-    folder = Path(options.model_name_or_path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        if options.measure:
-            raise FileNotFoundError(
-                f"--measure runs the model with random weights, but {folder} has no config.json: "
-                "name a model's folder, or leave out --measure"
-            )
-        return None
-    return AutoConfig.from_pretrained(options.model_name_or_path)
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:

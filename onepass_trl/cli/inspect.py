@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from rich.tree import Tree
 
+    from onepass_trl.tools.flops import AttentionLayers
     from onepass_trl.tools.inspection import Inspection, Segment
 
 _SHOWN = 100  # characters of a text, at most
@@ -25,15 +27,16 @@ def main(argv: list[str]) -> int:
     from onepass_trl.tools.figures import figures, remarks
 
     found = _inspect(options)
+    layers, problem = _layers(options.model_name_or_path)
     # rich would look COLUMNS up in the environment that it found when it was imported.
     console = Console(highlight=False, width=shutil.get_terminal_size().columns)
     console.print(as_tree(found))
-    for line in [*figures(found), *remarks(found)]:
+    for line in [*figures(found, layers), *remarks(found), *problem]:
         console.print(line, markup=False, soft_wrap=True)
     if options.html is not None:
         from onepass_trl.tools.page import to_html
 
-        Path(options.html).write_text(to_html(found, _title(options)), encoding="utf-8")
+        Path(options.html).write_text(to_html(found, _title(options), layers), encoding="utf-8")
         console.print(f"Wrote {options.html}", markup=False, soft_wrap=True)
     if options.png is not None:
         from onepass_trl.tools import mask_picture, plots
@@ -102,6 +105,20 @@ def _inspect(options: argparse.Namespace) -> Inspection:
         train_on=options.train_on,
         null_arguments=settle_null_arguments(dataset, "auto"),
     )
+
+
+def _layers(model: str) -> tuple[Sequence[AttentionLayers], list[str]]:
+    """Return the model's attention layers, and what is wrong with it; nothing without a config."""
+    from onepass_trl.cli.arguments import load_config
+    from onepass_trl.tools.flops import model_cost
+
+    config = load_config(model)
+    if config is None:
+        return [], []
+    try:
+        return model_cost(config).attention, []
+    except ValueError as error:  # the conversation can be looked at all the same
+        return [], [str(error)]
 
 
 def as_tree(found: Inspection) -> Tree:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from onepass_trl.tools.estimation import Work, work_of_pass, work_of_row
+from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import Branch, Inspection
 from onepass_trl.tools.tiles import TILE
 
@@ -15,8 +17,11 @@ def name_of(branch: Branch) -> str:
     return f"branch of {branch.turns} turns, the last is turn {branch.last_turn}"
 
 
-def figures(found: Inspection) -> Iterator[str]:
-    """Yield the row's figures as lines of text."""
+def figures(found: Inspection, layers: Sequence[AttentionLayers] = ()) -> Iterator[str]:
+    """Yield the row's figures as lines of text.
+
+    `layers` are those of the model, if it is known: those with a window have figures of their own.
+    """
     skipped, partial, full = found.tiles
     executed = partial + full
     num_turns = len(found.pass_lengths)
@@ -33,8 +38,23 @@ def figures(found: Inspection) -> Iterator[str]:
         f"{skipped:,} skipped; {found.pairs / TILE**2:,.1f} tiles' worth of pairs are useful, "
         f"{found.pairs / TILE**2 / executed:.0%} of what is executed"
     )
+    for layer in layers:
+        if layer.window is not None:
+            yield _in_window(found, layer.window, layer.num_layers)
     trained, copies = int(found.trained[~found.is_copy].sum()), int(found.is_copy.sum())
     yield f"trained tokens: {trained:,}; fork copies: {copies}"
+
+
+def _in_window(found: Inspection, window: int, num_layers: int) -> str:
+    one_pass, n_pass = work_of_row(found.row, [window]), Work()
+    for length in found.pass_lengths:
+        n_pass.add(work_of_pass(length, 0, [window]))
+    pairs, n_pass_pairs = one_pass.pairs[window], n_pass.pairs[window]
+    return (
+        f"in the {num_layers} layers with a window of {window:,}: one pass {pairs:,} pairs, N-pass "
+        f"{n_pass_pairs:,} = {n_pass_pairs / pairs:.2f} times as many; "
+        f"{one_pass.executed[window] // TILE**2:,} tiles executed"
+    )
 
 
 def remarks(found: Inspection) -> Iterator[str]:

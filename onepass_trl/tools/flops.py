@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ def model_cost(config: PreTrainedConfig) -> ModelCost:
         ValueError: if it can't be trained in one pass, see `check_model`.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     check_model(model)
     text_config = config.get_text_config(decoder=True)
     head = model.get_output_embeddings()

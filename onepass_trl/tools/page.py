@@ -7,17 +7,21 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from onepass_trl.tools.figures import figures, name_of, remarks
+from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import Branch, Inspection
 from onepass_trl.tools.tiles import TILE
 from onepass_trl.tools.transcript import visible_text
 
 
-def to_html(found: Inspection, title: str) -> str:
+def to_html(found: Inspection, title: str, layers: Sequence[AttentionLayers] = ()) -> str:
     """Return the page: text in ASCII, of a size linear in the tokens, which loads nothing.
+
+    `layers` are those of the model, if it is known: the page shows each of their windows.
 
     The conversation stands in it as JSON in which no character means anything to HTML, and gets
     into the document as text only. The page's policy allows its own script and no other.
@@ -30,7 +34,7 @@ def to_html(found: Inspection, title: str) -> str:
     parts = {
         "$TITLE": html.escape(visible_text(title)),
         "$SCRIPT_HASH": f"sha256-{digest}",
-        "$DATA": _as_script_data(_data(found)),
+        "$DATA": _as_script_data(_data(found, layers)),
     }
     return re.sub(r"\$(TITLE|SCRIPT_HASH|DATA)\b", lambda match: parts[match[0]], page)
 
@@ -41,7 +45,7 @@ def _as_script_data(value: Any) -> str:
     return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _data(found: Inspection) -> dict[str, Any]:
+def _data(found: Inspection, layers: Sequence[AttentionLayers]) -> dict[str, Any]:
     row = found.row
     segments: list[dict[str, Any]] = []
     return {
@@ -52,11 +56,12 @@ def _data(found: Inspection) -> dict[str, Any]:
         "labels": row.shift_labels.tolist(),
         "weights": row.weights.tolist(),
         "visibleEnd": row.visible_end.tolist(),
+        "windows": sorted({layer.window for layer in layers if layer.window is not None}),
         "trained": found.trained.astype(int).tolist(),
         "copies": found.is_copy.nonzero()[0].tolist(),
         "outline": _outline(found.trunk, "trunk", segments),
         "segments": sorted(segments, key=lambda segment: segment["begin"]),
-        "figures": [*figures(found), *remarks(found)],
+        "figures": [*figures(found, layers), *remarks(found)],
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from onepass_trl.data import Layout, linearize
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.data.layout import IGNORE_INDEX
 from onepass_trl.passes import Pass
+from onepass_trl.tools.bench.timing import seconds_of
 from onepass_trl.tools.estimation import Work, limited, passes_of, work_of_pass, work_of_row
 from onepass_trl.training.preparation import PreparationOptions
 
@@ -180,14 +180,8 @@ def _n_pass_batch(pass_: Pass, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _seconds(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
+    def step() -> None:
+        model(**batch, use_cache=False, fused_lm_head=True).loss.backward()
+
     model.zero_grad(set_to_none=True)
-    _synchronize(model.device)
-    start = time.perf_counter()
-    model(**batch, use_cache=False, fused_lm_head=True).loss.backward()
-    _synchronize(model.device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    return seconds_of(step, model.device)

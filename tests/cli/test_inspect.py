@@ -2,8 +2,10 @@ import json
 import sys
 
 import pytest
+from transformers import MambaConfig
 
 from onepass_trl.cli import main
+from tests.models import make_model
 
 from .test_cli import CHATS
 
@@ -53,6 +55,24 @@ def test_a_dataset_without_reasoning_is_told_what_is_saved(inspect):
     status, out, _ = inspect([{"messages": messages}])
     assert status == 0
     assert "No trained turn has reasoning. One pass still saves" in out
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ("mistral", "in the 2 layers with a window of 5: one pass"),
+        ("qwen3", None),
+        ("mamba", "cannot be trained in one pass"),
+    ],
+)
+def test_what_the_model_of_the_folder_adds(inspect, tiny_tokenizer, tmp_path, model, line):
+    tiny_tokenizer.save_pretrained(tmp_path / model)
+    config = MambaConfig(hidden_size=8) if model == "mamba" else make_model(model).config
+    config.save_pretrained(tmp_path / model)
+    status, out, _ = inspect(CHATS, f"--model_name_or_path={tmp_path / model}")
+    assert status == 0
+    assert (line or "without a window") in out
+    assert ("with a window of" in out) == (model == "mistral")
 
 
 @pytest.mark.parametrize("row", [8, -1])

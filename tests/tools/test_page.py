@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from onepass_trl import Pass
+from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import inspect_passes, inspect_row
 from onepass_trl.tools.page import to_html
+from onepass_trl.tools.tiles import count_tiles
 from onepass_trl.visibility import dense_mask
 from tests.browser import CHROMIUM, NO_CHROMIUM, Page
 
@@ -29,9 +31,9 @@ def open_page(tmp_path):
     """A function that opens an inspected row in a browser."""
     pages = []
 
-    def opened(found, title="a row"):
+    def opened(found, title="a row", layers=()):
         path = tmp_path / "row.html"
-        path.write_text(to_html(found, title), encoding="utf-8")
+        path.write_text(to_html(found, title, layers), encoding="utf-8")
         pages.append(Page(path, tmp_path / "profile"))
         return pages[-1]
 
@@ -54,8 +56,9 @@ def lit(page):
     return sorted(page.evaluate(LIT))
 
 
-def seen(found, index):
-    return np.flatnonzero(dense_mask(found.row.visible_end)[index]).tolist()
+def seen(found, index, window=None):
+    mask = dense_mask(found.row.visible_end, found.row.position_ids, window)
+    return np.flatnonzero(mask[index]).tolist()
 
 
 @in_browser
@@ -131,6 +134,37 @@ def test_tiles_of_the_picture_are_those_of_the_plan_and_a_phone_is_wide_enough(
     assert tuple(map(int, re.findall(r"(\d+) (?:skipped|partial|full)", legend))) == found.tiles
     page.resize(390, 844)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@in_browser
+def test_layers_with_a_window_light_what_it_leaves(open_page, tiny_tokenizer):
+    chat = [dict(m, content=m["content"] * 20) for m in CHAT]
+    found = inspect_row({"messages": chat}, tiny_tokenizer)
+    layers = [AttentionLayers(2, None, 8), AttentionLayers(2, 70, 8), AttentionLayers(1, 3, 8)]
+    page = open_page(found, layers=layers)
+    names = page.evaluate("[...document.querySelectorAll('#layer option')].map(o => o.text)")
+    assert names == ["without a window", "with a window of 3", "with a window of 70"]
+    branch = int(np.flatnonzero(found.trained)[-1])
+    hover(page, branch)
+    for number, window in [(2, 70), (1, 3), (0, None)]:
+        page.evaluate(
+            f"(s => {{ s.selectedIndex = {number}; s.dispatchEvent(new Event('change')); }})"
+            "(document.querySelector('#layer select'))"
+        )
+        legend = page.evaluate("document.querySelector('.legend').textContent")
+        tiles = count_tiles(found.row.visible_end, found.row.position_ids, window)
+        assert tuple(map(int, re.findall(r"(\d+) (?:skipped|partial|full)", legend))) == tiles
+        for index in (branch, len(found.row) - 1):
+            page.evaluate(f"hold({index})")
+            assert lit(page) == seen(found, index, window)
+    texts = page.evaluate("[...document.querySelectorAll('#figures li')].map(li => li.textContent)")
+    assert sum("layers with a window of" in text for text in texts) == 2
+
+
+@in_browser
+def test_a_model_without_windows_offers_no_choice(open_page, tiny_tokenizer):
+    page = open_page(inspect_row({"messages": CHAT}, tiny_tokenizer))
+    assert page.evaluate("getComputedStyle(document.getElementById('layer')).display") == "none"
 
 
 def test_the_page_grows_with_the_tokens_and_not_with_their_pairs(tiny_tokenizer):
