@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_rendering import SHARED, print_table
+from bench_rendering import SHARED, any_missing, print_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
@@ -131,7 +131,7 @@ def compare(
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -139,16 +139,18 @@ def main() -> None:
         "--data", type=Path, nargs="+", default=[SHARED / f"data/{name}.jsonl" for name in FILES]
     )
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "qwen3")
-    parser.add_argument("--tokens", type=int, default=60000, help="of N-pass, of each dataset")
+    parser.add_argument("--tokens", type=int, default=20000, help="of N-pass, of each dataset")
     parser.add_argument("--max-length", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", help="write the result to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
 
+    if any_missing(*args.data, args.tokenizer):
+        return
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     results = []
     for path in args.data:

@@ -22,7 +22,7 @@ from typing import Any
 
 import datasets
 import torch
-from bench_rendering import SHARED, print_table
+from bench_rendering import SHARED, any_missing, print_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -98,7 +98,7 @@ def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,10 +107,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "qwen3")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="write the result to this file")
-    args = parser.parse_args()
-    missing = [str(path) for path in (*args.data, args.tokenizer) if not path.exists()]
-    if missing:
-        print(f"skipped: {' and '.join(missing)} not found; give --data and --tokenizer")
+    args = parser.parse_args(arguments)
+    if any_missing(*args.data, args.tokenizer):
         return
     torch.manual_seed(0)
     datasets.disable_caching()

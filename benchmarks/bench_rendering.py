@@ -25,6 +25,14 @@ from onepass_trl.tools.bench.record import write
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def any_missing(*paths: Path) -> bool:
+    """Return whether any of the paths doesn't exist, and say so."""
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        print(f"skipped: {' and '.join(missing)} not found; give --data and --tokenizer")
+    return bool(missing)
+
+
 def seconds(function: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     function()
@@ -68,7 +76,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,10 +84,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "qwen3")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="write the result to this file")
-    args = parser.parse_args()
-    missing = [str(path) for path in (args.data, args.tokenizer) if not path.exists()]
-    if missing:
-        print(f"skipped: {' and '.join(missing)} not found; give --data and --tokenizer")
+    args = parser.parse_args(arguments)
+    if any_missing(args.data, args.tokenizer):
         return
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, model_max_length=10**9)
     with args.data.open(encoding="utf-8") as lines:

@@ -1,4 +1,4 @@
-"""Draws the figures of docs/figures from the JSON of results/.
+"""Draws the figures of docs/figures: from the JSON of results/, and one of a conversation.
 
 make plots
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onepass_trl.tools import mask_picture
+from onepass_trl.tools.inspection import inspect_row
 from onepass_trl.tools.plots import N_PASS, ONE_PASS, PEER, check_png, new_figure, save
 
 if TYPE_CHECKING:
@@ -114,6 +117,18 @@ def loss_curves(record: dict[str, Any]) -> Figure:
     return figure
 
 
+def mask_of_a_conversation() -> Figure:
+    """Draw who sees whom in the longest conversation of examples/conversations.jsonl."""
+    sys.path.append(str(HERE.parent / "examples"))
+    from small_model import make_tokenizer, read_conversations
+
+    conversations = read_conversations()
+    tokenizer = make_tokenizer(conversations)
+    inspected = (inspect_row(conversation, tokenizer) for conversation in conversations)
+    longest = max(inspected, key=lambda found: len(found.pass_lengths) * 10**6 + len(found.row))
+    return mask_picture.draw(longest, "A conversation of examples/conversations.jsonl")
+
+
 FIGURES = {
     "turns": ("speedup_by_turns", speedup_by_turns),
     "memory": ("memory_by_tokens", memory_by_tokens),
@@ -169,6 +184,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(f"{source} is missing: run benchmarks/bench_{name}.py --json {source}")
         save(draw(json.loads(source.read_text())), path)
         print(f"wrote {path}")
+    path = args.output / "mask.png"
+    save(mask_of_a_conversation(), path)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

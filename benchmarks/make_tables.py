@@ -49,7 +49,8 @@ def format_table(record: dict[str, Any]) -> str:
     rows, versions = record["results"], record["versions"]
     lines = [
         f"`{record['command']}`  ",
-        f"{device_of(record)}, torch {versions['torch']}, commit {record['commit']}, {record['date']}",
+        f"{device_of(record)}, torch {versions['torch']}, "
+        f"commit {record['commit']}, {record['date']}",
     ]
     if len(rows) == 1:  # a single result reads better downwards
         lines += ["", "| figure | value |", "|---|---|"]

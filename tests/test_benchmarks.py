@@ -51,6 +51,27 @@ def test_loss_curves_lie_on_each_other(script, tmp_path, capsys):
     assert "3 steps, loss" in capsys.readouterr().out
 
 
+def test_an_estimate_beside_what_is_run(script, tmp_path, tiny_model_dir):
+    path = tmp_path / "estimate.json"
+    flags = [
+        f"--data={ROOT / 'examples' / 'conversations.jsonl'}",
+        f"--tokenizer={tiny_model_dir}",
+        *("--tokens=900", "--layers=1", "--hidden-size=128", "--repeats=1", f"--json={path}"),
+    ]
+    script("bench_estimate").main(flags)
+    (row,) = results_of(path, "estimate")
+    assert row["measured_ratio"] == pytest.approx(row["n_pass_seconds"] / row["one_pass_seconds"])
+    for way in ("by_operations", "by_rows_run"):
+        assert row[f"error_{way}"] == pytest.approx(row[way] / row["measured_ratio"] - 1)
+    assert 1 < row["by_operations"] < 2 * row["token_ratio"]
+
+
+def test_what_needs_data_is_skipped_without(script, capsys):
+    for name in ("estimate", "preparation", "rendering"):
+        script(f"bench_{name}").main(["--data=nowhere.jsonl"])
+        assert "skipped: nowhere.jsonl" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_grows_with_the_mask_and_not_with_the_tree(script):
@@ -69,6 +90,7 @@ def test_the_figures_are_drawn_from_what_is_committed(script, tmp_path):
         "speedup_by_turns",
         "memory_by_tokens",
         "loss_curves",
+        "mask",
     }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
     record = json.loads((BENCHMARKS / "results" / "turns.json").read_text())
