@@ -50,6 +50,7 @@ FLAGS = dict.fromkeys(
     "--bf16 False --dtype float32 --max_length 512 --gradient_accumulation_steps 1 "
     "--per_device_train_batch_size 1 --eval_strategy no",
 )
+FLAGS["bench"] = "--use_cpu --repeats 1"
 
 
 @pytest.fixture
@@ -139,6 +140,8 @@ class TestCommands:
         program, verb, *words = shlex.split(command)
         assert program == "onepass-trl"
         words = [str(tiny_model_dir) if word in PLACEHOLDERS else word for word in words]
+        if verb == "bench" and not words:
+            words += ["--turns=2"]
         words += FLAGS.get(verb, "").format(model=tiny_model_dir).split()
         monkeypatch.setattr("accelerate.commands.launch.launch_command", train_in_this_process)
         assert main([verb, *words]) == 0

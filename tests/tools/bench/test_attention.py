@@ -81,7 +81,6 @@ def test_every_usable_implementation_is_a_peer():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_flex_is_compiled_and_timed_forward():
     ours, flex = measure(["onepass cpu", FLEX])
     assert flex["forward_min_ms"] > 0
