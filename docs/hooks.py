@@ -106,7 +106,7 @@ def with_links(text: str, source: Path) -> str:
     def settle(match: re.Match[str]) -> str:
         image, label, target = match.groups()
         path, _, anchor = target.partition("#")
-        if image or not path or re.match(r"\w+:", path):
+        if not path or re.match(r"\w+:", path):
             return match[0]
         place = Path(os.path.normpath(source.parent / path))
         if not place.is_relative_to(REPOSITORY) or not place.exists():
@@ -116,7 +116,7 @@ def with_links(text: str, source: Path) -> str:
         if inside is None and named.startswith("docs/"):
             inside = named.removeprefix("docs/")
         if inside is not None:
-            return f"[{label}]({inside}{'#' * bool(anchor)}{anchor})"
+            return f"{image}[{label}]({inside}{'#' * bool(anchor)}{anchor})"
         return f"`{named}`" if label.strip("`") == named else f"{label} (`{named}`)"
 
     return _LINK.sub(settle, text)

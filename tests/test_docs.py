@@ -374,6 +374,8 @@ class TestSite:
         source = DOCS / "index.md"
         settled = hooks.with_links("[a](../examples/sft.yaml) [b](../ARCHITECTURE.md#x)", source)
         assert settled == "a (`examples/sft.yaml`) [b](architecture.md#x)"
+        page = REPOSITORY / "benchmarks" / "README.md"
+        assert hooks.with_links("![a](../docs/figures/row.svg)", page) == "![a](figures/row.svg)"
         with pytest.raises(ValueError, match="which doesn't exist"):
             hooks.with_links("[a](../examples/none.yaml)", source)
 
