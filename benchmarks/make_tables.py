@@ -61,10 +61,11 @@ def format_table(record: dict[str, Any]) -> str:
         lines[-1] += "  "
         facts = [f"{column} {format_cell(rows[0][column])}" for column in same]
         lines.append(", ".join(fact for fact in facts if not fact.endswith(" ")))
-    columns = [column for column in rows[0] if column not in same]
+    columns = [column for column in rows[0] if column not in (*same, "note")]
     lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(format_cell(row[c]) for c in columns) + " |" for row in rows]
-    return "\n".join(lines)
+    notes = [f"{row[columns[0]]}: {row['note']}" for row in rows if row.get("note")]
+    return "\n".join([*lines, *[""] * bool(notes), *notes])
 
 
 def main() -> None:
