@@ -136,6 +136,10 @@ FIGURES = {
 }
 
 
+def source_of(record: dict[str, Any]) -> str:
+    return f"{record['name']} at {record['commit']}, {record['date']}"
+
+
 def _begin(title: str, record: dict[str, Any]) -> tuple[Figure, Axes]:
     figure = new_figure(7.2, 4.4)
     axes = figure.add_subplot()
@@ -182,7 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
         source = args.results / f"{name}.json"
         if not source.is_file():
             raise SystemExit(f"{source} is missing: run benchmarks/bench_{name}.py --json {source}")
-        save(draw(json.loads(source.read_text())), path)
+        record = json.loads(source.read_text())
+        save(draw(record), path, source_of(record))
         print(f"wrote {path}")
     path = args.output / "mask.png"
     save(mask_of_a_conversation(), path)

@@ -108,6 +108,15 @@ def test_a_missing_result_is_named(script, tmp_path):
         script("make_plots").main([f"--results={tmp_path}", f"--output={tmp_path / 'figures'}"])
 
 
+def test_the_committed_figures_are_of_the_committed_results(script):
+    image = pytest.importorskip("PIL.Image")
+    plots = script("make_plots")
+    for name, (file, _) in plots.FIGURES.items():
+        record = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+        with image.open(ROOT / "docs" / "figures" / f"{file}.png") as picture:
+            assert picture.info["Description"] == plots.source_of(record), "run make plots"
+
+
 def test_every_result_has_its_table_or_figure(script):
     tables, plots = script("make_tables"), script("make_plots")
     page = (BENCHMARKS / "README.md").read_text()

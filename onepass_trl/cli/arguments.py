@@ -44,7 +44,10 @@ def load_config(model: str) -> PreTrainedConfig | None:
 
 def json_object(text: str) -> dict[str, Any]:
     """Return the object that the text is, for argparse."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
     return value

@@ -28,12 +28,13 @@ def main(argv: list[str]) -> int:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    accelerator = None if options.use_cpu else torch.accelerator.current_accelerator()
-    device = accelerator or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device("cpu") if options.use_cpu or accelerator is None else accelerator
     default = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, options.dtype or default)
     config = _load_config(options)
     conversations = _load_passes(options, config)
+    _check(options, config, dtype, device)
     print(_subject(options, config, conversations))
     print(f"device: {_device_name(device)}; {str(dtype).removeprefix('torch.')}", flush=True)
     given = options, config, conversations, dtype, device
@@ -125,10 +126,22 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return int(text)
+
+
+def _check(
+    options: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise if the model can't be trained in one pass or a step needs too much memory: before any
+    measurement is taken, and lost."""
+    from onepass_trl.tools.bench.step import check_memory
+    from onepass_trl.tools.flops import model_cost
+
+    model_cost(config)
+    if not options.attention:
+        check_memory(config, dtype, device)
 
 
 def _load_config(options: argparse.Namespace) -> PretrainedConfig:
@@ -223,11 +236,10 @@ def _step(
     import datasets
 
     from onepass_trl.tools.bench.report import step_table
-    from onepass_trl.tools.bench.step import check_memory, measure_step
+    from onepass_trl.tools.bench.step import measure_step
     from onepass_trl.tools.bench.workload import random_model
 
     datasets.disable_progress_bars()
-    check_memory(config, dtype, device)
     result = measure_step(
         conversations,
         lambda: random_model(config, dtype),

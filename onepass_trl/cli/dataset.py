@@ -115,7 +115,10 @@ def _read_json(file: str) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file: one a line, or those of a JSON list."""
     text = Path(file).read_text(encoding="utf-8")
     if file.endswith(".json") and text.lstrip().startswith("["):
-        numbered = list(enumerate(json.loads(text)))
+        try:
+            numbered = list(enumerate(json.loads(text)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from None
         what = "element"
     else:
         numbered = [

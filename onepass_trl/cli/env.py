@@ -61,7 +61,7 @@ def _version(package: str) -> str:
 def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         yield "devices", "cpu"
         return

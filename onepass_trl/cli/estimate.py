@@ -48,8 +48,10 @@ def main(argv: list[str]) -> int:
         assert config is not None
         times = _measure(options, found, config, dataset, tokenizer, preparation)
 
-    device = torch.accelerator.current_accelerator()
-    given: dict[str, Any] = {"scores_every_position": device is None, "times": times}
+    device = torch.accelerator.current_accelerator(check_available=True)
+    # TRL's fused LM head leaves out positions without a target where it runs on Triton.
+    every_position = device is None or device.type not in ("cuda", "xpu")
+    given: dict[str, Any] = {"scores_every_position": every_position, "times": times}
     what = f"{len(indices):,} of {len(dataset):,}" if len(indices) < len(dataset) else "all"
     print(f"{options.dataset}: {what} conversations\n")
     print("\n".join(report(found, **given)))
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
         from onepass_trl.tools import plots
         from onepass_trl.tools.estimation_plot import draw
 
-        figure = draw(found, options.dataset, scores_every_position=device is None)
+        figure = draw(found, options.dataset, scores_every_position=every_position)
         plots.save(figure, options.png)
         print(f"Wrote {options.png}")
     return 0
@@ -101,7 +103,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "device, and predict the step-time ratio from that",
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="of the measured model; unset: as the trainer's default"
+        "--dtype",
+        choices=_DTYPES,
+        help="of the measured model (default: float32 on a CPU, else bfloat16)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write all figures as JSON")
     parser.add_argument("--png", metavar="FILE", help="also draw them (needs matplotlib)")
@@ -171,14 +175,15 @@ def _measure(
     from transformers import AutoModelForCausalLM, set_seed
 
     from onepass_trl.cli.dataset import read_row
-    from onepass_trl.tools.step_time import choose_probes, measure, spread
+    from onepass_trl.tools.step_time import check_memory, choose_probes, measure, spread
 
     chosen = spread(found.row_tokens)
     rows, passes = choose_probes(
         [read_row(dataset, int(found.indices[at])) for at in chosen], tokenizer, preparation
     )
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    check_memory(config, getattr(torch, dtype), device)
     set_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

@@ -112,13 +112,11 @@ def _layers(model: str) -> tuple[Sequence[AttentionLayers], list[str]]:
     from onepass_trl.cli.arguments import load_config
     from onepass_trl.tools.flops import model_cost
 
-    config = load_config(model)
-    if config is None:
-        return [], []
     try:
-        return model_cost(config).attention, []
-    except ValueError as error:  # the conversation can be looked at all the same
-        return [], [str(error)]
+        config = load_config(model)
+        return model_cost(config).attention if config else [], []
+    except (ValueError, OSError) as error:  # the conversation can be looked at all the same
+        return [], [f"The model's layers aren't known: {error}"]
 
 
 def as_tree(found: Inspection) -> Tree:

@@ -187,4 +187,4 @@ def _load_model(options: argparse.Namespace) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=dtype)
-    return model.to(torch.accelerator.current_accelerator() or "cpu")
+    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -11,6 +11,7 @@ import numpy as np
 
 from onepass_trl.tools.estimation import Estimate, Work
 from onepass_trl.tools.step_time import StepTime
+from onepass_trl.training import OnePassSFTConfig
 
 _BAR = 30  # characters of the longest bar
 _BINS = 12  # lines of the histogram, at most
@@ -43,8 +44,9 @@ def report(
             for work in (one, n)
         ]
         for name in ("linear", "attention", "head"):
-            label = "LM head" if name == "head" else name
-            yield _line(f"operations, {label}", flops[0][name], flops[1][name])
+            yield _line(
+                f"operations, {'LM head' * (name == 'head') or name}", *(way[name] for way in flops)
+            )
         yield _line("operations, all", *(sum(way.values()) for way in flops))
     if times is not None:
         seconds = [time.seconds(work) for time, work in zip(times, (one, n), strict=True)]
@@ -82,10 +84,13 @@ def _prediction(
 ) -> Iterator[str]:
     if times is not None:
         one, n = times[0].seconds(found.one_pass), times[1].seconds(found.n_pass)
-        error = max(time.largest_error for time in times)
+        # Three coefficients fit three rows exactly, which says nothing.
+        errors = [time.largest_error for time in times if time.num_rows > 3]
+        fitted = f" (fitted to within {max(errors):.0%})" if errors else ""
         yield (
-            f"Predicted: N-pass takes {n / one:.2f} times as long, by rows that ran on this device "
-            f"(fitted to within {error:.0%})."
+            f"Predicted: N-pass takes {n / one:.2f} times as long, by {times[0].num_rows} rows and "
+            f"{times[1].num_rows} turns of up to {max(time.longest for time in times):,} tokens "
+            f"that ran on this device{fitted}."
         )
     if found.cost is None:
         yield (
@@ -94,10 +99,12 @@ def _prediction(
         )
         return
     ratio = found.flops_ratio(scores_every_position=scores_every_position)
+    scored = "every position, as TRL's does on a CPU" if scores_every_position else "targets only"
     verb = "By operations alone" if times is not None else "Predicted by operations"
     yield (
         f"{verb}: N-pass takes {ratio:.2f} times as long, if all operations are equally fast "
-        f"({found.cost.name}, {_size(found.cost.num_parameters)} parameters)."
+        f"({found.cost.name}, {_size(found.cost.num_parameters)} parameters; without activation "
+        f"checkpointing; an LM head that scores {scored})."
     )
 
 
@@ -110,8 +117,12 @@ def _rows(found: Estimate) -> Iterator[str]:
     named = ", ".join(f"{found.longest_path[at]:,} (row {found.indices[at]})" for at in longest)
     yield f"Longest turns with their contexts, in tokens: {named}."
     if found.max_length is None:
-        yield "No --max_length: every conversation is one row, of at most " + (
-            f"{found.row_tokens.max():,} tokens."
+        default = OnePassSFTConfig.max_length
+        cut = int((found.longest_path > default).sum()) if default else 0
+        yield (
+            f"No --max_length: every conversation is one row, of at most "
+            f"{found.row_tokens.max():,} tokens. Training's default, {default:,}, "
+            + (f"would cut turns of {cut:,} conversations." if cut else "would cut none.")
         )
         return
     lost = found.overflow
@@ -136,7 +147,10 @@ def _rows(found: Estimate) -> Iterator[str]:
 
 
 def _remarks(found: Estimate) -> Iterator[str]:
-    if found.is_chain and found.n_pass.rows > len(found.num_turns):
+    if found.num_turns.max() <= 1:
+        yield "No conversation has two trained turns, so one pass is what N-pass computes."
+        return
+    if found.is_chain:
         yield (
             "No token stands twice: on these conversations the template keeps every turn in later "
             "contexts as it was generated, so no duplication is needed. Each row is an ordinary "
@@ -147,8 +161,6 @@ def _remarks(found: Estimate) -> Iterator[str]:
             "No trained turn has reasoning. One pass still saves "
             f"{1 - 1 / found.token_ratio:.0%} of the tokens."
         )
-    if found.n_pass.rows <= len(found.num_turns):
-        yield "No conversation has two trained turns, so one pass is what N-pass computes."
 
 
 def histogram(num_turns: list[int]) -> Iterator[str]:
@@ -213,6 +225,7 @@ def as_json(
             name: asdict(found.flops(work, scores_every_position=scores_every_position))
             for name, work in (("one_pass", one), ("n_pass", n))
         }
+        value["scores_every_position"] = scores_every_position
         value["flops_ratio"] = found.flops_ratio(scores_every_position=scores_every_position)
     if times is not None:
         seconds = [time.seconds(work) for time, work in zip(times, (one, n), strict=True)]

@@ -51,7 +51,8 @@ def _in_window(found: Inspection, window: int, num_layers: int) -> str:
         n_pass.add(work_of_pass(length, 0, [window]))
     pairs, n_pass_pairs = one_pass.pairs[window], n_pass.pairs[window]
     return (
-        f"in the {num_layers} layers with a window of {window:,}: one pass {pairs:,} pairs, N-pass "
+        f"in the {f'{num_layers} layers' if num_layers > 1 else 'layer'} with a window of "
+        f"{window:,}: one pass {pairs:,} pairs, N-pass "
         f"{n_pass_pairs:,} = {n_pass_pairs / pairs:.2f} times as many; "
         f"{one_pass.executed[window] // TILE**2:,} tiles executed"
     )

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from onepass_trl.attention.model_check import check_model
 
-# Forward and backward, in forwards. A matrix product has two in its backward. Attention has two of
-# them forward and five backward, as the scores are computed again. So are the logits in TRL's fused
-# LM head.
+# Forward and backward, in forwards, without activation checkpointing. A matrix product has two in
+# its backward. Attention has two products forward and five backward, as the scores are computed
+# again (3.5 with equal head sizes). So are the logits in TRL's fused LM head.
 LINEAR_FORWARDS, ATTENTION_FORWARDS, HEAD_FORWARDS = 3.0, 3.5, 4.0
 # Under which names configurations say how many experts a token goes to.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
@@ -57,15 +57,21 @@ class ModelCost:
 def model_cost(config: PreTrainedConfig) -> ModelCost:
     """Return what the forward pass of a causal language model with this configuration costs.
 
-    The model is built without memory for its weights.
+    The model is built without memory for its weights; of a multimodal one, only what reads text.
 
     Raises:
-        ValueError: if it can't be trained in one pass, see `check_model`.
+        ValueError: if it can't be built, or not be trained in one pass, see `check_model`.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    text_config = copy.deepcopy(config.get_text_config(decoder=True))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(text_config)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(
+            f"no causal language model can be built from its {type(config).__name__}: "
+            f"{str(error).partition(chr(10))[0][:200]}"
+        ) from error
     check_model(model)
-    text_config = config.get_text_config(decoder=True)
     head = model.get_output_embeddings()
     body = sum(_active_weights(module, text_config) for module in model.modules())
     head_weights = head.weight.numel()
@@ -86,7 +92,7 @@ def _active_weights(module: nn.Module, config: PreTrainedConfig) -> int:
     for name, weight in module.named_parameters(recurse=False):
         if weight.ndim < 2 or name.endswith("bias"):
             continue
-        if weight.ndim == 3:  # (experts, .., ..)
+        if weight.ndim == 3:  # (experts, .., ..): other weights of text models are matrices
             total += weight[0].numel() * _experts_per_token(config)
         else:
             total += weight.numel()
@@ -95,8 +101,8 @@ def _active_weights(module: nn.Module, config: PreTrainedConfig) -> int:
 
 def _experts_per_token(config: PreTrainedConfig) -> int:
     for name in _EXPERTS_PER_TOKEN:
-        if (number := getattr(config, name, None)) is not None:
-            return int(number)
+        if isinstance(number := getattr(config, name, None), int):
+            return number
     raise ValueError(
         f"{type(config).__name__} has experts, but none of {', '.join(_EXPERTS_PER_TOKEN)} says to "
         "how many of them a token goes: set num_experts_per_tok"
@@ -122,7 +128,7 @@ def _attention_layers(
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "is_causal") and hasattr(module, "layer_idx")
+    return bool(getattr(module, "is_causal", False)) and hasattr(module, "layer_idx")
 
 
 def _head_sizes(module: nn.Module, config: Any) -> tuple[int, int]:

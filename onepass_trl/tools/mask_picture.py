@@ -205,8 +205,8 @@ def _describe(figure: Figure, axes: Axes, found: Inspection, raster: Raster, tit
     axes.set_title(
         f"{len(found.row):,} tokens in one pass; {turns} {'turn' if turns == 1 else 'turns'}; "
         f"N-pass computes {found.token_ratio:.2f} times as many tokens\n"
-        f"{found.pairs:,} useful pairs; tiles of {TILE} x {TILE} compute "
-        f"{executed / found.pairs:.2f} times as many",
+        f"{found.pairs:,} useful pairs in layers without a window; tiles of {TILE} x {TILE} "
+        f"compute {executed / found.pairs:.2f} times as many",
         fontsize=9,
         color="#374151",
         pad=26,

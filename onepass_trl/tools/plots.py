@@ -40,6 +40,6 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as a PNG file on white, 150 dots an inch."""
-    figure.savefig(path, dpi=150, facecolor="white")
+def save(figure: Figure, path: str | Path, description: str = "") -> None:
+    """Write a figure as a PNG file on white, 150 dots an inch; `description` is in its metadata."""
+    figure.savefig(path, dpi=150, facecolor="white", metadata={"Description": description})

@@ -15,12 +15,13 @@ from onepass_trl.data import Layout, linearize
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.data.layout import IGNORE_INDEX
 from onepass_trl.passes import Pass
-from onepass_trl.tools.bench.timing import seconds_of
+from onepass_trl.tools.bench.timing import available_bytes, seconds_of
+from onepass_trl.tools.bench.workload import num_parameters
 from onepass_trl.tools.estimation import Work, limited, passes_of, work_of_pass, work_of_row
 from onepass_trl.training.preparation import PreparationOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_PROBES = 6
 LONGEST_PROBE = 8192  # tokens
@@ -36,6 +37,8 @@ class StepTime:
         per_pair: of a pair in an executed tile, times the weight of its layers.
         weights: by window, of the layers that have it.
         largest_error: of the fit, relative to what was measured.
+        num_rows: that it was fitted to.
+        longest: tokens of the longest of them.
     """
 
     per_row: float
@@ -43,6 +46,8 @@ class StepTime:
     per_pair: float
     weights: Mapping[int | None, int]
     largest_error: float
+    num_rows: int
+    longest: int
 
     def seconds(self, work: Work) -> float:
         """Return the time that these rows take."""
@@ -72,7 +77,10 @@ def fit(
     coefficients /= scale
     error = float(np.abs(features @ coefficients / measured - 1).max())
     per_row, per_token, per_pair = coefficients.tolist()
-    return StepTime(per_row, per_token, per_pair, dict(weights), error)
+    longest = max(work.tokens for work in works)
+    return StepTime(
+        per_row, per_token, per_pair, dict(weights), error, num_rows=len(works), longest=longest
+    )
 
 
 def spread(lengths: NDArray[np.int64], number: int = NUM_PROBES) -> list[int]:
@@ -94,6 +102,9 @@ def choose_probes(
     """Return rows of one pass and of N-pass to run, of all lengths that these conversations have.
 
     None is longer than `LONGEST_PROBE`: what is longer is cut, as with that ``max_length``.
+
+    Raises:
+        ValueError: if nothing trained stands within that length.
     """
     length = min(options.max_length or LONGEST_PROBE, LONGEST_PROBE)
     options = replace(options, max_length=length, overflow="truncate")
@@ -103,6 +114,11 @@ def choose_probes(
         left, trees, _ = limited(passes_of(row, tokenizer, options)[0], options)
         layouts += [linearize(tree) for tree in trees]
         passes += left
+    if not passes:
+        raise ValueError(
+            f"nothing to measure: of {len(rows)} conversations, no trained token stands within the "
+            f"first {length:,} tokens of its turn with its context"
+        )
     chosen = spread(np.array([len(layout) for layout in layouts]))
     chosen_passes = spread(np.array([len(pass_) for pass_ in passes]))
     return [layouts[at] for at in chosen], [passes[at] for at in chosen_passes]
@@ -162,6 +178,20 @@ def measure(
         # SDPA masks what is outside a window, and skips none of it.
         fit(n_pass_works, seconds[1, : len(passes)].tolist(), {None: sum(weights.values())}),
     )
+
+
+def check_memory(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless a model's weights and gradients fit into memory.
+
+    Raises:
+        ValueError: with what they take; activations come on top.
+    """
+    free, needed = available_bytes(device), 2 * dtype.itemsize * num_parameters(config)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"the model with gradients takes {needed / 2**30:.1f} GiB without activations, and "
+            f"{free / 2**30:.1f} GiB are free: estimate without --measure, or with --dtype bfloat16"
+        )
 
 
 def _one_pass_batch(row: Layout, device: torch.device) -> dict[str, torch.Tensor]:

@@ -78,7 +78,7 @@ def test_turns_without_reasoning_are_measured_too(bench, tmp_path, tiny_model_di
         (["--dtype=float8"], "invalid choice: 'float8'"),
         (["--json={folder}/none/bench.json"], "there is no folder"),
         (["--num_layers=9"], "expected 1 to 4"),
-        (["--repeats=0"], "expected at least 1, got 0"),
+        (["--repeats=0"], "expected a number of at least 1, got 0"),
         (["--attention", "--step"], "not allowed with argument"),
         (["--turns=1", "--peers", "paper"], "no peer is named 'paper' here"),
         (["--max_length=20"], "the chat has no trained token within --max_length 20"),

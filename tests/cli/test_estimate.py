@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from onepass_trl.cli import main
 
@@ -77,6 +78,21 @@ def test_a_folder_without_a_config(estimate, tiny_model_dir, tmp_path):
     status, _, error = estimate(CHATS, "--measure", model=folder)
     assert status == 2
     assert "has no config.json" in error
+
+
+@pytest.mark.parametrize("flags", [["estimate", "--measure", "-k2"], ["verify"], ["env"]])
+def test_a_cuda_build_of_torch_without_a_gpu_uses_the_cpu(
+    flags, tiny_model_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS[:2]))
+    verb, *rest = flags
+    model = f"--model_name_or_path={tiny_model_dir}"
+    named = {"estimate": [str(path), model], "verify": [f"--dataset_name={path}", model]}
+    assert main([verb, *named.get(verb, []), *rest]) == 0
+    out = capsys.readouterr().out
+    assert {"estimate": "every position", "verify": "agrees", "env": "devices: cpu"}[verb] in out
 
 
 @pytest.mark.parametrize(

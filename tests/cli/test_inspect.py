@@ -63,12 +63,16 @@ def test_a_dataset_without_reasoning_is_told_what_is_saved(inspect):
         ("mistral", "in the 2 layers with a window of 5: one pass"),
         ("qwen3", None),
         ("mamba", "cannot be trained in one pass"),
+        ("unknown", "The model's layers aren't known"),
     ],
 )
 def test_what_the_model_of_the_folder_adds(inspect, tiny_tokenizer, tmp_path, model, line):
     tiny_tokenizer.save_pretrained(tmp_path / model)
-    config = MambaConfig(hidden_size=8) if model == "mamba" else make_model(model).config
-    config.save_pretrained(tmp_path / model)
+    if model == "unknown":
+        (tmp_path / model / "config.json").write_text('{"model_type": "not_yet_made"}')
+    else:
+        config = MambaConfig(hidden_size=8) if model == "mamba" else make_model(model).config
+        config.save_pretrained(tmp_path / model)
     status, out, _ = inspect(CHATS, f"--model_name_or_path={tmp_path / model}")
     assert status == 0
     assert (line or "without a window") in out

@@ -99,6 +99,9 @@ def test_the_report_says_what_was_found(tiny_tokenizer):
     assert f"{found.one_pass.tokens:,}" in text
     assert f"N-pass takes {found.flops_ratio():.2f} times as long" in text
     assert "No --max_length" in text
+    assert "Training's default, 1,024, would cut none." in text
+    long = [(0, as_row(random_chat(2, low=600, high=700)))]
+    assert "would cut turns of 1 conversations" in text_of(estimate(long, tiny_tokenizer, OPTIONS))
     assert "operations aren't known" in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
 
 
@@ -131,6 +134,17 @@ def test_conversations_without_reasoning_and_with_one_turn():
     single = estimate([(0, {"messages": CHAT[:3]})], tokenizer, OPTIONS)
     assert "No conversation has two trained turns" in text_of(single)
     assert "No token stands twice" not in text_of(single)
+    assert "No trained turn has reasoning" not in text_of(
+        estimate([(0, {"messages": plain[:3]})], tokenizer, OPTIONS)
+    )
+
+
+def test_conversations_of_which_nothing_is_left_are_not_taken_for_single_turns(tiny_tokenizer):
+    rows = [(0, as_row(random_chat(2, 0, high=4))), (1, as_row(random_chat(2, 0, low=60, high=70)))]
+    options = dataclasses.replace(OPTIONS, max_length=40, overflow="drop")
+    found = estimate(rows, tiny_tokenizer, options)
+    assert found.num_turns.tolist() == [2, 0]
+    assert "No conversation has two trained turns" not in text_of(found)
 
 
 def test_bad_input(tiny_tokenizer):

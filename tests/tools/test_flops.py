@@ -57,6 +57,17 @@ def test_models_that_cannot_be_trained_are_refused():
         model_cost(config)
 
 
+def test_of_a_multimodal_model_only_what_reads_text_counts():
+    text = make_model("gemma3").config
+    whole = AutoConfig.for_model("gemma3", text_config=text.to_dict())
+    assert model_cost(whole) == model_cost(text)
+
+
+def test_a_configuration_of_which_no_model_can_be_built():
+    with pytest.raises(ValueError, match="no causal language model can be built from its CLIPC"):
+        model_cost(AutoConfig.for_model("clip"))
+
+
 def test_large_models_cost_no_memory():
     config = AutoConfig.for_model("qwen3", hidden_size=8192, num_hidden_layers=80)
     cost = model_cost(config)
