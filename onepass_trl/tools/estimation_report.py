@@ -122,7 +122,7 @@ def _rows(found: Estimate) -> Iterator[str]:
         yield (
             f"No --max_length: every conversation is one row, of at most "
             f"{found.row_tokens.max():,} tokens. Training's default, {default:,}, "
-            + (f"would cut turns of {cut:,} conversations." if cut else "would cut none.")
+            + (f"would cut turns in {cut:,} of them." if cut else "would cut none.")
         )
         return
     lost = found.overflow

@@ -101,7 +101,7 @@ def test_the_report_says_what_was_found(tiny_tokenizer):
     assert "No --max_length" in text
     assert "Training's default, 1,024, would cut none." in text
     long = [(0, as_row(random_chat(2, low=600, high=700)))]
-    assert "would cut turns of 1 conversations" in text_of(estimate(long, tiny_tokenizer, OPTIONS))
+    assert "would cut turns in 1 of them." in text_of(estimate(long, tiny_tokenizer, OPTIONS))
     assert "operations aren't known" in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
 
 
