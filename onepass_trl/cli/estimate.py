@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         from onepass_trl.tools import plots
         from onepass_trl.tools.estimation_plot import draw
 
-        figure = draw(found, options.dataset, scores_every_position=every_position)
+        figure = draw(found, Path(options.dataset).name, scores_every_position=every_position)
         plots.save(figure, options.png)
         print(f"Wrote {options.png}")
     return 0

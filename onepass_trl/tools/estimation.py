@@ -36,8 +36,6 @@ from onepass_trl.visibility import causal_visible_end
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NUM_LONGEST = 3
-
 
 @dataclass
 class Work:

@@ -8,7 +8,7 @@ import numpy as np
 
 from onepass_trl.tools import plots
 from onepass_trl.tools.estimation import Estimate
-from onepass_trl.tools.estimation_report import turn_bins
+from onepass_trl.tools.estimation_report import PARTS, turn_bins
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,11 +88,10 @@ def _draw_operations(ax: Any, found: Estimate, scores_every_position: bool) -> N
     from matplotlib.ticker import EngFormatter
 
     bottom = np.zeros(2)
-    parts = {"linear": plots.ONE_PASS, "attention": plots.N_PASS, "head": plots.PEER}
-    for name, color in parts.items():
-        values = np.array([getattr(way, name) for way in ways])
-        label = "LM head" if name == "head" else name
-        ax.bar(["N-pass", "one pass"], values, bottom=bottom, color=color, label=label)
+    colors = (plots.ONE_PASS, plots.N_PASS, plots.PEER)
+    for (part, name), color in zip(PARTS.items(), colors, strict=True):
+        values = np.array([getattr(way, part) for way in ways])
+        ax.bar(["N-pass", "one pass"], values, bottom=bottom, color=color, label=name)
         bottom += values
     ratio = found.flops_ratio(scores_every_position=scores_every_position)
     ax.set_title(f"operations, {found.cost.name}: {ratio:.2f} times")

@@ -13,6 +13,7 @@ from onepass_trl.tools.estimation import Estimate, Work
 from onepass_trl.tools.step_time import StepTime
 from onepass_trl.training import OnePassSFTConfig
 
+PARTS = {"linear": "linear", "attention": "attention", "head": "LM head"}  # of `StepFlops`
 _BAR = 30  # characters of the longest bar
 _BINS = 12  # lines of the histogram, at most
 _LONGEST = 3  # conversations named
@@ -43,10 +44,8 @@ def report(
             asdict(found.flops(work, scores_every_position=scores_every_position))
             for work in (one, n)
         ]
-        for name in ("linear", "attention", "head"):
-            yield _line(
-                f"operations, {'LM head' * (name == 'head') or name}", *(way[name] for way in flops)
-            )
+        for part, name in PARTS.items():
+            yield _line(f"operations, {name}", *(way[part] for way in flops))
         yield _line("operations, all", *(sum(way.values()) for way in flops))
     if times is not None:
         seconds = [time.seconds(work) for time, work in zip(times, (one, n), strict=True)]
