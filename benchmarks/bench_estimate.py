@@ -27,8 +27,8 @@ from trl import SFTTrainer
 from onepass_trl import Pass
 from onepass_trl.cli.dataset import load_conversations, read_row
 from onepass_trl.tools.bench.record import write
-from onepass_trl.tools.bench.step import N_PASS, ONE_PASS, labelled, make_trainers
-from onepass_trl.tools.bench.workload import random_model, small_config
+from onepass_trl.tools.bench.step import N_PASS, ONE_PASS, make_trainers
+from onepass_trl.tools.bench.workload import labelled, random_model, small_config
 from onepass_trl.tools.estimation import estimate, limited, passes_of
 from onepass_trl.tools.flops import model_cost
 from onepass_trl.tools.step_time import choose_probes, measure, spread

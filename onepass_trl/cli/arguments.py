@@ -10,26 +10,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+DATASET_HELP = "dataset of the Hub, or a .jsonl, .json or .parquet file"
+
 
 def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which conversations, for which model, rendered how."""
-    parser.add_argument("dataset", help="dataset of the Hub, or a .jsonl, .json or .parquet file")
+    parser.add_argument("dataset", help=DATASET_HELP)
     parser.add_argument("--model_name_or_path", required=True, help="model of the Hub, or a folder")
-    parser.add_argument("--dataset_config", help="configuration of the dataset")
-    parser.add_argument(
-        "--dataset_split", default="train", help="split, or a slice such as train[100:]"
-    )
     parser.add_argument(
         "--train_on",
         type=trained_turns,
         default="all",
         help="assistant turns to train: 'all', 'last' or a list such as '[0, 2]'",
     )
+    add_reading_arguments(parser)
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a dataset is read and rendered."""
+    parser.add_argument("--dataset_config", help="configuration of the dataset")
+    parser.add_argument(
+        "--dataset_split", default="train", help="split, or a slice such as train[100:]"
+    )
     parser.add_argument(
         "--chat_template_kwargs",
         type=json_object,
         help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
     )
+
+
+def check_folder(flag: str, path: str | None) -> None:
+    """Raise for an output that can't be written: before the work that it would hold.
+
+    Raises:
+        FileNotFoundError: if the folder of `path` doesn't exist; None is no output.
+    """
+    if path is not None and not (folder := Path(path).resolve().parent).is_dir():
+        raise FileNotFoundError(f"{flag} {path}: there is no folder {folder}")
 
 
 def load_config(model: str) -> PreTrainedConfig | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -15,17 +14,24 @@ if TYPE_CHECKING:
 _TURN = {"turns": 10, "user": 60, "reasoning": 260, "response": 150}
 
 
+class _Subject(NamedTuple):
+    """What is measured."""
+
+    config: PretrainedConfig
+    conversations: list[list[Pass]]
+    dtype: torch.dtype
+    device: torch.device
+
+
 def main(argv: list[str]) -> int:
     """Time what `argv` asks for and print it; return 0."""
     options = _parse(argv)
-    if options.json is not None and not Path(options.json).resolve().parent.is_dir():
-        raise FileNotFoundError(
-            f"--json {options.json}: there is no folder {Path(options.json).resolve().parent}"
-        )
     import torch
 
+    from onepass_trl.cli.arguments import check_folder
     from onepass_trl.tools.bench.record import write
 
+    check_folder("--json", options.json)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -35,14 +41,14 @@ def main(argv: list[str]) -> int:
     config = _load_config(options)
     conversations = _load_passes(options, config)
     _check(options, config, dtype, device)
-    print(_subject(options, config, conversations))
+    print(_describe(options, config, conversations))
     print(f"device: {_device_name(device)}; {str(dtype).removeprefix('torch.')}", flush=True)
-    given = options, config, conversations, dtype, device
+    subject = _Subject(config, conversations, dtype, device)
     results: list[dict[str, Any]] = []
     if not options.step:
-        results += _attention(*given)
+        results += _attention(subject, options)
     if not options.attention:
-        results += _step(*given)
+        results += _step(subject, options)
     if options.json is not None:
         write(options.json, "bench", results, ["onepass-trl", "bench", *argv])
         print(f"\nWrote {options.json}")
@@ -85,34 +91,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _add_subject(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what is measured: conversations and model."""
-    from onepass_trl.cli.arguments import json_object
+    from onepass_trl.cli.arguments import DATASET_HELP, add_reading_arguments
 
-    parser.add_argument(
-        "dataset_name",
-        metavar="dataset",
-        nargs="?",
-        help="dataset of the Hub, or a .jsonl, .json or .parquet file",
-    )
+    parser.add_argument("dataset_name", metavar="dataset", nargs="?", help=DATASET_HELP)
     parser.add_argument(
         "--model_name_or_path",
         help="model of the Hub, or a folder: its config, and for a dataset its tokenizer",
     )
     parser.add_argument("--num_layers", type=_count, help="leave the model its first layers only")
-    parser.add_argument("--dataset_config", help="configuration of the dataset")
-    parser.add_argument(
-        "--dataset_split", default="train", help="split, or a slice such as train[100:]"
-    )
+    add_reading_arguments(parser)
     parser.add_argument(
         "-k",
         "--num_conversations",
         type=_count,
         default=1,
         help="how many conversations a step takes, from the first; attention takes the longest",
-    )
-    parser.add_argument(
-        "--chat_template_kwargs",
-        type=json_object,
-        help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
     )
     parser.add_argument("--max_length", type=_count, help="cut each pass to its first tokens")
     for name, value in _TURN.items():
@@ -180,7 +173,7 @@ def _device_name(device: torch.device) -> str:
     return facts["accelerator"] or str(device)
 
 
-def _subject(
+def _describe(
     options: argparse.Namespace, config: PretrainedConfig, conversations: list[list[Pass]]
 ) -> str:
     """Return what is measured, in words."""
@@ -199,25 +192,19 @@ def _subject(
     )
 
 
-def _attention(
-    options: argparse.Namespace,
-    config: PretrainedConfig,
-    conversations: list[list[Pass]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[dict[str, Any]]:
+def _attention(subject: _Subject, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time attention on the longest conversation's row."""
     from onepass_trl.data import build_tree, linearize
     from onepass_trl.tools.bench.attention import measure_attention
     from onepass_trl.tools.bench.report import attention_table
     from onepass_trl.tools.bench.workload import attention_shape
 
-    rows = [linearize(build_tree(passes)).visible_end for passes in conversations]
+    rows = [linearize(build_tree(passes)).visible_end for passes in subject.conversations]
     results = measure_attention(
         max(rows, key=len),
-        attention_shape(config),
-        dtype=dtype,
-        device=device,
+        attention_shape(subject.config),
+        dtype=subject.dtype,
+        device=subject.device,
         repeats=options.repeats,
         peers=options.peers,
     )
@@ -225,13 +212,7 @@ def _attention(
     return [{"part": "attention", **row} for row in results]
 
 
-def _step(
-    options: argparse.Namespace,
-    config: PretrainedConfig,
-    conversations: list[list[Pass]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[dict[str, Any]]:
+def _step(subject: _Subject, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time training steps on all conversations."""
     import datasets
 
@@ -241,10 +222,10 @@ def _step(
 
     datasets.disable_progress_bars()
     result = measure_step(
-        conversations,
-        lambda: random_model(config, dtype),
+        subject.conversations,
+        lambda: random_model(subject.config, subject.dtype),
         repeats=options.repeats,
-        use_cpu=device.type == "cpu",
+        use_cpu=subject.device.type == "cpu",
     )
     print("", step_table(result), sep="\n", flush=True)
     return [{"part": "step", **result}]

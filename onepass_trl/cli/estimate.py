@@ -119,14 +119,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise for a file that can't be written: before the work that it would hold."""
+    from onepass_trl.cli.arguments import check_folder
+
     if options.png is not None:
         from onepass_trl.tools.plots import check_png
 
         check_png(options.png)
-    if options.json is not None and not Path(options.json).resolve().parent.is_dir():
-        raise FileNotFoundError(
-            f"--json {options.json}: there is no folder {Path(options.json).resolve().parent}"
-        )
+    check_folder("--json", options.json)
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:

@@ -73,14 +73,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise unless what is asked for can be written: before any work."""
+    from onepass_trl.cli.arguments import check_folder
+
     if options.png is not None:
         from onepass_trl.tools.plots import check_png
 
         check_png(options.png)
-    if options.html is not None and not Path(options.html).resolve().parent.is_dir():
-        raise FileNotFoundError(
-            f"--html {options.html}: there is no folder {Path(options.html).resolve().parent}"
-        )
+    check_folder("--html", options.html)
 
 
 def _inspect(options: argparse.Namespace) -> Inspection:

@@ -74,7 +74,7 @@ def _line(name: str, items: list[Comparison]) -> str:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.arguments import json_object
+    from onepass_trl.cli.arguments import DATASET_HELP, add_reading_arguments
 
     parser = argparse.ArgumentParser(
         prog="onepass-trl verify",
@@ -89,15 +89,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="take random weights, so that the folder needs no more than config and tokenizer",
     )
-    parser.add_argument(
-        "--dataset_name",
-        required=True,
-        help="dataset of the Hub, or a .jsonl, .json or .parquet file",
-    )
-    parser.add_argument("--dataset_config", help="configuration of the dataset")
-    parser.add_argument(
-        "--dataset_split", default="train", help="split, or a slice such as train[100:]"
-    )
+    parser.add_argument("--dataset_name", required=True, help=DATASET_HELP)
+    add_reading_arguments(parser)
     parser.add_argument(
         "-k",
         "--num_conversations",
@@ -107,11 +100,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32"
-    )
-    parser.add_argument(
-        "--chat_template_kwargs",
-        type=json_object,
-        help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
     )
     parser.add_argument("--max_length", type=int, help="cut each pass to its first tokens")
     parser.add_argument(

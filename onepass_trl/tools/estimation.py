@@ -128,7 +128,9 @@ class Estimate:
     def executed_over_useful(self) -> float:
         """Pairs in the tiles that one pass executes, over pairs that see each other."""
         windows = self.attention_weights
-        return _weighted(self.one_pass.executed, windows) / _weighted(self.one_pass.pairs, windows)
+        return weighted_pairs(self.one_pass.executed, windows) / weighted_pairs(
+            self.one_pass.pairs, windows
+        )
 
     @property
     def attention_weights(self) -> dict[int | None, int]:
@@ -156,7 +158,7 @@ class Estimate:
         scored = work.tokens if scores_every_position else work.scored
         return StepFlops(
             linear=LINEAR_FORWARDS * self.cost.linear_flops * work.tokens,
-            attention=ATTENTION_FORWARDS * _weighted(work.pairs, self.attention_weights),
+            attention=ATTENTION_FORWARDS * weighted_pairs(work.pairs, self.attention_weights),
             head=HEAD_FORWARDS * self.cost.head_flops * scored,
         )
 
@@ -333,5 +335,6 @@ def _packed_rows(lengths: Sequence[Sequence[int]], max_length: int | None) -> in
     return sum(len(pack(batch, max_length)) for batch in batches)
 
 
-def _weighted(pairs: Mapping[int | None, int], weights: Mapping[int | None, int]) -> int:
+def weighted_pairs(pairs: Mapping[int | None, int], weights: Mapping[int | None, int]) -> int:
+    """Return the sum of pairs by window, each times the weight of the layers that have it."""
     return sum(weight * pairs[window] for window, weight in weights.items())

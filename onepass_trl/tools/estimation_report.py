@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from onepass_trl.tools.estimation import Estimate, Work
+from onepass_trl.tools.estimation import Estimate, Work, weighted_pairs
 from onepass_trl.tools.step_time import StepTime
 from onepass_trl.training import OnePassSFTConfig
 
@@ -74,8 +74,7 @@ def _number(value: float) -> str:
 
 
 def _mean_pairs(work: Work, weights: dict[int | None, int]) -> int:
-    total = sum(weight * work.pairs[window] for window, weight in weights.items())
-    return round(total / sum(weights.values()))
+    return round(weighted_pairs(work.pairs, weights) / sum(weights.values()))
 
 
 def _prediction(
@@ -116,13 +115,14 @@ def _rows(found: Estimate) -> Iterator[str]:
     named = ", ".join(f"{found.longest_path[at]:,} (row {found.indices[at]})" for at in longest)
     yield f"Longest turns with their contexts, in tokens: {named}."
     if found.max_length is None:
-        default = OnePassSFTConfig.max_length
-        cut = int((found.longest_path > default).sum()) if default else 0
         yield (
-            f"No --max_length: every conversation is one row, of at most "
-            f"{found.row_tokens.max():,} tokens. Training's default, {default:,}, "
-            + (f"would cut turns in {cut:,} of them." if cut else "would cut none.")
+            "No --max_length: every conversation is one row, of at most "
+            f"{found.row_tokens.max():,} tokens."
         )
+        if (default := OnePassSFTConfig.max_length) is not None:
+            cut = int((found.longest_path > default).sum())
+            what = f"turns in {cut:,} of them" if cut else "none"
+            yield f"Training's default, {default:,}, would cut {what}."
         return
     lost = found.overflow
     if lost.num_passes:

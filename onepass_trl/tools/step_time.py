@@ -13,11 +13,17 @@ from scipy.optimize import nnls
 
 from onepass_trl.data import Layout, linearize
 from onepass_trl.data.collator import OnePassCollator
-from onepass_trl.data.layout import IGNORE_INDEX
 from onepass_trl.passes import Pass
-from onepass_trl.tools.bench.timing import available_bytes, seconds_of
-from onepass_trl.tools.bench.workload import num_parameters
-from onepass_trl.tools.estimation import Work, limited, passes_of, work_of_pass, work_of_row
+from onepass_trl.tools.bench.timing import seconds_of
+from onepass_trl.tools.bench.workload import labelled, missing_memory
+from onepass_trl.tools.estimation import (
+    Work,
+    limited,
+    passes_of,
+    weighted_pairs,
+    work_of_pass,
+    work_of_row,
+)
 from onepass_trl.training.preparation import PreparationOptions
 
 if TYPE_CHECKING:
@@ -56,7 +62,7 @@ class StepTime:
 
 
 def _features(work: Work, weights: Mapping[int | None, int]) -> np.ndarray:
-    pairs = sum(weight * work.executed[window] for window, weight in weights.items())
+    pairs = weighted_pairs(work.executed, weights)
     return np.array([work.rows, work.tokens, pairs], dtype=np.float64)
 
 
@@ -186,11 +192,10 @@ def check_memory(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
     Raises:
         ValueError: with what they take; activations come on top.
     """
-    free, needed = available_bytes(device), 2 * dtype.itemsize * num_parameters(config)
-    if free is not None and needed > free:
+    if missing := missing_memory(config, dtype, device, values_per_parameter=2):
         raise ValueError(
-            f"the model with gradients takes {needed / 2**30:.1f} GiB without activations, and "
-            f"{free / 2**30:.1f} GiB are free: estimate without --measure, or with --dtype bfloat16"
+            f"the model with gradients takes {missing}: estimate without --measure, or with "
+            "--dtype bfloat16"
         )
 
 
@@ -201,12 +206,7 @@ def _one_pass_batch(row: Layout, device: torch.device) -> dict[str, torch.Tensor
 
 
 def _n_pass_batch(pass_: Pass, device: torch.device) -> dict[str, torch.Tensor]:
-    labels = np.where(pass_.trained, pass_.token_ids, IGNORE_INDEX)
-    arrays = {"input_ids": pass_.token_ids, "labels": labels}
-    return {
-        name: torch.from_numpy(array.astype(np.int64))[None].to(device)
-        for name, array in arrays.items()
-    }
+    return {name: torch.tensor([values], device=device) for name, values in labelled(pass_).items()}
 
 
 def _seconds(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from torch.nn import functional
 from onepass_trl.data import build_tree, linearize
 from onepass_trl.data.layout import IGNORE_INDEX
 from onepass_trl.passes import Pass
+from onepass_trl.tools.bench.timing import seconds_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -159,18 +159,15 @@ def _measure(
 ) -> tuple[float, dict[str, torch.Tensor], float]:
     """Return what `run` returns, the gradients it left in the model, and its seconds."""
     model.zero_grad(set_to_none=True)
-    _synchronize(model)
-    start = time.perf_counter()
-    loss = run()
-    _synchronize(model)
-    seconds = time.perf_counter() - start
+    losses: list[float] = []
+    seconds = seconds_of(lambda: losses.append(run()), model.device)
     gradients = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
     model.zero_grad(set_to_none=True)
-    return loss, gradients, seconds
+    return losses[0], gradients, seconds
 
 
 def _backward_pass(model: PreTrainedModel, pass_: Pass, num_trained: int) -> float:
@@ -227,8 +224,3 @@ def _norm(gradient: torch.Tensor) -> float:
 
 def _tensor(array: np.ndarray, model: PreTrainedModel) -> torch.Tensor:
     return torch.from_numpy(array).to(model.device)
-
-
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)

@@ -98,4 +98,8 @@ def test_the_figure_says_what_it_shows(tiny_tokenizer, tmp_path):
 
 def test_one_token_is_a_picture_too(tiny_tokenizer, tmp_path):
     found = inspect_passes([Pass([5], [False])], tiny_tokenizer)
-    save(mask_picture.draw(found, ""), tmp_path / "mask.png")
+    figure = mask_picture.draw(found, "")
+    assert "; 1 turn;" in figure.axes[0].get_title()
+    assert figure.axes[0].get_images()[0].get_array().shape == (1, 1, 3)
+    save(figure, tmp_path / "mask.png")
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")

@@ -178,7 +178,7 @@ def measure_attention(
         if unknown:
             raise ValueError(f"no peer is named {unknown[0]!r} here: take of {', '.join(chosen)}")
         chosen = {name: peer for name, peer in chosen.items() if name in peers}
-    common = {**_shape_columns(visible_end, shape, dtype), "repeats": repeats}
+    common = _shape_columns(visible_end, shape, dtype)
     runs = _run_in_turn(chosen, x, repeats, budget_s)
     first = runs[next(iter(chosen))].times
     own = min((forward + backward for forward, backward in first if backward), default=None)
@@ -257,7 +257,7 @@ def _columns(run: _Run, own: float | None) -> dict[str, Any]:
     forward = [1e3 * seconds for seconds, _ in run.times]
     backward = [1e3 * seconds for _, seconds in run.times if seconds is not None]
     total = [sum(both) for both in zip(forward, backward, strict=True)] if backward else []
-    columns: dict[str, Any] = {}
+    columns: dict[str, Any] = {"repeats": len(run.times)}
     for name, values in (("forward", forward), ("backward", backward), ("total", total)):
         columns |= min_and_median(name, "ms", values)
     ratio = min(total) / (1e3 * own) if total and own is not None else None

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
@@ -20,8 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from onepass_trl.data import build_tree, linearize
 from onepass_trl.passes import Pass
-from onepass_trl.tools.bench.timing import available_bytes, min_and_median, reason, seconds_of
-from onepass_trl.tools.bench.workload import num_parameters
+from onepass_trl.tools.bench.timing import min_and_median, reason, seconds_of
+from onepass_trl.tools.bench.workload import labelled, missing_memory
 from onepass_trl.tools.tiles import TILE, count_tiles
 from onepass_trl.training import OnePassSFTConfig, OnePassSFTTrainer
 from onepass_trl.visibility import num_visible_pairs
@@ -34,16 +33,6 @@ class Way(NamedTuple):
 
     trainer: SFTTrainer
     optimizer: torch.optim.Optimizer
-
-
-def labelled(pass_: Pass) -> dict[str, list[int]]:
-    """Return a pass as a row of token ids and labels.
-
-    >>> labelled(Pass([5, 6, 7], [0, 0, 1]))
-    {'input_ids': [5, 6, 7], 'labels': [-100, -100, 7]}
-    """
-    labels = np.where(pass_.trained, pass_.token_ids, -100)
-    return {"input_ids": pass_.token_ids.tolist(), "labels": labels.tolist()}
 
 
 def make_trainers(
@@ -167,14 +156,11 @@ def check_memory(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
     Raises:
         ValueError: with what they take; activations come on top.
     """
-    free = available_bytes(device)
     # Both ways have a model: weights, gradients and the two moments of AdamW.
-    needed = 2 * 4 * dtype.itemsize * num_parameters(config)
-    if free is not None and needed > free:
+    if missing := missing_memory(config, dtype, device, values_per_parameter=2 * 4):
         raise ValueError(
-            f"two copies of the model with gradients and AdamW take {needed / 2**30:.1f} GiB "
-            f"without activations, and {free / 2**30:.1f} GiB are free: leave it fewer layers with "
-            "--num_layers, or time attention only with --attention"
+            f"two copies of the model with gradients and AdamW take {missing}: leave it fewer "
+            "layers with --num_layers, or time attention only with --attention"
         )
 
 

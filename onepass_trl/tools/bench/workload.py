@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from onepass_trl.data.layout import IGNORE_INDEX
 from onepass_trl.passes import Pass
+from onepass_trl.tools.bench.timing import available_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -114,6 +116,31 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     torch.manual_seed(0)
     # Its own configuration: a trainer writes into that of its model.
     return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def labelled(pass_: Pass) -> dict[str, list[int]]:
+    """Return a pass as a row of token ids and labels.
+
+    >>> labelled(Pass([5, 6, 7], [0, 0, 1]))
+    {'input_ids': [5, 6, 7], 'labels': [-100, -100, 7]}
+    """
+    labels = np.where(pass_.trained, pass_.token_ids, IGNORE_INDEX)
+    return {"input_ids": pass_.token_ids.tolist(), "labels": labels.tolist()}
+
+
+def missing_memory(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    values_per_parameter: int,
+) -> str | None:
+    """Return how much a model needs and how much is free, in words; None if that is enough."""
+    free = available_bytes(device)
+    needed = values_per_parameter * dtype.itemsize * num_parameters(config)
+    if free is None or needed <= free:
+        return None
+    return f"{needed / 2**30:.1f} GiB without activations, and {free / 2**30:.1f} GiB are free"
 
 
 def num_parameters(config: PretrainedConfig) -> int:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from onepass_trl.tools.bench import step
+from onepass_trl.tools.bench import step, workload
 from onepass_trl.tools.bench.report import step_table
 from onepass_trl.tools.bench.step import N_PASS, measure_step
 from onepass_trl.tools.bench.workload import (
@@ -61,7 +61,7 @@ def test_a_way_that_runs_out_of_memory_says_so(monkeypatch):
 
 
 def test_a_model_that_cannot_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(step, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(workload, "available_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match="leave it fewer layers with --num_layers"):
         step.check_memory(TINY, torch.float32, torch.device("cpu"))
     assert num_parameters(TINY) == random_model(TINY, torch.float32).num_parameters()
