@@ -34,6 +34,11 @@ def test_peers_compute_the_same_but_for_the_causal_one(dtype):
     assert rows[0]["times_onepass"] == 1
 
 
+def test_repeats_are_those_that_were_run():
+    (row,) = measure(["onepass cpu"], repeats=5, budget_s=0)
+    assert row["repeats"] == 1
+
+
 def test_the_work_is_that_of_the_row():
     (row,) = measure(["onepass cpu"])
     useful = num_visible_pairs(ROW)
