@@ -46,7 +46,7 @@ def check_folder(flag: str, path: str | None) -> None:
         FileNotFoundError: if the folder of `path` doesn't exist; None is no output.
     """
     if path is not None and not (folder := Path(path).resolve().parent).is_dir():
-        raise FileNotFoundError(f"{flag} {path}: there is no folder {folder}")
+        raise FileNotFoundError(f"{flag} {path}: there is no folder {folder}, make it first")
 
 
 def load_config(model: str) -> PreTrainedConfig | None:

@@ -30,7 +30,7 @@ def check_png(path: str | Path) -> None:
         raise ValueError(f"{path}: figures are PNG files, expected a name that ends in .png")
     folder = Path(path).resolve().parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {folder}")
+        raise FileNotFoundError(f"{path}: there is no folder {folder}, make it first")
 
 
 def new_figure(width: float, height: float) -> Figure:
