@@ -31,9 +31,8 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the l
 TORCH_LIBRARIES = ("torch_cpu", "torch_cuda")
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16"}
 HOPPER = "90a"
-# What the registers of the Hopper kernels hold; the portable ones take the other head sizes.
-HOPPER_FORWARD = ((64, 64), (128, 128), (192, 128))
-HOPPER_BACKWARD = ((64, 64), (128, 128))
+# Head sizes that have Hopper kernels; the portable ones take the others there too.
+HOPPER_HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 
 class Options(NamedTuple):
@@ -131,11 +130,12 @@ def passes_of(
     head_dims: Sequence[tuple[int, int]], *, hopper: bool
 ) -> dict[tuple[str, str], list[tuple[int, int]]]:
     """Return the head sizes that are instantiated of each (family, pass)."""
+    of_hopper = [pair for pair in head_dims if hopper and pair in HOPPER_HEAD_DIMS]
     return {
         ("sm80", "forward"): list(head_dims),
         ("sm80", "backward"): list(head_dims),
-        ("sm90", "forward"): [pair for pair in head_dims if hopper and pair in HOPPER_FORWARD],
-        ("sm90", "backward"): [pair for pair in head_dims if hopper and pair in HOPPER_BACKWARD],
+        ("sm90", "forward"): of_hopper,
+        ("sm90", "backward"): of_hopper,
     }
 
 

@@ -73,6 +73,10 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
   }
 }
 
+// Which gradients of the keys and values one launch computes. Both at once where the registers
+// allow it; else the scores are computed once more.
+enum class Want { dk_and_dv, dk, dv };
+
 // Scores become probabilities P, and the gradient of the probabilities dP becomes what P has to be
 // multiplied with to give dS, the gradient of the products up to `scale`. `statistics_of(n, half,
 // column)` gives those of a query.

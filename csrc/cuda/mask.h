@@ -41,15 +41,16 @@ struct ScoreScale {
   }
 };
 
-// What masks read: of each of kTile consecutive tokens one number, two per lane, from which a lane
-// gets any of them.
+// What masks read: of each of kTokens consecutive tokens one number, spread over the lanes, from
+// which a lane gets any of them.
+template <int kTokens>
 struct TileValues {
-  int32_t values[2];
+  int32_t values[kTokens / 32];
 
   __device__ __forceinline__ TileValues(const int32_t* of_row, int32_t first, int32_t seq) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kTokens / 32; ++i) {
       // Beyond the row: an end that nothing is before, and a position that does not matter.
       const int32_t token = first + 32 * i + lane;
       values[i] = token < seq ? of_row[token] : 0;
@@ -64,16 +65,16 @@ struct TileValues {
 
 // Rows are queries from `first_query` (of the warp), columns the keys of a tile: what a query does
 // not see becomes -inf.
-template <int kRowTiles>
-__device__ __forceinline__ void mask_keys(Accumulator<kRowTiles, kTile / 8>& scores,
+template <int kRowTiles, int kBlocks>
+__device__ __forceinline__ void mask_keys(Accumulator<kRowTiles, kBlocks>& scores,
                                           const Params& params, int32_t row, int32_t first_query,
                                           int32_t first_key) {
   const int lane = threadIdx.x % 32;
   const int32_t seq = params.seq;
   const int64_t of_row = static_cast<int64_t>(row) * seq;
-  const TileValues ends(params.visible_end + of_row, first_key, seq);
+  const TileValues<8 * kBlocks> ends(params.visible_end + of_row, first_key, seq);
 #pragma unroll
-  for (int n = 0; n < kTile / 8; ++n) {
+  for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       const int32_t key = first_key + 8 * n + 2 * (lane % 4) + column;
@@ -86,7 +87,7 @@ __device__ __forceinline__ void mask_keys(Accumulator<kRowTiles, kTile / 8>& sco
     }
   }
   if (params.window == 0) return;
-  const TileValues positions(params.positions + of_row, first_key, seq);
+  const TileValues<8 * kBlocks> positions(params.positions + of_row, first_key, seq);
   int32_t query_positions[2 * kRowTiles];
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
@@ -94,7 +95,7 @@ __device__ __forceinline__ void mask_keys(Accumulator<kRowTiles, kTile / 8>& sco
     query_positions[i] = params.positions[of_row + query];
   }
 #pragma unroll
-  for (int n = 0; n < kTile / 8; ++n) {
+  for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       const int32_t position = positions.of_column(n, column);
@@ -109,23 +110,23 @@ __device__ __forceinline__ void mask_keys(Accumulator<kRowTiles, kTile / 8>& sco
 }
 
 // The same with 16 rows that are keys and columns that are the queries of a tile.
-__device__ __forceinline__ void mask_queries(Accumulator<1, kTile / 8>& scores,
-                                             const Params& params, int32_t row, int32_t first_key,
-                                             int32_t first_query) {
+template <int kBlocks>
+__device__ __forceinline__ void mask_queries(Accumulator<1, kBlocks>& scores, const Params& params,
+                                             int32_t row, int32_t first_key, int32_t first_query) {
   const int lane = threadIdx.x % 32;
   const int32_t seq = params.seq;
   const int64_t of_row = static_cast<int64_t>(row) * seq;
   const bool has_window = params.window > 0;
   // Without a window no position is looked at.
   const int32_t* of_token = has_window ? params.positions : params.visible_end;
-  const TileValues positions(of_token + of_row, first_query, seq);
+  const TileValues<8 * kBlocks> positions(of_token + of_row, first_query, seq);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int32_t key = first_key + 8 * half + lane / 4;
     const int32_t end = key < seq ? params.visible_end[of_row + key] : 0;
     const int32_t key_position = key < seq ? of_token[of_row + key] : 0;
 #pragma unroll
-    for (int n = 0; n < kTile / 8; ++n) {
+    for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         const int32_t query = first_query + 8 * n + 2 * (lane % 4) + column;

@@ -46,8 +46,8 @@ ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
 ONEPASS_INLINE int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 ONEPASS_INLINE int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 
-// `keys` keys from `first`, whole tiles. The last may lie beyond the row: what no query sees keeps
-// such a tile from being full.
+// `keys` keys from `first`, within one tile or over whole tiles. The last may lie beyond the row:
+// what no query sees keeps such a tile from being full.
 ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t first, int32_t keys, int32_t seq) {
   KeyTile key{first, first + keys - 1, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
   for (int32_t tile = first / kTile; tile <= min_of(key.last, seq - 1) / kTile; ++tile) {

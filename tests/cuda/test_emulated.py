@@ -38,24 +38,20 @@ def test_every_option(family, dtype, options):
     check(case, family, dtype)
 
 
-@pytest.mark.parametrize("head_dims", emulation.HEAD_DIMS, ids=str)
-def test_every_head_size(head_dims):
-    case = make_case(Shape(1, 2, 1, 200, *head_dims), dtype=BF16, seed=5, window=90, sinks=True)
-    check(case, "sm80")
+EVERY_HEAD_SIZE = pytest.mark.parametrize(
+    ("family", "head_dims"),
+    [
+        *(("sm80", head_dims) for head_dims in emulation.HEAD_DIMS),
+        *(("sm90", head_dims) for head_dims in emulation.cuda_build.HOPPER_HEAD_DIMS),
+    ],
+    ids=str,
+)
 
 
-def test_the_large_head_size_of_the_hopper_kernels():
-    shape = Shape(1, 2, 1, 300, 128, 128)
-    check(make_case(shape, dtype=BF16, seed=5, window=90, sinks=True), "sm90")
-
-
-def test_the_forward_head_size_of_hopper_without_a_backward():
-    case = make_case(Shape(1, 2, 1, 300, 192, 128), dtype=BF16, seed=5)
-    q, k, v = (emulation.guarded_copy(case.inputs[name].bfloat16()) for name in "qkv")
-    out, lse, _ = emulation.forward(q, k, v, case.visible_end, scale=192**-0.5, family="sm90")
-    expected = case.run("dense")
-    assert error(out, expected["out"]) < 5e-3
-    assert error(lse, expected["lse"]) < 1e-6
+@EVERY_HEAD_SIZE
+def test_every_head_size(family, head_dims):
+    case = make_case(Shape(1, 2, 1, 300, *head_dims), dtype=BF16, seed=5, window=90, sinks=True)
+    check(case, family)
 
 
 @pytest.mark.parametrize("seq", [1, 3, 63, 64, 65, 127, 128, 129, 257])
@@ -116,11 +112,7 @@ def test_any_strides_give_the_same_bits(family, lay_out):
     assert all(torch.equal(actual[name], x) for name, x in expected.items())
 
 
-@pytest.mark.parametrize(
-    ("family", "head_dims"),
-    [("sm80", (64, 64)), ("sm80", (192, 128)), ("sm90", (64, 64)), ("sm90", (128, 128))],
-    ids=str,
-)
+@EVERY_HEAD_SIZE
 def test_any_order_of_warps_gives_the_same_bits(family, head_dims):
     shape = Shape(1, 4, 2, 300, *head_dims)
     case = make_case(shape, dtype=BF16, seed=9, window=100, softcap=3.0, sinks=True)

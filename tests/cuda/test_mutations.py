@@ -69,7 +69,12 @@ MUTATIONS = {
     ),
     "Hopper backward overwrites a stage that is still read": (
         "cuda/sm90/backward.cuh",
-        "wait(memory.empty(stage.index), stage.parity ^ 1);",
+        "wait(memory.empty_qk(qk.index), qk.parity ^ 1);",
+        "",
+    ),
+    "Hopper backward does not wait for V or dO": (
+        "cuda/sm90/backward.cuh",
+        "wait(memory.full_v(v.index), v.parity);",
         "",
     ),
     "Hopper backward describes the wrong rows": (

@@ -19,6 +19,7 @@ namespace onepass::cuda::sm80 {
 template <typename Element, int kHeadQk, int kHeadV>
 __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams params) {
   using Config = BackwardConfig<kHeadQk, kHeadV>;
+  constexpr int kRows = Config::kRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t head = blockIdx.y, row = blockIdx.z, seq = params.seq;
   const int32_t kv_head = head / (params.heads / params.kv_heads);
@@ -32,16 +33,16 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
   const auto k_stage = [&](int stage) {
     return reinterpret_cast<Element*>(stages + stage * Config::kStageBytes);
   };
-  const auto v_stage = [&](int stage) { return k_stage(stage) + kTile * kHeadQk; };
+  const auto v_stage = [&](int stage) { return k_stage(stage) + kRows * kHeadQk; };
   const auto load = [&](const Visit& visit, int stage) {
     if (visit.tile < 0) return;
-    load_tile<Element, kTile, kHeadQk>(k_stage(stage), params.k, row, kv_head, visit.tile * kTile,
+    load_tile<Element, kRows, kHeadQk>(k_stage(stage), params.k, row, kv_head, visit.tile * kRows,
                                        seq);
-    load_tile<Element, kTile, kHeadV>(v_stage(stage), params.v, row, kv_head, visit.tile * kTile,
+    load_tile<Element, kRows, kHeadV>(v_stage(stage), params.v, row, kv_head, visit.tile * kRows,
                                       seq);
   };
 
-  KeyTileWalk<kTile> walk(params, row, first_query);
+  KeyTileWalk<kTile, kRows> walk(params, row, first_query);
   load_tile<Element, kTile, kHeadQk>(q_tile, params.q, row, head, first_query, seq);
   load_tile<Element, kTile, kHeadV>(dout_tile, params.dout, row, head, first_query, seq);
   Visit visit = walk.next();
@@ -68,13 +69,13 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
     wait_copies<Config::kStages - 1>();
     sync_block();  // this stage is there
 
-    Accumulator<1, kTile / 8> scores, dp;
+    Accumulator<1, kRows / 8> scores, dp;
     multiply_transposed<Element, kHeadQk>(scores, q_tile, warp * 16, k_stage(stage));
     score_scale.cap(scores);
-    if (!visit.full) mask_keys(scores, params, row, warp_query, visit.tile * kTile);
+    if (!visit.full) mask_keys(scores, params, row, warp_query, visit.tile * kRows);
     multiply_transposed<Element, kHeadV>(dp, dout_tile, warp * 16, v_stage(stage));
     differentiate(scores, dp, score_scale, [&](int, int half, int) { return statistics[half]; });
-    LeftFactor<1, kTile / 16> ds;
+    LeftFactor<1, kRows / 16> ds;
     round_product_to_factor<Element>(ds, scores, dp);
     multiply_add<Element, kHeadQk>(dq, ds, k_stage(stage));
 
@@ -91,14 +92,11 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
                                    seq, dq);
 }
 
-// Which gradients of the keys and values one launch computes. Both at once where the registers
-// allow it; else the scores are computed once more.
-enum class Want { dk_and_dv, dk, dv };
-
 template <typename Element, int kHeadQk, int kHeadV, Want kWant>
 __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams params) {
   using Config = BackwardConfig<kHeadQk, kHeadV>;
-  using Walk = QueryTileWalk<kTile>;
+  constexpr int kRows = Config::kRows;
+  using Walk = QueryTileWalk<kRows>;
   constexpr bool kWantDk = kWant != Want::dv, kWantDv = kWant != Want::dk;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t kv_head = blockIdx.y, row = blockIdx.z, seq = params.seq;
@@ -113,16 +111,16 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   const auto q_stage = [&](int stage) {
     return reinterpret_cast<Element*>(stages + stage * Config::kStageBytes);
   };
-  const auto dout_stage = [&](int stage) { return q_stage(stage) + kTile * kHeadQk; };
+  const auto dout_stage = [&](int stage) { return q_stage(stage) + kRows * kHeadQk; };
   const auto statistics_stage = [&](int stage) {
-    return reinterpret_cast<Statistics*>(dout_stage(stage) + kTile * kHeadV);
+    return reinterpret_cast<Statistics*>(dout_stage(stage) + kRows * kHeadV);
   };
   const auto load = [&](const typename Walk::Step& step, int stage) {
     if (step.head < 0) return;
     const int32_t head = kv_head * group + step.head;
-    load_tile<Element, kTile, kHeadQk>(q_stage(stage), params.q, row, head, step.first, seq);
-    load_tile<Element, kTile, kHeadV>(dout_stage(stage), params.dout, row, head, step.first, seq);
-    if (threadIdx.x < kTile) {
+    load_tile<Element, kRows, kHeadQk>(q_stage(stage), params.q, row, head, step.first, seq);
+    load_tile<Element, kRows, kHeadV>(dout_stage(stage), params.dout, row, head, step.first, seq);
+    if (threadIdx.x < kRows) {
       const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
       statistics_stage(stage)[threadIdx.x] =
           params.statistics[head_of_row * num_tiles(seq) * kTile + step.first + threadIdx.x];
@@ -153,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     wait_copies<Config::kStages - 1>();
     sync_block();  // this stage is there
 
-    Accumulator<1, kTile / 8> scores, dp;
+    Accumulator<1, kRows / 8> scores, dp;
     multiply_transposed<Element, kHeadQk>(scores, k_tile, warp * 16, q_stage(stage));
     score_scale.cap(scores);
     if (!step.full) mask_queries(scores, params, row, warp_key, step.first);
@@ -166,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     differentiate(scores, dp, score_scale, [&](int n, int, int column) {
       return statistics[8 * n + 2 * (lane % 4) + column];
     });
-    LeftFactor<1, kTile / 16> factor;
+    LeftFactor<1, kRows / 16> factor;
     if constexpr (kWantDv) {
       round_to_factor<Element>(factor, scores);
       multiply_add<Element, kHeadV>(dv, factor, dout_stage(stage));

@@ -20,15 +20,18 @@ struct ForwardConfig {
 };
 
 // Backward: a block keeps a tile of kTile queries (for dq) or keys (for dk and dv), 16 for each
-// warp, and streams tiles of kRows of the others, two at a time where they fit.
+// warp, and streams tiles of kRows of the others, two at a time where they fit. All sizes fit into
+// the 99 KiB of the smaller devices (8.6, 8.9, 12.0).
 template <int kHeadQk, int kHeadV>
 struct BackwardConfig {
   static constexpr int kStages = kHeadQk <= 128 ? 2 : 1;
+  static constexpr int kRows = kHeadQk + kHeadV <= 384 ? kTile : kTile / 2;
   static constexpr int kKeptBytes = kTile * (kHeadQk + kHeadV) * kElementBytes;
   // Statistics go with every streamed tile of queries.
-  static constexpr int kStatisticsBytes = kTile * static_cast<int>(sizeof(Statistics));
-  static constexpr int kStageBytes = kKeptBytes + kStatisticsBytes;
+  static constexpr int kStatisticsBytes = kRows * static_cast<int>(sizeof(Statistics));
+  static constexpr int kStageBytes = kRows * (kHeadQk + kHeadV) * kElementBytes + kStatisticsBytes;
   static constexpr int kSharedBytes = kKeptBytes + kStages * kStageBytes;
+  static_assert(kSharedBytes <= 99 * 1024);
   // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
   static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
 };

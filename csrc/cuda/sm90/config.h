@@ -27,29 +27,40 @@ struct TileShape {
 
 constexpr int kBarrierBytes = 8;
 
+constexpr int kMaxSharedBytes = 227 * 1024;
+
 template <int kHeadQk, int kHeadV>
 struct ForwardConfig {
-  static constexpr int kRows = 128;  // queries of a block, keys of a streamed tile
+  static constexpr int kRows = 128;  // queries of a block
+  // Of a streamed tile: its scores are to fit into the registers beside the output.
+  static constexpr int kKeys = kHeadV <= 128 ? 128 : 64;
   static constexpr int kStages = 2;
-  using TileQk = TileShape<kRows, kHeadQk>;
-  using TileV = TileShape<kRows, kHeadV>;
-  static constexpr int kSharedBytes = TileQk::kBytes + kStages * (TileQk::kBytes + TileV::kBytes) +
-                                      (1 + 4 * kStages) * kBarrierBytes;
+  using TileQ = TileShape<kRows, kHeadQk>;
+  using TileK = TileShape<kKeys, kHeadQk>;
+  using TileV = TileShape<kKeys, kHeadV>;
+  static constexpr int kSharedBytes =
+      TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes) + (1 + 4 * kStages) * kBarrierBytes;
+  static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// The backward kernels keep a tile of 64 tokens for each consumer and stream tiles of 64 others.
+// The backward kernels keep tiles of 64 tokens for each consumer (Q and dO, or K and V) and stream
+// tiles of 64 others (K and V, or Q and dO).
 template <int kHeadQk, int kHeadV>
 struct BackwardConfig {
   static constexpr int kRows = 64;
-  static constexpr int kStages = 2;
   using TileQk = TileShape<kRows, kHeadQk>;
   using TileV = TileShape<kRows, kHeadV>;
-  static constexpr int kPairBytes = TileQk::kBytes + TileV::kBytes;  // K and V, or Q and dO
-  // Statistics go with every streamed tile of queries; 1 KiB keeps the tiles aligned.
+  static constexpr int kPairBytes = TileQk::kBytes + TileV::kBytes;
+  static constexpr int kStagesQk = 2;
+  static constexpr int kStagesV = kHeadV <= 128 ? 2 : 1;
+  // Statistics go with every streamed tile of Q.
   static constexpr int kStatisticsBytes = kRows * static_cast<int>(sizeof(Statistics));
-  static constexpr int kStageBytes = kPairBytes + 1024;
   static constexpr int kSharedBytes =
-      kConsumers * kPairBytes + kStages * kStageBytes + (1 + 2 * kStages) * kBarrierBytes;
+      kConsumers * kPairBytes + kStagesQk * (TileQk::kBytes + kStatisticsBytes) +
+      kStagesV * TileV::kBytes + (1 + 2 * kStagesQk + 2 * kStagesV) * kBarrierBytes;
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
+  static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
 };
 
 }  // namespace onepass::cuda::sm90

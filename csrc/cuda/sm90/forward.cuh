@@ -1,11 +1,11 @@
 // Hopper forward: one block computes 128 queries of one head.
 //
-// Three warpgroups. One warp of the first walks the visited tiles of 128 keys and has the copy
-// engine bring K and V, two stages of each; the other two warpgroups compute 64 queries each. A
-// consumer keeps the tensor cores busy while it computes a softmax: it starts S = Q K^T of the next
-// tile and O += P V of this one, then exponentiates the next scores while the latter still runs.
-// The two take turns in starting their products, so that one computes exponentials while the
-// products of the other run. P stays in registers. Deterministic.
+// Three warpgroups. One warp of the first walks the visited tiles of 128 keys (64 where the output
+// is wide) and has the copy engine bring K and V, two stages of each; the other two warpgroups
+// compute 64 queries each. A consumer keeps the tensor cores busy while it computes a softmax: it
+// starts S = Q K^T of the next tile and O += P V of this one, then exponentiates the next scores
+// while the latter still runs. The two take turns in starting their products, so that one computes
+// exponentials while the products of the other run. P stays in registers. Deterministic.
 //
 // Barriers: `full` of a stage is over when its bytes are there, `empty` when both consumers are
 // done with it (one arrival per warp).
@@ -47,17 +47,18 @@ template <typename Element, int kHeadQk, int kHeadV>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const Params params, const __grid_constant__ ForwardMaps maps) {
   using Config = ForwardConfig<kHeadQk, kHeadV>;
-  using TileQk = typename Config::TileQk;
+  using TileQ = typename Config::TileQ;
+  using TileK = typename Config::TileK;
   using TileV = typename Config::TileV;
-  constexpr int kRows = Config::kRows, kStages = Config::kStages;
-  using Walk = KeyTileWalk<kRows, kRows>;
+  constexpr int kRows = Config::kRows, kKeys = Config::kKeys, kStages = Config::kStages;
+  using Walk = KeyTileWalk<kRows, kKeys>;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
   const int32_t head = blockIdx.y, row = blockIdx.z, seq = params.seq;
   const int32_t kv_head = head / (params.heads / params.kv_heads);
   const int32_t first_query = plan_of_row(params.plan, row, seq).query_order_2[blockIdx.x] * kRows;
 
   uint8_t* q_tile = shared_memory();
-  const auto k_tile = [&](int stage) { return q_tile + (1 + stage) * TileQk::kBytes; };
+  const auto k_tile = [&](int stage) { return q_tile + TileQ::kBytes + stage * TileK::kBytes; };
   const auto v_tile = [&](int stage) { return k_tile(kStages) + stage * TileV::kBytes; };
   Barrier* q_full = reinterpret_cast<Barrier*>(v_tile(kStages));
   Barrier* k_full = q_full + 1;
@@ -81,17 +82,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x >= 32) return;
     Walk walk(params, row, first_query);
     if (lane == 0) {
-      arrive_and_expect(q_full, TileQk::kBytes);
-      copy_tile<TileQk>(q_tile, maps.q, q_full, first_query, head, row);
+      arrive_and_expect(q_full, TileQ::kBytes);
+      copy_tile<TileQ>(q_tile, maps.q, q_full, first_query, head, row);
     }
-    Stage stage;
+    Stage<kStages> stage;
     for (Visit visit = walk.next(); visit.tile >= 0; visit = walk.next(), stage.advance()) {
-      const int32_t first_key = visit.tile * kRows;
+      const int32_t first_key = visit.tile * kKeys;
       wait(k_empty + stage.index, stage.parity ^ 1);  // over at once in the first round
       if (lane == 0) {
-        arrive_and_expect(k_full + stage.index, TileQk::kBytes);
-        copy_tile<TileQk>(k_tile(stage.index), maps.k, k_full + stage.index, first_key, kv_head,
-                          row);
+        arrive_and_expect(k_full + stage.index, TileK::kBytes);
+        copy_tile<TileK>(k_tile(stage.index), maps.k, k_full + stage.index, first_key, kv_head,
+                         row);
       }
       wait(v_empty + stage.index, stage.parity ^ 1);
       if (lane == 0) {
@@ -108,18 +109,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int32_t warp_query = first_query + consumer * 64 + threadIdx.x % kWarpgroup / 32 * 16;
   const ScoreScale score_scale(params);
   Softmax<1> softmax;
-  Accumulator<1, kRows / 8> scores;
+  Accumulator<1, kKeys / 8> scores;
   Accumulator<1, kHeadV / 8> out;
-  LeftFactor<1, kRows / 16> probabilities;
+  LeftFactor<1, kKeys / 16> probabilities;
   clear(out);
 
-  const auto start_scores = [&](const Stage& stage) {
+  const auto start_scores = [&](const Stage<kStages>& stage) {
     wait(k_full + stage.index, stage.parity);
-    start_transposed<Element, TileQk, TileQk>(scores[0], q_tile, consumer * 64,
-                                              k_tile(stage.index));
+    start_transposed<Element, TileQ, TileK>(scores[0], q_tile, consumer * 64, k_tile(stage.index));
     commit_products();
   };
-  const auto start_values = [&](const Stage& stage) {
+  const auto start_values = [&](const Stage<kStages>& stage) {
     wait(v_full + stage.index, stage.parity);
     start_add<Element, TileV>(out[0], probabilities[0], v_tile(stage.index));
     commit_products();
@@ -128,11 +128,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     hold(scores[0]);
     score_scale.cap(scores);
     if (visit.full) return;
-    const int32_t first_key = visit.tile * kRows;
+    const int32_t first_key = visit.tile * kKeys;
 #pragma unroll
-    for (int half = 0; half < kRows / kTile; ++half) {
-      auto& part = reinterpret_cast<Accumulator<1, kTile / 8>&>(scores[0][half * kTile / 8]);
-      mask_keys(part, params, row, warp_query, first_key + half * kTile);
+    for (int i = 0; i < kKeys / kTile; ++i) {
+      auto& part = reinterpret_cast<Accumulator<1, kTile / 8>&>(scores[0][i * kTile / 8]);
+      mask_keys<1, kTile / 8>(part, params, row, warp_query, first_key + i * kTile);
     }
   };
 
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Walk walk(params, row, first_query);
   const Turns turns(consumer);
   Visit visit = walk.next();  // at least the tile on the diagonal
-  Stage stage;                // of the scores
-  Stage values;               // of the probabilities
+  Stage<kStages> stage;       // of the scores
+  Stage<kStages> values;      // of the probabilities
   wait(q_full, 0);
   turns.wait_for_mine();
   start_scores(stage);
@@ -204,11 +204,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename Element, int kHeadQk, int kHeadV>
 void launch_forward(const Params& params, Stream stream) {
   using Config = ForwardConfig<kHeadQk, kHeadV>;
-  constexpr int kRows = Config::kRows;
+  constexpr int kRows = Config::kRows, kKeys = Config::kKeys;
   const ForwardMaps maps{
       make_tensor_map<Element>(params.q, params.batch, params.heads, params.seq, kHeadQk, kRows),
-      make_tensor_map<Element>(params.k, params.batch, params.kv_heads, params.seq, kHeadQk, kRows),
-      make_tensor_map<Element>(params.v, params.batch, params.kv_heads, params.seq, kHeadV, kRows)};
+      make_tensor_map<Element>(params.k, params.batch, params.kv_heads, params.seq, kHeadQk, kKeys),
+      make_tensor_map<Element>(params.v, params.batch, params.kv_heads, params.seq, kHeadV, kKeys)};
   const Grid grid{ceil_div(params.seq, kRows), params.heads, params.batch};
   launch(forward_kernel<Element, kHeadQk, kHeadV>, grid, kThreads, Config::kSharedBytes, stream,
          params, maps);

@@ -125,6 +125,23 @@ struct Atoms<Fp16, 128> {
   using Registers = cute::SM90::GMMA::MMA_64x128x16_F32F16F16_RS<Major::K, Major::MN>;
 };
 
+template <>
+struct Atoms<Bf16, 192> {
+  using Registers = cute::SM90::GMMA::MMA_64x192x16_F32BF16BF16_RS<Major::K, Major::MN>;
+};
+template <>
+struct Atoms<Bf16, 256> {
+  using Registers = cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_RS<Major::K, Major::MN>;
+};
+template <>
+struct Atoms<Fp16, 192> {
+  using Registers = cute::SM90::GMMA::MMA_64x192x16_F32F16F16_RS<Major::K, Major::MN>;
+};
+template <>
+struct Atoms<Fp16, 256> {
+  using Registers = cute::SM90::GMMA::MMA_64x256x16_F32F16F16_RS<Major::K, Major::MN>;
+};
+
 template <typename Atom, int kBlocks, size_t... kIndex>
 __device__ __forceinline__ void multiply(float (&c)[kBlocks][4], uint64_t a, uint64_t b,
                                          bool accumulate, std::index_sequence<kIndex...>) {

@@ -68,12 +68,14 @@ __device__ __forceinline__ void start_add(float (&c)[kBlocks][4], const uint32_t
   }
 }
 
-// Which of two stages comes next, and the parity of its phase.
+// Which of one or two stages comes next, and the parity of its phase.
+template <int kStages>
 struct Stage {
+  static_assert(kStages == 1 || kStages == 2);
   int index = 0, parity = 0;
   __device__ __forceinline__ void advance() {
-    parity ^= index;
-    index ^= 1;
+    parity ^= kStages == 1 ? 1 : index;
+    index ^= kStages - 1;
   }
 };
 
