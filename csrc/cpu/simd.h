@@ -47,9 +47,11 @@ template <typename T>
 ONEPASS_INLINE IntVec<T> load_int(const Int<T>* p) {
   return *reinterpret_cast<const typename Simd<T>::IntMemory*>(p);
 }
+// Minus zero is nothing, where plus zero would turn -0 into 0 and so be computed: it took a third
+// of the products' time on processors that multiply and shuffle by the same ports.
 template <typename T>
 ONEPASS_INLINE Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};
 }
 // NaN in `b` never replaces `a`; NaN in `a` stays.
 template <typename T>
