@@ -242,7 +242,10 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   StableTensor dsinks = call.sinks.has_value()
                             ? torch::stable::new_zeros(*call.sinks, call.sinks->sizes())
                             : new_empty(lse_rows, {0}, ScalarType::Float);
-  if (call.empty()) return {dq, dk, dv, dsinks};
+  if (call.empty()) {
+    torch::stable::zero_(dk), torch::stable::zero_(dv);  // there may be keys without a query head
+    return {dq, dk, dv, dsinks};
+  }
   p.out = raw(out_rows), p.dout = raw(dout_rows);
   p.dq = raw(dq), p.dk = raw(dk), p.dv = raw(dv);
   p.lse = static_cast<float*>(const_cast<void*>(lse_rows.const_data_ptr()));

@@ -1,6 +1,7 @@
 """Builds the CUDA library and checks what came out; `make check-cuda` calls it. No GPU is needed.
 
-- No kernel keeps registers in memory ("spills"), as `ptxas -v` tells.
+- No kernel keeps registers in memory ("spills"), as `ptxas -v` tells, and those that hand registers
+  from one warpgroup to another start with as many as they share out.
 - The products of a warpgroup run by themselves: ptxas has not serialized them.
 - Every family of kernels has the instructions that it is written for (`FAMILIES`).
 - Of torch, only symbols of its stable ABI are undefined.
@@ -35,8 +36,15 @@ class Family(NamedTuple):
 
 FAMILIES = (
     Family(r"sm80::(forward|dq|dk_dv)_kernel", r"sm_\d+a?", (r"HMMA\.16816", "LDSM", "LDGSTS")),
-    Family(r"sm90::(forward|dq|dk_dv)_kernel", r"sm_90a", ("HGMMA", "UTMALDG", "WARPGROUP")),
+    Family(
+        r"sm90::(forward|dq|dk_dv)_kernel",
+        r"sm_90a",
+        ("HGMMA", "UTMALDG", "WARPGROUP", r"USETMAXREG\.TRY_ALLOC", r"USETMAXREG\.DEALLOC"),
+    ),
 )
+# Per thread at the start of a Hopper kernel (kRegisters of sm90/config.h): with fewer, consumers
+# would wait for ever for the registers that they take.
+HOPPER_REGISTERS = 168
 
 # The C functions that torch promises to keep, and versioned symbols of the system's libraries.
 STABLE_SYMBOLS = re.compile(r"(aoti_torch_|torch_)\w+|\S+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+")
@@ -72,6 +80,13 @@ def spill_errors(kernels: list[Kernel]) -> Iterator[str]:
     for kernel in kernels:
         if kernel.spilled_bytes:
             yield f"{kernel.name} for {kernel.arch} spills {kernel.spilled_bytes} bytes"
+
+
+def register_errors(kernels: list[Kernel]) -> Iterator[str]:
+    """Yield a line for each Hopper kernel that starts with other registers than it counts on."""
+    for kernel in kernels:
+        if kernel.name.startswith("sm90::") and kernel.registers != HOPPER_REGISTERS:
+            yield f"{kernel.name} has {kernel.registers} registers, expected {HOPPER_REGISTERS}"
 
 
 def serialized_products(folder: Path) -> Iterator[str]:
@@ -171,7 +186,7 @@ def main() -> None:
             f"{kernel.arch}  {kernel.registers:3} registers  {kernel.spilled_bytes:3} bytes "
             f"spilled  {kernel.name}"
         )
-    errors = [*spill_errors(kernels), *serialized_products(folder)]
+    errors = [*spill_errors(kernels), *register_errors(kernels), *serialized_products(folder)]
     errors += [*instruction_errors(folder), *symbol_errors(library)]
     if errors:
         raise SystemExit("\n".join(["check-cuda:", *errors]))

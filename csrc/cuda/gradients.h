@@ -111,8 +111,9 @@ __device__ __forceinline__ void store_gradient(Element* staging, const Tensor& g
                                  gradient.seq_stride, first, seq);
 }
 
+// Static, as its kernels are: the linker would keep one family's for both.
 template <typename Element>
-void launch_statistics(const BackwardParams& params, int32_t head_v, Stream stream) {
+static void launch_statistics(const BackwardParams& params, int32_t head_v, Stream stream) {
   const Grid by_query{num_tiles(params.seq) * kTile / kRowsPerBlock, params.heads, params.batch};
   launch(statistics_kernel<Element>, by_query, kStatisticsThreads, 0, stream, params, head_v);
   if (params.sinks != nullptr) {

@@ -110,6 +110,20 @@ def test_spills_are_found_in_the_report_of_ptxas(tmp_path):
     ]
 
 
+def test_hopper_kernels_start_with_the_registers_that_they_share_out():
+    names = ["sm90::dq_kernel<__half, 64, 64>", "sm90::dk_dv_kernel<__half, 64, 64, (Want)0>"]
+    kernels = [
+        check_build.Kernel(names[0], "sm_90a", 168, 0),
+        check_build.Kernel(names[1], "sm_90a", 152, 0),
+        check_build.Kernel("statistics_kernel<__half>", "sm_90a", 34, 0),
+    ]
+    assert list(check_build.register_errors(kernels)) == [
+        f"{names[1]} has 152 registers, expected 168"
+    ]
+    config = (cuda_build.HERE / "sm90" / "config.h").read_text()
+    assert f"kRegisters = {check_build.HOPPER_REGISTERS};" in config
+
+
 def test_missing_instructions_are_found(tmp_path, monkeypatch):
     complete = " HMMA.16816.F32.BF16 R4 LDSM.16.M88.4 R8 LDGSTS.E.BYPASS.128 "
     code = {

@@ -1,4 +1,5 @@
-// Shapes of the portable kernels (sm_80 and later), by head size.
+// Shapes of the portable kernels (sm_80 and later), by head size. All fit into the shared memory of
+// the smaller devices (8.6, 8.9, 12.0).
 #pragma once
 
 #include "../launch.h"
@@ -9,6 +10,7 @@ namespace onepass::cuda::sm80 {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kElementBytes = 2;
+constexpr int kMaxSharedBytes = 99 * 1024;
 
 // Forward: a block has kRows queries, each warp kRowTiles times 16 of them, and streams key tiles.
 template <int kHeadQk, int kHeadV>
@@ -17,11 +19,11 @@ struct ForwardConfig {
   static constexpr int kRows = 16 * kRowTiles * kWarps;
   static constexpr int kSharedBytes =
       (kRows * kHeadQk + kTile * (kHeadQk + kHeadV)) * kElementBytes;
+  static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 // Backward: a block keeps a tile of kTile queries (for dq) or keys (for dk and dv), 16 for each
-// warp, and streams tiles of kRows of the others, two at a time where they fit. All sizes fit into
-// the 99 KiB of the smaller devices (8.6, 8.9, 12.0).
+// warp, and streams tiles of kRows of the others, two at a time where they fit.
 template <int kHeadQk, int kHeadV>
 struct BackwardConfig {
   static constexpr int kStages = kHeadQk <= 128 ? 2 : 1;
@@ -31,7 +33,7 @@ struct BackwardConfig {
   static constexpr int kStatisticsBytes = kRows * static_cast<int>(sizeof(Statistics));
   static constexpr int kStageBytes = kRows * (kHeadQk + kHeadV) * kElementBytes + kStatisticsBytes;
   static constexpr int kSharedBytes = kKeptBytes + kStages * kStageBytes;
-  static_assert(kSharedBytes <= 99 * 1024);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
   // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
   static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
 };

@@ -9,7 +9,11 @@ namespace onepass::cuda::sm90 {
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2;    // warpgroups
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+// Per thread, once the producer has given its registers away; a kernel starts with kRegisters each.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kRegisters = 168;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kRegisters,
+              "consumers would wait for registers for ever");
 
 // A tile in shared memory is a row of blocks of 64 columns, each of kRows rows of 128 bytes: what
 // one bulk copy brings. The 16-byte chunks of a row are permuted by the row's number modulo 8,

@@ -34,9 +34,9 @@ TensorMap make_tensor_map(const Tensor& tensor, int32_t batch, int32_t heads, in
   constexpr bool is_bf16 = std::is_same_v<Element, Bf16>;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(seq),
                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-  // A dimension of size 1 may have any stride; the encoder wants a multiple of 16 bytes.
-  const auto bytes = [](int64_t stride, int32_t size) {
-    return static_cast<cuuint64_t>(size == 1 ? 16 : stride * 2);
+  // A dimension of size 1 may have any stride, which the encoder might refuse: give it a row's.
+  const auto bytes = [&](int64_t stride, int32_t size) {
+    return static_cast<cuuint64_t>(size == 1 ? head_dim : stride) * sizeof(Element);
   };
   const cuuint64_t strides[] = {bytes(tensor.seq_stride, seq), bytes(tensor.head_stride, heads),
                                 bytes(tensor.batch_stride, batch)};
