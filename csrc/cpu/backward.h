@@ -23,8 +23,8 @@ struct BackwardTile {
   T* values_t;     // (d_v, kTile)
   T* dkeys_t;      // (d_qk, kTile)
   T* dvalues_t;    // (d_v, kTile)
-  T* queries;      // (kTile, d_qk)
-  T* douts;        // (kTile, d_v)
+  T* queries;      // (kTile, d_qk), of a narrower storage
+  T* douts;        // (kTile, d_v), the same
   T* probability;  // (kTile queries, kTile)
   T* dscores;      // (kTile queries, kTile)
   T* dqueries;     // (kTile, d_qk_padded)
@@ -113,21 +113,17 @@ template <typename Storage, typename T>
 void visit(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
            const KeyTile& keys, int64_t b, int64_t head) {
   const int rows = queries.last - queries.first + 1, num_keys = keys.last - keys.first + 1;
-  load_rows<Storage, T>(p.q, b, head, queries.first, rows, p.d_qk, T(1), tile.queries, p.d_qk);
-  load_rows<Storage, T>(p.dout, b, head, queries.first, rows, p.d_v, T(1), tile.douts, p.d_v);
-  gemm<false, T>(rows, kTile, p.d_qk, {tile.queries, p.d_qk, 1}, tile.keys_t, kTile,
-                 tile.probability, kTile);
-  gemm<false, T>(rows, kTile, p.d_v, {tile.douts, p.d_v, 1}, tile.values_t, kTile, tile.dscores,
-                 kTile);
+  const auto q = rows_of<Storage>(p.q, b, head, queries.first, rows, p.d_qk, tile.queries);
+  const auto dout = rows_of<Storage>(p.dout, b, head, queries.first, rows, p.d_v, tile.douts);
+  gemm<false>(rows, kTile, p.d_qk, q, tile.keys_t, kTile, tile.probability, kTile);
+  gemm<false>(rows, kTile, p.d_v, dout, tile.values_t, kTile, tile.dscores, kTile);
   if (coverage(queries, keys, p.window) == Coverage::full) {
     differentiate<T, false>(p, tile, queries, b, head);
   } else {
     differentiate<T, true>(p, tile, queries, b, head);
   }
-  gemm<true, T>(p.d_v, kTile, rows, {tile.douts, 1, p.d_v}, tile.probability, kTile, tile.dvalues_t,
-                kTile);
-  gemm<true, T>(p.d_qk, kTile, rows, {tile.queries, 1, p.d_qk}, tile.dscores, kTile, tile.dkeys_t,
-                kTile);
+  gemm<true>(p.d_v, kTile, rows, dout.transposed(), tile.probability, kTile, tile.dvalues_t, kTile);
+  gemm<true>(p.d_qk, kTile, rows, q.transposed(), tile.dscores, kTile, tile.dkeys_t, kTile);
   gemm<false, T>(rows, tile.d_qk_padded, num_keys, {tile.dscores, kTile, 1}, tile.keys,
                  tile.d_qk_padded, tile.dqueries, tile.d_qk_padded);
 }

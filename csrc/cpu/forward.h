@@ -13,8 +13,8 @@ namespace onepass::cpu::ONEPASS_VARIANT {
 template <typename T>
 struct ForwardTile {
   T* queries;     // (d_qk, kTile), scaled
-  T* keys;        // (chunk, d_qk)
-  T* values;      // (chunk, d_v)
+  T* keys;        // (chunk, d_qk), of a narrower storage
+  T* values;      // (chunk, d_v), the same
   T* scores;      // (chunk, kTile)
   T* acc;         // (d_v, kTile)
   T* row_max;     // (kTile)
@@ -51,12 +51,16 @@ ONEPASS_INLINE IntVec<T> visible_lanes(const Params& p, const ForwardTile<T>& ti
 // One online softmax step: scores become probabilities up to the final 1 / row_sum.
 template <typename T>
 void softmax_step(const ForwardTile<T>& tile, int num_keys, int64_t d_v) {
-  constexpr int lanes = Simd<T>::lanes;
-  for (int lane = 0; lane < kTile; lane += lanes) {
-    const Vec<T> old_max = load(tile.row_max + lane);
-    Vec<T> new_max = old_max;
-    for (int n = 0; n < num_keys; ++n)
-      new_max = max<T>(new_max, load(tile.scores + n * kTile + lane));
+  constexpr int lanes = Simd<T>::lanes, vecs = kTile / lanes;
+  Vec<T> highest[vecs];
+  for (int v = 0; v < vecs; ++v) highest[v] = load(tile.row_max + v * lanes);
+  for (int n = 0; n < num_keys; ++n) {
+    for (int v = 0; v < vecs; ++v)
+      highest[v] = max<T>(highest[v], load(tile.scores + n * kTile + v * lanes));
+  }
+  for (int v = 0; v < vecs; ++v) {
+    const int lane = v * lanes;
+    const Vec<T> old_max = load(tile.row_max + lane), new_max = highest[v];
     Vec<T> sum = Vec<T>{};
     for (int n = 0; n < num_keys; ++n) {
       const Vec<T> probability = exp(load(tile.scores + n * kTile + lane) - new_max);
@@ -72,23 +76,31 @@ void softmax_step(const ForwardTile<T>& tile, int num_keys, int64_t d_v) {
 }
 
 template <typename T>
-bool all_finite(const T* x, int64_t count) {
+bool all_finite(MatrixA<T> x, int rows, int64_t columns) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> sums{};  // 0, or NaN once an element is not finite
   T sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += x[i] * 0;  // 0, or NaN once an element is not finite
+  for (int r = 0; r < rows; ++r, x.data += x.row_stride) {
+    int64_t c = 0;
+    for (; c + lanes <= columns; c += lanes) sums += load(x.data + c) * 0;
+    for (; c < columns; ++c) sum += x.data[c] * 0;
+  }
+  for (int lane = 0; lane < lanes; ++lane) sum += sums[lane];
   return sum == 0;
 }
 
 // acc += V^T P where a key that a query does not see must not reach it even as 0 * NaN.
 template <typename T>
-void add_values_seen(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t key,
-                     int num_keys) {
+void add_values_seen(const Params& p, const ForwardTile<T>& tile, MatrixA<T> values, int64_t b,
+                     int64_t key, int num_keys) {
   for (int n = 0; n < num_keys; ++n) {
     for (int lane = 0; lane < kTile; lane += Simd<T>::lanes) {
       const IntVec<T> mask = visible_lanes(p, tile, b, key + n, lane);
       const Vec<T> probability = load(tile.scores + n * kTile + lane);
       for (int64_t d = 0; d < p.d_v; ++d) {
         T* acc = tile.acc + d * kTile + lane;
-        store(acc, load(acc) + (mask ? probability * tile.values[n * p.d_v + d] : Vec<T>{}));
+        store(acc,
+              load(acc) + (mask ? probability * values.data[n * values.row_stride + d] : Vec<T>{}));
       }
     }
   }
@@ -98,10 +110,9 @@ template <typename Storage, typename T>
 void attend(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t kv_head, int64_t key,
             int num_keys, bool partial) {
   constexpr int lanes = Simd<T>::lanes;
-  load_rows<Storage, T>(p.k, b, kv_head, key, num_keys, p.d_qk, T(1), tile.keys, p.d_qk);
-  load_rows<Storage, T>(p.v, b, kv_head, key, num_keys, p.d_v, T(1), tile.values, p.d_v);
-  gemm<false, T>(num_keys, kTile, p.d_qk, {tile.keys, p.d_qk, 1}, tile.queries, kTile, tile.scores,
-                 kTile);
+  const auto keys = rows_of<Storage>(p.k, b, kv_head, key, num_keys, p.d_qk, tile.keys);
+  const auto values = rows_of<Storage>(p.v, b, kv_head, key, num_keys, p.d_v, tile.values);
+  gemm<false>(num_keys, kTile, p.d_qk, keys, tile.queries, kTile, tile.scores, kTile);
   if (p.softcap > 0) {
     const T cap = p.softcap, inverse = 1 / p.softcap;
     for (int i = 0; i < num_keys * kTile; i += lanes) {
@@ -118,11 +129,10 @@ void attend(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t kv_h
     }
   }
   softmax_step(tile, num_keys, p.d_v);
-  if (partial && !all_finite(tile.values, num_keys * p.d_v)) {
-    add_values_seen(p, tile, b, key, num_keys);
+  if (partial && !all_finite(values, num_keys, p.d_v)) {
+    add_values_seen(p, tile, values, b, key, num_keys);
   } else {
-    gemm<true, T>(p.d_v, kTile, num_keys, {tile.values, 1, p.d_v}, tile.scores, kTile, tile.acc,
-                  kTile);
+    gemm<true>(p.d_v, kTile, num_keys, values.transposed(), tile.scores, kTile, tile.acc, kTile);
   }
 }
 

@@ -11,7 +11,22 @@ template <typename T>
 struct MatrixA {
   const T* data;
   int64_t row_stride, depth_stride;
+
+  MatrixA transposed() const { return {data, depth_stride, row_stride}; }
 };
+
+// Rows [begin, begin + rows) of one head: where they are, or widened into `copy` (rows, columns).
+// A product reads A too few times for a copy of what need not be widened to pay.
+template <typename Storage, typename T>
+MatrixA<T> rows_of(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int rows,
+                   int64_t columns, T* copy) {
+  if constexpr (std::is_same_v<Storage, T>) {
+    return {row_of<Storage>(tensor, b, h, begin), tensor.seq_stride, 1};
+  } else {
+    load_rows<Storage, T>(tensor, b, h, begin, rows, columns, T(1), copy, columns);
+    return {copy, columns, 1};
+  }
+}
 
 // Sums from zero and adds to C once: over many products that rounds less than one long sum.
 template <typename T, int kRows, int kVecs, bool kAccumulate>

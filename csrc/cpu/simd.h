@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "params.h"
 
@@ -148,13 +149,18 @@ struct Scratch {
   }
 };
 
+template <typename Storage>
+ONEPASS_INLINE const Storage* row_of(const Tensor& tensor, int64_t b, int64_t h, int64_t row) {
+  return static_cast<const Storage*>(tensor.data) + b * tensor.batch_stride +
+         h * tensor.head_stride + row * tensor.seq_stride;
+}
+
 // rows [begin, begin + rows) of one head, widened into a dense (rows, width) array padded with
 // zeros; times `scale`.
 template <typename Storage, typename T>
 void load_rows(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int rows, int64_t columns,
                T scale, T* to, int64_t width) {
-  const Storage* from = static_cast<const Storage*>(tensor.data) + b * tensor.batch_stride +
-                        h * tensor.head_stride + begin * tensor.seq_stride;
+  const Storage* from = row_of<Storage>(tensor, b, h, begin);
   for (int r = 0; r < rows; ++r, from += tensor.seq_stride, to += width) {
     for (int64_t c = 0; c < columns; ++c) to[c] = widen<T>(from[c]) * scale;
     for (int64_t c = columns; c < width; ++c) to[c] = 0;
@@ -165,8 +171,7 @@ void load_rows(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int ro
 template <typename Storage, typename T>
 void load_transposed(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int rows,
                      int64_t columns, T scale, T* to) {
-  const Storage* from = static_cast<const Storage*>(tensor.data) + b * tensor.batch_stride +
-                        h * tensor.head_stride + begin * tensor.seq_stride;
+  const Storage* from = row_of<Storage>(tensor, b, h, begin);
   for (int64_t c = 0; c < columns; ++c) {
     for (int r = 0; r < rows; ++r)
       to[c * kTile + r] = widen<T>(from[r * tensor.seq_stride + c]) * scale;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <thread>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)

@@ -1,6 +1,7 @@
 #include <cmath>
 #include <cstdint>
 #include <thread>
+#include <type_traits>
 
 // 16 bytes: SSE2 and NEON.
 #define ONEPASS_VARIANT portable
