@@ -246,6 +246,8 @@ class SetSFTTrainer(OnePassSFTTrainer):
                 pairs_per_forward=args.matching_batch,
             )
         )
+        # Asked before the first forward: later, it would meet a forward's collectives elsewhere.
+        most_forwards = self._most_forwards(len(forwards))
         costs = [np.zeros((num_tokens, len(set_.traces))) for set_ in sets]
         was_training = model.training
         model.eval()
@@ -253,7 +255,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
             for forward in forwards:
                 log_probs = self._log_probs(model, forward.row)
                 matching.add_costs(costs, forward, log_probs, args.matching_reduction)
-            for _ in range(self._most_forwards(len(forwards)) - len(forwards)):
+            for _ in range(most_forwards - len(forwards)):
                 # Processes that share a sharded model must all take part in each of its forwards.
                 self._log_probs(model, forwards[-1].row)
         finally:
