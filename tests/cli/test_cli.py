@@ -1,5 +1,8 @@
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +11,9 @@ import yaml
 from onepass_trl.cli import main, report_errors
 from onepass_trl.cli.dataset import load_conversations
 from onepass_trl.cli.sft import train
+from tests.training.sharding import ENVIRONMENT, SHARDED, needs_deepspeed
 
 ACCELERATE = Path(__file__).parents[2] / "examples" / "accelerate"
-# For a configuration of eight GPUs.
-TWO_ON_THE_CPU = ["--num_processes=2", "--mixed_precision=no"]
 CHATS = [
     {
         "messages": [
@@ -89,15 +91,43 @@ def test_sft_trains_and_saves(sft_flags, tmp_path, capfd):
     [
         ["--num_processes=2"],
         [f"--accelerate_config={ACCELERATE / 'ddp_cpu.yaml'}"],
-        [f"--accelerate_config={ACCELERATE / 'fsdp2.yaml'}", *TWO_ON_THE_CPU],
     ],
-    ids=["flags", "ddp_cpu", "fsdp2"],
+    ids=["flags", "ddp_cpu"],
 )
 def test_sft_trains_in_two_processes(sft_flags, launcher, capfd):
     """A step of two processes takes twice the rows of one: 2 of the 8 at batch size 1."""
     flags = [*sft_flags, "--per_device_train_batch_size=1"]
     assert main(["sft", *flags, *(part for flag in launcher for part in flag.split("="))]) == 0
     assert "'epoch': '0.25'" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("fsdp2.yaml", "FSDP"),
+        pytest.param("deepspeed_zero3.yaml", "DEEPSPEED", marks=needs_deepspeed),
+    ],
+)
+def test_a_model_is_sharded_as_the_launcher_is_configured(sft_flags, file, expected, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launcher += [ACCELERATE / file, "--num_processes=2", "--mixed_precision=no"]
+    flags = [flag for flag in sft_flags if flag != "--use_cpu"]
+    flags += [
+        "--per_device_train_batch_size=1",
+        f"--accelerator_config={json.dumps(SHARDED['accelerator_config'])}",
+    ]
+    result = subprocess.run(
+        [*launcher, "-m", "tests.training.sharding", *flags],
+        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.split()[-2:] == [expected, expected]
+    assert "'epoch': '0.25'" in result.stdout
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_processes_that_would_train_alone_are_refused(sft_flags, monkeypatch):

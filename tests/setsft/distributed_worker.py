@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
-import torch
-
 from tests.setsft.trainers import forking_model, make_trainer
-from tests.training.distributed_worker import train_and_save
+from tests.training.distributed_worker import start, train_and_save
 
 
 def main(folder: str, options: dict) -> None:
-    torch.set_num_threads(1)
+    start(options)
     model, tokenizer = forking_model("qwen3")
     settings = dict(
         optim="sgd",

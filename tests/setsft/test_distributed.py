@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.setsft.trainers import NUM_TOKENS
-from tests.training.test_distributed import FSDP2, run
+from tests.training.sharding import needs_deepspeed
+from tests.training.test_distributed import FSDP2, run, zero
 
 WORKER = "tests.setsft.distributed_worker"
 
@@ -34,8 +35,11 @@ def single(tmp_path_factory):
         dict(per_device_train_batch_size=1, gradient_accumulation_steps=2),
         dict(per_device_train_batch_size=2, matching_batch=4, **FSDP2),
         dict(per_device_train_batch_size=2, matching="random"),
+        pytest.param(
+            dict(per_device_train_batch_size=2, matching_batch=4, **zero(3)), marks=needs_deepspeed
+        ),
     ],
-    ids=["ddp", "ddp_batched", "ddp_accumulation", "fsdp2", "ddp_random"],
+    ids=["ddp", "ddp_batched", "ddp_accumulation", "fsdp2", "ddp_random", "zero3"],
 )
 def test_two_processes_equal_one(options, single, tmp_path):
     expected_history, expected_weights = single(options.get("matching", "hungarian"))

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
 from tests.conversations import as_row, forked_rollouts, random_chat
 from tests.models import make_model
+from tests.training.sharding import shard_on_cpu
 
 CONVERSATIONS = [
     random_chat(4, seed=1),
@@ -30,7 +31,7 @@ CONVERSATIONS = [
 
 
 def main(folder: str, options: dict) -> None:
-    torch.set_num_threads(1)
+    start(options)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")),
         pad_token="<pad>",
@@ -61,8 +62,18 @@ def main(folder: str, options: dict) -> None:
     train_and_save(trainer, folder)
 
 
+def start(options: dict) -> None:
+    """Set up this process, for the options of its trainer."""
+    torch.set_num_threads(1)
+    if not options.get("use_cpu", True):
+        shard_on_cpu(deepspeed="deepspeed" in options)
+
+
 def train_and_save(trainer: OnePassSFTTrainer, folder: str) -> None:
     """Train, save history and weights, and leave the process group."""
+    args, used = trainer.args, trainer.accelerator.distributed_type
+    if used != ("DEEPSPEED" if args.deepspeed else "FSDP" if args.fsdp else "MULTI_CPU"):
+        raise AssertionError(f"{args.deepspeed=} and {args.fsdp=}, but it would train with {used}")
     trainer.train()
     trainer.save_model(f"{folder}/model")
     if trainer.accelerator.is_main_process:

@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.sharding import ENVIRONMENT, SHARDED, needs_deepspeed
+
 REPOSITORY = Path(__file__).parents[2]
 FSDP2 = dict(
+    **SHARDED,
     fsdp=True,
     fsdp_config=dict(
         version=2,
@@ -22,6 +25,28 @@ FSDP2 = dict(
         state_dict_type="FULL_STATE_DICT",
     ),
 )
+
+
+def zero(stage: int) -> dict:
+    """Return the options of DeepSpeed ZeRO."""
+    sharding = dict(stage=stage)
+    if stage == 3:  # by default it keeps parameters as small as all of these whole
+        sharding |= dict(
+            stage3_param_persistence_threshold=0, stage3_gather_16bit_weights_on_model_save=True
+        )
+    automatic = (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
+    return dict(
+        **SHARDED,
+        deepspeed=dict(
+            zero_optimization=sharding,
+            zero_allow_untested_optimizer=True,
+            **dict.fromkeys(automatic, "auto"),
+        ),
+    )
 
 
 def run(
@@ -48,7 +73,8 @@ def run(
         str(folder),
         json.dumps(options),
     ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_USE_CPU"] = str(options.get("use_cpu", True)).lower()
     result = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
@@ -69,8 +95,21 @@ def single(tmp_path_factory):
         dict(per_device_train_batch_size=2),
         dict(per_device_train_batch_size=1, gradient_accumulation_steps=2),
         dict(per_device_train_batch_size=2, **FSDP2),
+        dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, **FSDP2),
+        *(
+            pytest.param(dict(**batch, **zero(stage)), marks=needs_deepspeed)
+            for stage in (2, 3)
+            for batch in (
+                dict(per_device_train_batch_size=2),
+                dict(per_device_train_batch_size=1, gradient_accumulation_steps=2),
+            )
+        ),
     ],
-    ids=["ddp", "ddp_accumulation", "fsdp2"],
+    ids=[
+        f"{name}{accumulation}"
+        for name in ("ddp", "fsdp2", "zero2", "zero3")
+        for accumulation in ("", "_accumulation")
+    ],
 )
 def test_two_processes_equal_one(options, single, tmp_path):
     expected_history, expected_weights = single
@@ -81,6 +120,9 @@ def test_two_processes_equal_one(options, single, tmp_path):
             assert actual[key] == expected[key]
         if "gradient_accumulation_steps" not in options:  # a mean of micro-batch means
             assert actual["mean_token_accuracy"] == pytest.approx(expected["mean_token_accuracy"])
+    # A sharded model may be saved with its head, which is tied to the embeddings.
+    embeddings = weights["model.embed_tokens.weight"]
+    assert torch.equal(weights.pop("lm_head.weight", embeddings), embeddings)
     assert weights.keys() == expected_weights.keys()
     for name, expected in expected_weights.items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-6, msg=name)
