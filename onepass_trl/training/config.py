@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from trl import SFTConfig
 
 from onepass_trl.chat.rendering import TrainOn
@@ -110,6 +112,7 @@ class OnePassSFTConfig(SFTConfig):
         return parse_train_on(self.train_on)
 
     def __post_init__(self) -> None:
+        _check_parallelism(self.parallelism_config or _launched_parallelism())
         if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
             # TRL's default of bf16 raises on a machine without an accelerator.
             self.bf16 = False
@@ -195,3 +198,21 @@ def parse_train_on(value: str | Sequence[int]) -> TrainOn:
     raise ValueError(
         f"train_on must be 'all', 'last' or a list of turn indices such as [0, 2], got {value!r}"
     )
+
+
+def _check_parallelism(parallelism: ParallelismConfig | None) -> None:
+    """Raise for parallelism that gives the processes pieces of a row."""
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "context and sequence parallelism cut a row into pieces, but a token of a tree may see "
+            f"any earlier part of it: got cp_size {parallelism.cp_size} and sp_size "
+            f"{parallelism.sp_size}. Set both to 1; FSDP2, DeepSpeed ZeRO and tensor parallelism "
+            "shard the model instead"
+        )
+
+
+def _launched_parallelism() -> ParallelismConfig | None:
+    """Return what ``accelerate launch`` was told: the `Accelerator` reads it only later."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return None
+    return ParallelismConfig()  # of environment variables

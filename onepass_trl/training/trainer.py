@@ -147,13 +147,6 @@ class OnePassSFTTrainer(SFTTrainer):
             peft_config=peft_config,
         )
 
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "context and sequence parallelism cut a row into pieces, but a token of a tree "
-                "may see any earlier part of it. Set cp_size and sp_size to 1; FSDP2, DeepSpeed "
-                "ZeRO and tensor parallelism shard the model instead"
-            )
         use_onepass_attention(self.model)
         check_rotary_embedding(self.model, args.max_length)
         _check_vocabulary("train", self.train_dataset, self.model)

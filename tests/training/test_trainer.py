@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
@@ -282,11 +283,20 @@ def test_a_conversation_that_overflows_whole_leaves_the_others(train):
         (dict(overflow="cut"), "overflow must be one of"),
         (dict(train_on="first"), "train_on must be"),
         (dict(train_on="[0, 0.5]"), "train_on must be"),
+        (dict(parallelism_config=ParallelismConfig(cp_size=2)), "cp_size 2 and sp_size 1"),
+        (dict(parallelism_config=ParallelismConfig(sp_size=2)), "cp_size 1 and sp_size 2"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_errors(train, options, message):
     with pytest.raises(ValueError, match=message):
         train(**options)
+
+
+def test_parallelism_of_the_launcher_is_refused_before_anything_is_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    with pytest.raises(ValueError, match="context and sequence parallelism cut a row"):
+        OnePassSFTConfig(str(tmp_path))
 
 
 @pytest.mark.parametrize(
