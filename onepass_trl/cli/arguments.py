@@ -17,17 +17,17 @@ def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which conversations, for which model, rendered how."""
     parser.add_argument("dataset", help=DATASET_HELP)
     parser.add_argument("--model_name_or_path", required=True, help="model of the Hub, or a folder")
+    add_reading_arguments(parser)
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a dataset is read and rendered, and what of it is trained."""
     parser.add_argument(
         "--train_on",
         type=trained_turns,
         default="all",
         help="assistant turns to train: 'all', 'last' or a list such as '[0, 2]'",
     )
-    add_reading_arguments(parser)
-
-
-def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how a dataset is read and rendered."""
     parser.add_argument("--dataset_config", help="configuration of the dataset")
     parser.add_argument(
         "--dataset_split", default="train", help="split, or a slice such as train[100:]"

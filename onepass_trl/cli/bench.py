@@ -84,6 +84,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--{given[0]} shapes a chat of random tokens, but a dataset is given too")
     if options.dataset_name is not None and options.model_name_or_path is None:
         parser.error("a dataset needs --model_name_or_path, whose tokenizer renders it")
+    if options.dataset_name is None and options.train_on != "all":
+        parser.error("--train_on chooses turns of a dataset, but none is given")
     for name, value in _TURN.items():
         setattr(options, name, getattr(options, name, value))
     return options

@@ -135,6 +135,7 @@ def load_passes(options: argparse.Namespace) -> list[list[Pass]]:
         passes = row_to_passes(
             read_row(dataset, index),
             tokenizer,
+            train_on=options.train_on,
             chat_template_kwargs=options.chat_template_kwargs,
             null_arguments=null_arguments,
         )

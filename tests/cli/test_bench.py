@@ -69,12 +69,20 @@ def test_turns_without_reasoning_are_measured_too(bench, tmp_path, tiny_model_di
     assert ": 1 layers" in out
 
 
+def test_the_turns_that_are_chosen_are_trained(bench, chats, tiny_model_dir, tmp_path):
+    output = tmp_path / "bench.json"
+    flags = [f"--model_name_or_path={tiny_model_dir}", "--num_layers=1", "--step"]
+    assert bench(chats, *flags, "--train_on=last", f"--json={output}")[0] == 0
+    assert json.loads(output.read_text())["results"][0]["turns"] == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["none.jsonl", "--model_name_or_path={model}"], "there is no such file"),
         (["{chats}"], "a dataset needs --model_name_or_path"),
         (["{chats}", "--model_name_or_path={model}", "--turns=3"], "but a dataset is given too"),
+        (["--train_on=last"], "--train_on chooses turns of a dataset, but none is given"),
         (["--dtype=float8"], "invalid choice: 'float8'"),
         (["--json={folder}/none/bench.json"], "there is no folder"),
         (["--num_layers=9"], "expected 1 to 4"),

@@ -190,6 +190,15 @@ def test_verify_takes_template_arguments(tiny_model_dir, chats, capsys):
     assert "expected a JSON object, got [1]" in capsys.readouterr().err
 
 
+def test_verify_trains_the_turns_that_are_chosen(tiny_model_dir, chats, capsys):
+    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
+    assert main(["verify", *flags, "--train_on=last"]) == 0
+    conversation, turns = capsys.readouterr().out.splitlines()[2].split()[:2]
+    assert (conversation, turns) == ("0", "1")
+    assert main(["verify", *flags, "--train_on=[0, 2]"]) == 2
+    assert "train_on lists turn 2" in capsys.readouterr().err
+
+
 def test_verify_ends_with_one_if_they_differ(tiny_model_dir, chats, capsys):
     flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
     assert main(["verify", *flags, "--gradient_tolerance=1e-30"]) == 1
