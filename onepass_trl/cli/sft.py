@@ -30,6 +30,7 @@ def launch(argv: list[str], parser: Any, module: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+    argv = _with_config_apart(argv)
     # Parsed here too, so that wrong flags are reported once and before any process starts. What the
     # parser doesn't know is accelerate's: --num_processes, --accelerate_config ..
     _, training_args, *_, from_config, from_argv = parser.parse_args_and_config(
@@ -96,7 +97,7 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     from trl import get_peft_config, get_quantization_config
 
     script_args, training_args, model_args, mixture = parser.parse_args_and_config(
-        argv, fail_with_unknown_args=False
+        _with_config_apart(argv), fail_with_unknown_args=False
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != training_args.world_size:
@@ -177,6 +178,12 @@ def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any
 
     test = load(script_args.dataset_test_split) if wants_eval else None
     return load(script_args.dataset_train_split), test
+
+
+def _with_config_apart(arguments: list[str]) -> list[str]:
+    """Return `arguments` with ``--config=FILE`` as two of them: `TrlParser` knows no other way."""
+    parts = (text.split("=", 1) if text.startswith("--config=") else [text] for text in arguments)
+    return [part for pair in parts for part in pair]
 
 
 def _without(arguments: list[str], removed: list[str]) -> list[str]:

@@ -136,14 +136,15 @@ def test_processes_that_would_train_alone_are_refused(sft_flags, monkeypatch):
         train([flag for flag in sft_flags if flag != "--use_cpu"])
 
 
-def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats):
+@pytest.mark.parametrize("flag", ["--config {file}", "--config={file}"])
+def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats, flag):
     options = dict(flag.removeprefix("--").split("=") for flag in sft_flags if "=" in flag)
     options = {key: yaml.safe_load(value) for key, value in options.items()}
     del options["dataset_name"]
     options["datasets"] = [{"path": "json", "data_files": str(chats)}]
     config = tmp_path / "sft.yaml"
     config.write_text(yaml.safe_dump({**options, "use_cpu": True, "packing": True}))
-    assert train(["--config", str(config)]) == 0
+    assert train(flag.format(file=config).split()) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -171,6 +172,14 @@ def test_unknown_flags_are_refused_before_anything_starts(sft_flags, capsys):
         main(["sft", *sft_flags, "--lerning_rate=1"])
     assert error.value.code == 2
     assert "--lerning_rate" in capsys.readouterr().err
+
+
+def test_a_yaml_file_is_read_before_anything_starts(tmp_path, capsys):
+    config = tmp_path / "sft.yaml"
+    config.write_text("overflow: cut\n")
+    for flags in (["--config", str(config)], [f"--config={config}"]):
+        assert main(["sft", *flags, f"--output_dir={tmp_path}", "--use_cpu"]) == 2
+        assert "overflow must be one of" in capsys.readouterr().err
 
 
 def test_verify_agrees_and_says_so(tiny_model_dir, chats, capsys):
