@@ -112,7 +112,7 @@ class OnePassSFTConfig(SFTConfig):
         return parse_train_on(self.train_on)
 
     def __post_init__(self) -> None:
-        _check_parallelism(self.parallelism_config or _launched_parallelism())
+        check_parallelism(self.parallelism_config or _launched_parallelism())
         if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
             # TRL's default of bf16 raises on a machine without an accelerator.
             self.bf16 = False
@@ -200,7 +200,7 @@ def parse_train_on(value: str | Sequence[int]) -> TrainOn:
     )
 
 
-def _check_parallelism(parallelism: ParallelismConfig | None) -> None:
+def check_parallelism(parallelism: ParallelismConfig | None) -> None:
     """Raise for parallelism that gives the processes pieces of a row."""
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(

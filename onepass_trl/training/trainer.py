@@ -30,7 +30,7 @@ from onepass_trl.attention.transformers_backend import (
 )
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.training import preparation
-from onepass_trl.training.config import OnePassSFTConfig
+from onepass_trl.training.config import OnePassSFTConfig, check_parallelism
 from onepass_trl.training.nulls import settle_null_arguments
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,8 @@ class OnePassSFTTrainer(SFTTrainer):
             peft_config=peft_config,
         )
 
+        # Known to the options unless an accelerator was configured before them.
+        check_parallelism(self.accelerator.parallelism_config)
         use_onepass_attention(self.model)
         check_rotary_embedding(self.model, args.max_length)
         _check_vocabulary("train", self.train_dataset, self.model)

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
@@ -297,6 +299,17 @@ def test_parallelism_of_the_launcher_is_refused_before_anything_is_made(monkeypa
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
     with pytest.raises(ValueError, match="context and sequence parallelism cut a row"):
         OnePassSFTConfig(str(tmp_path))
+
+
+def test_parallelism_of_a_configured_accelerator_is_refused(train, monkeypatch):
+    Accelerator(cpu=True)
+    # What it would need two processes for.
+    monkeypatch.setattr(ParallelismConfig, "get_device_mesh", lambda *_: None)
+    monkeypatch.setattr(ParallelismConfig, "_validate_accelerator", lambda *_: None)
+    of_all = AcceleratorState._shared_state
+    monkeypatch.setitem(of_all, "parallelism_config", ParallelismConfig(cp_size=2))
+    with pytest.raises(ValueError, match="context and sequence parallelism cut a row"):
+        train(accelerator_config={"use_configured_state": True})
 
 
 @pytest.mark.parametrize(
