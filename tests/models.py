@@ -24,6 +24,26 @@ _COMMON: dict[str, Any] = dict(
     eos_token_id=2,
 )
 _MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+_MAMBA = dict(
+    mamba_n_heads=4,
+    mamba_d_head=16,
+    mamba_d_state=8,
+    mamba_n_groups=2,
+    mamba_chunk_size=16,
+)
+_LATENT = dict(
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=16,
+    v_head_dim=12,
+)
+_LINEAR = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": dict(model_type="llama"),
@@ -55,7 +75,6 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "deepseek_v3": dict(
         model_type="deepseek_v3",
-        num_key_value_heads=4,
         n_routed_experts=4,
         num_experts_per_tok=2,
         n_group=1,
@@ -63,11 +82,83 @@ MODELS: dict[str, dict[str, Any]] = {
         n_shared_experts=1,
         moe_intermediate_size=24,
         first_k_dense_replace=1,
-        kv_lora_rank=16,
         q_lora_rank=24,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=12,
+        **_LATENT,
+    ),
+    "qwen3_next": dict(
+        model_type="qwen3_next",
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        decoder_sparse_step=1,
+        shared_expert_intermediate_size=24,
+        **_LINEAR,
+        **_MOE,
+    ),
+    "qwen3_5": dict(
+        model_type="qwen3_5_text",
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        **_LINEAR,
+    ),
+    "qwen3_5_moe": dict(
+        model_type="qwen3_5_moe_text",
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        shared_expert_intermediate_size=24,
+        **_LINEAR,
+        **_MOE,
+    ),
+    "olmo_hybrid": dict(
+        model_type="olmo_hybrid",
+        layer_types=["linear_attention", "full_attention"],
+        **_LINEAR,
+    ),
+    "lfm2": dict(model_type="lfm2", layer_types=["conv", "full_attention"]),
+    "lfm2_moe": dict(
+        model_type="lfm2_moe",
+        layer_types=["conv", "full_attention"],
+        num_dense_layers=1,
+        **_MOE,
+    ),
+    "nemotron_h": dict(
+        model_type="nemotron_h",
+        layers_block_type=["linear_attention", "full_attention", "mlp"],
+        num_hidden_layers=3,
+        head_dim=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=2,
+        chunk_size=16,
+    ),
+    "granitemoehybrid": dict(
+        model_type="granitemoehybrid",
+        layer_types=["linear_attention", "full_attention"],
+        shared_intermediate_size=24,
+        **_MAMBA,
+        **_MOE,
+    ),
+    "falcon_h1": dict(model_type="falcon_h1", head_dim=8, mamba_d_ssm=64, **_MAMBA),
+    "bamba": dict(model_type="bamba", attn_layer_indices=[1], **_MAMBA),
+    "bailing_hybrid": dict(
+        model_type="bailing_hybrid",
+        layer_types=["linear_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse"],
+        head_dim=8,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=24,
+        **_LATENT,
+        **_MOE,
+    ),
+    "kimi_linear": dict(
+        model_type="kimi_linear",
+        layer_types=["linear_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse"],
+        linear_num_heads=4,
+        linear_head_dim=8,
+        **_LATENT,
+        **_MOE,
     ),
 }
 
@@ -81,7 +172,9 @@ def make_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for path, parameter in model.named_parameters():
+            if path.endswith("A_log"):
+                parameter.sub_(3)  # states that outlast a segment
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise, alpha=0.3 if parameter.ndim == 1 else 0.05)
     return model.eval()

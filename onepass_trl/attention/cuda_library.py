@@ -111,7 +111,7 @@ def plan_of(visible_end: torch.Tensor, positions: torch.Tensor | None, window: i
     )
 
 
-_plans = Remembered()
+_plans: Remembered[torch.Tensor] = Remembered()
 BUILD = read_build()
 LOAD_ERROR = _load()
 VALIDATED: list[list[object]] = json.loads(

@@ -1,4 +1,5 @@
-"""Which models can be trained in one pass: those that mix tokens by causal attention only."""
+"""Which models can be trained in one pass: those that mix tokens by causal attention, or by layers
+whose state can branch."""
 
 from __future__ import annotations
 
@@ -8,14 +9,18 @@ from collections import defaultdict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from onepass_trl.attention.branching import MIXERS, is_mixer
+
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 # Not token mixers: configurations of hybrid models list these among their layers.
 MLP_LAYERS = ("mlp", "moe", "dense", "sparse")
 # Modules that carry state along the row, or choose keys by themselves, in models whose
-# configuration does not say so.
+# configuration does not say so. (Kimi Linear's LinearAttention is ordinary attention.)
 OTHER_MIXERS = re.compile(
-    "Mamba|SSM|Delta(Net|Rule|Attention)|R[Ww][Kk][Vv]|ShortConv|Conv1d|Recurrent|Retention|Hyena|xLSTM|Linear_?Attention|Lightning_?Attention|Indexer"
+    "Mamba|SSM|Delta(Net|Rule|Attention)|R[Ww][Kk][Vv]|ShortConv|Conv1d|Recurrent|Retention|Hyena|xLSTM|(?<!Kimi)Linear_?Attention|Lightning_?Attention|Indexer"
 )
+
+_LAYER = re.compile(r"\.(\d+)(\.|$)")
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -38,8 +43,8 @@ def check_model(model: nn.Module) -> None:
     """Raise ValueError, naming the layers and the reason, if `model` cannot be trained in one pass.
 
     Every token mixer must be causal attention, full or with a sliding window, that goes through
-    transformers' attention
-    interface: only that can be told to branch at the nodes of a tree.
+    transformers' attention interface, or a layer of `branching.MIXERS`: only these can be told to
+    branch at the nodes of a tree.
     """
     base = base_model(model)
     config = base.config.get_text_config(decoder=True)
@@ -54,9 +59,12 @@ def check_model(model: nn.Module) -> None:
         kinds = "; ".join(f"{kind} in {_layer_list(at)}" for kind, at in layers.items())
         raise refuse(
             f"{kinds}. Such layers do not attend by a mask, so they cannot follow the branches of "
-            f"a tree; only {' and '.join(SUPPORTED_LAYERS)} layers can"
+            f"a tree; only {' and '.join(SUPPORTED_LAYERS)} layers can, and of those that carry "
+            f"state {', '.join(MIXERS)}"
         )
-    if not base._supports_attention_backend or not base._can_set_attn_implementation():
+    # Models with layers that branch don't all say it of their attention: theirs is tested.
+    through_interface = base._supports_attention_backend or any(map(is_mixer, base.modules()))
+    if not through_interface or not base._can_set_attn_implementation():
         raise refuse("its attention does not go through transformers' AttentionInterface")
     if getattr(config, "attention_chunk_size", None) and not hasattr(config, "layer_types"):
         raise refuse("its attention is chunked (attention_chunk_size), which is not supported")
@@ -101,14 +109,19 @@ def check_rotary_embedding(model: nn.Module, max_length: int | None) -> None:
 def _unsupported_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, list[int]]:
     """Return kind -> layer indices, by the configuration if it says, else by class names."""
     kinds: dict[str, list[int]] = defaultdict(list)
+    mixers = [f"{path}." for path, module in model.named_modules() if is_mixer(module)]
+    branching = {int(layer[1]) for path in mixers if (layer := _LAYER.search(path))}
     layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     for index, kind in enumerate(layer_types or ()):
-        if kind not in (*SUPPORTED_LAYERS, *MLP_LAYERS, "attention"):
+        if kind not in (*SUPPORTED_LAYERS, *MLP_LAYERS, "attention") and index not in branching:
             kinds[repr(kind)].append(index)
     if kinds:
         return kinds
     for path, module in model.named_modules():
-        layer = re.search(r"\.(\d+)(\.|$)", path)
+        inside = f"{path}."
+        if any(inside.startswith(mixer) or mixer.startswith(inside) for mixer in mixers):
+            continue  # a mixer, what lies in it, or what it lies in
+        layer = _LAYER.search(path)
         class_name = type(module).__name__
         if layer and OTHER_MIXERS.search(class_name) and int(layer[1]) not in kinds[class_name]:
             kinds[class_name].append(int(layer[1]))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+Value = TypeVar("Value")
 
-class _Known(NamedTuple):
+
+class _Known(NamedTuple, Generic[Value]):
     made_of: tuple[tuple[int, int, int], ...]
     others: tuple[Tensor, ...]
     """Held, so that no other tensor gets their ids."""
-    value: Tensor
+    value: Value
 
 
-class Remembered:
+class Remembered(Generic[Value]):
     """Remembers what was made from a tensor for as long as it lives unchanged.
 
     A change is seen by the tensor's version counter or its address. What changes the contents past
@@ -28,8 +30,8 @@ class Remembered:
         self._known = WeakTensorKeyDictionary()
 
     def get(
-        self, tensor: Tensor, others: tuple[Tensor, ...], key: Hashable, make: Callable[[], Tensor]
-    ) -> Tensor:
+        self, tensor: Tensor, others: tuple[Tensor, ...], key: Hashable, make: Callable[[], Value]
+    ) -> Value:
         """Return `make()`, or what it has returned for these tensors and this key before.
 
         Args:

@@ -5,9 +5,10 @@ Importing this module registers it. `use_onepass_attention` switches a model ove
     model(input_ids, position_ids=position_ids, visible_end=visible_end)
 
 runs every attention layer by the one rule, and `visible_end` alone decides what is seen (an
-`attention_mask` of padding is not read: padding is a subtree of its own). Without `visible_end`, as
-in generation, the model computes what it computes with "sdpa", or with "eager" where its attention
-has a softcap or sinks, which SDPA lacks.
+`attention_mask` of padding is not read: padding is a subtree of its own). Layers that carry state
+along the row branch it (`branching`). Without `visible_end`, as in generation, the model computes
+what it computes with "sdpa", or with "eager" where its attention has a softcap or sinks, which SDPA
+lacks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from onepass_trl.attention.api import Impl, tree_attention
+from onepass_trl.attention.branching import branch_states
 from onepass_trl.attention.model_check import base_model, check_model
 from onepass_trl.attention.remembered import Remembered
 
@@ -38,7 +40,7 @@ __all__ = [
 NAME = "onepass"
 
 # Of position_ids (int64) the int32 positions of the op, so that layers share them.
-_int32_positions = Remembered()
+_int32_positions: Remembered[Tensor] = Remembered()
 
 
 _visible_end_required = False
@@ -156,12 +158,7 @@ def onepass_attention(
         ValueError: the layer asks for something that the one rule does not cover.
     """
     if visible_end is None:
-        if _visible_end_required:
-            raise ValueError(
-                f"{_layer_name(module)} got no visible_end: the model doesn't hand what it gets "
-                "on to its attention, so it can't be trained in one pass. Use "
-                "SFTTrainer with one row per turn"
-            )
+        _check_not_required(module)
         mask = attention_mask
         if isinstance(mask, DeferredMask):
             mask = mask.materialize()
@@ -199,6 +196,29 @@ def onepass_attention(
     )
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_not_required(module: nn.Module) -> None:
+    if _visible_end_required:
+        raise ValueError(
+            f"{_layer_name(module)} got no visible_end: the model doesn't hand what it gets on to "
+            "this layer, so it can't be trained in one pass. Use SFTTrainer with one row per turn"
+        )
+
+
+def _before_mixer(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Withhold the mask of padding from a layer that follows `visible_end`."""
+    if kwargs.get("visible_end") is None:
+        _check_not_required(module)
+        return None
+    if any(kwargs.get(name) is not None for name in ("cache_params", "past_key_values")):
+        raise ValueError(
+            f"{_layer_name(module)} got a cache: visible_end describes a whole row, so pass "
+            "use_cache=False and no past_key_values with it"
+        )
+    return args, {**kwargs, "attention_mask": None}
 
 
 def _layer_name(module: nn.Module) -> str:
@@ -337,6 +357,7 @@ def use_onepass_attention(model: nn.Module) -> None:
                 f"attn_implementation={module.config._attn_implementation!r}, expected {NAME!r}: "
                 "its attention cannot be replaced"
             )
+    branch_states(base, _before_mixer)
 
 
 register()

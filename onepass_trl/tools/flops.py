@@ -42,7 +42,9 @@ class ModelCost:
     Attributes:
         name: the class of the model.
         num_parameters: all of them, also experts that a token doesn't go to.
-        linear_flops: per token: projections, MLPs, the experts that it goes to, routers.
+        linear_flops: per token: projections, MLPs, the experts that it goes to, routers, short
+            convolutions. The recurrence of a linear attention, a few percent of such a layer, is
+            not counted.
         head_flops: per position whose next token is scored.
         attention: per pair of query and key, by kind of layer.
     """
@@ -90,9 +92,9 @@ def _active_weights(module: nn.Module, config: PreTrainedConfig) -> int:
         return 0
     total = 0
     for name, weight in module.named_parameters(recurse=False):
-        if weight.ndim < 2 or name.endswith("bias"):
+        if weight.ndim < 2 or name.endswith(("bias", "A_log")):
             continue
-        if weight.ndim == 3:  # (experts, .., ..): other weights of text models are matrices
+        if weight.ndim == 3 and not isinstance(module, nn.Conv1d):  # (experts, .., ..)
             total += weight[0].numel() * _experts_per_token(config)
         else:
             total += weight.numel()

@@ -20,27 +20,15 @@ COMMON = {
 }
 
 REFUSED = {
-    "qwen3_next": (
-        {"num_experts": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
-        r"'linear_attention' in layers 0, 1, 2\. Such layers",
-    ),
-    "lfm2": (
-        {"layer_types": ["conv", "conv", "full_attention", "conv"]},
-        "'conv' in layers 0, 1, 3",
-    ),
+    "minimax": ({"num_local_experts": 2}, r"'linear_attention' in layers 1, 3\. Such layers"),
     "llama4_text": ({"num_local_experts": 2}, "'chunked_attention' in layers 0, 1, 2"),
     "mamba": ({"state_size": 4}, "'linear_attention' in layers 0, 1, 2, 3"),
     "rwkv": ({}, r"RwkvBlock in layers 0, 1, 2, 3"),
-    "falcon_h1": ({"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}, "layers 0, 1, 2, 3"),
-    "bamba": (
-        {
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "attn_layer_indices": [2],
-            "mamba_d_state": 8,
-        },
-        "in layers 0, 1, 3",
+    "zamba2": (
+        {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4, "mamba_headdim": 16},
+        "in layers 0",
     ),
+    "recurrent_gemma": ({"lru_width": 32, "block_types": ["recurrent", "attention"]}, "in layers"),
 }
 
 

@@ -1,12 +1,15 @@
 """The cost of a model against what is counted while it runs."""
 
+import sys
 from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoConfig
 
+from onepass_trl.attention.branching import is_mixer
 from onepass_trl.tools.flops import model_cost
 from tests.models import MODELS, VOCAB_SIZE, make_model
 
@@ -26,18 +29,45 @@ def recorded():
     return calls
 
 
+@pytest.fixture
+def without_state(monkeypatch):
+    """Returns a function that makes the layers of a model which carry state give zeros."""
+
+    def like(x, *_, **__):
+        return torch.zeros_like(x)
+
+    def of_values(query, key, value, **__):
+        return torch.zeros_like(value), None
+
+    def replace(model):
+        for modeling in {sys.modules[type(m).__module__] for m in model.modules() if is_mixer(m)}:
+            monkeypatch.setattr(modeling, "causal_conv1d_fn", like)
+            for name, function in [
+                ("torch_chunk_gated_delta_rule", of_values),
+                ("chunk_kimi_delta_attention", of_values),
+                ("mamba2_chunk_scan", like),
+            ]:
+                if hasattr(modeling, name):
+                    monkeypatch.setattr(modeling, name, function)
+
+    return replace
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_cost_is_what_is_counted(name, recorded):
-    """No attention is computed in the counted run, so what is counted is linear."""
+def test_cost_is_what_is_counted(name, recorded, without_state):
+    """No attention, recurrence or convolution is computed in the counted run, so what is counted is
+    linear."""
     model = make_model(name)
     cost = model_cost(model.config)
+    without_state(model)
     model.set_attn_implementation("recorded")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others are not counted
     ids = torch.arange(SEQ)[None]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    expected = SEQ * (cost.linear_flops + cost.head_flops)
+    convolutions = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv1d))
+    expected = SEQ * (cost.linear_flops - 2 * convolutions + cost.head_flops)
     rotary = 2 * SEQ * model.config.hidden_size  # frequencies times positions: no weights
     assert expected <= counter.get_total_flops() <= expected + rotary
     assert cost.head_flops == 2 * VOCAB_SIZE * model.config.hidden_size

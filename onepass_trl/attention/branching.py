@@ -1,0 +1,372 @@
+"""Layers that carry state along the row, made to branch it at the nodes of a tree.
+
+Linear attention (gated delta rule, Kimi delta attention, Mamba 2) and short convolutions compute a
+token from what stands before it in the row; on a tree that has to be what stands before it in its
+own pass. transformers computes both in functions of a modeling module, and hands them the keyword
+arguments that the model gets. `branch_states` puts functions in their place that, with
+`visible_end` among these,
+
+- run the recurrence segment by segment, each from the state in which its parent segment ends;
+- convolve along the row, and anew the few tokens at seams, with their own predecessors.
+
+Without `visible_end` they are the original functions, so generation is what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from onepass_trl.attention.remembered import Remembered
+
+# Layers whose forward mixes tokens by the functions of `_REPLACEMENTS` only. Tested, each of them.
+MIXERS = (
+    "Qwen3NextGatedDeltaNet",
+    "Qwen3_5GatedDeltaNet",
+    "Qwen3_5MoeGatedDeltaNet",
+    "OlmoHybridGatedDeltaNet",
+    "KimiLinearDeltaAttention",
+    "BailingHybridDeltaAttention",
+    "NemotronHMamba2Mixer",
+    "GraniteMoeHybridMambaLayer",
+    "FalconH1Mixer",
+    "BambaMixer",
+    "Lfm2ShortConv",
+    "Lfm2MoeShortConv",
+)
+
+Ints = NDArray[np.int64]
+
+
+class Group(NamedTuple):
+    """Segments of one length whose parents lie in groups before it: they run as one batch."""
+
+    length: int
+    begins: tuple[int, ...]
+    """First token of each, counted over the whole batch."""
+    tokens: Tensor
+    """``(segments, length)`` int64."""
+    parents: tuple[int, ...]
+    """Last tokens of their parent segments; none for segments without one."""
+    has_children: bool
+
+
+class Seams(NamedTuple):
+    """Tokens whose predecessors are not those that stand before them in the row."""
+
+    tokens: Tensor
+    """``(seams,)`` int64, counted over the whole batch."""
+    predecessors: Tensor
+    """``(seams, width)`` int64: the last `width` tokens of their passes, themselves the last of
+    these; -1 before the beginning."""
+
+
+class Branching:
+    """How a batch of trees is cut into segments: runs of tokens that are each the only child of
+    the one before.
+
+    Args:
+        visible_end: ``(batch, seq)`` integers, on any device.
+    """
+
+    def __init__(self, visible_end: Tensor) -> None:
+        self._device = visible_end.device
+        self._seq = visible_end.shape[1]
+        rows = visible_end.cpu().numpy().astype(np.int64)
+        self.parents: Ints = np.concatenate(
+            [_shifted(_parents(row), at * self._seq) for at, row in enumerate(rows)]
+        )
+        """``(batch * seq,)``: the token before each in its pass, -1 at the beginning."""
+        self.groups = self._groups()
+        order = torch.cat([group.tokens.flatten() for group in self.groups])
+        self.place = torch.empty_like(order)
+        """``(batch * seq,)`` int64: where each token lies in the groups one after another."""
+        self.place[order] = torch.arange(len(order), device=self._device)
+        self._seams: dict[int, Seams] = {}
+
+    def seams(self, width: int) -> Seams:
+        """Return the seams of a causal convolution over `width` tokens."""
+        if width not in self._seams:
+            tokens = np.arange(len(self.parents))
+            chain = [tokens]
+            is_seam = np.zeros(len(tokens), bool)
+            for distance in range(1, width):
+                last = chain[-1]
+                chain.append(np.where(last >= 0, self.parents[last], -1))
+                before = np.where(tokens % self._seq >= distance, tokens - distance, -1)
+                is_seam |= chain[-1] != before
+            predecessors = np.stack(chain[::-1], axis=1)[is_seam]
+            self._seams[width] = Seams(self._tensor(tokens[is_seam]), self._tensor(predecessors))
+        return self._seams[width]
+
+    def _groups(self) -> tuple[Group, ...]:
+        num_tokens = len(self.parents)
+        follows = self.parents == np.arange(num_tokens) - 1  # the token before it in the row
+        follows[:1] = False
+        is_begin = ~follows
+        # A state is handed on at the end of a segment only.
+        branched = self.parents[is_begin & (self.parents >= 0)]
+        is_begin[branched + 1] = True
+        begins = np.flatnonzero(is_begin)
+        lengths = np.diff(begins, append=num_tokens)
+        parents = self.parents[begins]
+        segment_at_end = {end: at for at, end in enumerate(begins + lengths - 1)}
+        level: list[int] = []
+        members: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for segment, parent in enumerate(parents):
+            level.append(0 if parent < 0 else level[segment_at_end[parent]] + 1)
+            members[level[segment], int(lengths[segment])].append(segment)
+        with_children = set(parents.tolist())
+        groups = []
+        for (depth, length), segments in sorted(members.items()):
+            first = begins[segments]
+            groups.append(
+                Group(
+                    length=length,
+                    begins=tuple(first.tolist()),
+                    tokens=self._tensor(first[:, None] + np.arange(length)),
+                    parents=tuple(parents[segments].tolist()) if depth > 0 else (),
+                    has_children=not with_children.isdisjoint((first + length - 1).tolist()),
+                )
+            )
+        return tuple(groups)
+
+    def _tensor(self, x: Ints) -> Tensor:
+        return torch.from_numpy(x).to(self._device)
+
+
+def _parents(ends: Ints) -> Ints:
+    """Return the token before each token of a row in its pass, -1 at the beginning."""
+    tokens = np.arange(len(ends))
+    parents = tokens - 1
+    # Elsewhere the token before still sees it.
+    for token in np.flatnonzero(ends[:-1] == tokens[1:]) + 1:
+        parent = parents[token - 1]
+        while parent >= 0 and ends[parent] <= token:
+            parent = parents[parent]
+        parents[token] = parent
+    return parents
+
+
+def _shifted(parents: Ints, by: int) -> Ints:
+    return np.where(parents >= 0, parents + by, -1)
+
+
+# Of visible_end, so that layers share it.
+_branchings: Remembered[Branching] = Remembered()
+
+
+def _branching_of(visible_end: Tensor) -> Branching:
+    return _branchings.get(visible_end, (), None, lambda: Branching(visible_end))
+
+
+def _along_tree(
+    branching: Branching,
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    sequences: Sequence[Tensor],
+) -> Tensor:
+    """Return what a recurrence gives along the passes of a tree, ``(batch, seq, ..)``.
+
+    Args:
+        branching: of the batch.
+        run: called with pieces of the sequences, ``(segments, length, ..)`` each, the states in
+            which they begin (or None) and whether the states at their end are wanted.
+        sequences: ``(batch, seq, ..)`` each.
+    """
+    flat = [x.flatten(0, 1) for x in sequences]
+    outputs: list[Tensor] = []
+    states: dict[int, Tensor] = {}  # at the last tokens of segments
+    for group in branching.groups:
+        if len(group.begins) == 1:
+            begin = group.begins[0]
+            pieces = [x[None, begin : begin + group.length] for x in flat]
+        else:
+            pieces = [x[group.tokens] for x in flat]
+        initial = torch.stack([states[token] for token in group.parents]) if group.parents else None
+        out, final = run(pieces, initial, group.has_children)
+        outputs.append(out.flatten(0, 1))
+        if group.has_children:
+            assert final is not None
+            states |= {
+                begin + group.length - 1: state
+                for begin, state in zip(group.begins, final, strict=True)
+            }
+    return torch.cat(outputs)[branching.place].unflatten(0, sequences[0].shape[:2])
+
+
+def _delta_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(rule)
+    def branching(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        visible_end: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        def run(
+            pieces: Sequence[Tensor], initial: Tensor | None, wants_state: bool
+        ) -> tuple[Tensor, Tensor | None]:
+            q, k, v, decay, rate = pieces
+            state = dict(initial_state=initial, output_final_state=wants_state)
+            return rule(q, k, v, g=decay, beta=rate, **state, **kwargs)
+
+        sequences = (query, key, value, g, beta)
+        if visible_end is None:
+            return run(sequences, initial_state, output_final_state)
+        assert initial_state is None
+        assert not output_final_state
+        return _along_tree(_branching_of(visible_end), run, sequences), None
+
+    return branching
+
+
+def _scan(scan: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(scan)
+    def branching(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        *,
+        visible_end: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        return_final_states: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        def run(
+            pieces: Sequence[Tensor], initial: Tensor | None, wants_state: bool
+        ) -> tuple[Tensor, Tensor | None]:
+            x, step, b, c = pieces
+            state = dict(initial_states=initial, return_final_states=wants_state)
+            result = scan(x, step, A, b, c, chunk_size, **state, **kwargs)
+            return result if wants_state else (result, None)
+
+        sequences = (hidden_states, dt, B, C)
+        if visible_end is None:
+            out, final = run(sequences, initial_states, return_final_states)
+            return (out, final) if return_final_states else out
+        assert initial_states is None
+        assert not return_final_states
+        return _along_tree(_branching_of(visible_end), run, sequences)
+
+    return branching
+
+
+def _fused(convolve_and_scan: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(convolve_and_scan)
+    def branching(*args: Any, visible_end: Tensor | None = None, **kwargs: Any) -> Any:
+        # None: the layer then calls the convolution and the scan apart.
+        return convolve_and_scan(*args, **kwargs) if visible_end is None else None
+
+    return branching
+
+
+def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(convolve)
+    def branching(
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        *,
+        visible_end: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if visible_end is None:
+            return convolve(hidden_states, weight, bias, activation=activation, **kwargs)
+        out = convolve(hidden_states, weight, bias, activation=None, **kwargs)
+        seams = _branching_of(visible_end).seams(weight.shape[-1])
+        tokens = hidden_states.transpose(1, 2).flatten(0, 1)  # (batch * seq, channels)
+        # The last one, where -1 points to, is no token.
+        tokens = nn.functional.pad(tokens, (0, 0, 0, 1))
+        at_seams = (tokens[seams.predecessors] * weight.T).sum(1)
+        if bias is not None:
+            at_seams = at_seams + bias
+        rows = out.transpose(1, 2).flatten(0, 1)
+        rows = rows.index_copy(0, seams.tokens, at_seams.to(rows.dtype))
+        out = rows.unflatten(0, visible_end.shape).transpose(1, 2)
+        return out if activation is None else ACT2FN[activation](out)
+
+    return branching
+
+
+_FUSED = "mamba2_split_conv1d_scan_combined"
+_REPLACEMENTS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "causal_conv1d_fn": _convolution,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+    "mamba2_chunk_scan": _scan,
+    _FUSED: _fused,
+}
+# The functions that the layer which is running has called with visible_end.
+_reached: set[str] = set()
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether a module is a layer whose state can branch."""
+    return type(module).__name__ in MIXERS
+
+
+def branch_states(model: nn.Module, before: Callable[..., Any]) -> None:
+    """Make the layers of `MIXERS` in a model follow `visible_end`. Harmless to repeat.
+
+    Args:
+        model: any module.
+        before: a forward pre-hook with keyword arguments for each of these layers.
+    """
+    for module in model.modules():
+        if not is_mixer(module):
+            continue
+        modeling = sys.modules[type(module).__module__]
+        for name in _names(modeling):
+            function = getattr(modeling, name)
+            if not hasattr(function, "branches"):
+                setattr(modeling, name, _noting(name, _REPLACEMENTS[name](function)))
+        if before not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(before, with_kwargs=True)
+            module.register_forward_hook(_check_reached, with_kwargs=True)
+
+
+def _names(modeling: ModuleType) -> list[str]:
+    return [name for name in _REPLACEMENTS if hasattr(modeling, name)]
+
+
+def _noting(name: str, branching: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(branching)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("visible_end") is not None:
+            _reached.add(name)
+        return branching(*args, **kwargs)
+
+    noting.branches = True  # type: ignore[attr-defined]
+    return noting
+
+
+def _check_reached(module: nn.Module, _: Any, kwargs: dict[str, Any], __: Any) -> None:
+    """Raise if a layer has computed with other functions: its state would not have branched."""
+    names = {name for name in _names(sys.modules[type(module).__module__]) if name != _FUSED}
+    missing = sorted(names - _reached)
+    _reached.clear()
+    if kwargs.get("visible_end") is not None and missing:
+        raise ValueError(
+            f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) was given "
+            f"visible_end, but has not called {' and '.join(missing)} of its modeling file with "
+            "it, so its state has not followed the tree. Load the model without use_kernels=True"
+        )
