@@ -41,6 +41,16 @@ def test_speed_up_by_turns(script, tmp_path):
     assert max(one["largest_loss_difference"], three["largest_loss_difference"]) < 1e-5
 
 
+def test_a_step_of_hybrid_models(script, tmp_path):
+    path = tmp_path / "hybrid.json"
+    flags = ["--turns=2", "--hidden-size=48", "--repeats=1", *TURN, f"--json={path}"]
+    script("bench_hybrid").main(flags)
+    rows = results_of(path, "hybrid")
+    assert [row["model"] for row in rows] == ["qwen3_5_text", "nemotron_h", "lfm2"]
+    assert all(row["token_ratio"] > 1 for row in rows)
+    assert all(row["largest_loss_difference"] < 1e-5 for row in rows)
+
+
 def test_loss_curves_lie_on_each_other(script, tmp_path, capsys):
     path = tmp_path / "loss_curves.json"
     script("bench_loss_curves").main(["--steps=3", "--turns=2", f"--json={path}"])

@@ -1,0 +1,93 @@
+"""Time of a training step of hybrid models, whose layers carry state along the row:
+`OnePassSFTTrainer` against N-pass in TRL's `SFTTrainer`.
+
+The step of bench_step.py, with models of four layers of which one attends. The others are
+transformers' own implementations in PyTorch, for both ways, unless fla, mamba-ssm or
+causal-conv1d are installed.
+
+    python benchmarks/bench_hybrid.py --json benchmarks/results/hybrid.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import datasets
+import torch
+from bench_turns import COLUMNS
+from transformers import AutoConfig
+
+from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.step import measure_step
+from onepass_trl.tools.bench.workload import chat_passes, random_model
+
+LINEAR, FULL = "linear_attention", "full_attention"
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": dict(
+        layer_types=[LINEAR, LINEAR, LINEAR, FULL],
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+    ),
+    "nemotron_h": dict(
+        layers_block_type=[LINEAR, "mlp", FULL, "mlp"],
+        mamba_num_heads=12,
+        mamba_head_dim=64,
+        ssm_state_size=64,
+        n_groups=2,
+    ),
+    "lfm2": dict(layer_types=["conv", "conv", "conv", FULL]),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--user", type=int, default=60, help="tokens of a user message")
+    parser.add_argument("--reasoning", type=int, default=260, help="tokens of a turn's reasoning")
+    parser.add_argument("--response", type=int, default=150, help="tokens of a turn's response")
+    parser.add_argument("--hidden-size", type=int, default=384)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="write the result to this file")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    datasets.disable_progress_bars()
+    passes = chat_passes(args.turns, args.user, args.reasoning, args.response, args.vocab_size)
+    results = []
+    for model_type in args.models:
+        config = AutoConfig.for_model(
+            model_type,
+            vocab_size=args.vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=3 * args.hidden_size,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=64,
+            **MODELS[model_type],
+        )
+        result = measure_step(
+            [passes],
+            lambda config=config: random_model(config, torch.float32),
+            repeats=args.repeats,
+            use_cpu=True,
+        )
+        results.append({"model": model_type, **{column: result[column] for column in COLUMNS}})
+        print(
+            f"{model_type}: {result['speedup']:.2f} times as fast, "
+            f"N-pass has {result['token_ratio']:.2f} times as many tokens",
+            flush=True,
+        )
+    if args.json:
+        write(args.json, "hybrid", results)
+
+
+if __name__ == "__main__":
+    main()
