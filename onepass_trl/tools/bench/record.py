@@ -17,6 +17,7 @@ import torch
 
 _PACKAGES = ("torch", "transformers", "trl", "tokenizers", "numpy")
 _REPOSITORY = Path(__file__).parents[3]
+_NO_RESULTS = ":(exclude)benchmarks/results"
 
 
 def machine() -> dict[str, Any]:
@@ -40,23 +41,25 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the package's commit, with "-dirty" if files have changed.
+    """Return the package's commit, with "-dirty" if files other than results have changed.
 
     "unknown" for an installed package: the repository around it, if any, is another.
     """
     if not (_REPOSITORY / ".git").exists():
         return "unknown"
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=_REPOSITORY,
-        ).stdout.strip()
+        # A run of all benchmarks changes one result after another.
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", _NO_RESULTS)
+        described = _git("describe", "--always")
     except FileNotFoundError:  # no git
-        described = ""
-    return described or "unknown"
+        return "unknown"
+    return f"{described}{'-dirty' if changed else ''}" if described else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=False, cwd=_REPOSITORY
+    ).stdout.strip()
 
 
 def write(
