@@ -1,4 +1,5 @@
-"""Tiny random models of every kind of attention that the package supports, from configs."""
+"""Tiny random models of every kind of attention, and of layers that carry state, that the package
+supports, from configs."""
 
 from __future__ import annotations
 

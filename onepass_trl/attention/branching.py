@@ -294,9 +294,9 @@ def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
         out = convolve(hidden_states, weight, bias, activation=None, **kwargs)
         seams = _branching_of(visible_end).seams(weight.shape[-1])
         tokens = hidden_states.transpose(1, 2).flatten(0, 1)  # (batch * seq, channels)
-        # The last one, where -1 points to, is no token.
-        tokens = nn.functional.pad(tokens, (0, 0, 0, 1))
-        at_seams = (tokens[seams.predecessors] * weight.T).sum(1)
+        before = tokens[seams.predecessors.clamp(min=0)]  # (seams, width, channels)
+        before = before.masked_fill((seams.predecessors < 0)[..., None], 0)
+        at_seams = (before * weight.T).sum(1)
         if bias is not None:
             at_seams = at_seams + bias
         rows = out.transpose(1, 2).flatten(0, 1)
@@ -341,6 +341,7 @@ def branch_states(model: nn.Module, before: Callable[..., Any]) -> None:
                 setattr(modeling, name, _noting(name, _REPLACEMENTS[name](function)))
         if before not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(before, with_kwargs=True)
+            module.register_forward_pre_hook(_forget_reached)
             module.register_forward_hook(_check_reached, with_kwargs=True)
 
 
@@ -359,11 +360,14 @@ def _noting(name: str, branching: Callable[..., Any]) -> Callable[..., Any]:
     return noting
 
 
+def _forget_reached(*_: Any) -> None:
+    _reached.clear()
+
+
 def _check_reached(module: nn.Module, _: Any, kwargs: dict[str, Any], __: Any) -> None:
     """Raise if a layer has computed with other functions: its state would not have branched."""
     names = {name for name in _names(sys.modules[type(module).__module__]) if name != _FUSED}
     missing = sorted(names - _reached)
-    _reached.clear()
     if kwargs.get("visible_end") is not None and missing:
         raise ValueError(
             f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) was given "

@@ -15,7 +15,7 @@ from tests.training.test_exactness import (
     n_pass_loss,
 )
 
-MODELS = ("llama", "qwen3", "gpt_oss")
+MODELS = ("llama", "qwen3", "gpt_oss", "qwen3_5")
 
 
 def separate_costs(model, set_, token_ids, num_targets=None, reduction="mean"):
