@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from onepass_trl.attention.remembered import Remembered
+from onepass_trl.visibility import check_visible_end
 
 # Layers whose forward mixes tokens by the functions of `_REPLACEMENTS` only. Tested, each of them.
 MIXERS = (
@@ -77,12 +79,18 @@ class Branching:
 
     Args:
         visible_end: ``(batch, seq)`` integers, on any device.
+
+    Raises:
+        ValueError: a row is not a tree.
     """
 
+    @torch.inference_mode(False)  # training may come to use it too
     def __init__(self, visible_end: Tensor) -> None:
         self._device = visible_end.device
         self._seq = visible_end.shape[1]
         rows = visible_end.cpu().numpy().astype(np.int64)
+        for row in rows:
+            check_visible_end(row.astype(np.int32))
         self.parents: Ints = np.concatenate(
             [_shifted(_parents(row), at * self._seq) for at, row in enumerate(rows)]
         )
@@ -94,6 +102,7 @@ class Branching:
         self.place[order] = torch.arange(len(order), device=self._device)
         self._seams: dict[int, Seams] = {}
 
+    @torch.inference_mode(False)
     def seams(self, width: int) -> Seams:
         """Return the seams of a causal convolution over `width` tokens."""
         if width not in self._seams:
@@ -315,13 +324,22 @@ _REPLACEMENTS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "mamba2_chunk_scan": _scan,
     _FUSED: _fused,
 }
-# The functions that the layer which is running has called with visible_end.
-_reached: set[str] = set()
+
+
+class _Reached(threading.local):
+    """The functions that the layer which is running has called with visible_end."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+
+_reached = _Reached()
 
 
 def is_mixer(module: nn.Module) -> bool:
-    """Whether a module is a layer whose state can branch."""
-    return type(module).__name__ in MIXERS
+    """Whether a module is a layer whose state can branch: of transformers, not of the same name."""
+    kind = type(module)
+    return kind.__name__ in MIXERS and kind.__module__.startswith("transformers.models.")
 
 
 def branch_states(model: nn.Module, before: Callable[..., Any]) -> None:
@@ -334,26 +352,31 @@ def branch_states(model: nn.Module, before: Callable[..., Any]) -> None:
     for module in model.modules():
         if not is_mixer(module):
             continue
-        modeling = sys.modules[type(module).__module__]
-        for name in _names(modeling):
-            function = getattr(modeling, name)
-            if not hasattr(function, "branches"):
-                setattr(modeling, name, _noting(name, _REPLACEMENTS[name](function)))
+        names = _replace(sys.modules[type(module).__module__])
         if before not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(before, with_kwargs=True)
             module.register_forward_pre_hook(_forget_reached)
-            module.register_forward_hook(_check_reached, with_kwargs=True)
+            module.register_forward_hook(
+                functools.partial(_check_reached, names - {_FUSED}), with_kwargs=True
+            )
 
 
-def _names(modeling: ModuleType) -> list[str]:
-    return [name for name in _REPLACEMENTS if hasattr(modeling, name)]
+def _replace(modeling: ModuleType) -> set[str]:
+    """Replace a modeling module's functions unless they are, and return the names."""
+    names = {name for name in _REPLACEMENTS if hasattr(modeling, name)}
+    assert names, f"{modeling.__name__} has none of the functions that branch"
+    for name in names:
+        function = getattr(modeling, name)
+        if not hasattr(function, "branches"):
+            setattr(modeling, name, _noting(name, _REPLACEMENTS[name](function)))
+    return names
 
 
 def _noting(name: str, branching: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(branching)
     def noting(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("visible_end") is not None:
-            _reached.add(name)
+            _reached.names.add(name)
         return branching(*args, **kwargs)
 
     noting.branches = True  # type: ignore[attr-defined]
@@ -361,13 +384,14 @@ def _noting(name: str, branching: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forget_reached(*_: Any) -> None:
-    _reached.clear()
+    _reached.names.clear()
 
 
-def _check_reached(module: nn.Module, _: Any, kwargs: dict[str, Any], __: Any) -> None:
+def _check_reached(
+    names: set[str], module: nn.Module, _: Any, kwargs: dict[str, Any], __: Any
+) -> None:
     """Raise if a layer has computed with other functions: its state would not have branched."""
-    names = {name for name in _names(sys.modules[type(module).__module__]) if name != _FUSED}
-    missing = sorted(names - _reached)
+    missing = sorted(names - _reached.names)
     if kwargs.get("visible_end") is not None and missing:
         raise ValueError(
             f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) was given "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -106,13 +107,23 @@ def check_rotary_embedding(model: nn.Module, max_length: int | None) -> None:
             )
 
 
+def carries_state(module: nn.Module) -> bool:
+    """Whether the model of an attention layer has other token mixers, as its configuration says."""
+    config = getattr(module, "config", None)
+    kinds = (*SUPPORTED_LAYERS, *MLP_LAYERS, "attention")
+    return any(kind not in kinds for kind in _layer_types(config))
+
+
+def _layer_types(config: PreTrainedConfig | None) -> Sequence[str]:
+    return getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+
+
 def _unsupported_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, list[int]]:
     """Return kind -> layer indices, by the configuration if it says, else by class names."""
     kinds: dict[str, list[int]] = defaultdict(list)
     mixers = [f"{path}." for path, module in model.named_modules() if is_mixer(module)]
     branching = {int(layer[1]) for path in mixers if (layer := _LAYER.search(path))}
-    layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    for index, kind in enumerate(layer_types or ()):
+    for index, kind in enumerate(_layer_types(config)):
         if kind not in (*SUPPORTED_LAYERS, *MLP_LAYERS, "attention") and index not in branching:
             kinds[repr(kind)].append(index)
     if kinds:

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from onepass_trl.attention.api import Impl, tree_attention
 from onepass_trl.attention.branching import branch_states
-from onepass_trl.attention.model_check import base_model, check_model
+from onepass_trl.attention.model_check import base_model, carries_state, check_model
 from onepass_trl.attention.remembered import Remembered
 
 __all__ = [
@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 NAME = "onepass"
+# Attribute of the modules of a model whose layers all follow the tree.
+_PREPARED = "_onepass_prepared"
 
 # Of position_ids (int64) the int32 positions of the op, so that layers share them.
 _int32_positions: Remembered[Tensor] = Remembered()
@@ -218,6 +220,18 @@ def _before_mixer(
             f"{_layer_name(module)} got a cache: visible_end describes a whole row, so pass "
             "use_cache=False and no past_key_values with it"
         )
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{_layer_name(module)} got {name} and visible_end: pass only visible_end, which "
+                "says where packed sequences begin too"
+            )
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    if (shape := kwargs["visible_end"].shape) != hidden_states.shape[:2]:
+        raise ValueError(
+            f"{_layer_name(module)}: visible_end has shape {tuple(shape)}, expected (batch, seq) "
+            f"{tuple(hidden_states.shape[:2])}"
+        )
     return args, {**kwargs, "attention_mask": None}
 
 
@@ -239,6 +253,12 @@ def _check_layer(
 
     def refuse(what: str) -> ValueError:
         return ValueError(f"one-pass attention in {_layer_name(module)}: {what}")
+
+    if not getattr(module, _PREPARED, False) and carries_state(module):
+        raise refuse(
+            "the model has other layers, whose state would run from branch to branch: switch it "
+            "with onepass_trl.attention.transformers_backend.use_onepass_attention(model)"
+        )
 
     if key.shape[2] != query.shape[2]:
         raise refuse(
@@ -358,6 +378,8 @@ def use_onepass_attention(model: nn.Module) -> None:
                 "its attention cannot be replaced"
             )
     branch_states(base, _before_mixer)
+    for module in base.modules():
+        setattr(module, _PREPARED, True)
 
 
 register()

@@ -11,6 +11,7 @@ import torch
 
 from onepass_trl.data.layout import IGNORE_INDEX, TOKEN_COLUMNS, Layout, concatenate
 
+_PADDING_RUN = 64  # tokens
 _DTYPES = {
     "input_ids": torch.int64,
     "position_ids": torch.int64,
@@ -25,8 +26,8 @@ _DTYPES = {
 class OnePassCollator:
     """Collates rows into one batch, padded on the right to its longest row.
 
-    A padding token sees itself only, is seen by nothing else and has no target, so no attention
-    mask is needed.
+    Padding sees nothing but padding, is seen by nothing else and has no target, so no attention
+    mask is needed. It goes in runs of 64 tokens: layers that carry state begin anew at each.
 
     Returns a dict of tensors, all ``(batch, seq)`` but the last:
 
@@ -80,8 +81,10 @@ class OnePassCollator:
             name: torch.full((len(layouts), length), fill.get(name, 0), dtype=dtype)
             for name, dtype in _DTYPES.items()
         }
-        batch["visible_end"][:] = torch.arange(1, length + 1, dtype=torch.int32)
         for index, layout in enumerate(layouts):
+            padding = np.arange(length - len(layout)) // _PADDING_RUN + 1
+            ends = np.minimum(len(layout) + padding * _PADDING_RUN, length)
+            batch["visible_end"].numpy()[index, len(layout) :] = ends
             for name in TOKEN_COLUMNS:
                 batch[name].numpy()[index, : len(layout)] = getattr(layout, name)
         lengths = torch.tensor([[len(layout)] for layout in layouts])

@@ -1,6 +1,7 @@
 """Segments and seams of random trees against the dense mask, and what the layers make of them."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -148,6 +149,65 @@ def test_a_layer_that_computes_otherwise_is_an_error(name, monkeypatch):
     ids, tree = inputs()
     with pytest.raises(ValueError, match="has not called causal_conv1d_fn"):
         model(ids, use_cache=False, **tree)
+
+
+def test_a_model_that_is_switched_halfway_is_refused():
+    """transformers can set the attention, but doesn't know of the other layers."""
+    model = make_model("qwen3_5")
+    model.set_attn_implementation("onepass")
+    ids, tree = inputs()
+    with pytest.raises(ValueError, match=r"the model has other layers, .*use_onepass_attention"):
+        model(ids, use_cache=False, **tree)
+
+
+def test_a_class_of_the_same_name_is_no_mixer():
+    kind = type("Lfm2ShortConv", (torch.nn.Module,), {})
+    assert not is_mixer(kind())
+
+
+def test_what_is_no_tree_is_an_error():
+    with pytest.raises(ValueError, match="visible_end"):
+        Branching(torch.tensor([[2, 4, 4, 4]]))
+
+
+def test_rows_of_packed_sequences_are_refused():
+    model = make_model("qwen3_5")
+    use_onepass_attention(model)
+    ids, tree = inputs()
+    with pytest.raises(ValueError, match="got cu_seq_lens_q and visible_end"):
+        model(ids, use_cache=False, cu_seq_lens_q=torch.tensor([0, 20]), **tree)
+
+
+def test_a_visible_end_of_another_shape_is_refused():
+    model = make_model("lfm2")
+    use_onepass_attention(model)
+    ids, tree = inputs()
+    with pytest.raises(ValueError, match=r"visible_end has shape \(1, 20\), expected .* \(2, 20\)"):
+        model(ids.expand(2, -1), use_cache=False, **tree)
+
+
+def test_training_may_follow_inference_on_the_same_tensors():
+    model = make_model("qwen3_5")
+    use_onepass_attention(model)
+    ids, tree = inputs()
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False, **tree).logits.clone()
+    logits = model(ids, use_cache=False, **tree).logits
+    logits.sum().backward()
+    assert torch.equal(logits, expected)
+
+
+def test_models_run_in_several_threads():
+    ids, tree = inputs()
+
+    def run(name):
+        model = make_model(name)
+        use_onepass_attention(model)
+        return [model(ids, use_cache=False, **tree).logits for _ in range(10)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for results in threads.map(run, ("qwen3_5", "lfm2")):
+            assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_the_half_precision_of_a_model_is_kept():

@@ -44,10 +44,15 @@ def test_rows_of_a_dataset_give_the_same_batch():
         assert torch.equal(OnePassCollator()(as_dicts)[name], tensor)
 
 
-def test_a_padding_token_sees_and_is_seen_by_itself_only():
+def test_padding_sees_and_is_seen_by_padding_only():
     batch = OnePassCollator(pad_token_id=3)(ROWS)
     assert batch["input_ids"][1].tolist() == [6, 7, 3, 3, 3, 3]
-    assert batch["visible_end"][1].tolist() == [2, 2, 3, 4, 5, 6]
+    assert batch["visible_end"][1].tolist() == [2, 2, 6, 6, 6, 6]
+
+
+def test_padding_goes_in_runs():
+    ends = OnePassCollator(pad_to_multiple_of=150)(ROWS[1:2])["visible_end"][0]
+    assert ends.tolist() == [2] * 2 + [66] * 64 + [130] * 64 + [150] * 20
 
 
 def test_rows_of_another_collator_are_an_error():
