@@ -15,7 +15,8 @@ from typing import Any
 
 import datasets
 import torch
-from bench_turns import COLUMNS
+from bench_step import add_turns
+from bench_turns import COLUMNS, print_speedup
 from transformers import AutoConfig
 
 from onepass_trl.tools.bench.record import write
@@ -48,14 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--user", type=int, default=60, help="tokens of a user message")
-    parser.add_argument("--reasoning", type=int, default=260, help="tokens of a turn's reasoning")
-    parser.add_argument("--response", type=int, default=150, help="tokens of a turn's response")
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the result to this file")
+    add_turns(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()
@@ -80,11 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
             use_cpu=True,
         )
         results.append({"model": model_type, **{column: result[column] for column in COLUMNS}})
-        print(
-            f"{model_type}: {result['speedup']:.2f} times as fast, "
-            f"N-pass has {result['token_ratio']:.2f} times as many tokens",
-            flush=True,
-        )
+        print_speedup(model_type, result)
     if args.json:
         write(args.json, "hybrid", results)
 

@@ -20,19 +20,24 @@ from onepass_trl.tools.bench.step import measure_step
 from onepass_trl.tools.bench.workload import chat_passes, random_model, small_config
 
 
-def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a chat's turns and of a small model."""
+def add_turns(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a chat's turns, and what every benchmark of a step takes."""
     parser.add_argument("--user", type=int, default=60, help="tokens of a user message")
     parser.add_argument("--reasoning", type=int, default=260, help="tokens of a turn's reasoning")
     parser.add_argument("--response", type=int, default=150, help="tokens of a turn's response")
-    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="write the result to this file")
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a chat's turns and of a small model."""
+    add_turns(parser)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
 
 
 def make_model(args: argparse.Namespace) -> PreTrainedModel:

@@ -8,6 +8,7 @@ The step of bench_step.py, with the same turns, more and more of them.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import datasets
 import torch
@@ -28,6 +29,14 @@ COLUMNS = (
 )
 
 
+def print_speedup(what: str, result: dict[str, Any]) -> None:
+    print(
+        f"{what}: {result['speedup']:.2f} times as fast, "
+        f"N-pass has {result['token_ratio']:.2f} times as many tokens",
+        flush=True,
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 3, 5, 8, 12, 16])
@@ -40,11 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     for turns in args.turns:
         result = measure(args, turns)
         results.append({column: result[column] for column in COLUMNS})
-        print(
-            f"{turns:3} turns: {result['speedup']:.2f} times as fast, "
-            f"N-pass has {result['token_ratio']:.2f} times as many tokens",
-            flush=True,
-        )
+        print_speedup(f"{turns:3} turns", result)
     if args.json:
         write(args.json, "turns", results)
 

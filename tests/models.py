@@ -39,6 +39,7 @@ _LATENT = dict(
     qk_nope_head_dim=16,
     v_head_dim=12,
 )
+_TWO_KINDS = dict(layer_types=["linear_attention", "full_attention"])
 _LINEAR = dict(
     linear_num_key_heads=2,
     linear_num_value_heads=4,
@@ -89,7 +90,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_next": dict(
         model_type="qwen3_next",
         head_dim=16,
-        layer_types=["linear_attention", "full_attention"],
+        **_TWO_KINDS,
         decoder_sparse_step=1,
         shared_expert_intermediate_size=24,
         **_LINEAR,
@@ -98,20 +99,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_5": dict(
         model_type="qwen3_5_text",
         head_dim=16,
-        layer_types=["linear_attention", "full_attention"],
+        **_TWO_KINDS,
         **_LINEAR,
     ),
     "qwen3_5_moe": dict(
         model_type="qwen3_5_moe_text",
         head_dim=16,
-        layer_types=["linear_attention", "full_attention"],
+        **_TWO_KINDS,
         shared_expert_intermediate_size=24,
         **_LINEAR,
         **_MOE,
     ),
     "olmo_hybrid": dict(
         model_type="olmo_hybrid",
-        layer_types=["linear_attention", "full_attention"],
+        **_TWO_KINDS,
         **_LINEAR,
     ),
     "lfm2": dict(model_type="lfm2", layer_types=["conv", "full_attention"]),
@@ -134,7 +135,7 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "granitemoehybrid": dict(
         model_type="granitemoehybrid",
-        layer_types=["linear_attention", "full_attention"],
+        **_TWO_KINDS,
         shared_intermediate_size=24,
         **_MAMBA,
         **_MOE,
@@ -143,7 +144,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bamba": dict(model_type="bamba", attn_layer_indices=[1], **_MAMBA),
     "bailing_hybrid": dict(
         model_type="bailing_hybrid",
-        layer_types=["linear_attention", "full_attention"],
+        **_TWO_KINDS,
         mlp_layer_types=["dense", "sparse"],
         head_dim=8,
         n_group=1,
@@ -154,7 +155,7 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "kimi_linear": dict(
         model_type="kimi_linear",
-        layer_types=["linear_attention", "full_attention"],
+        **_TWO_KINDS,
         mlp_layer_types=["dense", "sparse"],
         linear_num_heads=4,
         linear_head_dim=8,

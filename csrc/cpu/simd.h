@@ -48,8 +48,8 @@ template <typename T>
 ONEPASS_INLINE IntVec<T> load_int(const Int<T>* p) {
   return *reinterpret_cast<const typename Simd<T>::IntMemory*>(p);
 }
-// Minus zero is nothing, where plus zero would turn -0 into 0 and so be computed: it took a third
-// of the products' time on processors that multiply and shuffle by the same ports.
+// Minus zero is nothing, where plus zero would turn -0 into 0 and so be computed: an addition and a
+// shuffle per broadcast, on the ports of the products where vectors have 512 bits.
 template <typename T>
 ONEPASS_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};

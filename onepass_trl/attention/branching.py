@@ -342,6 +342,11 @@ def is_mixer(module: nn.Module) -> bool:
     return kind.__name__ in MIXERS and kind.__module__.startswith("transformers.models.")
 
 
+def layer_name(module: nn.Module) -> str:
+    """Return the class and the number of a layer, for messages."""
+    return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+
+
 def branch_states(model: nn.Module, before: Callable[..., Any]) -> None:
     """Make the layers of `MIXERS` in a model follow `visible_end`. Harmless to repeat.
 
@@ -394,7 +399,7 @@ def _check_reached(
     missing = sorted(names - _reached.names)
     if kwargs.get("visible_end") is not None and missing:
         raise ValueError(
-            f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) was given "
-            f"visible_end, but has not called {' and '.join(missing)} of its modeling file with "
-            "it, so its state has not followed the tree. Load the model without use_kernels=True"
+            f"{layer_name(module)} was given visible_end, but has not called "
+            f"{' and '.join(missing)} of its modeling file with it, so its state has not followed "
+            "the tree. Load the model without use_kernels=True"
         )

@@ -15,6 +15,7 @@ from onepass_trl.attention.branching import MIXERS, is_mixer
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 # Not token mixers: configurations of hybrid models list these among their layers.
 MLP_LAYERS = ("mlp", "moe", "dense", "sparse")
+_STATELESS_LAYERS = (*SUPPORTED_LAYERS, *MLP_LAYERS, "attention")
 # Modules that carry state along the row, or choose keys by themselves, in models whose
 # configuration does not say so. (Kimi Linear's LinearAttention is ordinary attention.)
 OTHER_MIXERS = re.compile(
@@ -110,8 +111,7 @@ def check_rotary_embedding(model: nn.Module, max_length: int | None) -> None:
 def carries_state(module: nn.Module) -> bool:
     """Whether the model of an attention layer has other token mixers, as its configuration says."""
     config = getattr(module, "config", None)
-    kinds = (*SUPPORTED_LAYERS, *MLP_LAYERS, "attention")
-    return any(kind not in kinds for kind in _layer_types(config))
+    return any(kind not in _STATELESS_LAYERS for kind in _layer_types(config))
 
 
 def _layer_types(config: PreTrainedConfig | None) -> Sequence[str]:
@@ -124,7 +124,7 @@ def _unsupported_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dic
     mixers = [f"{path}." for path, module in model.named_modules() if is_mixer(module)]
     branching = {int(layer[1]) for path in mixers if (layer := _LAYER.search(path))}
     for index, kind in enumerate(_layer_types(config)):
-        if kind not in (*SUPPORTED_LAYERS, *MLP_LAYERS, "attention") and index not in branching:
+        if kind not in _STATELESS_LAYERS and index not in branching:
             kinds[repr(kind)].append(index)
     if kinds:
         return kinds

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from onepass_trl.attention.api import Impl, tree_attention
-from onepass_trl.attention.branching import branch_states
+from onepass_trl.attention.branching import branch_states, layer_name
 from onepass_trl.attention.model_check import base_model, carries_state, check_model
 from onepass_trl.attention.remembered import Remembered
 
@@ -203,7 +203,7 @@ def onepass_attention(
 def _check_not_required(module: nn.Module) -> None:
     if _visible_end_required:
         raise ValueError(
-            f"{_layer_name(module)} got no visible_end: the model doesn't hand what it gets on to "
+            f"{layer_name(module)} got no visible_end: the model doesn't hand what it gets on to "
             "this layer, so it can't be trained in one pass. Use SFTTrainer with one row per turn"
         )
 
@@ -217,26 +217,22 @@ def _before_mixer(
         return None
     if any(kwargs.get(name) is not None for name in ("cache_params", "past_key_values")):
         raise ValueError(
-            f"{_layer_name(module)} got a cache: visible_end describes a whole row, so pass "
+            f"{layer_name(module)} got a cache: visible_end describes a whole row, so pass "
             "use_cache=False and no past_key_values with it"
         )
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{_layer_name(module)} got {name} and visible_end: pass only visible_end, which "
+                f"{layer_name(module)} got {name} and visible_end: pass only visible_end, which "
                 "says where packed sequences begin too"
             )
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     if (shape := kwargs["visible_end"].shape) != hidden_states.shape[:2]:
         raise ValueError(
-            f"{_layer_name(module)}: visible_end has shape {tuple(shape)}, expected (batch, seq) "
+            f"{layer_name(module)}: visible_end has shape {tuple(shape)}, expected (batch, seq) "
             f"{tuple(hidden_states.shape[:2])}"
         )
     return args, {**kwargs, "attention_mask": None}
-
-
-def _layer_name(module: nn.Module) -> str:
-    return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
 
 
 def _check_layer(
@@ -252,7 +248,7 @@ def _check_layer(
     """Raise ValueError if this call is not causal attention by the one rule."""
 
     def refuse(what: str) -> ValueError:
-        return ValueError(f"one-pass attention in {_layer_name(module)}: {what}")
+        return ValueError(f"one-pass attention in {layer_name(module)}: {what}")
 
     if not getattr(module, _PREPARED, False) and carries_state(module):
         raise refuse(
@@ -304,7 +300,7 @@ def _positions(module: nn.Module, position_ids: Tensor | None, visible_end: Tens
     """Return position ids as ``(batch, seq)`` int32, the same tensor for all layers of a pass."""
     if position_ids is None:
         raise ValueError(
-            f"one-pass attention in {_layer_name(module)}: its window is measured in positions, "
+            f"one-pass attention in {layer_name(module)}: its window is measured in positions, "
             "and got none: pass position_ids to the model"
         )
     if position_ids.dtype == torch.int32:

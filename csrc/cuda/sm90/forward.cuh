@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kKeys / kTile; ++i) {
       auto& part = reinterpret_cast<Accumulator<1, kTile / 8>&>(scores[0][i * kTile / 8]);
-      mask_keys<1, kTile / 8>(part, params, row, warp_query, first_key + i * kTile);
+      mask_keys(part, params, row, warp_query, first_key + i * kTile);
     }
   };
 
