@@ -28,8 +28,9 @@ from onepass_trl.setsft.rendering import ForkingTokens
 from onepass_trl.setsft.tokens import add_forking_tokens
 from onepass_trl.setsft.traces import TraceSet
 from onepass_trl.training import OnePassSFTTrainer
+from onepass_trl.training.arguments import one_pass_model_kwargs, to_config
 from onepass_trl.training.preparation import PreparationOptions
-from onepass_trl.training.trainer import AnyDataset, one_pass_model_kwargs, to_config
+from onepass_trl.training.trainer import AnyDataset
 
 Costs = NDArray[np.float64]
 Assignment = NDArray[np.int64]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-import pyarrow.compute as compute
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
@@ -20,7 +17,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+from trl.trainer.utils import global_then_local_main_first
 
 from onepass_trl.attention.model_check import check_rotary_embedding
 from onepass_trl.attention.transformers_backend import (
@@ -30,13 +27,19 @@ from onepass_trl.attention.transformers_backend import (
 )
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.training import preparation
+from onepass_trl.training.arguments import (
+    check_not_empty,
+    check_prepared,
+    check_train_dataset,
+    check_vocabulary,
+    one_pass_model_kwargs,
+    refuse_functions_of_logits,
+    to_config,
+)
 from onepass_trl.training.config import OnePassSFTConfig, check_parallelism
 from onepass_trl.training.nulls import settle_null_arguments
 
-logger = logging.getLogger(__name__)
-
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
-AnyConfig = TypeVar("AnyConfig", bound=OnePassSFTConfig)
 # What each batch adds to the totals of `_Totals`, beside the loss.
 _COUNTS = ("row_tokens", "npass_tokens", "trained_tokens", "turns")
 
@@ -106,7 +109,7 @@ class OnePassSFTTrainer(SFTTrainer):
         formatting_func: Callable | None = None,
     ) -> None:
         args = to_config(args, model, OnePassSFTConfig)
-        _refuse(
+        refuse_functions_of_logits(
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -123,9 +126,9 @@ class OnePassSFTTrainer(SFTTrainer):
                 f"{type(peft_config).__name__} puts virtual tokens before the row, which shifts "
                 "every position of the tree. Use an adapter such as LoraConfig"
             )
-        _check_train_dataset(train_dataset)
+        check_train_dataset(train_dataset)
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            _check_prepared(train_dataset, eval_dataset)
+            check_prepared(train_dataset, eval_dataset)
         if isinstance(model, str):
             args.model_init_kwargs = one_pass_model_kwargs(args.model_init_kwargs)
         else:
@@ -151,7 +154,7 @@ class OnePassSFTTrainer(SFTTrainer):
         check_parallelism(self.accelerator.parallelism_config)
         use_onepass_attention(self.model)
         check_rotary_embedding(self.model, args.max_length)
-        _check_vocabulary("train", self.train_dataset, self.model)
+        check_vocabulary("train", self.train_dataset, self.model)
         self.data_collator: Any = data_collator or OnePassCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             padding_free=self.padding_free,
@@ -168,7 +171,7 @@ class OnePassSFTTrainer(SFTTrainer):
         formatting_func: Callable | None,
         dataset_name: str,
     ) -> AnyDataset:
-        _check_not_empty(dataset_name, dataset)
+        check_not_empty(dataset_name, dataset)
         column_names = get_dataset_column_names(dataset)
         if packing and args.max_length is None:
             raise ValueError(
@@ -330,94 +333,3 @@ class OnePassSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
         if not self.model.training:
             self._totals["eval"].zero_()
-
-
-def to_config(
-    args: TrainingArguments | None, model: str | PreTrainedModel, kind: type[AnyConfig]
-) -> AnyConfig:
-    """Return `args` as a configuration of this kind, made from what it has of its options."""
-    if isinstance(args, kind):
-        return args
-    if args is None:
-        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-        return kind(f"{model_id.split('/')[-1]}-SFT")
-    # Not by to_dict, which hides the values of eos_token, hub_token and the like.
-    known = {field.name for field in fields(kind)}
-    given = [field.name for field in fields(args) if field.init and field.name in known]
-    return kind(**{name: getattr(args, name) for name in given})
-
-
-def _refuse(**arguments: Any) -> None:
-    """Raise for an argument of SFTTrainer that has no meaning on trees."""
-    reasons = {
-        "compute_loss_func": "it gets logits and labels that are shifted along the row; override "
-        "compute_loss of a subclass instead",
-        "compute_metrics": "it gets logits and labels that are shifted along the row; use "
-        "callbacks that generate, or the logged mean_token_accuracy and entropy",
-        "preprocess_logits_for_metrics": "no logits are built",
-        "formatting_func": "it turns a conversation into one text, and the turns are lost; convert "
-        "the dataset to messages with Dataset.map instead",
-    }
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"OnePassSFTTrainer can't honour {name}: {reasons[name]}")
-
-
-def one_pass_model_kwargs(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` with one-pass attention among them."""
-    kwargs = dict(model_init_kwargs or {})
-    asked = kwargs.get("attn_implementation")
-    if asked not in (None, "onepass"):
-        logger.warning(
-            "attn_implementation=%r can't see a tree of turns: training with 'onepass' instead, "
-            "which is chosen further by attention_impl. The saved model loads with any "
-            "implementation.",
-            asked,
-        )
-    return {**kwargs, "attn_implementation": "onepass"}
-
-
-def _check_train_dataset(dataset: Any) -> None:
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        return  # SFTTrainer says what is missing
-    _check_not_empty("train", dataset)
-    if vision := {"image", "images"} & set(get_dataset_column_names(dataset)):
-        raise ValueError(
-            f"the train dataset has the column {sorted(vision)[0]!r}: OnePassSFTTrainer trains "
-            "text conversations. Remove the column if the images don't matter, or train vision "
-            "data with SFTTrainer"
-        )
-
-
-def _check_prepared(train_dataset: Any, eval_dataset: Any) -> None:
-    """Raise unless all datasets consist of rows, as ``skip_prepare_dataset`` says."""
-    named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-    for name, dataset in {"train": train_dataset, **named}.items():
-        if dataset is None:
-            continue
-        columns = get_dataset_column_names(dataset)
-        if not preparation.is_prepared(columns):
-            raise ValueError(
-                f"dataset_kwargs={{'skip_prepare_dataset': True}}, but the {name} dataset has the "
-                f"columns {', '.join(columns)} and not those of a Layout: unset it, and the "
-                "conversations are prepared"
-            )
-
-
-def _check_vocabulary(name: str, dataset: Any, model: Any) -> None:
-    """Raise for a token id that the model has no embedding for."""
-    embeddings = model.get_input_embeddings()
-    if not isinstance(dataset, Dataset) or not isinstance(embeddings, torch.nn.Embedding):
-        return
-    largest = compute.max(compute.list_flatten(preparation.token_ids(dataset))).as_py()
-    if largest is not None and largest >= embeddings.num_embeddings:
-        raise ValueError(
-            f"the {name} dataset has the token id {largest}, but the model has "
-            f"{embeddings.num_embeddings} embeddings: use the model's own tokenizer, or call "
-            "model.resize_token_embeddings(len(tokenizer)) first"
-        )
-
-
-def _check_not_empty(name: str, dataset: Any) -> None:
-    if dataset is not None and next(iter(dataset), None) is None:
-        raise ValueError(f"the {name} dataset is empty: it needs at least one conversation")

@@ -1,0 +1,114 @@
+"""What `OnePassSFTTrainer` is given, checked before anything is made of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import pyarrow.compute as compute
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, TrainingArguments
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id
+
+from onepass_trl.training import preparation
+from onepass_trl.training.config import OnePassSFTConfig
+
+logger = logging.getLogger(__name__)
+
+AnyConfig = TypeVar("AnyConfig", bound=OnePassSFTConfig)
+
+
+def to_config(
+    args: TrainingArguments | None, model: str | PreTrainedModel, kind: type[AnyConfig]
+) -> AnyConfig:
+    """Return `args` as a configuration of this kind, made from what it has of its options."""
+    if isinstance(args, kind):
+        return args
+    if args is None:
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        return kind(f"{model_id.split('/')[-1]}-SFT")
+    # Not by to_dict, which hides the values of eos_token, hub_token and the like.
+    known = {field.name for field in fields(kind)}
+    given = [field.name for field in fields(args) if field.init and field.name in known]
+    return kind(**{name: getattr(args, name) for name in given})
+
+
+def refuse_functions_of_logits(**arguments: Any) -> None:
+    """Raise for an argument of SFTTrainer that has no meaning on trees."""
+    reasons = {
+        "compute_loss_func": "it gets logits and labels that are shifted along the row; override "
+        "compute_loss of a subclass instead",
+        "compute_metrics": "it gets logits and labels that are shifted along the row; use "
+        "callbacks that generate, or the logged mean_token_accuracy and entropy",
+        "preprocess_logits_for_metrics": "no logits are built",
+        "formatting_func": "it turns a conversation into one text, and the turns are lost; convert "
+        "the dataset to messages with Dataset.map instead",
+    }
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"OnePassSFTTrainer can't honour {name}: {reasons[name]}")
+
+
+def one_pass_model_kwargs(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` with one-pass attention among them."""
+    kwargs = dict(model_init_kwargs or {})
+    asked = kwargs.get("attn_implementation")
+    if asked not in (None, "onepass"):
+        logger.warning(
+            "attn_implementation=%r can't see a tree of turns: training with 'onepass' instead, "
+            "which is chosen further by attention_impl. The saved model loads with any "
+            "implementation.",
+            asked,
+        )
+    return {**kwargs, "attn_implementation": "onepass"}
+
+
+def check_train_dataset(dataset: Any) -> None:
+    """Raise for a training dataset that is empty or has images."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return  # SFTTrainer says what is missing
+    check_not_empty("train", dataset)
+    if vision := {"image", "images"} & set(get_dataset_column_names(dataset)):
+        raise ValueError(
+            f"the train dataset has the column {sorted(vision)[0]!r}: OnePassSFTTrainer trains "
+            "text conversations. Remove the column if the images don't matter, or train vision "
+            "data with SFTTrainer"
+        )
+
+
+def check_prepared(train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise unless all datasets consist of rows, as ``skip_prepare_dataset`` says."""
+    named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in {"train": train_dataset, **named}.items():
+        if dataset is None:
+            continue
+        columns = get_dataset_column_names(dataset)
+        if not preparation.is_prepared(columns):
+            raise ValueError(
+                f"dataset_kwargs={{'skip_prepare_dataset': True}}, but the {name} dataset has the "
+                f"columns {', '.join(columns)} and not those of a Layout: unset it, and the "
+                "conversations are prepared"
+            )
+
+
+def check_vocabulary(name: str, dataset: Any, model: Any) -> None:
+    """Raise for a token id that the model has no embedding for."""
+    embeddings = model.get_input_embeddings()
+    if not isinstance(dataset, Dataset) or not isinstance(embeddings, torch.nn.Embedding):
+        return
+    largest = compute.max(compute.list_flatten(preparation.token_ids(dataset))).as_py()
+    if largest is not None and largest >= embeddings.num_embeddings:
+        raise ValueError(
+            f"the {name} dataset has the token id {largest}, but the model has "
+            f"{embeddings.num_embeddings} embeddings: use the model's own tokenizer, or call "
+            "model.resize_token_embeddings(len(tokenizer)) first"
+        )
+
+
+def check_not_empty(name: str, dataset: Any) -> None:
+    """Raise for a dataset without a row."""
+    if dataset is not None and next(iter(dataset), None) is None:
+        raise ValueError(f"the {name} dataset is empty: it needs at least one conversation")
