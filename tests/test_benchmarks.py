@@ -51,6 +51,17 @@ def test_a_step_of_hybrid_models(script, tmp_path):
     assert all(row["largest_loss_difference"] < 1e-5 for row in rows)
 
 
+@pytest.mark.slow
+def test_memory_of_pieces(script, tmp_path):
+    path = tmp_path / "context_parallel.json"
+    flags = ["--processes", "1", "2", "--turns=2", "--layers=1", "--hidden-size=64"]
+    script("bench_context_parallel").main([*flags, f"--json={path}"])
+    one, two = results_of(path, "context_parallel")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert two["memory_ratio"] == pytest.approx(two["peak_mib"] / one["peak_mib"])
+
+
 def test_loss_curves_lie_on_each_other(script, tmp_path, capsys):
     path = tmp_path / "loss_curves.json"
     script("bench_loss_curves").main(["--steps=3", "--turns=2", f"--json={path}"])

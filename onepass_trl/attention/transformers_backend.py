@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from onepass_trl.attention.api import Impl, tree_attention
 from onepass_trl.attention.branching import branch_states, layer_name
+from onepass_trl.attention.context_parallel import ContextParallel
 from onepass_trl.attention.model_check import base_model, carries_state, check_model
 from onepass_trl.attention.remembered import Remembered
 
@@ -134,6 +135,7 @@ def onepass_attention(
     position_ids: Tensor | None = None,
     visible_end: Tensor | None = None,
     attention_impl: Impl = "auto",
+    context_parallel: ContextParallel | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return ``(out, None)``, out ``(batch, seq, heads, d_v)``, as attention functions do.
@@ -154,6 +156,8 @@ def onepass_attention(
         position_ids: ``(batch, seq)`` or ``(1, seq)``, with any leading axes; needed with a window.
         visible_end: ``(batch, seq)`` int32, or None to compute what "sdpa" or "eager" would.
         attention_impl: implementation of `tree_attention`.
+        context_parallel: if rows stand in pieces on several processes. Then `seq` above is that of
+            the piece, but `visible_end` is ``(batch, seq * processes)``, of whole rows.
         **kwargs: what else the model passes, handed on to "sdpa" without `visible_end`.
 
     Raises:
@@ -181,6 +185,10 @@ def onepass_attention(
     _check_layer(
         module, query, key, attention_mask, dropout, is_causal, position_bias, sliding_window
     )
+    if context_parallel is not None:
+        query, key, value = context_parallel.to_whole_rows(layer_name(module), query, key, value)
+        position_ids = context_parallel.position_ids
+        s_aux = None if s_aux is None else context_parallel.own_heads(s_aux)
     positions = None
     if sliding_window is not None:
         positions = _positions(module, position_ids, visible_end)
@@ -197,6 +205,8 @@ def onepass_attention(
         impl=attention_impl,
     )
     assert isinstance(out, Tensor)
+    if context_parallel is not None:
+        return context_parallel.to_own_piece(out), None
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -201,13 +201,12 @@ def parse_train_on(value: str | Sequence[int]) -> TrainOn:
 
 
 def check_parallelism(parallelism: ParallelismConfig | None) -> None:
-    """Raise for parallelism that gives the processes pieces of a row."""
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+    """Raise for parallelism that replaces a model's attention."""
+    if parallelism is not None and parallelism.sp_enabled:
         raise ValueError(
-            "context and sequence parallelism cut a row into pieces, but a token of a tree may see "
-            f"any earlier part of it: got cp_size {parallelism.cp_size} and sp_size "
-            f"{parallelism.sp_size}. Set both to 1; FSDP2, DeepSpeed ZeRO and tensor parallelism "
-            "shard the model instead"
+            f"sp_size is {parallelism.sp_size}: DeepSpeed's sequence parallelism has its own "
+            "attention, which doesn't know trees. Set sp_size to 1, and use FSDP2 with cp_size "
+            f"{parallelism.sp_size} for as many pieces"
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     BitsAndBytesConfig,
@@ -37,6 +39,11 @@ from onepass_trl.training.arguments import (
     to_config,
 )
 from onepass_trl.training.config import OnePassSFTConfig, check_parallelism
+from onepass_trl.training.context_parallel import (
+    check_context_parallel,
+    forward_in_pieces,
+    use_own_exchange,
+)
 from onepass_trl.training.nulls import settle_null_arguments
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
@@ -137,22 +144,26 @@ class OnePassSFTTrainer(SFTTrainer):
         # assistant generates, always and token by token.
         args.assistant_only_loss = False
 
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        packing = args.packing, args.eval_packing
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            args.packing, args.eval_packing = packing
 
-        # Known to the options unless an accelerator was configured before them.
-        check_parallelism(self.accelerator.parallelism_config)
         use_onepass_attention(self.model)
+        if self._context_parallel_group is not None:
+            check_context_parallel(self.model, args, has_aux_loss=self.aux_loss_enabled)
         check_rotary_embedding(self.model, args.max_length)
         check_vocabulary("train", self.train_dataset, self.model)
         self.data_collator: Any = data_collator or OnePassCollator(
@@ -161,6 +172,29 @@ class OnePassSFTTrainer(SFTTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
         self._totals = {"train": torch.zeros(len(_COUNTS)), "eval": torch.zeros(len(_COUNTS))}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, and make it leave context parallelism to this trainer."""
+        super().create_accelerator_and_postprocess()
+        # Known to the options unless an accelerator was configured before them.
+        check_parallelism(self.accelerator.parallelism_config)
+        if self._context_parallel_group is not None:
+            use_own_exchange(self.accelerator)
+            # The datasets are packed by now. SFTTrainer would refuse it, for the masks that
+            # accelerate's context parallelism drops; `__init__` puts this back.
+            self.args.packing = self.args.eval_packing = False
+
+    @property
+    def _context_parallel_group(self) -> dist.ProcessGroup | None:
+        """The processes that have the same batch and compute a piece of it each."""
+        if self.get_cp_size() == 1:
+            return None
+        return self.accelerator.torch_device_mesh["cp"].get_group()
+
+    def _prepare_context_parallel_inputs(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Callable[[], AbstractContextManager[None]], dict[str, Any]]:
+        return nullcontext, inputs  # `_forward` makes the pieces
 
     def _prepare_dataset(
         self,
@@ -261,7 +295,7 @@ class OnePassSFTTrainer(SFTTrainer):
         # As in SFTTrainer: `num_items_in_batch` counts the tokens of all processes and DDP averages
         # their gradients; the auxiliary loss is a mean per micro-batch.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            loss = loss * (self.accelerator.num_processes // self._processes_per_batch)
         if self.aux_loss_enabled:
             steps = (
                 self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
@@ -274,15 +308,22 @@ class OnePassSFTTrainer(SFTTrainer):
         self._record(loss, outputs, weights, counts)
         return loss
 
+    @property
+    def _processes_per_batch(self) -> int:
+        return self.get_tp_size() * self.get_cp_size()
+
     def _forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         """Return the model's outputs, of which `log_probs` are those of ``shift_labels``."""
+        options = {
+            "use_cache": False,
+            "fused_lm_head": True,
+            "attention_impl": self.args.attention_impl,
+        }
+        group = self._context_parallel_group
         with visible_end_required():
-            return model(
-                **inputs,
-                use_cache=False,
-                fused_lm_head=True,
-                attention_impl=self.args.attention_impl,
-            )
+            if group is None:
+                return model(**inputs, **options)
+            return forward_in_pieces(model, group, inputs, **options)
 
     def _record(
         self,
@@ -320,7 +361,7 @@ class OnePassSFTTrainer(SFTTrainer):
         metrics["entropy"].append((totals[2] / trained).item())
         metrics["mean_token_accuracy"].append((totals[3] / trained).item())
 
-        self._totals[mode] = self._totals[mode] + totals[4:] / self._tp_size
+        self._totals[mode] = self._totals[mode] + totals[4:] / self._processes_per_batch
         named = dict(zip(_COUNTS, self._totals[mode].tolist(), strict=True))
         for name, total in named.items():
             metrics[name] = [round(total)]

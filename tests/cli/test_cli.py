@@ -103,15 +103,23 @@ def test_sft_trains_in_two_processes(sft_flags, launcher, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "expected"),
+    ("file", "expected", "epoch"),
     [
-        ("fsdp2.yaml", "FSDP"),
-        pytest.param("deepspeed_zero3.yaml", "DEEPSPEED", marks=needs_deepspeed),
+        ("fsdp2.yaml", "FSDP", "0.25"),
+        ("fsdp2_context_parallel.yaml", "FSDP", "0.125"),  # both processes have the same rows
+        pytest.param("deepspeed_zero3.yaml", "DEEPSPEED", "0.25", marks=needs_deepspeed),
     ],
 )
-def test_a_model_is_sharded_as_the_launcher_is_configured(sft_flags, file, expected, tmp_path):
+def test_a_model_is_sharded_as_the_launcher_is_configured(
+    sft_flags, file, expected, epoch, tmp_path
+):
+    config = yaml.safe_load((ACCELERATE / file).read_text())
+    if sizes := config.get("parallelism_config"):
+        assert sizes == {"parallelism_config_cp_size": 4, "parallelism_config_dp_shard_size": 2}
+        sizes |= {"parallelism_config_cp_size": 2, "parallelism_config_dp_shard_size": 1}
+    (tmp_path / file).write_text(yaml.safe_dump(config))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    launcher += [ACCELERATE / file, "--num_processes=2", "--mixed_precision=no"]
+    launcher += [tmp_path / file, "--num_processes=2", "--mixed_precision=no"]
     flags = [flag for flag in sft_flags if flag != "--use_cpu"]
     flags += [
         "--per_device_train_batch_size=1",
@@ -126,7 +134,7 @@ def test_a_model_is_sharded_as_the_launcher_is_configured(sft_flags, file, expec
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.split()[-2:] == [expected, expected]
-    assert "'epoch': '0.25'" in result.stdout
+    assert f"'epoch': '{epoch}'" in result.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -34,12 +34,21 @@ def single(tmp_path_factory):
         dict(per_device_train_batch_size=2, matching_batch=4),
         dict(per_device_train_batch_size=1, gradient_accumulation_steps=2),
         dict(per_device_train_batch_size=2, matching_batch=4, **FSDP2),
+        dict(per_device_train_batch_size=4, cp_size=2, **FSDP2),
         dict(per_device_train_batch_size=2, matching="random"),
         pytest.param(
             dict(per_device_train_batch_size=2, matching_batch=4, **zero(3)), marks=needs_deepspeed
         ),
     ],
-    ids=["ddp", "ddp_batched", "ddp_accumulation", "fsdp2", "ddp_random", "zero3"],
+    ids=[
+        "ddp",
+        "ddp_batched",
+        "ddp_accumulation",
+        "fsdp2",
+        "context_parallel",
+        "ddp_random",
+        "zero3",
+    ],
 )
 def test_two_processes_equal_one(options, single, tmp_path):
     expected_history, expected_weights = single(options.get("matching", "hungarian"))

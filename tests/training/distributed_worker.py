@@ -7,11 +7,13 @@ torchrun --nproc-per-node 2 -m tests.training.distributed_worker FOLDER JSON_OPT
 from __future__ import annotations
 
 import json
+import os
 import sys
 import weakref
 from pathlib import Path
 
 import torch
+from accelerate import ParallelismConfig
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch.nn.parallel import DistributedDataParallel
@@ -53,12 +55,28 @@ def main(folder: str, options: dict) -> None:
         save_strategy="no",
         dataloader_pin_memory=False,
     )
+    if cp_size := options.pop("cp_size", None):
+        num_processes = int(os.environ["WORLD_SIZE"])
+        options["parallelism_config"] = ParallelismConfig(
+            cp_size=cp_size, dp_shard_size=num_processes // cp_size
+        )
+    rows = Dataset.from_list([as_row(passes) for passes in CONVERSATIONS])
+    evaluate = options.pop("evaluate", False)
     trainer = OnePassSFTTrainer(
         make_model(options.pop("model", "qwen3")),
         OnePassSFTConfig(**{**settings, **options}),
-        train_dataset=Dataset.from_list([as_row(passes) for passes in CONVERSATIONS]),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(3)) if evaluate else None,
         processing_class=tokenizer,
     )
+    if cp_size:
+
+        def check_pieces(_module, _args, kwargs):
+            rows, pieces = kwargs["visible_end"].shape, kwargs["input_ids"].shape
+            if rows[1] != pieces[1] * cp_size:
+                raise AssertionError(f"pieces of {pieces} of rows of {rows}")
+
+        trainer.model.model.register_forward_pre_hook(check_pieces, with_kwargs=True)
     train_and_save(trainer, folder)
 
 
@@ -75,9 +93,11 @@ def train_and_save(trainer: OnePassSFTTrainer, folder: str) -> None:
     if used != ("DEEPSPEED" if args.deepspeed else "FSDP" if args.fsdp else "MULTI_CPU"):
         raise AssertionError(f"{args.deepspeed=} and {args.fsdp=}, but it would train with {used}")
     trainer.train()
+    evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model(f"{folder}/model")
     if trainer.accelerator.is_main_process:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        history[-1] |= evaluation
         Path(folder, "history.json").write_text(json.dumps(history))
     # DDP goes before the process group: its destructor could wait for a thread of the group. The
     # caller still holds the trainer, so it is taken out of there.

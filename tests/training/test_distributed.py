@@ -54,6 +54,14 @@ def run(
 ) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Return the logged history and the weights of a worker's training run."""
     folder.mkdir()
+    use_cpu = str(options.get("use_cpu", True)).lower()
+    launch(num_processes, worker, str(folder), json.dumps(options), ACCELERATE_USE_CPU=use_cpu)
+    history = json.loads((folder / "history.json").read_text())
+    return history, load_file(folder / "model" / "model.safetensors")
+
+
+def launch(num_processes: int, worker: str, *arguments: str, **environment: str) -> None:
+    """Run a worker in several processes of one thread each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -65,27 +73,18 @@ def run(
         "--master-port",
         str(port),
     ]
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        worker,
-        str(folder),
-        json.dumps(options),
-    ]
-    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-    environment["ACCELERATE_USE_CPU"] = str(options.get("use_cpu", True)).lower()
+    command = [sys.executable, *launcher, "-m", worker, *arguments]
+    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1", **environment}
     result = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    history = json.loads((folder / "history.json").read_text())
-    return history, load_file(folder / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("single") / "run", 1, per_device_train_batch_size=4)
+    folder = tmp_path_factory.mktemp("single") / "run"
+    return run(folder, 1, per_device_train_batch_size=4, evaluate=True)
 
 
 @pytest.mark.slow
@@ -112,8 +111,37 @@ def single(tmp_path_factory):
     ],
 )
 def test_two_processes_equal_one(options, single, tmp_path):
-    expected_history, expected_weights = single
-    history, weights = run(tmp_path / "run", 2, **options)
+    check_equal(run(tmp_path / "run", 2, **options), single, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_processes", "options"),
+    [
+        (2, dict(per_device_train_batch_size=4, evaluate=True)),
+        (2, dict(per_device_train_batch_size=4, packing=True, max_length=100, evaluate=True)),
+        (
+            4,
+            dict(
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=2,
+                activation_checkpointing=True,
+            ),
+        ),
+    ],
+    ids=["rows", "packed", "with_data_parallelism"],
+)
+def test_rows_in_pieces_equal_one_process(num_processes, options, single, tmp_path):
+    """Context parallelism of two processes each."""
+    run_ = run(tmp_path / "run", num_processes, cp_size=2, **options, **FSDP2)
+    check_equal(run_, single, options)
+    if options.get("evaluate"):
+        assert run_[0][-1]["eval_loss"] == pytest.approx(single[0][-1]["eval_loss"], rel=1e-5)
+
+
+def check_equal(actual_run, expected_run, options):
+    """Compare the losses, totals and weights of two runs."""
+    (history, weights), (expected_history, expected_weights) = actual_run, expected_run
     for actual, expected in zip(history, expected_history, strict=True):
         assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         for key in ("row_tokens", "npass_tokens", "trained_tokens", "turns", "num_tokens"):

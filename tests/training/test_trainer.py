@@ -285,8 +285,7 @@ def test_a_conversation_that_overflows_whole_leaves_the_others(train):
         (dict(overflow="cut"), "overflow must be one of"),
         (dict(train_on="first"), "train_on must be"),
         (dict(train_on="[0, 0.5]"), "train_on must be"),
-        (dict(parallelism_config=ParallelismConfig(cp_size=2)), "cp_size 2 and sp_size 1"),
-        (dict(parallelism_config=ParallelismConfig(sp_size=2)), "cp_size 1 and sp_size 2"),
+        (dict(parallelism_config=ParallelismConfig(sp_size=2)), "use FSDP2 with cp_size 2"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_errors(train, options, message):
@@ -296,8 +295,8 @@ def test_options_that_cannot_be_honoured_are_errors(train, options, message):
 
 def test_parallelism_of_the_launcher_is_refused_before_anything_is_made(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
-    with pytest.raises(ValueError, match="context and sequence parallelism cut a row"):
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    with pytest.raises(ValueError, match="use FSDP2 with cp_size 2"):
         OnePassSFTConfig(str(tmp_path))
 
 
@@ -307,8 +306,8 @@ def test_parallelism_of_a_configured_accelerator_is_refused(train, monkeypatch):
     monkeypatch.setattr(ParallelismConfig, "get_device_mesh", lambda *_: None)
     monkeypatch.setattr(ParallelismConfig, "_validate_accelerator", lambda *_: None)
     of_all = AcceleratorState._shared_state
-    monkeypatch.setitem(of_all, "parallelism_config", ParallelismConfig(cp_size=2))
-    with pytest.raises(ValueError, match="context and sequence parallelism cut a row"):
+    monkeypatch.setitem(of_all, "parallelism_config", ParallelismConfig(sp_size=2))
+    with pytest.raises(ValueError, match="use FSDP2 with cp_size 2"):
         train(accelerator_config={"use_configured_state": True})
 
 

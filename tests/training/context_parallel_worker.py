@@ -1,0 +1,81 @@
+"""Compares a batch computed in pieces with the whole batch, for every kind of attention; started
+by test_context_parallel.py.
+
+torchrun --nproc-per-node 4 -m tests.training.context_parallel_worker FILE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from trl.trainer.utils import add_fused_lm_head
+
+from onepass_trl import OnePassCollator, build_tree, linearize
+from onepass_trl.attention.model_check import state_layers
+from onepass_trl.attention.transformers_backend import use_onepass_attention
+from onepass_trl.training.context_parallel import forward_in_pieces
+from tests.conversations import forked_rollouts, random_chat
+from tests.models import MODELS, make_model
+
+OPTIONS = dict(use_cache=False, fused_lm_head=True)
+OUTPUTS = ("log_probs", "entropy", "is_top1")
+
+
+def main(file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups = [pairs[dist.get_rank() // 2], dist.group.WORLD]
+    names = [name for name in MODELS if not state_layers(make_model(name))]
+    results = {name: [compare(name, group) for group in groups] for name in names}
+    if dist.get_rank() == 0:
+        Path(file).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def compare(name: str, group: dist.ProcessGroup) -> dict[str, float]:
+    """Return the largest differences, relative to the largest value."""
+    model = make_model(name)
+    use_onepass_attention(model)
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    # A row of 64 tokens and a shorter one; then one row whose length is odd.
+    rows = [linearize(build_tree(passes)) for passes in (random_chat(4), forked_rollouts(3))]
+    worst: dict[str, float] = {}
+    for batch in (OnePassCollator()(rows), OnePassCollator()([rows[0]])):
+        inputs = {
+            key: batch[key] for key in ("input_ids", "position_ids", "shift_labels", "visible_end")
+        }
+        whole = model(**inputs, **OPTIONS)
+        expected = gradients(model, whole.log_probs, batch["weights"])
+        pieces = forward_in_pieces(model, group, inputs, **OPTIONS)
+        actual = gradients(model, pieces.log_probs, batch["weights"])
+        for gradient in actual.values():  # as data parallelism does
+            dist.all_reduce(gradient, group=group)
+            gradient /= group.size()
+        pairs = {key: (getattr(pieces, key), getattr(whole, key)) for key in OUTPUTS}
+        for key, (one, other) in {**pairs, **{k: (actual[k], expected[k]) for k in actual}}.items():
+            difference = (
+                one.float() - other.float()
+            ).abs().max() / other.float().abs().max().clamp(1e-9)
+            kind = key if key in OUTPUTS else "gradient"
+            worst[kind] = max(worst.get(kind, 0.0), difference.item())
+    return worst
+
+
+def gradients(model, log_probs, weights) -> dict[str, torch.Tensor]:
+    """Return those of a loss that isn't the same for all tokens; none of embeddings not used."""
+    model.zero_grad()
+    (log_probs * weights * log_probs.detach().exp().add(0.5)).sum().backward()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
