@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from onepass_trl.attention.context_parallel import ContextParallel
 from onepass_trl.attention.remembered import Remembered
 from onepass_trl.visibility import check_visible_end
 
@@ -180,18 +181,25 @@ def _branching_of(visible_end: Tensor) -> Branching:
 
 
 def _along_tree(
-    branching: Branching,
+    visible_end: Tensor,
     run: Callable[..., tuple[Tensor, Tensor | None]],
     sequences: Sequence[Tensor],
+    name: str,
+    context_parallel: ContextParallel | None,
 ) -> Tensor:
     """Return what a recurrence gives along the passes of a tree, ``(batch, seq, ..)``.
 
     Args:
-        branching: of the batch.
-        run: called with pieces of the sequences, ``(segments, length, ..)`` each, the states in
+        visible_end: ``(batch, seq)``, of whole rows.
+        run: called with segments of the sequences, ``(segments, length, ..)`` each, the states in
             which they begin (or None) and whether the states at their end are wanted.
-        sequences: ``(batch, seq, ..)`` each.
+        sequences: ``(batch, seq, heads, ..)`` each.
+        name: of the recurrence, for errors.
+        context_parallel: if the sequences and the result are pieces of rows.
     """
+    if context_parallel is not None:
+        sequences = context_parallel.to_whole_rows(name, *sequences)
+    branching = _branching_of(visible_end)
     flat = [x.flatten(0, 1) for x in sequences]
     outputs: list[Tensor] = []
     states: dict[int, Tensor] = {}  # at the last tokens of segments
@@ -210,7 +218,8 @@ def _along_tree(
                 begin + group.length - 1: state
                 for begin, state in zip(group.begins, final, strict=True)
             }
-    return torch.cat(outputs)[branching.place].unflatten(0, sequences[0].shape[:2])
+    out = torch.cat(outputs)[branching.place].unflatten(0, visible_end.shape)
+    return out if context_parallel is None else context_parallel.to_own_piece(out)
 
 
 def _delta_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,6 +232,7 @@ def _delta_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
         beta: Tensor,
         *,
         visible_end: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
         initial_state: Tensor | None = None,
         output_final_state: bool = False,
         **kwargs: Any,
@@ -239,7 +249,7 @@ def _delta_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
             return run(sequences, initial_state, output_final_state)
         assert initial_state is None
         assert not output_final_state
-        return _along_tree(_branching_of(visible_end), run, sequences), None
+        return _along_tree(visible_end, run, sequences, rule.__name__, context_parallel), None
 
     return branching
 
@@ -254,7 +264,10 @@ def _scan(scan: Callable[..., Any]) -> Callable[..., Any]:
         C: Tensor,
         chunk_size: int,
         *,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
         visible_end: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
         initial_states: Tensor | None = None,
         return_final_states: bool = False,
         **kwargs: Any,
@@ -263,8 +276,9 @@ def _scan(scan: Callable[..., Any]) -> Callable[..., Any]:
             pieces: Sequence[Tensor], initial: Tensor | None, wants_state: bool
         ) -> tuple[Tensor, Tensor | None]:
             x, step, b, c = pieces
+            options = dict(D=D, dt_bias=dt_bias, **kwargs)
             state = dict(initial_states=initial, return_final_states=wants_state)
-            result = scan(x, step, A, b, c, chunk_size, **state, **kwargs)
+            result = scan(x, step, A, b, c, chunk_size, **state, **options)
             return result if wants_state else (result, None)
 
         sequences = (hidden_states, dt, B, C)
@@ -273,7 +287,11 @@ def _scan(scan: Callable[..., Any]) -> Callable[..., Any]:
             return (out, final) if return_final_states else out
         assert initial_states is None
         assert not return_final_states
-        return _along_tree(_branching_of(visible_end), run, sequences)
+        if context_parallel is not None:
+            A = context_parallel.own_share(A)
+            D = None if D is None else context_parallel.own_share(D)
+            dt_bias = None if dt_bias is None else context_parallel.own_share(dt_bias)
+        return _along_tree(visible_end, run, sequences, scan.__name__, context_parallel)
 
     return branching
 
@@ -296,10 +314,17 @@ def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
         activation: str | None = None,
         *,
         visible_end: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if visible_end is None:
             return convolve(hidden_states, weight, bias, activation=activation, **kwargs)
+        if context_parallel is not None:  # as if channels were heads
+            pieces = hidden_states.transpose(1, 2)
+            (whole,) = context_parallel.to_whole_rows(convolve.__name__, pieces)
+            hidden_states = whole.transpose(1, 2)
+            weight = context_parallel.own_share(weight)
+            bias = None if bias is None else context_parallel.own_share(bias)
         out = convolve(hidden_states, weight, bias, activation=None, **kwargs)
         seams = _branching_of(visible_end).seams(weight.shape[-1])
         tokens = hidden_states.transpose(1, 2).flatten(0, 1)  # (batch * seq, channels)
@@ -310,7 +335,10 @@ def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
             at_seams = at_seams + bias
         rows = out.transpose(1, 2).flatten(0, 1)
         rows = rows.index_copy(0, seams.tokens, at_seams.to(rows.dtype))
-        out = rows.unflatten(0, visible_end.shape).transpose(1, 2)
+        rows = rows.unflatten(0, visible_end.shape)
+        if context_parallel is not None:
+            rows = context_parallel.to_own_piece(rows)
+        out = rows.transpose(1, 2)
         return out if activation is None else ACT2FN[activation](out)
 
     return branching

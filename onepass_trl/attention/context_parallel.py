@@ -1,9 +1,9 @@
 """Rows that stand in pieces on several processes: context parallelism by heads.
 
-Outside attention a process computes its piece of each row. In attention it has whole rows and its
-share of the heads, by an exchange before and one after it (DeepSpeed-Ulysses, arXiv 2309.14509).
-So the one rule and its kernels stay as they are, and every process has the same work, however
-unequal the pieces of a tree are.
+Where tokens don't mix, a process computes its piece of each row. Where they do, it has whole rows
+and its share of the heads, by an exchange before and one after it (DeepSpeed-Ulysses, arXiv
+2309.14509). So the one rule and its kernels stay as they are, as do recurrences and convolutions,
+and every process has the same work, however unequal the pieces of a tree are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ContextParallel:
-    """The processes that share a batch, and what their attention needs of its whole rows.
+    """The processes that share a batch, and what their layers need of its whole rows.
 
     Process r of `group` holds tokens ``[r * seq / size, (r + 1) * seq / size)`` of every row, and
     the `visible_end` of all of it.
@@ -45,58 +45,62 @@ class ContextParallel:
         """Return this process's piece of ``(batch, seq)``: ``(batch, seq / size)``."""
         return tensor.chunk(self.size, dim=1)[self.rank]
 
-    def own_heads(self, tensor: Tensor) -> Tensor:
-        """Return this process's share of what has one entry per query head, ``(heads,)``."""
+    def own_share(self, tensor: Tensor) -> Tensor:
+        """Return this process's share of what has one entry per head, ``(heads, ..)``."""
         return tensor.chunk(self.size)[self.rank]
 
     def to_whole_rows(self, layer: str, *tensors: Tensor) -> list[Tensor]:
-        """Return query, key and value of whole rows, for this process's share of the heads.
+        """Return whole rows of tensors such as queries, for this process's share of the heads.
 
         Args:
-            layer: name of the layer, for errors.
-            *tensors: ``(batch, heads, seq / size, head_dim)`` each; a tensor may have fewer heads
-                than there are processes, which then share them.
+            layer: its name, for errors.
+            *tensors: ``(batch, seq / size, heads, ..)`` each; if one has fewer heads than there are
+                processes, as keys may, several processes get the same head.
 
         Returns:
-            ``(batch, max(heads / size, 1), seq, head_dim)`` each.
+            ``(batch, seq, max(heads / size, 1), ..)`` each.
 
         Raises:
             ValueError: the heads can't be shared out.
         """
         pieces = [self._by_process(layer, tensor) for tensor in tensors]
-        widths = [piece.shape[-2] * piece.shape[-1] for piece in pieces]
-        # One exchange for all three: (size, batch, seq / size, features of all heads).
-        exchanged = _exchange(torch.cat([piece.flatten(-2) for piece in pieces], -1), self.group)
-        whole = exchanged.transpose(0, 1).flatten(1, 2)
-        return [
-            part.unflatten(-1, piece.shape[-2:]).transpose(1, 2)
-            for part, piece in zip(whole.split(widths, dim=-1), pieces, strict=True)
-        ]
+        whole: dict[int, Tensor] = {}
+        # One exchange for all of a dtype: (size, batch, seq / size, all features). In the same
+        # order in all processes, which a set has not.
+        for dtype in dict.fromkeys(piece.dtype for piece in pieces):
+            chosen = [at for at, piece in enumerate(pieces) if piece.dtype == dtype]
+            flat = [pieces[at].flatten(3) for at in chosen]
+            exchanged = _exchange(torch.cat(flat, dim=-1), self.group)
+            rows = exchanged.transpose(0, 1).flatten(1, 2)
+            parts = rows.split([part.shape[-1] for part in flat], dim=-1)
+            for at, part in zip(chosen, parts, strict=True):
+                whole[at] = part.unflatten(-1, pieces[at].shape[3:])
+        return [whole[at] for at in range(len(pieces))]
 
     def to_own_piece(self, out: Tensor) -> Tensor:
-        """Return all heads of this process's piece, as attention functions return them.
+        """Return all heads of this process's piece, from whole rows of its share of the heads.
 
         Args:
-            out: ``(batch, heads / size, seq, head_dim)``.
+            out: ``(batch, seq, heads / size, ..)``.
 
         Returns:
-            ``(batch, seq / size, heads, head_dim)``.
+            ``(batch, seq / size, heads, ..)``, contiguous.
         """
-        by_process = out.unflatten(2, (self.size, -1)).permute(2, 0, 3, 1, 4)
-        return _exchange(by_process, self.group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        by_process = out.unflatten(1, (self.size, -1)).transpose(0, 1)
+        return _exchange(by_process, self.group).movedim(0, 2).flatten(2, 3).contiguous()
 
     def _by_process(self, layer: str, tensor: Tensor) -> Tensor:
-        """Return ``(size, batch, seq / size, heads of that process, head_dim)``."""
-        heads = tensor.shape[1]
+        """Return ``(size, batch, seq / size, heads of that process, ..)``."""
+        heads = tensor.shape[2]
         if heads < self.size and self.size % heads == 0:
-            tensor = tensor.repeat_interleave(self.size // heads, dim=1)
+            tensor = tensor.repeat_interleave(self.size // heads, dim=2)
         elif heads % self.size:
             raise ValueError(
                 f"{layer} has {heads} heads, which {self.size} processes can't share (cp_size): "
                 f"the query heads must be a multiple of cp_size, the key heads a multiple or a "
                 "divisor. Choose another cp_size"
             )
-        return tensor.unflatten(1, (self.size, -1)).permute(1, 0, 3, 2, 4)
+        return tensor.unflatten(2, (self.size, -1)).movedim(2, 0)
 
 
 def _exchange(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

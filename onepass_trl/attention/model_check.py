@@ -114,11 +114,6 @@ def carries_state(module: nn.Module) -> bool:
     return any(kind not in _STATELESS_LAYERS for kind in _layer_types(config))
 
 
-def state_layers(model: nn.Module) -> list[str]:
-    """Return the names of the layers of `model` that carry state along the row."""
-    return [name for name, module in base_model(model).named_modules() if is_mixer(module)]
-
-
 def _layer_types(config: PreTrainedConfig | None) -> Sequence[str]:
     return getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
 

@@ -186,9 +186,11 @@ def onepass_attention(
         module, query, key, attention_mask, dropout, is_causal, position_bias, sliding_window
     )
     if context_parallel is not None:
-        query, key, value = context_parallel.to_whole_rows(layer_name(module), query, key, value)
+        pieces = [x.transpose(1, 2) for x in (query, key, value)]
+        whole = context_parallel.to_whole_rows(layer_name(module), *pieces)
+        query, key, value = [x.transpose(1, 2) for x in whole]
         position_ids = context_parallel.position_ids
-        s_aux = None if s_aux is None else context_parallel.own_heads(s_aux)
+        s_aux = None if s_aux is None else context_parallel.own_share(s_aux)
     positions = None
     if sliding_window is not None:
         positions = _positions(module, position_ids, visible_end)
@@ -205,9 +207,10 @@ def onepass_attention(
         impl=attention_impl,
     )
     assert isinstance(out, Tensor)
+    out = out.transpose(1, 2)
     if context_parallel is not None:
         return context_parallel.to_own_piece(out), None
-    return out.transpose(1, 2).contiguous(), None
+    return out.contiguous(), None
 
 
 def _check_not_required(module: nn.Module) -> None:
@@ -237,10 +240,13 @@ def _before_mixer(
                 "says where packed sequences begin too"
             )
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    if (shape := kwargs["visible_end"].shape) != hidden_states.shape[:2]:
+    batch, seq = hidden_states.shape[:2]
+    if (context_parallel := kwargs.get("context_parallel")) is not None:
+        seq *= context_parallel.size
+    if (shape := tuple(kwargs["visible_end"].shape)) != (batch, seq):
         raise ValueError(
-            f"{layer_name(module)}: visible_end has shape {tuple(shape)}, expected (batch, seq) "
-            f"{tuple(hidden_states.shape[:2])}"
+            f"{layer_name(module)}: visible_end has shape {shape}, expected (batch, seq) "
+            f"{(batch, seq)}"
         )
     return args, {**kwargs, "attention_mask": None}
 

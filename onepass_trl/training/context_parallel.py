@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from onepass_trl.attention.context_parallel import ContextParallel
-from onepass_trl.attention.model_check import state_layers
 from onepass_trl.data.layout import IGNORE_INDEX
 from onepass_trl.training.config import OnePassSFTConfig
 
@@ -29,14 +28,8 @@ def use_own_exchange(accelerator: Accelerator) -> None:
     accelerator._prepare_cp = lambda *objects: objects
 
 
-def check_context_parallel(model: nn.Module, args: OnePassSFTConfig, *, has_aux_loss: bool) -> None:
-    """Raise ValueError if a model can't be trained on pieces of rows, or not with these options."""
-    if layers := state_layers(model):
-        raise ValueError(
-            f"cp_size is above 1, but {type(model).__name__} carries state along the row in "
-            f"{layers[0]} and {len(layers) - 1} more layers: the processes would have to wait for "
-            "one another. Set cp_size to 1"
-        )
+def check_context_parallel(args: OnePassSFTConfig, *, has_aux_loss: bool) -> None:
+    """Raise ValueError for options that pieces of rows can't be trained with."""
     if has_aux_loss:
         raise ValueError(
             "cp_size is above 1, but the auxiliary loss of a mixture of experts is made of means "
@@ -64,15 +57,14 @@ def forward_in_pieces(
     """
     batch, seq = inputs["input_ids"].shape
     padding = -seq % group.size()
-    # A few tokens at most, each a subtree of its own.
-    ends = torch.arange(seq + 1, seq + padding + 1).to(inputs["visible_end"])
-    visible_end = torch.cat([inputs["visible_end"], ends.expand(batch, -1)], dim=1)
+    ends = inputs["visible_end"].new_full((batch, padding), seq + padding)  # a tree of its own
+    visible_end = torch.cat([inputs["visible_end"], ends], dim=1)
     pieces = ContextParallel(group, pad(inputs["position_ids"], (0, padding)))
     own = {
         name: pieces.own_piece(pad(inputs[name], (0, padding), value=fill))
         for name, fill in (("input_ids", 0), ("position_ids", 0), ("shift_labels", IGNORE_INDEX))
     }
-    own["visible_end"] = visible_end  # of whole rows: attention sees them
+    own["visible_end"] = visible_end  # of whole rows, which is what attention sees
     outputs = model(**{**inputs, **own}, context_parallel=pieces, **kwargs)
     per_token = torch.stack(
         [outputs.log_probs, outputs.entropy.detach(), outputs.is_top1.to(outputs.log_probs)]

@@ -163,7 +163,7 @@ class OnePassSFTTrainer(SFTTrainer):
 
         use_onepass_attention(self.model)
         if self._context_parallel_group is not None:
-            check_context_parallel(self.model, args, has_aux_loss=self.aux_loss_enabled)
+            check_context_parallel(args, has_aux_loss=self.aux_loss_enabled)
         check_rotary_embedding(self.model, args.max_length)
         check_vocabulary("train", self.train_dataset, self.model)
         self.data_collator: Any = data_collator or OnePassCollator(
