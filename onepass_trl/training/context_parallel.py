@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from onepass_trl.attention.context_parallel import ContextParallel
+from onepass_trl.attention.model_check import base_model
 from onepass_trl.data.layout import IGNORE_INDEX
 from onepass_trl.training.config import OnePassSFTConfig
 
@@ -28,19 +29,46 @@ def use_own_exchange(accelerator: Accelerator) -> None:
     accelerator._prepare_cp = lambda *objects: objects
 
 
-def check_context_parallel(args: OnePassSFTConfig, *, has_aux_loss: bool) -> None:
+def check_context_parallel(args: OnePassSFTConfig) -> None:
     """Raise ValueError for options that pieces of rows can't be trained with."""
-    if has_aux_loss:
-        raise ValueError(
-            "cp_size is above 1, but the auxiliary loss of a mixture of experts is made of means "
-            "over whole rows, and a process has a piece. Set router_aux_loss_coef=0.0, or cp_size "
-            "to 1"
-        )
     if not args.average_tokens_across_devices:
         raise ValueError(
             "average_tokens_across_devices=False averages over processes, and with cp_size above 1 "
             "several share a batch. Leave it at True"
         )
+
+
+def gather_router_logits(model: nn.Module) -> None:
+    """Make a mixture of experts return the router logits of whole rows. Harmless to repeat.
+
+    Its auxiliary loss is a product of means over tokens, which pieces don't add up to.
+    """
+    backbone = base_model(model).base_model  # of which TRL's fused head takes them
+    if _whole_router_logits not in backbone._forward_hooks.values():
+        backbone.register_forward_pre_hook(_withhold_mask, with_kwargs=True)
+        backbone.register_forward_hook(_whole_router_logits, with_kwargs=True)
+
+
+def _withhold_mask(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Leave the mask to the auxiliary loss: its length isn't that of the pieces."""
+    if kwargs.get("context_parallel") is None:
+        return None
+    return args, {**kwargs, "attention_mask": None}
+
+
+def _whole_router_logits(
+    _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+) -> Any:
+    pieces: ContextParallel | None = kwargs.get("context_parallel")
+    if pieces is None or getattr(outputs, "router_logits", None) is None:
+        return None
+    batch = len(pieces.position_ids)
+    by_row = torch.stack(outputs.router_logits, dim=-1).unflatten(0, (batch, -1))
+    whole = _WholeRows.apply(by_row, 1, pieces.group)
+    outputs.router_logits = whole.flatten(0, 1).unbind(-1)
+    return outputs
 
 
 def forward_in_pieces(
@@ -51,8 +79,8 @@ def forward_in_pieces(
     Args:
         model: a model with one-pass attention and TRL's fused LM head.
         group: the processes, all with the same inputs.
-        inputs: ``input_ids``, ``position_ids``, ``shift_labels``, ``visible_end``, each ``(batch,
-            seq)``, and what isn't a tensor.
+        inputs: ``input_ids``, ``position_ids``, ``shift_labels``, ``visible_end`` and, for an
+            auxiliary loss, ``attention_mask``, each ``(batch, seq)``; and what isn't a tensor.
         **kwargs: more arguments of the model.
     """
     batch, seq = inputs["input_ids"].shape
@@ -64,12 +92,15 @@ def forward_in_pieces(
         name: pieces.own_piece(pad(inputs[name], (0, padding), value=fill))
         for name, fill in (("input_ids", 0), ("position_ids", 0), ("shift_labels", IGNORE_INDEX))
     }
-    own["visible_end"] = visible_end  # of whole rows, which is what attention sees
+    # Of whole rows: what attention sees, and what the auxiliary loss counts.
+    own["visible_end"] = visible_end
+    if "attention_mask" in inputs:
+        own["attention_mask"] = pad(inputs["attention_mask"], (0, padding))
     outputs = model(**{**inputs, **own}, context_parallel=pieces, **kwargs)
     per_token = torch.stack(
         [outputs.log_probs, outputs.entropy.detach(), outputs.is_top1.to(outputs.log_probs)]
     )
-    log_probs, entropy, is_top1 = _WholeRows.apply(per_token, group)[..., :seq]
+    log_probs, entropy, is_top1 = _WholeRows.apply(per_token, 2, group)[..., :seq]
     return replace(
         outputs,
         loss=None,
@@ -81,7 +112,7 @@ def forward_in_pieces(
 
 
 class _WholeRows(torch.autograd.Function):
-    """Puts the pieces of all processes together along the last dimension.
+    """Puts the pieces of all processes together along a dimension.
 
     Every process computes the same loss from them, so each has the whole gradient at hand and
     takes its piece of it. Data parallelism averages over all processes, also over these, of which
@@ -89,13 +120,14 @@ class _WholeRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, piece: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, piece: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        piece = piece.contiguous()
         pieces = [torch.empty_like(piece) for _ in range(group.size())]
-        dist.all_gather(pieces, piece.contiguous(), group=group)
-        return torch.cat(pieces, dim=-1)
+        dist.all_gather(pieces, piece, group=group)
+        return torch.cat(pieces, dim)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         size = ctx.group.size()
-        return gradients[0].chunk(size, dim=-1)[ctx.group.rank()] * size, None
+        return gradients[0].chunk(size, ctx.dim)[ctx.group.rank()] * size, None, None

@@ -42,6 +42,7 @@ from onepass_trl.training.config import OnePassSFTConfig, check_parallelism
 from onepass_trl.training.context_parallel import (
     check_context_parallel,
     forward_in_pieces,
+    gather_router_logits,
     use_own_exchange,
 )
 from onepass_trl.training.nulls import settle_null_arguments
@@ -163,7 +164,8 @@ class OnePassSFTTrainer(SFTTrainer):
 
         use_onepass_attention(self.model)
         if self._context_parallel_group is not None:
-            check_context_parallel(args, has_aux_loss=self.aux_loss_enabled)
+            check_context_parallel(args)
+            gather_router_logits(self.model)
         check_rotary_embedding(self.model, args.max_length)
         check_vocabulary("train", self.train_dataset, self.model)
         self.data_collator: Any = data_collator or OnePassCollator(

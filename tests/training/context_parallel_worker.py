@@ -16,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from onepass_trl import OnePassCollator, build_tree, linearize
 from onepass_trl.attention.transformers_backend import use_onepass_attention
-from onepass_trl.training.context_parallel import forward_in_pieces
+from onepass_trl.training.context_parallel import forward_in_pieces, gather_router_logits
 from tests.conversations import forked_rollouts, random_chat
 from tests.models import MODELS, make_model
 
@@ -40,6 +40,8 @@ def compare(name: str, group: dist.ProcessGroup) -> dict[str, float]:
     model = make_model(name)
     use_onepass_attention(model)
     add_fused_lm_head(model, outputs=OUTPUTS)
+    gather_router_logits(model)
+    has_aux_loss = hasattr(model.config, "router_aux_loss_coef")
     # A row of 64 tokens and a shorter one; then one row whose length is odd.
     rows = [linearize(build_tree(passes)) for passes in (random_chat(4), forked_rollouts(3))]
     worst: dict[str, float] = {}
@@ -47,27 +49,31 @@ def compare(name: str, group: dist.ProcessGroup) -> dict[str, float]:
         inputs = {
             key: batch[key] for key in ("input_ids", "position_ids", "shift_labels", "visible_end")
         }
+        if has_aux_loss:
+            inputs |= {"attention_mask": batch["num_passes"], "output_router_logits": True}
         whole = model(**inputs, **OPTIONS)
-        expected = gradients(model, whole.log_probs, batch["weights"])
+        expected = gradients(model, whole, batch["weights"])
         pieces = forward_in_pieces(model, group, inputs, **OPTIONS)
-        actual = gradients(model, pieces.log_probs, batch["weights"])
+        actual = gradients(model, pieces, batch["weights"])
         for gradient in actual.values():  # as data parallelism does
             dist.all_reduce(gradient, group=group)
             gradient /= group.size()
-        pairs = {key: (getattr(pieces, key), getattr(whole, key)) for key in OUTPUTS}
+        outputs = (*OUTPUTS, "aux_loss") if has_aux_loss else OUTPUTS
+        pairs = {key: (getattr(pieces, key), getattr(whole, key)) for key in outputs}
         for key, (one, other) in {**pairs, **{k: (actual[k], expected[k]) for k in actual}}.items():
             difference = (
                 one.float() - other.float()
             ).abs().max() / other.float().abs().max().clamp(1e-9)
-            kind = key if key in OUTPUTS else "gradient"
+            kind = key if key in outputs else "gradient"
             worst[kind] = max(worst.get(kind, 0.0), difference.item())
     return worst
 
 
-def gradients(model, log_probs, weights) -> dict[str, torch.Tensor]:
-    """Return those of a loss that isn't the same for all tokens; none of embeddings not used."""
+def gradients(model, outputs, weights) -> dict[str, torch.Tensor]:
+    """Return those of a loss that isn't the same for all tokens, and of the auxiliary loss."""
     model.zero_grad()
-    (log_probs * weights * log_probs.detach().exp().add(0.5)).sum().backward()
+    loss = (outputs.log_probs * weights * outputs.log_probs.detach().exp().add(0.5)).mean()
+    (loss if outputs.aux_loss is None else loss + outputs.aux_loss).backward()
     return {
         name: parameter.grad.clone()
         for name, parameter in model.named_parameters()
