@@ -10,7 +10,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 def main(argv: list[str]) -> int:
@@ -183,7 +187,29 @@ def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any
 def _with_config_apart(arguments: list[str]) -> list[str]:
     """Return `arguments` with ``--config=FILE`` as two of them: `TrlParser` knows no other way."""
     parts = (text.split("=", 1) if text.startswith("--config=") else [text] for text in arguments)
-    return [part for pair in parts for part in pair]
+    apart = [part for pair in parts for part in pair]
+    for flag, file in pairwise(apart):
+        if flag == "--config":
+            _check_config(file)
+    return apart
+
+
+def _check_config(file: str) -> None:
+    """Raise ValueError unless `file` holds flags: `TrlParser` says little of what is wrong."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"--config {file} can't be read: {error.strerror}. Expected a YAML file of flags, such "
+            "as examples/sft.yaml"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {file} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ValueError(
+            f"--config {file} holds {found}, expected one flag a line, such as 'learning_rate: 1e-5'"
+        )
 
 
 def _without(arguments: list[str], removed: list[str]) -> list[str]:

@@ -144,6 +144,23 @@ def test_processes_that_would_train_alone_are_refused(sft_flags, monkeypatch):
         train([flag for flag in sft_flags if flag != "--use_cpu"])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "can't be read: No such file"),
+        ("a: b: c", "is not YAML: mapping values are not allowed here"),
+        ("- packing", "holds a list, expected one flag a line"),
+        ("", "holds nothing, expected one flag a line"),
+    ],
+)
+def test_a_file_of_no_flags_is_an_error(tmp_path, text, message, capsys):
+    file = tmp_path / "sft.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert main(["sft", f"--config={file}"]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--config {file}", "--config={file}"])
 def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats, flag):
     options = dict(flag.removeprefix("--").split("=") for flag in sft_flags if "=" in flag)
