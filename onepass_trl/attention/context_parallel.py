@@ -49,13 +49,14 @@ class ContextParallel:
         """Return this process's share of what has one entry per query head, ``(heads,)``."""
         return tensor.chunk(self.size)[self.rank]
 
-    def to_whole_rows(self, layer: str, *tensors: Tensor) -> list[Tensor]:
+    def to_whole_rows(self, layer: str, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Return query, key and value of whole rows, for this process's share of the heads.
 
         Args:
             layer: name of the layer, for errors.
-            *tensors: ``(batch, heads, seq / size, head_dim)`` each; a tensor may have fewer heads
-                than there are processes, which then share them.
+            query: ``(batch, heads, seq / size, head_dim)``.
+            key: likewise; it may have fewer heads than there are processes, which then share them.
+            value: likewise.
 
         Returns:
             ``(batch, max(heads / size, 1), seq, head_dim)`` each.
@@ -63,7 +64,14 @@ class ContextParallel:
         Raises:
             ValueError: the heads can't be shared out.
         """
-        pieces = [self._by_process(layer, tensor) for tensor in tensors]
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if heads % self.size or (kv_heads % self.size and self.size % kv_heads):
+            raise ValueError(
+                f"{layer} has {heads} query and {kv_heads} key heads, which {self.size} processes "
+                "can't share (cp_size): cp_size must divide the number of query heads, and divide "
+                "the number of key heads or be a multiple of it. Choose another cp_size"
+            )
+        pieces = [self._by_process(tensor) for tensor in (query, key, value)]
         widths = [piece.shape[-2] * piece.shape[-1] for piece in pieces]
         # One exchange for all three: (size, batch, seq / size, features of all heads).
         exchanged = _exchange(torch.cat([piece.flatten(-2) for piece in pieces], -1), self.group)
@@ -85,17 +93,10 @@ class ContextParallel:
         by_process = out.unflatten(2, (self.size, -1)).permute(2, 0, 3, 1, 4)
         return _exchange(by_process, self.group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
-    def _by_process(self, layer: str, tensor: Tensor) -> Tensor:
+    def _by_process(self, tensor: Tensor) -> Tensor:
         """Return ``(size, batch, seq / size, heads of that process, head_dim)``."""
-        heads = tensor.shape[1]
-        if heads < self.size and self.size % heads == 0:
+        if (heads := tensor.shape[1]) < self.size:
             tensor = tensor.repeat_interleave(self.size // heads, dim=1)
-        elif heads % self.size:
-            raise ValueError(
-                f"{layer} has {heads} heads, which {self.size} processes can't share (cp_size): "
-                f"the query heads must be a multiple of cp_size, the key heads a multiple or a "
-                "divisor. Choose another cp_size"
-            )
         return tensor.unflatten(1, (self.size, -1)).permute(1, 0, 3, 2, 4)
 
 

@@ -30,13 +30,16 @@ def test_pieces_compute_what_whole_rows_compute(tmp_path):
             assert group["gradient"] <= 1e-5, (name, group)
 
 
-@pytest.mark.parametrize(("heads", "size"), [(4, 3), (3, 4), (6, 4)])
-def test_heads_that_cannot_be_shared_out_are_an_error(heads, size):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 4, 3), (3, 3, 4), (6, 2, 4), (2, 1, 4), (12, 3, 2)]
+)
+def test_heads_that_cannot_be_shared_out_are_an_error(heads, kv_heads, size):
     group = SimpleNamespace(rank=lambda: 0, size=lambda: size)
     pieces = ContextParallel(group, position_ids=torch.arange(12)[None])
-    query = torch.zeros(1, heads, 3, 8)
-    with pytest.raises(ValueError, match=f"LlamaAttention has {heads} heads, which {size} proc"):
-        pieces.to_whole_rows("LlamaAttention", query, query, query)
+    query, key = torch.zeros(1, heads, 3, 8), torch.zeros(1, kv_heads, 3, 8)
+    message = f"LlamaAttention has {heads} query and {kv_heads} key heads, which {size} processes"
+    with pytest.raises(ValueError, match=message):
+        pieces.to_whole_rows("LlamaAttention", query, key, key)
 
 
 OPTIONS = SimpleNamespace(average_tokens_across_devices=True)
