@@ -7,6 +7,7 @@ per token are put together again, so that every process of the group has those o
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,33 @@ from onepass_trl.data.layout import IGNORE_INDEX
 from onepass_trl.training.config import OnePassSFTConfig
 
 
-def use_own_exchange(accelerator: Accelerator) -> None:
-    """Keep accelerate from preparing a model for its own context parallelism.
-
-    That is a ring of plain causal attention: it refuses models with windows, and drops masks.
-    """
+def adapt_accelerator(accelerator: Accelerator) -> None:
+    """Keep accelerate from what is wrong for processes that share a batch."""
+    # Its own context parallelism is a ring of plain causal attention: preparing a model for it
+    # refuses models with windows, and drops masks.
     accelerator._prepare_cp = lambda *objects: objects
+    # Dispatching gives every process other rows. It is accelerate's default for a dataset that is
+    # an IterableDataset.
+    accelerator.dataloader_config.dispatch_batches = False
+    accelerator.gather_for_metrics = partial(_gather_for_metrics, accelerator)
+
+
+def _gather_for_metrics(
+    accelerator: Accelerator, tensor: Tensor, use_gather_object: bool = False
+) -> Tensor:
+    """Return the entries of all processes, one set for each batch, and of each sample only one.
+
+    accelerate's own takes the entries of all processes for those of different samples: of the last
+    batch it would drop some, and keep all duplicates of the others.
+    """
+    del use_gather_object  # these are the losses of an evaluation, nothing else is computed
+    copies = accelerator.parallelism_config.non_data_parallel_size
+    gathered = accelerator.gather(tensor)
+    entries = gathered.unflatten(0, (-1, copies, len(tensor)))[:, 0].flatten(0, 1)
+    state = accelerator.gradient_state
+    if state.end_of_dataloader and state.remainder > 0:
+        return entries[: state.remainder]
+    return entries
 
 
 def check_context_parallel(model: nn.Module, args: OnePassSFTConfig, *, has_aux_loss: bool) -> None:
@@ -47,6 +69,16 @@ def check_context_parallel(model: nn.Module, args: OnePassSFTConfig, *, has_aux_
         raise ValueError(
             "average_tokens_across_devices=False averages over processes, and with cp_size above 1 "
             "several share a batch. Leave it at True"
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches gives every process other rows, and with cp_size above 1 several "
+            "share a batch. Leave it unset"
+        )
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            "cp_size is above 1, but neftune_noise_alpha scales noise by the length of a row, and "
+            "a process has a piece. Set it to None, or cp_size to 1"
         )
 
 

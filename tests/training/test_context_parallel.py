@@ -42,17 +42,36 @@ def test_heads_that_cannot_be_shared_out_are_an_error(heads, kv_heads, size):
         pieces.to_whole_rows("LlamaAttention", query, key, key)
 
 
-OPTIONS = SimpleNamespace(average_tokens_across_devices=True)
+def make_options(**changed):
+    options = dict(
+        average_tokens_across_devices=True,
+        accelerator_config=SimpleNamespace(dispatch_batches=None),
+        neftune_noise_alpha=None,
+    )
+    return SimpleNamespace(**{**options, **changed})
 
 
 def test_layers_that_carry_state_are_refused():
     with pytest.raises(ValueError, match=r"carries state along the row in model\.layers\.0"):
-        check_context_parallel(make_model("qwen3_5"), OPTIONS, has_aux_loss=False)
+        check_context_parallel(make_model("qwen3_5"), make_options(), has_aux_loss=False)
 
 
-def test_what_is_a_mean_over_whole_rows_or_batches_is_refused():
+def test_an_auxiliary_loss_is_refused():
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.0"):
-        check_context_parallel(make_model("qwen3_moe"), OPTIONS, has_aux_loss=True)
-    options = SimpleNamespace(average_tokens_across_devices=False)
-    with pytest.raises(ValueError, match="Leave it at True"):
-        check_context_parallel(make_model("qwen3"), options, has_aux_loss=False)
+        check_context_parallel(make_model("qwen3_moe"), make_options(), has_aux_loss=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(average_tokens_across_devices=False), "Leave it at True"),
+        (
+            dict(accelerator_config=SimpleNamespace(dispatch_batches=True)),
+            "dispatch_batches gives every process other rows",
+        ),
+        (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha scales noise by the length of a row"),
+    ],
+)
+def test_options_that_count_rows_or_batches_otherwise_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        check_context_parallel(make_model("qwen3"), make_options(**changed), has_aux_loss=False)
