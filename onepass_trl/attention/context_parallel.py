@@ -63,7 +63,15 @@ class ContextParallel:
         Raises:
             ValueError: the heads can't be shared out.
         """
-        pieces = [self._by_process(layer, tensor) for tensor in tensors]
+        heads = [tensor.shape[2] for tensor in tensors]
+        most = max(heads)
+        if most % self.size or any(few % self.size and self.size % few for few in heads):
+            raise ValueError(
+                f"{layer} has {', '.join(map(str, heads))} heads, which {self.size} processes "
+                "can't share (cp_size): the most must be a multiple of cp_size, others a multiple "
+                "or a divisor. Choose another cp_size"
+            )
+        pieces = [self._by_process(tensor) for tensor in tensors]
         whole: dict[int, Tensor] = {}
         # One exchange for all of a dtype: (size, batch, seq / size, all features). In the same
         # order in all processes, which a set has not.
@@ -89,17 +97,10 @@ class ContextParallel:
         by_process = out.unflatten(1, (self.size, -1)).transpose(0, 1)
         return _exchange(by_process, self.group).movedim(0, 2).flatten(2, 3).contiguous()
 
-    def _by_process(self, layer: str, tensor: Tensor) -> Tensor:
+    def _by_process(self, tensor: Tensor) -> Tensor:
         """Return ``(size, batch, seq / size, heads of that process, ..)``."""
-        heads = tensor.shape[2]
-        if heads < self.size and self.size % heads == 0:
+        if (heads := tensor.shape[2]) < self.size:
             tensor = tensor.repeat_interleave(self.size // heads, dim=2)
-        elif heads % self.size:
-            raise ValueError(
-                f"{layer} has {heads} heads, which {self.size} processes can't share (cp_size): "
-                f"the query heads must be a multiple of cp_size, the key heads a multiple or a "
-                "divisor. Choose another cp_size"
-            )
         return tensor.unflatten(2, (self.size, -1)).movedim(2, 0)
 
 

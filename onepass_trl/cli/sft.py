@@ -208,7 +208,7 @@ def _check_config(file: str) -> None:
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ValueError(
-            f"--config {file} holds {found}, expected one flag a line, such as 'learning_rate: 1e-5'"
+            f"--config {file} holds {found}, expected one flag a line, such as 'packing: true'"
         )
 
 

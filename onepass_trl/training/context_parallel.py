@@ -7,6 +7,7 @@ per token are put together again, so that every process of the group has those o
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,33 @@ from onepass_trl.data.layout import IGNORE_INDEX
 from onepass_trl.training.config import OnePassSFTConfig
 
 
-def use_own_exchange(accelerator: Accelerator) -> None:
-    """Keep accelerate from preparing a model for its own context parallelism.
-
-    That is a ring of plain causal attention: it refuses models with windows, and drops masks.
-    """
+def adapt_accelerator(accelerator: Accelerator) -> None:
+    """Keep accelerate from what is wrong for processes that share a batch."""
+    # Its own context parallelism is a ring of plain causal attention: preparing a model for it
+    # refuses models with windows, and drops masks.
     accelerator._prepare_cp = lambda *objects: objects
+    # Dispatching gives every process other rows. It is accelerate's default for a dataset that is
+    # an IterableDataset.
+    accelerator.dataloader_config.dispatch_batches = False
+    accelerator.gather_for_metrics = partial(_gather_for_metrics, accelerator)
+
+
+def _gather_for_metrics(
+    accelerator: Accelerator, tensor: Tensor, use_gather_object: bool = False
+) -> Tensor:
+    """Return the entries of all processes, one set for each batch, and of each sample only one.
+
+    accelerate's own takes the entries of all processes for those of different samples: of the last
+    batch it would drop some, and keep all duplicates of the others.
+    """
+    del use_gather_object  # these are the losses of an evaluation, nothing else is computed
+    copies = accelerator.parallelism_config.non_data_parallel_size
+    gathered = accelerator.gather(tensor)
+    entries = gathered.unflatten(0, (-1, copies, len(tensor)))[:, 0].flatten(0, 1)
+    state = accelerator.gradient_state
+    if state.end_of_dataloader and state.remainder > 0:
+        return entries[: state.remainder]
+    return entries
 
 
 def check_context_parallel(args: OnePassSFTConfig) -> None:
@@ -35,6 +57,16 @@ def check_context_parallel(args: OnePassSFTConfig) -> None:
         raise ValueError(
             "average_tokens_across_devices=False averages over processes, and with cp_size above 1 "
             "several share a batch. Leave it at True"
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches gives every process other rows, and with cp_size above 1 several "
+            "share a batch. Leave it unset"
+        )
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            "cp_size is above 1, but neftune_noise_alpha scales noise by the length of a row, and "
+            "a process has a piece. Set it to None, or cp_size to 1"
         )
 
 
@@ -82,7 +114,11 @@ def forward_in_pieces(
         inputs: ``input_ids``, ``position_ids``, ``shift_labels``, ``visible_end`` and, for an
             auxiliary loss, ``attention_mask``, each ``(batch, seq)``; and what isn't a tensor.
         **kwargs: more arguments of the model.
+
+    Raises:
+        ValueError: the inputs of the processes are not the same.
     """
+    _check_same_batch(inputs["input_ids"], group)
     batch, seq = inputs["input_ids"].shape
     padding = -seq % group.size()
     ends = inputs["visible_end"].new_full((batch, padding), seq + padding)  # a tree of its own
@@ -109,6 +145,21 @@ def forward_in_pieces(
         entropy=entropy.detach(),
         is_top1=is_top1.bool(),
     )
+
+
+def _check_same_batch(input_ids: Tensor, group: dist.ProcessGroup) -> None:
+    """Raise before the exchange would put pieces of different rows together."""
+    flat = input_ids.flatten()
+    places = torch.arange(1, len(flat) + 1, device=flat.device)
+    own = torch.stack([places[-1], (flat * places).sum()])
+    every = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(every, own, group=group)
+    if (torch.stack(every) != own).any():
+        raise ValueError(
+            "the processes that share a row (cp_size) got different batches, of "
+            f"{', '.join(str(int(one[0])) for one in every)} tokens: use the trainer's data "
+            "loaders, or prepare yours with trainer.accelerator.prepare"
+        )
 
 
 class _WholeRows(torch.autograd.Function):

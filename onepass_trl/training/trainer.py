@@ -40,10 +40,10 @@ from onepass_trl.training.arguments import (
 )
 from onepass_trl.training.config import OnePassSFTConfig, check_parallelism
 from onepass_trl.training.context_parallel import (
+    adapt_accelerator,
     check_context_parallel,
     forward_in_pieces,
     gather_router_logits,
-    use_own_exchange,
 )
 from onepass_trl.training.nulls import settle_null_arguments
 
@@ -181,7 +181,8 @@ class OnePassSFTTrainer(SFTTrainer):
         # Known to the options unless an accelerator was configured before them.
         check_parallelism(self.accelerator.parallelism_config)
         if self._context_parallel_group is not None:
-            use_own_exchange(self.accelerator)
+            adapt_accelerator(self.accelerator)
+            self.gather_function = self.accelerator.gather_for_metrics  # Trainer has kept the old
             # The datasets are packed by now. SFTTrainer would refuse it, for the masks that
             # accelerate's context parallelism drops; `__init__` puts this back.
             self.args.packing = self.args.eval_packing = False

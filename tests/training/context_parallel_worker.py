@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from trl.trainer.utils import add_fused_lm_head
@@ -30,6 +31,9 @@ def main(file: str) -> None:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = [pairs[dist.get_rank() // 2], dist.group.WORLD]
     results = {name: [compare(name, group) for group in groups] for name in MODELS}
+    different = {"input_ids": torch.zeros(1, 8 + dist.get_rank(), dtype=torch.int64)}
+    with pytest.raises(ValueError, match="got different batches, of 8, 9, 10, 11 tokens"):
+        forward_in_pieces(torch.nn.Identity(), dist.group.WORLD, different)
     if dist.get_rank() == 0:
         Path(file).write_text(json.dumps(results))
     dist.destroy_process_group()

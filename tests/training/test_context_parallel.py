@@ -30,15 +30,35 @@ def test_pieces_compute_what_whole_rows_compute(tmp_path):
             assert group["gradient"] <= 1e-5, (name, group)
 
 
-@pytest.mark.parametrize(("heads", "size"), [(4, 3), (3, 4), (6, 4)])
-def test_heads_that_cannot_be_shared_out_are_an_error(heads, size):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 4, 3), (3, 3, 4), (6, 2, 4), (2, 1, 4), (12, 3, 2)]
+)
+def test_heads_that_cannot_be_shared_out_are_an_error(heads, kv_heads, size):
     group = SimpleNamespace(rank=lambda: 0, size=lambda: size)
     pieces = ContextParallel(group, position_ids=torch.arange(12)[None])
-    query = torch.zeros(1, 3, heads, 8)
-    with pytest.raises(ValueError, match=f"LlamaAttention has {heads} heads, which {size} proc"):
-        pieces.to_whole_rows("LlamaAttention", query, query, query)
+    query, key = torch.zeros(1, 3, heads, 8), torch.zeros(1, 3, kv_heads, 8)
+    message = f"LlamaAttention has {heads}, {kv_heads}, {kv_heads} heads, which {size} processes"
+    with pytest.raises(ValueError, match=message):
+        pieces.to_whole_rows("LlamaAttention", query, key, key)
 
 
-def test_a_mean_over_processes_is_refused():
-    with pytest.raises(ValueError, match="Leave it at True"):
-        check_context_parallel(SimpleNamespace(average_tokens_across_devices=False))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(average_tokens_across_devices=False), "Leave it at True"),
+        (
+            dict(accelerator_config=SimpleNamespace(dispatch_batches=True)),
+            "dispatch_batches gives every process other rows",
+        ),
+        (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha scales noise by the length of a row"),
+    ],
+)
+def test_options_that_count_rows_or_batches_otherwise_are_refused(changed, message):
+    options = dict(
+        average_tokens_across_devices=True,
+        accelerator_config=SimpleNamespace(dispatch_batches=None),
+        neftune_noise_alpha=None,
+    )
+    check_context_parallel(SimpleNamespace(**options))
+    with pytest.raises(ValueError, match=message):
+        check_context_parallel(SimpleNamespace(**{**options, **changed}))

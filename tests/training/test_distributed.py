@@ -84,7 +84,9 @@ def launch(num_processes: int, worker: str, *arguments: str, **environment: str)
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single") / "run"
-    return run(folder, 1, per_device_train_batch_size=4, evaluate=True)
+    return run(
+        folder, 1, per_device_train_batch_size=4, evaluate=True, per_device_eval_batch_size=1
+    )
 
 
 @pytest.mark.slow
@@ -118,8 +120,11 @@ def test_two_processes_equal_one(options, single, tmp_path):
 @pytest.mark.parametrize(
     ("num_processes", "options"),
     [
-        (2, dict(per_device_train_batch_size=4, evaluate=True)),
-        (2, dict(per_device_train_batch_size=4, packing=True, max_length=100, evaluate=True)),
+        (2, dict(per_device_train_batch_size=4)),
+        (
+            2,
+            dict(per_device_train_batch_size=4, packing=True, eval_packing=False, max_length=100),
+        ),
         (
             4,
             dict(
@@ -133,10 +138,11 @@ def test_two_processes_equal_one(options, single, tmp_path):
 )
 def test_rows_in_pieces_equal_one_process(num_processes, options, single, tmp_path):
     """Context parallelism of two processes each."""
-    run_ = run(tmp_path / "run", num_processes, cp_size=2, **options, **FSDP2)
+    # With two batches at a time, the last of three is one alone.
+    evaluation = dict(evaluate=True, per_device_eval_batch_size=1)
+    run_ = run(tmp_path / "run", num_processes, cp_size=2, **evaluation, **options, **FSDP2)
     check_equal(run_, single, options)
-    if options.get("evaluate"):
-        assert run_[0][-1]["eval_loss"] == pytest.approx(single[0][-1]["eval_loss"], rel=1e-5)
+    assert run_[0][-1]["eval_loss"] == pytest.approx(single[0][-1]["eval_loss"], rel=1e-5)
 
 
 def check_equal(actual_run, expected_run, options):
