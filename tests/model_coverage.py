@@ -1,0 +1,248 @@
+"""Which causal language models of transformers train in one pass: each one that a tiny random model
+can be made of is compared with N-pass. The record is what docs/models.md shows.
+
+python -m tests.model_coverage          # compares all models, 2 minutes
+python -m tests.model_coverage --table  # writes the tables only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import signal
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from onepass_trl.attention.model_check import check_model
+from onepass_trl.tools.verify import compare
+from tests.conversations import random_chat
+from tests.models import _COMMON, _LATENT, _MOE, MODELS, WINDOW, make_model
+
+RECORD = Path(__file__).with_name("model_coverage.json")
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-4
+SECONDS, BYTES, PARAMETERS = 120, 8 * 2**30, 40_000_000  # at most, for a model
+
+EXACT, REFUSED, DIFFERS, UNTRIED = "exact", "refused", "differs", "not tried"
+
+# Small values for whatever of these a configuration has.
+SIZES: dict[str, Any] = {
+    **_COMMON,
+    **_MOE,
+    **{name: value for name, value in _LATENT.items() if name != "num_key_value_heads"},
+    **dict.fromkeys(("n_embd", "d_model", "emb_dim"), 32),
+    **dict.fromkeys(("n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"), 48),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
+    **dict.fromkeys(("n_layer", "num_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("n_head", "num_heads", "n_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    "n_positions": 512,
+    "head_dim": 16,
+    "sliding_window": WINDOW,
+    "q_lora_rank": 24,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "shared_expert_intermediate_size": 24,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 512,
+    **dict.fromkeys(("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+    **dict.fromkeys(("attention_probs_dropout_prob", "hidden_dropout_prob"), 0.0),
+}
+# What some need beside, or instead.
+_ALL_HEADS = dict(num_key_value_heads=4)
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "axk1": _ALL_HEADS,
+    "cohere_compass_text": dict(layer_types=["full_attention", "sliding_attention"]),
+    "deepseek_v2": _ALL_HEADS,
+    "dots3_note_text": _ALL_HEADS,
+    "gemma3n_text": dict(num_kv_shared_layers=0),
+    "glm4_moe_lite": _ALL_HEADS,
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=WINDOW),
+    "helium": dict(head_dim=8),
+    "longcat_flash": dict(**_ALL_HEADS, ffn_hidden_size=48, expert_ffn_hidden_size=24),
+    "minicpm3": _ALL_HEADS,
+    "youtu": _ALL_HEADS,
+    "zaya": dict(num_experts_per_tok=1),
+}
+_TESTED = {settings["model_type"]: name for name, settings in MODELS.items()}
+_VISION = dict(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    depth=1,
+    num_heads=2,
+    out_hidden_size=32,
+)
+
+
+def make_tiny_model(model_type: str) -> PreTrainedModel:
+    """Return a random model of this type, as small as its configuration's usual names allow."""
+    if model_type in _TESTED:
+        return make_model(_TESTED[model_type])
+    kind = CONFIG_MAPPING[model_type]
+    settings = _sizes_of(kind)
+    if (text := kind.sub_configs.get("text_config")) in CONFIG_MAPPING.values():
+        tested = MODELS.get(_TESTED.get(text.model_type, ""), {})
+        settings["text_config"] = {**_sizes_of(text), **tested, "model_type": text.model_type}
+        settings |= {
+            name: None if name.startswith("audio") else _VISION
+            for name in kind.sub_configs
+            if name != "text_config"
+        }
+    config = kind(**settings)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    if size > PARAMETERS:
+        raise MemoryError(f"{size:,} parameters")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=0.3 if parameter.ndim == 1 else 0.05)
+    return model.eval()
+
+
+def _sizes_of(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    known = {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
+    sizes = {**SIZES, **OTHERWISE.get(kind.model_type, {})}
+    return {
+        name: value
+        for name, value in sizes.items()
+        if name in known and kind.attribute_map.get(name) not in SIZES
+    }
+
+
+def classify(model_type: str) -> tuple[str, str]:
+    """Return what a model type is (EXACT, REFUSED, DIFFERS or UNTRIED), and why."""
+    signal.alarm(SECONDS)
+    try:
+        try:
+            model = make_tiny_model(model_type)
+        except Exception as error:
+            return UNTRIED, f"{type(error).__name__}: {error}"
+        try:
+            check_model(model)
+            comparison = compare(model, random_chat(4))
+        except (ValueError, AttributeError) as error:
+            if "one pass" in str(error) or "one-pass" in str(error):
+                return REFUSED, reason(str(error))
+            return UNTRIED, f"{type(error).__name__}: {error}"
+        except Exception as error:
+            return UNTRIED, f"{type(error).__name__}: {error}"
+        if comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE):
+            return EXACT, ""
+        return DIFFERS, f"{comparison.loss_difference:.0e}, {comparison.gradient_difference:.0e}"
+    finally:
+        signal.alarm(0)
+
+
+def reason(message: str) -> str:
+    """Return why a model is refused, in a few words."""
+    if kinds := re.findall(r"(?:: |; )'?(\w+)'? in layers? \d", message):
+        return f"layers of {kinds[0]}"
+    for part, words in {
+        "doesn't hand what it gets on": "attention that isn't handed visible_end",
+        "AttentionInterface": "attention outside transformers' attention interface",
+        "not causal": "attention that isn't causal",
+        "encoder-decoder": "an encoder-decoder",
+        "of its attention mask": "computes with its attention mask",
+        "chunked": "chunked attention",
+        "its own rule": "a mask of its own",
+    }.items():
+        if part in message:
+            return words
+    return message
+
+
+def _too_long(*_: Any) -> None:
+    raise TimeoutError(f"took more than {SECONDS} seconds")
+
+
+def _prepare_worker() -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    signal.signal(signal.SIGALRM, _too_long)
+
+
+def _classified(model_type: str) -> tuple[str, tuple[str, str]]:
+    return model_type, classify(model_type)
+
+
+def cover() -> dict[str, Any]:
+    """Return the record: of each model type what it is, and why."""
+    types = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    results = {}
+    with get_context("spawn").Pool(2, _prepare_worker, maxtasksperchild=10) as pool:
+        for model_type, result in pool.imap_unordered(_classified, types):
+            results[model_type] = result
+            print(model_type, *result, file=sys.stderr, flush=True)
+    return {"transformers": transformers.__version__, "models": dict(sorted(results.items()))}
+
+
+def tables(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the page that the record decides."""
+    by_kind: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for model_type, (kind, why) in record["models"].items():
+        by_kind[kind][why].append(f"`{model_type}`")
+    exact = by_kind[EXACT][""]
+    yield f"transformers {record['transformers']}, {len(record['models'])} model types."
+    yield ""
+    yield f"**{len(exact)} equal N-pass:** {', '.join(exact)}"
+    yield ""
+    refused = by_kind[REFUSED]
+    number = sum(map(len, refused.values()))
+    yield f"**{number} are refused**, by a message before training or in its first step:"
+    yield ""
+    yield "| for | model types |"
+    yield "|---|---|"
+    for why, names in sorted(refused.items(), key=lambda item: -len(item[1])):
+        yield f"| {why} | {', '.join(names)} |"
+    yield ""
+    untried = sorted(name for names in by_kind[UNTRIED].values() for name in names)
+    yield f"**{len(untried)} were not tried**: no tiny model could be made. {', '.join(untried)}"
+    assert not by_kind[DIFFERS], by_kind[DIFFERS]
+
+
+def page_with_tables(page: str) -> str:
+    """Return the page with what the record says now."""
+    begin, end = "<!-- models -->", "<!-- end of models -->"
+    text = "\n".join(tables(json.loads(RECORD.read_text("utf-8"))))
+    page, count = re.subn(
+        f"{begin}.*?{end}", lambda _: f"{begin}\n\n{text}\n\n{end}", page, flags=re.DOTALL
+    )
+    assert count == 1, "docs/models.md has no place for the models"
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="write the tables only")
+    if not parser.parse_args().table:
+        RECORD.write_text(json.dumps(cover(), indent=1) + "\n", "utf-8")
+    PAGE.write_text(page_with_tables(PAGE.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
