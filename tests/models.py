@@ -116,6 +116,13 @@ MODELS: dict[str, dict[str, Any]] = {
         **_LINEAR,
     ),
     "lfm2": dict(model_type="lfm2", layer_types=["conv", "full_attention"]),
+    "lfm3": dict(
+        model_type="lfm3",
+        layer_types=["conv", "sliding_attention", "full_attention"],
+        num_hidden_layers=3,
+        head_dim=16,
+        sliding_window=WINDOW,
+    ),
     "lfm2_moe": dict(
         model_type="lfm2_moe",
         layer_types=["conv", "full_attention"],

@@ -16,6 +16,12 @@ def test_the_page_is_up_to_date():
     assert page_with_tables(text) == text, "run python -m tests.model_coverage --table"
 
 
+def test_the_readme_has_the_numbers():
+    kinds = [kind for kind, _ in MODELS["models"].values()]
+    numbers = f"{kinds.count(EXACT)} are equal, {kinds.count(REFUSED)} refused"
+    assert numbers in PAGE.parents[1].joinpath("README.md").read_text("utf-8")
+
+
 def test_the_record_has_all_models():
     if transformers.__version__ != MODELS["transformers"]:
         pytest.skip(f"the record is of transformers {MODELS['transformers']}")

@@ -46,6 +46,7 @@ MIXERS = (
     "BambaMixer",
     "Lfm2ShortConv",
     "Lfm2MoeShortConv",
+    "Lfm3ShortConv",
 )
 
 Ints = NDArray[np.int64]
