@@ -6,13 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCAB_SIZE = 512
 # Shorter than a turn of the test conversations, so that windows end inside and across segments.
 WINDOW = 5
 
-_COMMON: dict[str, Any] = dict(
+COMMON: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE,
     hidden_size=32,
     intermediate_size=48,
@@ -24,7 +24,7 @@ _COMMON: dict[str, Any] = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-_MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 _MAMBA = dict(
     mamba_n_heads=4,
     mamba_d_head=16,
@@ -32,7 +32,7 @@ _MAMBA = dict(
     mamba_n_groups=2,
     mamba_chunk_size=16,
 )
-_LATENT = dict(
+LATENT = dict(
     num_key_value_heads=4,
     kv_lora_rank=16,
     qk_rope_head_dim=8,
@@ -50,7 +50,7 @@ _LINEAR = dict(
 MODELS: dict[str, dict[str, Any]] = {
     "llama": dict(model_type="llama"),
     "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True),
-    "qwen3_moe": dict(model_type="qwen3_moe", head_dim=16, decoder_sparse_step=1, **_MOE),
+    "qwen3_moe": dict(model_type="qwen3_moe", head_dim=16, decoder_sparse_step=1, **MOE),
     "mistral": dict(model_type="mistral", sliding_window=WINDOW),
     "gemma2": dict(
         model_type="gemma2",
@@ -73,7 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
         head_dim=16,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"],
-        **_MOE,
+        **MOE,
     ),
     "deepseek_v3": dict(
         model_type="deepseek_v3",
@@ -85,7 +85,7 @@ MODELS: dict[str, dict[str, Any]] = {
         moe_intermediate_size=24,
         first_k_dense_replace=1,
         q_lora_rank=24,
-        **_LATENT,
+        **LATENT,
     ),
     "qwen3_next": dict(
         model_type="qwen3_next",
@@ -94,7 +94,7 @@ MODELS: dict[str, dict[str, Any]] = {
         decoder_sparse_step=1,
         shared_expert_intermediate_size=24,
         **_LINEAR,
-        **_MOE,
+        **MOE,
     ),
     "qwen3_5": dict(
         model_type="qwen3_5_text",
@@ -108,7 +108,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **_TWO_KINDS,
         shared_expert_intermediate_size=24,
         **_LINEAR,
-        **_MOE,
+        **MOE,
     ),
     "olmo_hybrid": dict(
         model_type="olmo_hybrid",
@@ -127,7 +127,7 @@ MODELS: dict[str, dict[str, Any]] = {
         model_type="lfm2_moe",
         layer_types=["conv", "full_attention"],
         num_dense_layers=1,
-        **_MOE,
+        **MOE,
     ),
     "nemotron_h": dict(
         model_type="nemotron_h",
@@ -145,7 +145,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **_TWO_KINDS,
         shared_intermediate_size=24,
         **_MAMBA,
-        **_MOE,
+        **MOE,
     ),
     "falcon_h1": dict(model_type="falcon_h1", head_dim=8, mamba_d_ssm=64, **_MAMBA),
     "bamba": dict(model_type="bamba", attn_layer_indices=[1], **_MAMBA),
@@ -157,8 +157,8 @@ MODELS: dict[str, dict[str, Any]] = {
         n_group=1,
         topk_group=1,
         q_lora_rank=24,
-        **_LATENT,
-        **_MOE,
+        **LATENT,
+        **MOE,
     ),
     "kimi_linear": dict(
         model_type="kimi_linear",
@@ -166,8 +166,8 @@ MODELS: dict[str, dict[str, Any]] = {
         mlp_layer_types=["dense", "sparse"],
         linear_num_heads=4,
         linear_head_dim=8,
-        **_LATENT,
-        **_MOE,
+        **LATENT,
+        **MOE,
     ),
 }
 
@@ -175,8 +175,12 @@ MODELS: dict[str, dict[str, Any]] = {
 def make_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Return a random float32 model; sinks, biases and norms are random too, so that none can be
     left out unseen."""
-    settings = {**_COMMON, **MODELS[name], **overrides}
-    config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+    settings = {**COMMON, **MODELS[name], **overrides}
+    return random_model(CONFIG_MAPPING[settings.pop("model_type")](**settings), seed=seed)
+
+
+def random_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    """Return a random float32 model of a configuration, as `make_model` does."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)

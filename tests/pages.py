@@ -102,3 +102,13 @@ def paths_of(page: Path) -> list[str]:
             if re.fullmatch(r"(?:[\w.-]+/)+[\w.-]*\.(?:py|h|cpp|cu|json|md)", word)
         ]
     return [word for word in words if re.fullmatch(rf"(?:{_TOP})/[\w./*-]*", word)]
+
+
+def with_part(page: str, name: str, text: str) -> str:
+    """Return a page with `text` between ``<!-- name -->`` and ``<!-- end of name -->``."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    page, count = re.subn(
+        f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL
+    )
+    assert count == 1, f"the page has no place for {name}"
+    return page

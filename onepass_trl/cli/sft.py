@@ -204,7 +204,10 @@ def _check_config(file: str) -> None:
             "as examples/sft.yaml"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {file} is not YAML: {error}") from None
+        raise ValueError(
+            f"--config {file} is not YAML: {error}\nExpected a YAML file of flags, such as "
+            "examples/sft.yaml"
+        ) from None
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ValueError(

@@ -7,7 +7,6 @@ python -m tests.chat.table       # writes the tables
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tests.chat.coverage import RECORD, as_served
 from tests.chat.families import CASES, Case
 from tests.chat.golden import CONVERSATIONS
 from tests.chat.tokenizers import make_small_tokenizer
+from tests.pages import with_part
 
 PAGE = Path(__file__).parents[2] / "docs" / "chat_formats.md"
 # Template arguments that decide what of the reasoning later contexts hold.
@@ -122,15 +122,7 @@ def exceptions_table() -> Iterator[str]:
 def page_with_tables(page: str) -> str:
     """Return the page with its tables as they are now."""
     for name, lines in (("families", families_table()), ("exceptions", exceptions_table())):
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        table = "\n".join(lines)
-        page, count = re.subn(
-            f"{begin}.*?{end}",
-            lambda _, table=table, begin=begin, end=end: f"{begin}\n{table}\n{end}",
-            page,
-            flags=re.DOTALL,
-        )
-        assert count == 1, f"docs/chat_formats.md has no place for {name}"
+        page = with_part(page, name, "\n".join(lines))
     return page
 
 

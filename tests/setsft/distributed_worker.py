@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 
-from accelerate import ParallelismConfig
-
 from tests.setsft.trainers import forking_model, make_trainer
 from tests.training.distributed_worker import start, train_and_save
 
@@ -21,8 +19,6 @@ def main(folder: str, options: dict) -> None:
         max_grad_norm=0.0,
         dataloader_pin_memory=False,
     )
-    if cp_size := options.pop("cp_size", None):
-        options["parallelism_config"] = ParallelismConfig(cp_size=cp_size)
     trainer = make_trainer(model, tokenizer, folder, **{**settings, **options})
     train_and_save(trainer, folder)
 

@@ -55,11 +55,6 @@ def main(folder: str, options: dict) -> None:
         save_strategy="no",
         dataloader_pin_memory=False,
     )
-    if cp_size := options.pop("cp_size", None):
-        num_processes = int(os.environ["WORLD_SIZE"])
-        options["parallelism_config"] = ParallelismConfig(
-            cp_size=cp_size, dp_shard_size=num_processes // cp_size
-        )
     rows = Dataset.from_list([as_row(passes) for passes in CONVERSATIONS])
     evaluate = options.pop("evaluate", False)
     trainer = OnePassSFTTrainer(
@@ -69,14 +64,6 @@ def main(folder: str, options: dict) -> None:
         eval_dataset=rows.select(range(3)) if evaluate else None,
         processing_class=tokenizer,
     )
-    if cp_size:
-
-        def check_pieces(_module, _args, kwargs):
-            rows, pieces = kwargs["visible_end"].shape, kwargs["input_ids"].shape
-            if rows[1] != pieces[1] * cp_size:
-                raise AssertionError(f"pieces of {pieces} of rows of {rows}")
-
-        trainer.model.model.register_forward_pre_hook(check_pieces, with_kwargs=True)
     train_and_save(trainer, folder)
 
 
@@ -85,6 +72,11 @@ def start(options: dict) -> None:
     torch.set_num_threads(1)
     if not options.get("use_cpu", True):
         shard_on_cpu(deepspeed="deepspeed" in options)
+    if cp_size := options.pop("cp_size", None):
+        num_processes = int(os.environ["WORLD_SIZE"])
+        options["parallelism_config"] = ParallelismConfig(
+            cp_size=cp_size, dp_shard_size=num_processes // cp_size
+        )
 
 
 def train_and_save(trainer: OnePassSFTTrainer, folder: str) -> None:
@@ -92,6 +84,14 @@ def train_and_save(trainer: OnePassSFTTrainer, folder: str) -> None:
     args, used = trainer.args, trainer.accelerator.distributed_type
     if used != ("DEEPSPEED" if args.deepspeed else "FSDP" if args.fsdp else "MULTI_CPU"):
         raise AssertionError(f"{args.deepspeed=} and {args.fsdp=}, but it would train with {used}")
+    cp_size = trainer.get_cp_size()
+
+    def check_pieces(_module, _args, kwargs):
+        rows, pieces = kwargs["visible_end"].shape, kwargs["input_ids"].shape
+        if rows[1] != pieces[1] * cp_size:
+            raise AssertionError(f"pieces of {pieces} of rows of {rows}")
+
+    trainer.model.model.register_forward_pre_hook(check_pieces, with_kwargs=True)
     trainer.train()
     evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model(f"{folder}/model")
