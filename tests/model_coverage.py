@@ -213,7 +213,8 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
         yield f"| {why} | {', '.join(names)} |"
     yield ""
     untried = sorted(name for names in by_kind[UNTRIED].values() for name in names)
-    yield f"**{len(untried)} were not tried**: no tiny model could be made that runs by itself. {', '.join(untried)}"
+    yield f"**{len(untried)} were not tried**: no tiny model could be made that runs by itself."
+    yield ", ".join(untried)
     assert not by_kind[DIFFERS], by_kind[DIFFERS]
 
 
