@@ -7,8 +7,9 @@ is the roof of kernels that know nothing of trees, and its useful work is counte
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,6 +62,17 @@ TINY = (
 )
 
 
+class Tiles(NamedTuple):
+    """Queries and keys of the tiles that our kernels compute; backward where most is done."""
+
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+
+
+PORTABLE_TILES = Tiles((128, 64), (64, 64))
+HOPPER_TILES = Tiles((128, 128), (64, 128))
+
+
 class Inputs(NamedTuple):
     """Tensors of a case, fresh random numbers."""
 
@@ -78,6 +90,7 @@ class Peer(NamedTuple):
     run: Callable[[], Tensor]
     prepare: Callable[[], object] | None
     is_causal: bool  # it computes the whole triangle
+    same_bits: bool = False  # under torch.use_deterministic_algorithms
 
 
 def make_inputs(case: Case, row: Row, device: str) -> Inputs:
@@ -125,10 +138,13 @@ def make_peers(case: Case, x: Inputs, device: str) -> dict[str, Peer]:
             "sdpa causal FA2": SDPBackend.FLASH_ATTENTION,
         }
     plan = partial(torch.ops.onepass.tree_plan, x.visible_end, positions, case.window or 0)
+    if device == "cuda":
+        ours = Peer(tree("cuda"), plan, False)
+        tree_peers = {"onepass": ours, "onepass, same bits": ours._replace(same_bits=True)}
+    else:
+        tree_peers = {"onepass": Peer(tree("cpu"), None, False)}
     return {
-        "onepass": Peer(
-            tree("cuda" if device == "cuda" else "cpu"), plan if device == "cuda" else None, False
-        ),
+        **tree_peers,
         "flex": Peer(
             tree("flex"),
             partial(build_block_mask, x.visible_end, positions, case.window),
@@ -140,6 +156,22 @@ def make_peers(case: Case, x: Inputs, device: str) -> dict[str, Peer]:
         },
         "sdpa dense mask": Peer(partial(sdpa_dense_mask, x, mask), build_mask, False),
     }
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def our_tiles(device: str) -> Tiles:
+    """Return the tiles of the kernels that run on a device (at d = 128)."""
+    is_hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    portable = os.environ.get("ONEPASS_CUDA_FAMILY") == "sm80"
+    return HOPPER_TILES if is_hopper and not portable else PORTABLE_TILES
 
 
 def measure_peer(case: Case, row: Row, x: Inputs, peer: Peer, args: Any) -> dict[str, Any]:
@@ -176,14 +208,15 @@ def measure_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any
     row = case.row(case.seq)
     x = make_inputs(case, row, args.device)
     useful = useful_pairs(row, case.window)
+    tiles = our_tiles(args.device)
     shape = {
         "case": case.name,
         "seq": case.seq,
         "heads": f"{case.heads}:{case.kv_heads}",
         "d": case.d,
         "useful_share_of_causal": useful / (case.seq * (case.seq + 1) / 2),
-        "executed_over_useful_forward": executed_pairs(row, case.window, 128) / useful,
-        "executed_over_useful_backward": executed_pairs(row, case.window, 64) / useful,
+        "executed_over_useful_forward": executed_pairs(row, case.window, *tiles.forward) / useful,
+        "executed_over_useful_backward": executed_pairs(row, case.window, *tiles.backward) / useful,
     }
     for name, peer in make_peers(case, x, args.device).items():
         columns = dict.fromkeys(
@@ -198,7 +231,8 @@ def measure_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any
             )
         )
         try:
-            measured = measure_peer(case, row, x, peer, args)
+            with deterministic(peer.same_bits):
+                measured = measure_peer(case, row, x, peer, args)
         except (RuntimeError, ValueError) as error:  # no such backend, out of memory, not built
             measured = {**columns, "unavailable": reason(error)}
         yield {**shape, "implementation": name, **measured}

@@ -12,7 +12,6 @@ from onepass_trl import Pass
 from onepass_trl.data import Layout, build_tree, concatenate, linearize
 
 Ints = NDArray[np.int32]
-KEY_TILE = 64
 
 
 class Row(NamedTuple):
@@ -78,20 +77,20 @@ def useful_pairs(row: Row, window: int | None) -> int:
     return int((seen if window is None else np.minimum(seen, window)).sum())
 
 
-def executed_pairs(row: Row, window: int | None, query_tile: int) -> int:
-    """Return how many pairs the tiles hold that the portable kernels compute."""
+def executed_pairs(row: Row, window: int | None, query_tile: int, key_tile: int) -> int:
+    """Return how many pairs the tiles hold that a kernel with tiles of such sizes computes."""
     ends, seq = row.visible_end, len(row.visible_end)
     first = np.arange(0, seq, query_tile)
     last = np.minimum(first + query_tile, seq) - 1
-    key_first = np.arange(0, seq, KEY_TILE)
+    key_first = np.arange(0, seq, key_tile)
 
     def over(tile: int, x: Ints, reduce: Callable[..., Ints]) -> Ints:
         return reduce(x, np.arange(0, seq, tile))
 
     visited = key_first[None, :] <= last[:, None]
-    visited &= over(KEY_TILE, ends, np.maximum.reduceat)[None, :] > first[:, None]
+    visited &= over(key_tile, ends, np.maximum.reduceat)[None, :] > first[:, None]
     if window is not None:
         nearest = over(query_tile, row.positions, np.minimum.reduceat)[:, None]
-        furthest = over(KEY_TILE, row.positions, np.maximum.reduceat)[None, :]
+        furthest = over(key_tile, row.positions, np.maximum.reduceat)[None, :]
         visited &= nearest - furthest < window
-    return int(visited.sum()) * query_tile * KEY_TILE
+    return int(visited.sum()) * query_tile * key_tile

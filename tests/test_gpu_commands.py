@@ -68,11 +68,11 @@ def test_the_work_that_benchmarks_count(row):
     for window in (None, 40):
         mask = dense_mask(row.visible_end, row.positions, window)
         assert useful_pairs(row, window) == mask.sum()
-        assert useful_pairs(row, window) <= executed_pairs(row, window, 64)
+        assert useful_pairs(row, window) <= executed_pairs(row, window, 64, 128)
     for tile in (64, 128):
         _, partial, full = _C.tile_counts(torch.from_numpy(row.visible_end), tile, 64)
-        assert executed_pairs(row, None, tile) == (partial + full) * tile * 64
-    assert executed_pairs(row, 40, 64) < executed_pairs(row, None, 64)
+        assert executed_pairs(row, None, tile, 64) == (partial + full) * tile * 64
+    assert executed_pairs(row, 40, 64, 64) < executed_pairs(row, None, 64, 64)
 
 
 @pytest.mark.slow

@@ -176,7 +176,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> tree_attention_backwa
     const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& q, const at::Tensor& k,
     const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
     const at::Tensor& visible_end, const OptionalTensor& positions, const OptionalTensor& sinks,
-    double scale, int64_t window, double softcap, const OptionalTensor& /*plan*/) {
+    double scale, int64_t window, double softcap, const OptionalTensor& /*plan*/,
+    bool /*deterministic: always*/) {
   const auto type = q.scalar_type(), accumulation = accumulation_type(type);
   const Kernels& kernels = kernels_for(type);
   Call<BackwardParams> call(q, k, v, visible_end, positions, sinks, scale, window, softcap);

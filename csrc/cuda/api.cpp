@@ -219,7 +219,7 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
     const StableTensor& dout, const OptionalTensor& dlse, const StableTensor& q,
     const StableTensor& k, const StableTensor& v, const StableTensor& out, const StableTensor& lse,
     const StableTensor& visible_end, const OptionalTensor& positions, const OptionalTensor& sinks,
-    double scale, int64_t window, double softcap, const OptionalTensor& plan) {
+    double scale, int64_t window, double softcap, const OptionalTensor& plan, bool deterministic) {
   Call<BackwardParams> call(q, k, v, visible_end, positions, sinks, scale, window, softcap, plan);
   BackwardParams& p = call.params;
   const ScalarType type = q.scalar_type();
@@ -235,9 +235,9 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   }
   StableTensor dq = empty_heads_last(q, q.size(3)), dk = empty_heads_last(k, k.size(3)),
                dv = empty_heads_last(v, v.size(3));
+  const int64_t padded = padded_seq(static_cast<int32_t>(q.size(2)));
   StableTensor statistics =
-      new_empty(lse_rows, {q.size(0), q.size(1), padded_seq(static_cast<int32_t>(q.size(2))), 2},
-                ScalarType::Float);
+      new_empty(lse_rows, {q.size(0), q.size(1), padded, 2}, ScalarType::Float);
   // Zeros: what they stay where there is no query.
   StableTensor dsinks = call.sinks.has_value()
                             ? torch::stable::new_zeros(*call.sinks, call.sinks->sizes())
@@ -253,7 +253,13 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   p.statistics = static_cast<Statistics*>(statistics.mutable_data_ptr());
   p.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, call.device);
-  launch(find_backward(major, call.element, q.size(3), v.size(3)), p, call.device);
+  const auto* kernel = find_backward(major, call.element, q.size(3), v.size(3));
+  OptionalTensor dq_sums;
+  if (kernel != nullptr && kernel->adds_dq && !deterministic) {
+    dq_sums = new_empty(lse_rows, {q.size(0), q.size(1), padded, q.size(3)}, ScalarType::Float);
+    p.dq_sums = static_cast<float*>(dq_sums->mutable_data_ptr());
+  }
+  launch(kernel, p, call.device);
   return {dq, dk, dv, dsinks};
 }
 

@@ -13,13 +13,21 @@ constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerBlock = kStatisticsThreads / kLanesPerRow;
 
 // The statistics of every query; delta is what the score gradients lack of P * dP. Eight lanes per
-// query. Each translation unit has its own, since they are compiled for different devices.
+// query. Sums of dq begin at zero here. Each translation unit has its own, since they are compiled
+// for different devices.
 template <typename Element>
 static __global__ void __launch_bounds__(kStatisticsThreads)
-    statistics_kernel(const BackwardParams params, int32_t head_v) {
+    statistics_kernel(const BackwardParams params, int32_t head_qk, int32_t head_v) {
   const int32_t query = blockIdx.x * kRowsPerBlock + threadIdx.x / kLanesPerRow;
-  const int32_t head = blockIdx.y, row = blockIdx.z, padded = num_tiles(params.seq) * kTile;
+  const int32_t head = blockIdx.y, row = blockIdx.z;
   const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
+  const int64_t padded_query = head_of_row * padded(params.seq) + query;
+  if (params.dq_sums != nullptr) {
+    uint4* sums = reinterpret_cast<uint4*>(params.dq_sums + padded_query * head_qk);
+    for (int32_t i = threadIdx.x % kLanesPerRow; i < head_qk / 4; i += kLanesPerRow) {
+      sums[i] = uint4{0, 0, 0, 0};
+    }
+  }
   float delta = 0;
   if (query < params.seq) {
     const Element* out = head_of<Element>(params.out, row, head) + query * params.out.seq_stride;
@@ -37,14 +45,14 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
   }
 #pragma unroll
   for (int mask = kLanesPerRow / 2; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
-  if (query < padded && threadIdx.x % kLanesPerRow == 0) {
+  if (threadIdx.x % kLanesPerRow == 0) {
     Statistics statistics{INFINITY, 0};
     if (query < params.seq) {
       const int64_t index = head_of_row * params.seq + query;
       if (params.dlse != nullptr) delta -= params.dlse[index];
       statistics = {params.lse[index] * kLog2E, delta};
     }
-    params.statistics[head_of_row * padded + query] = statistics;
+    params.statistics[padded_query] = statistics;
   }
 }
 
@@ -52,12 +60,12 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
 // adds in a fixed order.
 static __global__ void __launch_bounds__(kStatisticsThreads)
     dsinks_kernel(const BackwardParams params) {
-  const int32_t head = blockIdx.x, padded = num_tiles(params.seq) * kTile;
+  const int32_t head = blockIdx.x;
   const float sink = params.sinks[head] * kLog2E;
   float total = 0;
   for (int32_t row = 0; row < params.batch; ++row) {
     const Statistics* of_head =
-        params.statistics + (static_cast<int64_t>(row) * params.heads + head) * padded;
+        params.statistics + (static_cast<int64_t>(row) * params.heads + head) * padded(params.seq);
     for (int32_t query = threadIdx.x; query < params.seq; query += kStatisticsThreads) {
       total -= fast_exp2(sink - of_head[query].lse) * of_head[query].delta;
     }
@@ -85,16 +93,22 @@ __device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
                                               Accumulator<1, kBlocks>& dp,
                                               const ScoreScale& score_scale,
                                               const StatisticsOf& statistics_of) {
+  const auto for_each = [&](const auto& compute) {
 #pragma unroll
-  for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const Statistics of_query = statistics_of(n, e / 2, e % 2);
-      const float score = scores[0][n][e];
-      scores[0][n][e] = fast_exp2(score * score_scale.factor - of_query.lse);
-      dp[0][n][e] = (dp[0][n][e] - of_query.delta) * score_scale.derivative(score);
+      for (int e = 0; e < 4; ++e) compute(scores[0][n][e], dp[0][n][e], n, e / 2, e % 2);
     }
+  };
+  for_each([&](float, float& dp, int n, int half, int column) {
+    dp -= statistics_of(n, half, column).delta;
+  });
+  if (score_scale.softcap != 0) {
+    for_each([&](float score, float& dp, int, int, int) { dp *= ScoreScale::derivative(score); });
   }
+  for_each([&](float& score, float, int n, int half, int column) {
+    score = fast_exp2(score * score_scale.factor - statistics_of(n, half, column).lse);
+  });
 }
 
 // Writes a warp's 16 rows of a gradient through its own rows of a kept tile of shared memory, which
@@ -113,9 +127,11 @@ __device__ __forceinline__ void store_gradient(Element* staging, const Tensor& g
 
 // Static, as its kernels are: the linker would keep one family's for both.
 template <typename Element>
-static void launch_statistics(const BackwardParams& params, int32_t head_v, Stream stream) {
-  const Grid by_query{num_tiles(params.seq) * kTile / kRowsPerBlock, params.heads, params.batch};
-  launch(statistics_kernel<Element>, by_query, kStatisticsThreads, 0, stream, params, head_v);
+static void launch_statistics(const BackwardParams& params, int32_t head_qk, int32_t head_v,
+                              Stream stream) {
+  const Grid by_query{padded(params.seq) / kRowsPerBlock, params.heads, params.batch};
+  launch(statistics_kernel<Element>, by_query, kStatisticsThreads, 0, stream, params, head_qk,
+         head_v);
   if (params.sinks != nullptr) {
     launch(dsinks_kernel, Grid{params.heads, 1, 1}, kStatisticsThreads,
            kStatisticsThreads / 32 * static_cast<int>(sizeof(float)), stream, params);

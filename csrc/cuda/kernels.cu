@@ -31,35 +31,32 @@ void launch_backward(const BackwardParams& params, Stream stream);
 namespace {
 
 // Both element types of one pass of one family.
-#define KERNELS(family, launch, Config, d_qk, d_v) \
-  {Family::family,                                 \
-   ElementType::bf16,                              \
-   d_qk,                                           \
-   d_v,                                            \
-   &family::launch<Bf16, d_qk, d_v>,               \
-   family::Config<d_qk, d_v>::kSharedBytes},       \
-      {Family::family,                             \
-       ElementType::fp16,                          \
-       d_qk,                                       \
-       d_v,                                        \
-       &family::launch<Fp16, d_qk, d_v>,           \
-       family::Config<d_qk, d_v>::kSharedBytes},
+#define KERNELS(family, launch, d_qk, d_v, shared_bytes, adds_dq)                                    \
+  {Family::family, ElementType::bf16, d_qk, d_v, &family::launch<Bf16, d_qk, d_v>, shared_bytes,     \
+   adds_dq},                                                                                         \
+      {Family::family, ElementType::fp16, d_qk, d_v, &family::launch<Fp16, d_qk, d_v>, shared_bytes, \
+       adds_dq},
 
 // The better family first.
 const Kernel<Params> kForward[] = {
-#define HEAD_DIMS(d_qk, d_v) KERNELS(sm90, launch_forward, ForwardConfig, d_qk, d_v)
+#define HEAD_DIMS(d_qk, d_v) \
+  KERNELS(sm90, launch_forward, d_qk, d_v, (sm90::ForwardConfig<d_qk, d_v>::kSharedBytes), false)
     ONEPASS_SM90_FORWARD
 #undef HEAD_DIMS
-#define HEAD_DIMS(d_qk, d_v) KERNELS(sm80, launch_forward, ForwardConfig, d_qk, d_v)
+#define HEAD_DIMS(d_qk, d_v) \
+  KERNELS(sm80, launch_forward, d_qk, d_v, (sm80::ForwardConfig<d_qk, d_v>::kSharedBytes), false)
         ONEPASS_SM80_FORWARD
 #undef HEAD_DIMS
 };
 
 const Kernel<BackwardParams> kBackward[] = {
-#define HEAD_DIMS(d_qk, d_v) KERNELS(sm90, launch_backward, BackwardConfig, d_qk, d_v)
+#define HEAD_DIMS(d_qk, d_v)                                                                     \
+  KERNELS(sm90, launch_backward, d_qk, d_v, (sm90::BackwardConfig<d_qk, d_v>::kMostSharedBytes), \
+          (sm90::BackwardConfig<d_qk, d_v>::kCanFuse))
     ONEPASS_SM90_BACKWARD
 #undef HEAD_DIMS
-#define HEAD_DIMS(d_qk, d_v) KERNELS(sm80, launch_backward, BackwardConfig, d_qk, d_v)
+#define HEAD_DIMS(d_qk, d_v) \
+  KERNELS(sm80, launch_backward, d_qk, d_v, (sm80::BackwardConfig<d_qk, d_v>::kSharedBytes), false)
         ONEPASS_SM80_BACKWARD
 #undef HEAD_DIMS
 };

@@ -20,6 +20,7 @@ struct Kernel {
   int32_t d_qk, d_v;
   void (*launch)(const ParamsType&, Stream);
   int shared_bytes;  // that a block needs
+  bool adds_dq;      // takes dq_sums; a forward pass and most backward passes do not
 };
 
 // The best that this build holds for a device of compute capability `major`.x, null if none.
@@ -29,7 +30,7 @@ const Kernel<BackwardParams>* find_backward(int major, ElementType type, int64_t
 // int32 of the plan of one row.
 int64_t plan_size(int32_t seq);
 
-// Queries per head of the statistics: whole tiles.
+// Queries per head of what the backward pass keeps of them: whole pairs of tiles.
 int32_t padded_seq(int32_t seq);
 
 // `counts`: scratch of the size of the plan.

@@ -33,9 +33,8 @@ struct ScoreScale {
     }
   }
 
-  // d score / d (scale * product), of a capped product.
-  __device__ __forceinline__ float derivative(float capped) const {
-    if (softcap == 0) return 1.0f;
+  // d score / d (scale * product), of a capped product; 1 without a softcap.
+  __device__ __forceinline__ static float derivative(float capped) {
     const float finite = fmaxf(capped, -1.0f);  // of a masked product, which is -inf
     return 1.0f - finite * finite;
   }

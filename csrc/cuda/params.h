@@ -44,6 +44,9 @@ struct BackwardParams : Params {
   const float* dlse;       // (batch, heads, seq), null for none
   Statistics* statistics;  // (batch, heads, padded_seq): scratch
   float* dsinks;           // (heads,), null for none
+  // (batch, heads, padded_seq, d_qk): scratch to which blocks add dq, in any order; null for the
+  // same bits every time.
+  float* dq_sums;
 };
 
 struct PlanParams {

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kPlanThreads)
 
 int64_t plan_size(int32_t seq) { return plan_stride(seq); }
 
-int32_t padded_seq(int32_t seq) { return num_tiles(seq) * kTile; }
+int32_t padded_seq(int32_t seq) { return padded(seq); }
 
 void launch_plan(const PlanParams& params, int32_t* counts, Stream stream) {
   const int32_t tiles = num_tiles(params.seq);

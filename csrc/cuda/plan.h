@@ -19,6 +19,8 @@ constexpr int kTile = 64;  // tokens
 
 ONEPASS_INLINE int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 ONEPASS_INLINE int32_t num_tiles(int32_t seq) { return ceil_div(seq, kTile); }
+// Tokens of whole pairs of tiles.
+ONEPASS_INLINE int32_t padded(int32_t seq) { return ceil_div(seq, 2 * kTile) * 2 * kTile; }
 // int32 per row, rounded up so that every row's ranges are aligned to 16 bytes.
 ONEPASS_INLINE int64_t plan_stride(int32_t seq) {
   const int64_t tiles = num_tiles(seq);
@@ -111,17 +113,17 @@ class KeyTileWalk {
   uint32_t visited_, full_;
 };
 
+struct QueryStep {
+  int32_t head;   // of the group, -1: none is left
+  int32_t first;  // query
+  bool full;      // every query sees every key
+};
+
 // The tiles of kRows queries that visit a tile of kKeys keys, for each of `heads` query heads in
 // turn: one run, out of which only a window takes tiles. Keeps little, like KeyTileWalk.
 template <int kRows, int kKeys = kTile>
 class QueryTileWalk {
  public:
-  struct Step {
-    int32_t head;   // -1: none is left
-    int32_t first;  // query
-    bool full;
-  };
-
   __device__ __forceinline__ QueryTileWalk(const Params& params, int32_t row, int32_t tile,
                                            int32_t heads)
       : params_(params),
@@ -131,7 +133,7 @@ class QueryTileWalk {
         head_(0),
         first_(first_key_) {}
 
-  __device__ __forceinline__ Step next() {
+  __device__ __forceinline__ QueryStep next() {
     const int32_t seq = params_.seq;
     const TileRange* ranges = plan_of_row(params_.plan, row_, seq).ranges;
     const KeyTile key = key_tile(ranges, first_key_, kKeys, seq);

@@ -13,6 +13,7 @@ either. Arguments, once for both ops:
 - ``window`` 0 for none; ``softcap`` 0.0 for none;
 - ``plan``, on CUDA devices, what ``onepass::tree_plan`` has made of the same ``visible_end``,
   ``positions`` and ``window``, ``(batch, plan_size(seq))`` int32; None to make it once more;
+- ``deterministic``: the same bits every time; False may be faster on CUDA devices;
 - ``out`` ``(batch, heads, seq, d_v)`` in q's dtype, laid out so that ``out.transpose(1, 2)`` is
   contiguous;
 - ``lse`` ``(batch, heads, seq)``, float64 for float64 inputs, else float32: natural logarithm, sink
@@ -38,7 +39,8 @@ _library.define(
 _library.define(
     "tree_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor visible_end, Tensor? positions, Tensor? sinks, float scale, int window, "
-    "float softcap, Tensor? plan=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    "float softcap, Tensor? plan=None, bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor "
+    "dv, Tensor dsinks)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -90,6 +92,7 @@ def _(
     window: int,
     softcap: float,
     plan: Tensor | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (_empty_heads_last(x, x.shape[3]) for x in (q, k, v))
     return dq, dk, dv, lse.new_empty((0,) if sinks is None else sinks.shape)
@@ -130,6 +133,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
         ctx.window,
         ctx.softcap,
         plan,
+        torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk, dv, None, None, None if sinks is None else dsinks, None, None, None, None
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from onepass_trl.attention import tree_attention
@@ -119,6 +120,36 @@ def test_meta_tensors_give_shapes():
     out, lse = torch.ops.onepass.tree_attention(q, q[:, :2], v, ends, None, None, 1.0, 0, 0.0)
     assert (out.shape, out.dtype) == ((2, 4, 7, 6), torch.bfloat16)
     assert (lse.shape, lse.dtype) == ((2, 4, 7), torch.float32)
+
+
+class BackwardCalls(TorchDispatchMode):
+    """Remembers whether each call of the backward op was to be deterministic."""
+
+    def __init__(self):
+        super().__init__()
+        self.deterministic = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.onepass.tree_attention_backward.default:
+            names = [argument.name for argument in func._schema.arguments]
+            given = dict(zip(names, args, strict=False))
+            self.deterministic.append(given.get("deterministic", False))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_same_bits_are_asked_for_by_the_switch_of_torch(enabled, compiled):
+    case = make_case(SMALL)
+    leaves = [x.clone().requires_grad_() for x in case.inputs.values()]
+    attend = torch.compile(tree_attention, backend="aot_eager") if compiled else tree_attention
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        with BackwardCalls() as calls:
+            attend(*leaves, case.visible_end).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls.deterministic == [enabled]
 
 
 def test_second_derivatives_are_refused():

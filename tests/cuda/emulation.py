@@ -23,13 +23,18 @@ sys.path.insert(0, str(CSRC / "cuda"))
 import cuda_build  # noqa: E402
 
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+FUSED_HEAD_DIMS = ((64, 64), (128, 128))
+"""Head sizes that can be "sm90 fused"."""
 GUARD = 64
 """Rows of NaN around every operand: what a kernel must not read and must not write."""
 
 
-Family = Literal["sm80", "sm90"]
-_MAJOR = {"sm80": 8, "sm90": 9}
+Family = Literal["sm80", "sm90", "sm90 fused"]
+"""The Hopper family with dq in a launch of its own, or added up in global memory."""
+_MAJOR: dict[Family, int] = {"sm80": 8, "sm90": 9, "sm90 fused": 9}
 """Compute capability at which a family is taken."""
+_PADDING = 128
+"""Queries of whole pairs of tiles: what scratch is made for."""
 
 
 class _Tensor(ctypes.Structure):
@@ -52,7 +57,7 @@ class _BackwardParams(ctypes.Structure):
     _fields_ = [
         *_Params._fields_,
         *((name, _Tensor) for name in ("dout", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("dlse", "statistics", "dsinks")),
+        *((name, ctypes.c_void_p) for name in ("dlse", "statistics", "dsinks", "dq_sums")),
     ]
 
 
@@ -192,13 +197,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (dq, dk, dv, dsinks) of the emulated backward kernels."""
     gradients = tuple(guarded(x, x.shape[3]) for x in (q, k, v))
-    statistics = torch.full((*lse.shape[:2], -(-lse.shape[2] // 64) * 64, 2), torch.nan)
+    rows = (*lse.shape[:2], -(-lse.shape[2] // _PADDING) * _PADDING)
+    statistics = torch.full((*rows, 2), torch.nan)
+    dq_sums = torch.full((*rows, q.shape[3]), torch.nan) if family == "sm90 fused" else None
     dsinks = None if sinks is None else torch.full_like(sinks, torch.nan)
     params = _BackwardParams()
     _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)
     for name, x in zip(("dout", "dq", "dk", "dv"), (dout, *gradients), strict=True):
         setattr(params, name, _tensor(x))
     params.dlse, params.statistics, params.dsinks = map(_pointer, (dlse, statistics, dsinks))
+    params.dq_sums = _pointer(dq_sums)
     assert library().onepass_backward(_MAJOR[family], *_kind(q, v), ctypes.byref(params))
     for x in gradients:
         assert_guards_untouched(x)

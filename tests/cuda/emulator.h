@@ -32,6 +32,9 @@
 struct float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -93,6 +96,9 @@ struct Thread {
   std::vector<std::vector<Copy>> groups;             // closed, not waited for, oldest first
   std::vector<std::function<void()>> open_products;  // the same for products of a warpgroup
   std::vector<std::vector<std::function<void()>>> product_groups;
+  std::vector<std::pair<uint8_t*, std::vector<uint8_t>>> unpublished;  // written for the engine
+  int additions = 0;                                                   // not done yet
+  uint64_t additions_done = 0;
 };
 
 // Threads that wait for each other by number.
@@ -147,6 +153,7 @@ inline void run_thread() {
   EMULATOR_CHECK(self.open.empty());
   for (const auto& group : self.groups) EMULATOR_CHECK(group.empty());
   EMULATOR_CHECK(self.open_products.empty() && self.product_groups.empty());
+  EMULATOR_CHECK(self.unpublished.empty() && self.additions == 0);
   self.done = true;
   _longjmp(block->scheduler, 1);
 }

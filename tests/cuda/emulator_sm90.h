@@ -3,8 +3,9 @@
 //
 // All three are asynchronous on a GPU, and here they happen as late as they may: a block is copied
 // at a random later time and is NaN until then, and a product is computed when it is waited for,
-// from what shared memory and registers then hold. A stage that is given back too early, a register
-// that is changed too early, or a barrier that is missing, shows as a wrong result.
+// from what shared memory and registers then hold. What is written for the engine or for products
+// is NaN until it is published. A stage that is given back too early, a register that is changed
+// too early, or a barrier that is missing, shows as a wrong result.
 #pragma once
 
 #include "emulator.h"
@@ -99,6 +100,38 @@ inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) 
   copy_later(to, {begin, begin + bytes}, barrier);
 }
 
+template <typename T>
+void write_shared(void* to, const T& value) {
+  uint8_t* target = static_cast<uint8_t*>(to);
+  EMULATOR_CHECK(shared_address(to) % sizeof(T) == 0);
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(&value);
+  std::memset(target, 0xff, sizeof(T));
+  emulator::thread().unpublished.emplace_back(target,
+                                              std::vector<uint8_t>(bytes, bytes + sizeof(T)));
+}
+inline void publish_writes() {
+  auto& written = emulator::thread().unpublished;
+  for (const auto& [to, bytes] : written) std::memcpy(to, bytes.data(), bytes.size());
+  written.clear();
+}
+
+inline void add_floats(float* to, const void* from, int bytes) {
+  EMULATOR_CHECK(bytes % 16 == 0 && shared_address(from) % 16 == 0);
+  EMULATOR_CHECK(reinterpret_cast<uintptr_t>(to) % 16 == 0);
+  emulator::Thread& self = emulator::thread();
+  ++self.additions;
+  block->later.push_back([to, from, bytes, &self] {
+    const float* values = static_cast<const float*>(from);
+    for (size_t i = 0; i < bytes / sizeof(float); ++i) to[i] += values[i];
+    --self.additions;
+    ++self.additions_done;
+  });
+}
+inline void wait_added() {
+  emulator::Thread& self = emulator::thread();
+  while (self.additions > 0) wait_for_change(self.additions_done);
+}
+
 inline bool complete(emulator::Meeting& meeting, int threads) {
   if (++meeting.arrived < threads) return false;
   meeting.arrived = 0;
@@ -166,7 +199,7 @@ struct Descriptor {
 // One warp's 16 rows of a warpgroup's product; `left(row, k)` and `right(k, column)` give elements.
 template <int kBlocks, typename Left, typename Right>
 void add_product(float* const (&c)[32], bool accumulate, const Left& left, const Right& right) {
-  ++emulator::counters.products;
+  emulator::counters.products += kBlocks;
   static float a[16][16], b[16][8 * kBlocks];
   for (int k = 0; k < 16; ++k) {
     for (int row = 0; row < 16; ++row) a[row][k] = left(row, k);
@@ -184,8 +217,11 @@ void add_product(float* const (&c)[32], bool accumulate, const Left& left, const
   }
 }
 
-template <typename Element, int kBlocks>
-void multiply_transposed(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumulate) {
+// A product of two factors in shared memory: `left_of(a, row, k)` and `right_of(b, k, column)` find
+// their elements.
+template <int kBlocks, typename LeftOf, typename RightOf>
+void start_product(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumulate,
+                   const LeftOf& left_of, const RightOf& right_of) {
   float* target = &c[0][0];
   emulator::thread().open_products.push_back([=] {
     const uint64_t in[1] = {reinterpret_cast<uintptr_t>(target)};
@@ -196,11 +232,30 @@ void multiply_transposed(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool ac
         targets[lane] = reinterpret_cast<float*>(warp.in[lane][0]);
       const Descriptor left(a), right(b);
       add_product<kBlocks>(
-          targets, accumulate,
-          [&](int row, int k) { return left.row_major<Element>(first_row + row, k); },
-          [&](int k, int column) { return right.row_major<Element>(column, k); });
+          targets, accumulate, [&](int row, int k) { return left_of(left, first_row + row, k); },
+          [&](int k, int column) { return right_of(right, k, column); });
     });
   });
+}
+
+template <typename Element, int kBlocks>
+void multiply_transposed(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumulate) {
+  start_product(
+      c, a, b, accumulate,
+      [](const Descriptor& left, int row, int k) { return left.row_major<Element>(row, k); },
+      [](const Descriptor& right, int k, int column) {
+        return right.row_major<Element>(column, k);
+      });
+}
+
+template <typename Element, int kBlocks>
+void multiply_columns(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumulate) {
+  start_product(
+      c, a, b, accumulate,
+      [](const Descriptor& left, int row, int k) { return left.column_major<Element>(k, row); },
+      [](const Descriptor& right, int k, int column) {
+        return right.column_major<Element>(k, column);
+      });
 }
 
 template <typename Element, int kBlocks>

@@ -116,6 +116,7 @@ def test_hopper_kernels_start_with_the_registers_that_they_share_out():
         check_build.Kernel(names[0], "sm_90a", 168, 0),
         check_build.Kernel(names[1], "sm_90a", 152, 0),
         check_build.Kernel("statistics_kernel<__half>", "sm_90a", 34, 0),
+        check_build.Kernel("sm90::round_dq_kernel<__half, 64>", "sm_90a", 43, 0),
     ]
     assert list(check_build.register_errors(kernels)) == [
         f"{names[1]} has 152 registers, expected 168"
@@ -137,6 +138,23 @@ def test_missing_instructions_are_found(tmp_path, monkeypatch):
         "sm80::forward_kernel<__half, 64, 64> for sm_80 has no LDSM",
         "no kernel for sm_90 matches 'sm80::(forward|dq|dk_dv)_kernel'",
     ]
+
+
+def test_only_some_head_sizes_have_a_kernel_that_adds_up_dq(tmp_path, monkeypatch):
+    complete = (
+        " HMMA.16816 LDSM LDGSTS HGMMA.64x64x16.F32 R8, gdesc[UR4].tnspA.tnspB UTMALDG.4D WARPGROUP"
+        " USETMAXREG.TRY_ALLOC USETMAXREG.DEALLOC UBLKRED.G.S.ADD.F32.RN "
+    )
+    names = ["sm80::dq_kernel<__half, 256, 256>", "sm90::dq_kernel<__half, 256, 256>"]
+    code = {(name, "sm_90a"): complete for name in names}
+    monkeypatch.setattr(check_build, "_machine_code", lambda folder: code)
+    assert list(check_build.instruction_errors(tmp_path)) == []
+    fused = ("sm90::dq_dk_dv_kernel<__half, 64>", "sm_90a")
+    code[fused] = complete
+    assert list(check_build.instruction_errors(tmp_path)) == []
+    code[fused] = complete.replace("ADD", "MAX")
+    (found,) = check_build.instruction_errors(tmp_path)
+    assert found.startswith("sm90::dq_dk_dv_kernel<__half, 64> for sm_90a has no UBLKRED")
 
 
 def test_nothing_is_checked_without_nvcc(monkeypatch, capsys):

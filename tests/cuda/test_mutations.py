@@ -77,6 +77,31 @@ MUTATIONS = {
         "wait(memory.full_v(v.index), v.parity);",
         "",
     ),
+    "Hopper backward, fused, does not publish dS": (
+        "cuda/sm90/fused_backward.cuh",
+        "    publish_writes();\n    // Also",
+        "    // Also",
+    ),
+    "Hopper backward, fused, does not wait for the other consumer's dS": (
+        "cuda/sm90/fused_backward.cuh",
+        "    sync_threads(1, kConsumers * kWarpgroup);\n\n",
+        "",
+    ),
+    "Hopper backward, fused, overwrites dS that is still read": (
+        "cuda/sm90/fused_backward.cuh",
+        "memory.scratch() + stage * Config::kDsBytes",
+        "memory.scratch()",
+    ),
+    "Hopper backward, fused, overwrites dq that the copy engine still reads": (
+        "cuda/sm90/fused_backward.cuh",
+        "    if (lane == 0) wait_added();\n    sync_warp();\n",
+        "    sync_warp();\n",
+    ),
+    "Hopper backward, fused, gives Q back before dk is done": (
+        "cuda/sm90/fused_backward.cuh",
+        "    wait_products<0>();\n    hold(dk[0]);\n",
+        "",
+    ),
     "Hopper backward describes the wrong rows": (
         "cuda/sm90/tile.h",
         "tile + 16 * k * kRowBytes",
@@ -93,7 +118,7 @@ emulation.library = lambda: mutated
 for seed in range(2):
     emulation.set_seed(seed)
     case = make_case(Shape(1, 2, 1, 270, 64, 64), dtype=torch.bfloat16, seed=seed)
-    for family in ("sm80", "sm90"):
+    for family in ("sm80", "sm90", "sm90 fused"):
         result = emulation.run(case, torch.bfloat16, family)
         assert_errs_little_more_than_eager(case, result, torch.bfloat16)
 print("nothing was found")

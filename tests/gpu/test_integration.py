@@ -18,7 +18,7 @@ from tests.attention.cases import error
 from tests.attention.rows import chat_row
 from tests.models import make_model
 
-from .device import BF16, DEVICE, IMPL, Kernel, built_kernels, case_on_device
+from .device import BF16, DEVICE, IMPL, Kernel, built_kernels, case_on_device, deterministic
 
 ROOT = Path(__file__).parents[2]
 KERNEL: Kernel = built_kernels()[0]
@@ -33,7 +33,6 @@ def leaves_of(case) -> dict[str, Tensor]:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_full_graph(backend, options):
     case = case_on_device(KERNEL.shape(2, 4, 2, 150), KERNEL.dtype, **options)
-    expected = case.run(IMPL, KERNEL.dtype)
 
     @torch.compile(fullgraph=True, backend=backend)
     def run(visible_end, leaves):
@@ -42,10 +41,12 @@ def test_compile_full_graph(backend, options):
         )
 
     leaves = leaves_of(case)
-    out, lse = run(case.visible_end, leaves)
-    gradients = torch.autograd.grad(
-        [out, lse], list(leaves.values()), [case.dout.to(out.dtype), case.dlse.to(lse.dtype)]
-    )
+    with deterministic():
+        expected = case.run(IMPL, KERNEL.dtype)
+        out, lse = run(case.visible_end, leaves)
+        gradients = torch.autograd.grad(
+            [out, lse], list(leaves.values()), [case.dout.to(out.dtype), case.dlse.to(lse.dtype)]
+        )
     for actual, name in zip((out, lse, *gradients), expected, strict=True):
         assert torch.equal(actual, expected[name]), name
 
@@ -59,8 +60,9 @@ def test_gradient_checkpointing(use_reentrant):
         return tree_attention(*tensors, case.visible_end, impl=IMPL)
 
     dout = case.dout.to(KERNEL.dtype)
-    expected = torch.autograd.grad(run(*leaves), leaves, dout)
-    checkpoint(run, *leaves, use_reentrant=use_reentrant).backward(dout)
+    with deterministic():
+        expected = torch.autograd.grad(run(*leaves), leaves, dout)
+        checkpoint(run, *leaves, use_reentrant=use_reentrant).backward(dout)
     for leaf, gradient in zip(leaves, expected, strict=True):
         assert torch.equal(leaf.grad, gradient)
 
@@ -129,8 +131,11 @@ def test_the_plan_follows_changes_in_place():
         assert torch.equal(actual, tree_attention(*tensors, case.visible_end, impl=IMPL))
 
 
-def test_memory_at_131072_tokens(gpu):
-    """No more than the tensors themselves, two numbers per query and 64 bytes per token."""
+@pytest.mark.parametrize("same_bits", [False, True])
+def test_memory_at_131072_tokens(gpu, same_bits):
+    """No more than the tensors themselves, two numbers per query, 64 bytes per token and, unless
+    the same bits are asked for, one dq in float32.
+    """
     seq, heads, kv_heads, d = 131_072, 32, 8, KERNEL.d_qk
     visible_end = chat_row(40, 20, 500)[0]
     visible_end = (visible_end + torch.arange(0, seq, len(visible_end))[:, None]).flatten()[:seq]
@@ -145,12 +150,14 @@ def test_memory_at_131072_tokens(gpu):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = tree_attention(q, k, v, visible_end, impl="cuda")
-    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    with deterministic(same_bits):
+        out = tree_attention(q, k, v, visible_end, impl="cuda")
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
     peak = torch.cuda.max_memory_allocated() - before
     tensors = sum(x.numel() * x.element_size() for x in (out, *gradients))
     lse_and_statistics = 3 * 4 * heads * seq
-    assert peak <= tensors + lse_and_statistics + 64 * seq
+    dq_sums = 0 if same_bits else 4 * heads * seq * d
+    assert peak <= tensors + lse_and_statistics + dq_sums + 64 * seq
 
 
 def test_131072_tokens_against_flex(gpu):
@@ -219,7 +226,7 @@ def test_rows_of_no_and_one_token(seq):
 
 SMALL = f"""
 import torch
-from tests.gpu.device import Kernel, case_on_device
+from tests.gpu.device import Kernel, case_on_device, deterministic
 kernel = Kernel({KERNEL.dtype}, {KERNEL.d_qk}, {KERNEL.d_v})
 """
 SANITIZED = (
@@ -227,7 +234,10 @@ SANITIZED = (
     + """
 for seq in (1, 65, 200):
     options = dict(window=50, softcap=2.0, sinks=True)
-    case_on_device(kernel.shape(2, 2, 1, seq), kernel.dtype, **options).run("cuda", kernel.dtype)
+    case = case_on_device(kernel.shape(2, 2, 1, seq), kernel.dtype, **options)
+    for same_bits in (False, True):
+        with deterministic(same_bits):
+            case.run("cuda", kernel.dtype)
 torch.cuda.synchronize()
 print("ran")
 """

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     statistics[half] =
-        params.statistics[head_of_row * num_tiles(seq) * kTile + warp_query + 8 * half + lane / 4];
+        params.statistics[head_of_row * padded(seq) + warp_query + 8 * half + lane / 4];
   }
   const ScoreScale score_scale(params);
   Accumulator<1, kHeadQk / 8> dq;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   const auto statistics_stage = [&](int stage) {
     return reinterpret_cast<Statistics*>(dout_stage(stage) + kRows * kHeadV);
   };
-  const auto load = [&](const typename Walk::Step& step, int stage) {
+  const auto load = [&](const QueryStep& step, int stage) {
     if (step.head < 0) return;
     const int32_t head = kv_head * group + step.head;
     load_tile<Element, kRows, kHeadQk>(q_stage(stage), params.q, row, head, step.first, seq);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     if (threadIdx.x < kRows) {
       const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
       statistics_stage(stage)[threadIdx.x] =
-          params.statistics[head_of_row * num_tiles(seq) * kTile + step.first + threadIdx.x];
+          params.statistics[head_of_row * padded(seq) + step.first + threadIdx.x];
     }
   };
 
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   if constexpr (kWantDk) {
     load_tile<Element, kTile, kHeadV>(v_tile, params.v, row, kv_head, first_key, seq);
   }
-  typename Walk::Step step = walk.next();  // at least the tile on the diagonal
+  QueryStep step = walk.next();  // at least the tile on the diagonal
   load(step, 0);
   commit_copies();
 
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   clear(dv);
   int stage = 0;
   while (step.head >= 0) {
-    const typename Walk::Step next = walk.next();
+    const QueryStep next = walk.next();
     if constexpr (Config::kStages == 2) {
       load(next, stage ^ 1);
       commit_copies();
@@ -197,7 +197,7 @@ template <typename Element, int kHeadQk, int kHeadV>
 void launch_backward(const BackwardParams& params, Stream stream) {
   using Config = BackwardConfig<kHeadQk, kHeadV>;
   const int32_t tiles = num_tiles(params.seq);
-  launch_statistics<Element>(params, kHeadV, stream);
+  launch_statistics<Element>(params, kHeadQk, kHeadV, stream);
   launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{tiles, params.heads, params.batch}, kThreads,
          Config::kSharedBytes, stream, params);
   const Grid by_key_tile{tiles, params.kv_heads, params.batch};

@@ -47,24 +47,55 @@ struct ForwardConfig {
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// The backward kernels keep tiles of 64 tokens for each consumer (Q and dO, or K and V) and stream
-// tiles of 64 others (K and V, or Q and dO).
-template <int kHeadQk, int kHeadV>
-struct BackwardConfig {
-  static constexpr int kRows = 64;
+// What the producer tells the consumers of a tile of queries, and of the keys that they keep.
+struct StreamedStep {
+  QueryStep queries;
+  int32_t first_key;
+};
+
+// A backward kernel keeps tiles of 64 tokens for each consumer (Q and dO, or K and V) and streams
+// tiles of kRows others (K and V, or Q and dO).
+template <int kHeadQk, int kHeadV, int kStreamedRows, int kScratch>
+struct BackwardShape {
+  static constexpr int kRows = kStreamedRows;
+  using KeptQk = TileShape<kTile, kHeadQk>;
+  using KeptV = TileShape<kTile, kHeadV>;
   using TileQk = TileShape<kRows, kHeadQk>;
   using TileV = TileShape<kRows, kHeadV>;
-  static constexpr int kPairBytes = TileQk::kBytes + TileV::kBytes;
+  static constexpr int kPairBytes = KeptQk::kBytes + KeptV::kBytes;
   static constexpr int kStagesQk = 2;
   static constexpr int kStagesV = kHeadV <= 128 ? 2 : 1;
-  // Statistics go with every streamed tile of Q.
+  static constexpr int kScratchBytes = kScratch;
+  // Statistics and a step go with every streamed tile of Q.
   static constexpr int kStatisticsBytes = kRows * static_cast<int>(sizeof(Statistics));
+  static constexpr int kStepBytes = static_cast<int>(sizeof(StreamedStep));
   static constexpr int kSharedBytes =
-      kConsumers * kPairBytes + kStagesQk * (TileQk::kBytes + kStatisticsBytes) +
-      kStagesV * TileV::kBytes + (1 + 2 * kStagesQk + 2 * kStagesV) * kBarrierBytes;
+      kConsumers * kPairBytes + kStagesQk * (TileQk::kBytes + kStatisticsBytes + kStepBytes) +
+      kStagesV * TileV::kBytes + kScratchBytes + (1 + 2 * kStagesQk + 2 * kStagesV) * kBarrierBytes;
   static_assert(kSharedBytes <= kMaxSharedBytes);
+};
+
+// dq, dk and dv at once: a tile of as many queries as make dq 64 x 64 for each consumer, and
+// scratch for two tiles of dS^T and one of dq in float32.
+constexpr int kFusedDq = kConsumers * kTile * kTile;  // elements
+template <int kHead>
+struct FusedBackwardConfig
+    : BackwardShape<kHead, kHead, kFusedDq / kHead,
+                    2 * kConsumers * TileShape<kTile, kFusedDq / kHead>::kBytes +
+                        kFusedDq* static_cast<int>(sizeof(float))> {
+  using TileDs = TileShape<kTile, kFusedDq / kHead>;  // of one consumer's keys
+  static constexpr int kDsBytes = kConsumers * TileDs::kBytes;
+};
+
+template <int kHeadQk, int kHeadV>
+struct BackwardConfig : BackwardShape<kHeadQk, kHeadV, kTile, 0> {
   // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
   static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
+  // Whether dq can be computed at once with them: the registers hold its half tile too.
+  static constexpr bool kCanFuse = kHeadQk == kHeadV && kHeadQk <= 128;
+  static constexpr int kMostSharedBytes =
+      kCanFuse ? FusedBackwardConfig < kCanFuse ? kHeadQk : kTile > ::kSharedBytes
+               : BackwardConfig::kSharedBytes;
 };
 
 }  // namespace onepass::cuda::sm90

@@ -62,6 +62,26 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
   cute::SM90_BULK_COPY_G2S::copy(from, barrier, to, bytes);
 }
 
+// Writes shared memory for products or the copy engine: they read it once the writer has called
+// publish_writes(), and has met whoever starts them.
+template <typename T>
+__device__ __forceinline__ void write_shared(void* to, const T& value) {
+  *static_cast<T*>(to) = value;
+}
+__device__ __forceinline__ void publish_writes() { cutlass::arch::fence_view_async_shared(); }
+
+// Starts to add floats of shared memory to those of global memory, in multiples of 16 bytes.
+__device__ __forceinline__ void add_floats(float* to, const void* from, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;"
+      :
+      : "l"(to), "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+}
+// Waits until shared memory has been read by all that this thread has started so.
+__device__ __forceinline__ void wait_added() { cute::tma_store_wait<0>(); }
+
 // A barrier of `threads` threads, by number; 0 is the block's own.
 __device__ __forceinline__ void sync_threads(int number, int threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(number), "r"(threads) : "memory");
@@ -107,6 +127,7 @@ struct Atoms;
 template <>
 struct Atoms<Bf16, 64> {
   using Shared = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<Major::K, Major::K>;
+  using SharedColumns = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<Major::MN, Major::MN>;
   using Registers = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::MN>;
 };
 template <>
@@ -117,6 +138,7 @@ struct Atoms<Bf16, 128> {
 template <>
 struct Atoms<Fp16, 64> {
   using Shared = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_SS<Major::K, Major::K>;
+  using SharedColumns = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_SS<Major::MN, Major::MN>;
   using Registers = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_RS<Major::K, Major::MN>;
 };
 template <>
@@ -160,6 +182,14 @@ template <typename Element, int kBlocks>
 __device__ __forceinline__ void multiply_transposed(float (&c)[kBlocks][4], uint64_t a, uint64_t b,
                                                     bool accumulate) {
   using Atom = typename detail::Atoms<Element, 8 * kBlocks>::Shared;
+  detail::multiply<Atom>(c, a, b, accumulate, std::make_index_sequence<4 * kBlocks>{});
+}
+
+// c (64 x 8 kBlocks) = or += a^T b over 16 rows: `a` and `b` describe columns in shared memory.
+template <typename Element, int kBlocks>
+__device__ __forceinline__ void multiply_columns(float (&c)[kBlocks][4], uint64_t a, uint64_t b,
+                                                 bool accumulate) {
+  using Atom = typename detail::Atoms<Element, 8 * kBlocks>::SharedColumns;
   detail::multiply<Atom>(c, a, b, accumulate, std::make_index_sequence<4 * kBlocks>{});
 }
 

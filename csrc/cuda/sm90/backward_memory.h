@@ -1,0 +1,142 @@
+// What the Hopper backward kernels share: their shared memory, and the warp that has the copy
+// engine fill it.
+//
+// Barriers: `full` of a stage is over when its bytes are there, `empty` when both consumers are
+// done with it (one arrival per warp).
+#pragma once
+
+#include "../params.h"
+#include "tensor_map.h"
+#include "tile.h"
+
+namespace onepass::cuda::sm90 {
+
+struct BackwardMaps {
+  TensorMap q, k, v, dout;
+};
+
+// Shared memory of a backward kernel: of each consumer its pair of kept tiles (of d_qk and of d_v
+// columns), then the stages of the streamed tiles of d_qk columns and of those of d_v columns, what
+// else the kernel wants, what belongs to the streamed queries (their statistics, and the step that
+// they are), and the barriers.
+template <typename Config>
+struct BackwardMemory {
+  using KeptQk = typename Config::KeptQk;
+  using KeptV = typename Config::KeptV;
+  using TileQk = typename Config::TileQk;
+  using TileV = typename Config::TileV;
+  uint8_t* begin = shared_memory();
+
+  __device__ __forceinline__ uint8_t* kept_qk(int consumer) const {
+    return begin + consumer * Config::kPairBytes;
+  }
+  __device__ __forceinline__ uint8_t* kept_v(int consumer) const {
+    return kept_qk(consumer) + KeptQk::kBytes;
+  }
+  __device__ __forceinline__ uint8_t* stage_qk(int stage) const {
+    return kept_qk(kConsumers) + stage * TileQk::kBytes;
+  }
+  __device__ __forceinline__ uint8_t* stage_v(int stage) const {
+    return stage_qk(Config::kStagesQk) + stage * TileV::kBytes;
+  }
+  __device__ __forceinline__ uint8_t* scratch() const { return stage_v(Config::kStagesV); }
+  __device__ __forceinline__ Statistics* statistics(int stage) const {
+    return reinterpret_cast<Statistics*>(scratch() + Config::kScratchBytes) + stage * Config::kRows;
+  }
+  __device__ __forceinline__ StreamedStep* step(int stage) const {
+    return reinterpret_cast<StreamedStep*>(statistics(Config::kStagesQk)) + stage;
+  }
+  __device__ __forceinline__ Barrier* kept_full() const {
+    return reinterpret_cast<Barrier*>(step(Config::kStagesQk));
+  }
+  __device__ __forceinline__ Barrier* full_qk(int stage) const { return kept_full() + 1 + stage; }
+  __device__ __forceinline__ Barrier* empty_qk(int stage) const {
+    return full_qk(Config::kStagesQk) + stage;
+  }
+  __device__ __forceinline__ Barrier* full_v(int stage) const {
+    return empty_qk(Config::kStagesQk) + stage;
+  }
+  __device__ __forceinline__ Barrier* empty_v(int stage) const {
+    return full_v(Config::kStagesV) + stage;
+  }
+
+  // By all threads.
+  __device__ __forceinline__ void init_barriers() const {
+    if (threadIdx.x == 0) {
+      init_barrier(kept_full(), 1);
+      for (int stage = 0; stage < Config::kStagesQk; ++stage) {
+        init_barrier(full_qk(stage), 1);
+        init_barrier(empty_qk(stage), kConsumers * 4);
+      }
+      for (int stage = 0; stage < Config::kStagesV; ++stage) {
+        init_barrier(full_v(stage), 1);
+        init_barrier(empty_v(stage), kConsumers * 4);
+      }
+      publish_barriers();
+    }
+    sync_block();
+  }
+
+  // By one thread: each consumer's tokens, from `first` on; those of `v` only if they are wanted.
+  __device__ __forceinline__ void copy_kept(const TensorMap& qk, const TensorMap& v, bool want_v,
+                                            int first, int head, int row) const {
+    arrive_and_expect(kept_full(), kConsumers * (want_v ? Config::kPairBytes : KeptQk::kBytes));
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+      const int token = first + consumer * kTile;
+      copy_tile<KeptQk>(kept_qk(consumer), qk, kept_full(), token, head, row);
+      if (want_v) copy_tile<KeptV>(kept_v(consumer), v, kept_full(), token, head, row);
+    }
+  }
+
+  // By one thread, with `more_bytes` to come.
+  __device__ __forceinline__ void copy_qk(int stage, const TensorMap& qk, int first, int head,
+                                          int row, int more_bytes) const {
+    arrive_and_expect(full_qk(stage), TileQk::kBytes + more_bytes);
+    copy_tile<TileQk>(stage_qk(stage), qk, full_qk(stage), first, head, row);
+  }
+  __device__ __forceinline__ void copy_v(int stage, const TensorMap& v, int first, int head,
+                                         int row) const {
+    arrive_and_expect(full_v(stage), TileV::kBytes);
+    copy_tile<TileV>(stage_v(stage), v, full_v(stage), first, head, row);
+  }
+};
+
+// What the producer of a kernel that keeps keys streams, by one warp: Q with its statistics, and
+// dO, of all query heads of the keys' group; and where they are. After the last a step without a
+// head.
+template <typename Config>
+__device__ __forceinline__ void bring_queries(const BackwardMemory<Config>& memory,
+                                              const BackwardParams& params,
+                                              const BackwardMaps& maps, int32_t row, int32_t tile,
+                                              int32_t kv_head) {
+  const int lane = threadIdx.x % 32;
+  const int32_t first_key = tile * kConsumers * kTile;
+  const int32_t group = params.heads / params.kv_heads;
+  QueryTileWalk<Config::kRows, kConsumers * kTile> walk(params, row, tile, group);
+  Stage<Config::kStagesQk> qk;
+  Stage<Config::kStagesV> v;
+  QueryStep step = walk.next();
+  for (; step.head >= 0; step = walk.next()) {
+    wait(memory.empty_qk(qk.index), qk.parity ^ 1);  // over at once in the first round
+    const int32_t head = kv_head * group + step.head;
+    if (lane == 0) {
+      *memory.step(qk.index) = {step, first_key};
+      memory.copy_qk(qk.index, maps.q, step.first, head, row, Config::kStatisticsBytes);
+      const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
+      copy_bytes(memory.statistics(qk.index),
+                 params.statistics + head_of_row * padded(params.seq) + step.first,
+                 Config::kStatisticsBytes, memory.full_qk(qk.index));
+    }
+    wait(memory.empty_v(v.index), v.parity ^ 1);
+    if (lane == 0) memory.copy_v(v.index, maps.dout, step.first, head, row);
+    qk.advance();
+    v.advance();
+  }
+  wait(memory.empty_qk(qk.index), qk.parity ^ 1);
+  if (lane == 0) {
+    *memory.step(qk.index) = {step, first_key};
+    arrive(memory.full_qk(qk.index));
+  }
+}
+
+}  // namespace onepass::cuda::sm90

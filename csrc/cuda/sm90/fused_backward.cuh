@@ -1,0 +1,273 @@
+// Hopper backward in one launch after the statistics, for head sizes whose dk and dv fit into the
+// registers together: five products where dq_kernel and dk_dv_kernel need seven.
+//
+// As in dk_dv_kernel two consumers keep 64 keys each and stream queries. dS^T goes through shared
+// memory too, where both meet once per tile: each then multiplies the dS of all 128 keys with K for
+// its half of the tile's dq (of the columns, or of the queries), and the copy engine adds that to
+// sums in global memory. Blocks of other keys add to the same sums, so the bits of dq depend on who
+// comes first; those of dk and dv do not. A last launch scales and rounds the sums.
+//
+// While a consumer exponentiates, dP is multiplied; while it makes dS, dv; and while it hands dq to
+// the copy engine, dk.
+#pragma once
+
+#include "../gradients.h"
+#include "backward_memory.h"
+
+namespace onepass::cuda::sm90 {
+
+// Sums of dq lie as the accumulators hold them: of a tile of queries 1,024 floats for each of eight
+// warps, which are those of an accumulator of 16 rows x 64 columns.
+constexpr int kDqBlocks = kBlockColumns / 8;
+constexpr int kDqOfWarp = 16 * kBlockColumns;
+
+// Of the tile of queries from `first` on, the floats of one of the eight warps.
+template <typename Config, int kHead>
+__device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t row,
+                                             int32_t head, int32_t first, int warp) {
+  const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
+  return params.dq_sums + (head_of_row * padded(params.seq) + first) * kHead + warp * kDqOfWarp;
+}
+
+// P as the factor of dv. The scores become what dP - delta has to be multiplied with to give dS.
+template <typename Element, int kBlocks, bool kCapped>
+__device__ __forceinline__ void exponentiate(LeftFactor<1, kBlocks / 2>& probabilities,
+                                             Accumulator<1, kBlocks>& scores, float factor,
+                                             const Statistics* of_queries) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+    const float lse[2] = {of_queries[8 * n].lse, of_queries[8 * n + 1].lse};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float p[2];
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        float& score = scores[0][n][2 * half + column];
+        p[column] = fast_exp2(score * factor - lse[column]);
+        score = kCapped ? p[column] * ScoreScale::derivative(score) : p[column];
+      }
+      probabilities[0][n / 2][n % 2 * 2 + half] = pack<Element>(p[0], p[1]);
+    }
+  }
+}
+
+template <typename Element, int kBlocks>
+__device__ __forceinline__ void differentiate_to_factor(LeftFactor<1, kBlocks / 2>& ds,
+                                                        const Accumulator<1, kBlocks>& scores,
+                                                        const Accumulator<1, kBlocks>& dp,
+                                                        const Statistics* of_queries) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+    const float delta[2] = {of_queries[8 * n].delta, of_queries[8 * n + 1].delta};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int e = 2 * half;
+      ds[0][n / 2][n % 2 * 2 + half] =
+          pack<Element>(scores[0][n][e] * (dp[0][n][e] - delta[0]),
+                        scores[0][n][e + 1] * (dp[0][n][e + 1] - delta[1]));
+    }
+  }
+}
+
+// Writes a warp's 16 rows of a factor, from `first_row` on, into a block of columns, for products.
+__device__ __forceinline__ void write_factor(uint8_t* block,
+                                             const LeftFactor<1, kBlockColumns / 16>& factor,
+                                             int first_row) {
+  const int lane = recomputed(threadIdx.x) % 32;
+  uint8_t* of_row = block + (first_row + lane / 4) * kRowBytes + lane % 4 * 4;
+#pragma unroll
+  for (int n = 0; n < kBlockColumns / 8; ++n) {
+    uint8_t* chunk = of_row + (n ^ lane / 4) * 16;
+    write_shared(chunk, factor[0][n / 2][n % 2 * 2]);
+    write_shared(chunk + 8 * kRowBytes, factor[0][n / 2][n % 2 * 2 + 1]);
+  }
+}
+
+template <typename Element, int kHead>
+__global__ void __launch_bounds__(kThreads, 1)
+    dq_dk_dv_kernel(const BackwardParams params, const __grid_constant__ BackwardMaps maps) {
+  using Config = FusedBackwardConfig<kHead>;
+  using Tile = TileShape<kTile, kHead>;  // kept, or a part of what is streamed
+  using TileDs = typename Config::TileDs;
+  constexpr int kParts = Config::kRows / kTile;
+  const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
+  const int32_t kv_head = blockIdx.y, row = blockIdx.z, seq = params.seq;
+  const int32_t tile = plan_of_row(params.plan, row, seq).key_order_2[blockIdx.x];
+  const BackwardMemory<Config> memory;
+  memory.init_barriers();
+
+  if (warpgroup == 0) {
+    release_registers<kProducerRegisters>();
+    if (threadIdx.x >= 32) return;
+    if (lane == 0) {
+      memory.copy_kept(maps.k, maps.v, true, tile * kConsumers * kTile, kv_head, row);
+    }
+    bring_queries(memory, params, maps, row, tile, kv_head);
+    return;
+  }
+
+  take_registers<kConsumerRegisters>();
+  const int consumer = warpgroup - 1, warp = threadIdx.x / 32 - 4;  // of eight
+  const auto ds_tile = [&](int stage, int of_consumer) {
+    return memory.scratch() + stage * Config::kDsBytes + of_consumer * TileDs::kBytes;
+  };
+  const auto staging = [&] {
+    return memory.scratch() + 2 * Config::kDsBytes +
+           (recomputed(threadIdx.x) / 32 - 4) * kDqOfWarp * 4;
+  };
+  // Which 64 x 64 of dq are this consumer's.
+  const int query_block = kParts == 2 ? consumer : 0, column_block = kParts == 2 ? 0 : consumer;
+
+  const ScoreScale score_scale(params);
+  Accumulator<1, kHead / 8> dk, dv;
+  clear(dk);
+  clear(dv);
+  wait(memory.kept_full(), 0);
+  Stage<2> stage;
+  while (true) {
+    wait(memory.full_qk(stage.index), stage.parity);
+    const auto [step, first_key] = *memory.step(stage.index);
+    if (step.head < 0) break;
+    LeftFactor<1, kTile / 16> ds[kParts];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const uint8_t* q_tile = memory.stage_qk(stage.index) + part * Tile::kBytes;
+      const uint8_t* dout_tile = memory.stage_v(stage.index) + part * Tile::kBytes;
+      const Statistics* of_queries =
+          memory.statistics(stage.index) + part * kTile + 2 * (recomputed(threadIdx.x) % 4);
+      Accumulator<1, kTile / 8> scores, dp;
+      start_transposed<Element, Tile, Tile>(scores[0], memory.kept_qk(consumer), 0, q_tile);
+      commit_products();
+      if (part == 0) wait(memory.full_v(stage.index), stage.parity);
+      start_transposed<Element, Tile, Tile>(dp[0], memory.kept_v(consumer), 0, dout_tile);
+      commit_products();
+      wait_products<1>();
+      hold(scores[0]);
+      score_scale.cap(scores);
+      if (!step.full) {
+        mask_queries(scores, params, row, first_key + warp * 16, step.first + part * kTile);
+      }
+      LeftFactor<1, kTile / 16> probabilities;
+      if (score_scale.softcap == 0) {
+        exponentiate<Element, kTile / 8, false>(probabilities, scores, score_scale.factor,
+                                                of_queries);
+      } else {
+        exponentiate<Element, kTile / 8, true>(probabilities, scores, score_scale.factor,
+                                               of_queries);
+      }
+      start_add<Element, Tile>(dv[0], probabilities[0], dout_tile);
+      commit_products();
+      wait_products<1>();
+      hold(dp[0]);
+      differentiate_to_factor<Element>(ds[part], scores, dp, of_queries);
+      write_factor(ds_tile(stage.index, consumer) + part * TileDs::kBlockBytes, ds[part],
+                   warp % 4 * 16);
+    }
+    publish_writes();
+    // Also: both are done with the dS of the last tile, which the next one overwrites.
+    sync_threads(1, kConsumers * kWarpgroup);
+
+    Accumulator<1, kDqBlocks> dq;
+    hold(dq[0]);
+    begin_products();
+#pragma unroll
+    for (int of = 0; of < kConsumers; ++of) {
+#pragma unroll
+      for (int k = 0; k < kTile / 16; ++k) {
+        multiply_columns<Element>(
+            dq[0],
+            describe_columns<TileDs>(ds_tile(stage.index, of) + query_block * TileDs::kBlockBytes,
+                                     k),
+            describe_columns<Tile>(memory.kept_qk(of) + column_block * Tile::kBlockBytes, k),
+            of + k > 0);
+      }
+    }
+    commit_products();
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      start_add<Element, Tile>(dk[0], ds[part][0],
+                               memory.stage_qk(stage.index) + part * Tile::kBytes);
+    }
+    commit_products();
+    wait_products<2>();
+    hold(dv[0]);
+    release(memory.empty_v(stage.index));
+    wait_products<1>();
+    hold(dq[0]);
+    if (lane == 0) wait_added();
+    sync_warp();
+    uint8_t* of_lane = staging() + lane * 16;
+#pragma unroll
+    for (int n = 0; n < kDqBlocks; ++n) {
+      const float4 four{dq[0][n][0], dq[0][n][1], dq[0][n][2], dq[0][n][3]};
+      write_shared(of_lane + n * 32 * 16, four);
+    }
+    publish_writes();
+    sync_warp();
+    if (lane == 0) {
+      const int32_t head = kv_head * (params.heads / params.kv_heads) + step.head;
+      add_floats(dq_of_warp<Config, kHead>(params, row, head, step.first, warp), staging(),
+                 kDqOfWarp * 4);
+    }
+    wait_products<0>();
+    hold(dk[0]);
+    release(memory.empty_qk(stage.index));
+    stage.advance();
+  }
+  const int32_t warp_key = memory.step(stage.index)->first_key + warp * 16;
+  if (lane == 0) wait_added();
+  sync_threads(1, kConsumers * kWarpgroup);  // both are done with the kept tiles
+  multiply_by(dk, params.scale);
+  Element* kept_k = reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp % 4 * 16 * kHead;
+  store_gradient<Element, kHead>(kept_k, params.dk, row, kv_head, warp_key, seq, dk);
+  Element* kept_v = reinterpret_cast<Element*>(memory.kept_v(consumer)) + warp % 4 * 16 * kHead;
+  store_gradient<Element, kHead>(kept_v, params.dv, row, kv_head, warp_key, seq, dv);
+}
+
+// dq from its sums: a block per tile of queries, a warp for what a warp has added up.
+constexpr int kRoundThreads = 256;
+
+template <typename Element, int kHead>
+__global__ void __launch_bounds__(kRoundThreads) round_dq_kernel(const BackwardParams params) {
+  using Config = FusedBackwardConfig<kHead>;
+  const int32_t first = blockIdx.x * Config::kRows, head = blockIdx.y, row = blockIdx.z;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float4* sums =
+      reinterpret_cast<const float4*>(dq_of_warp<Config, kHead>(params, row, head, first, warp));
+  Accumulator<1, kDqBlocks> dq;
+#pragma unroll
+  for (int n = 0; n < kDqBlocks; ++n) {
+    const float4 four = sums[n * 32 + lane];
+    dq[0][n][0] = four.x, dq[0][n][1] = four.y, dq[0][n][2] = four.z, dq[0][n][3] = four.w;
+  }
+  multiply_by(dq, params.scale);
+  Tensor columns = params.dq;
+  int32_t query = first + warp % 4 * 16;
+  if constexpr (Config::kRows == kTile) {
+    columns.data = static_cast<Element*>(columns.data) + warp / 4 * kBlockColumns;
+  } else {
+    query += warp / 4 * kTile;
+  }
+  Element* staging = reinterpret_cast<Element*>(shared_memory()) + warp * kDqOfWarp;
+  store_gradient<Element, kBlockColumns>(staging, columns, row, head, query, params.seq, dq);
+}
+
+template <typename Element, int kHead>
+void launch_fused_backward(const BackwardParams& params, Stream stream) {
+  using Config = FusedBackwardConfig<kHead>;
+  const auto map = [&](const Tensor& tensor, int32_t heads, int32_t rows) {
+    return make_tensor_map<Element>(tensor, params.batch, heads, params.seq, kHead, rows);
+  };
+  const BackwardMaps maps{
+      map(params.q, params.heads, Config::kRows), map(params.k, params.kv_heads, kTile),
+      map(params.v, params.kv_heads, kTile), map(params.dout, params.heads, Config::kRows)};
+  launch_statistics<Element>(params, kHead, kHead, stream);
+  launch(dq_dk_dv_kernel<Element, kHead>,
+         Grid{ceil_div(params.seq, kConsumers * kTile), params.kv_heads, params.batch}, kThreads,
+         Config::kSharedBytes, stream, params, maps);
+  launch(round_dq_kernel<Element, kHead>,
+         Grid{ceil_div(params.seq, Config::kRows), params.heads, params.batch}, kRoundThreads,
+         kRoundThreads / 32 * kDqOfWarp * static_cast<int>(sizeof(Element)), stream, params);
+}
+
+}  // namespace onepass::cuda::sm90
