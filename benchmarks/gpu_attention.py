@@ -161,10 +161,12 @@ def make_peers(case: Case, x: Inputs, device: str) -> dict[str, Peer]:
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(enabled, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # time of torch's, not of kernels
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def our_tiles(device: str) -> Tiles:

@@ -3,6 +3,8 @@
 - No kernel keeps registers in memory ("spills"), as `ptxas -v` tells, and those that hand registers
   from one warpgroup to another start with as many as they share out.
 - The products of a warpgroup run by themselves: ptxas has not serialized them.
+- Exponentials of the Hopper forward kernels run beside products: ptxas has not moved the wait for
+  these before them.
 - Every family of kernels has the instructions that it is written for (`FAMILIES`).
 - Of torch, only symbols of its stable ABI are undefined.
 
@@ -121,6 +123,21 @@ def instruction_errors(folder: Path) -> Iterator[str]:
                         yield f"{name} for {arch} has no {instruction}"
 
 
+def overlap_errors(folder: Path) -> Iterator[str]:
+    """Yield a line for each Hopper forward kernel that waits for O += P V before its softmax."""
+    for (name, _), body in _machine_code(folder).items():
+        match = re.match(r"sm90::forward_kernel<.*, (\d+)>", name)
+        if match is None:
+            continue
+        # After the wait for the scores; each thread has half as many as a tile has keys, of which
+        # each takes an exponential for the softmax and one for the softcap.
+        beside = body.partition("DEPBAR.LE gsb0, 0x1")[2].partition("DEPBAR.LE gsb0, 0x0")[0]
+        keys = 128 if int(match[1]) <= 128 else 64
+        found = beside.count("MUFU.EX2")
+        if found < keys:
+            yield f"{name} computes {found} exponentials beside products, expected {keys}"
+
+
 def symbol_errors(library: Path) -> Iterator[str]:
     """Yield a line for each undefined symbol that is not of a stable interface."""
     output = _run("nm", "-D", "--undefined-only", str(library))
@@ -191,7 +208,7 @@ def main() -> None:
             f"spilled  {kernel.name}"
         )
     errors = [*spill_errors(kernels), *register_errors(kernels), *serialized_products(folder)]
-    errors += [*instruction_errors(folder), *symbol_errors(library)]
+    errors += [*instruction_errors(folder), *overlap_errors(folder), *symbol_errors(library)]
     if errors:
         raise SystemExit("\n".join(["check-cuda:", *errors]))
     print(f"check-cuda: {len(kernels)} kernels, all as they should be")

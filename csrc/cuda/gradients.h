@@ -111,8 +111,8 @@ __device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
   });
 }
 
-// Writes a warp's 16 rows of a gradient through its own rows of a kept tile of shared memory, which
-// no other warp reads.
+// Writes a warp's 16 rows of a gradient through a place in shared memory that is the warp's own by
+// then.
 template <typename Element, int kCols>
 __device__ __forceinline__ void store_gradient(Element* staging, const Tensor& gradient,
                                                int32_t row, int32_t head, int32_t first,

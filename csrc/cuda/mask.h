@@ -115,23 +115,32 @@ __device__ __forceinline__ void mask_queries(Accumulator<1, kBlocks>& scores, co
   const int lane = threadIdx.x % 32;
   const int32_t seq = params.seq;
   const int64_t of_row = static_cast<int64_t>(row) * seq;
-  const bool has_window = params.window > 0;
-  // Without a window no position is looked at.
-  const int32_t* of_token = has_window ? params.positions : params.visible_end;
-  const TileValues<8 * kBlocks> positions(of_token + of_row, first_query, seq);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int32_t key = first_key + 8 * half + lane / 4;
     const int32_t end = key < seq ? params.visible_end[of_row + key] : 0;
-    const int32_t key_position = key < seq ? of_token[of_row + key] : 0;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         const int32_t query = first_query + 8 * n + 2 * (lane % 4) + column;
-        const int32_t position = positions.of_column(n, column);
-        const bool within = !has_window || in_window(position, key_position, params.window);
-        if (!visible(query, key, end) || !within) scores[0][n][2 * half + column] = -INFINITY;
+        if (!visible(query, key, end)) scores[0][n][2 * half + column] = -INFINITY;
+      }
+    }
+  }
+  if (params.window == 0) return;
+  const TileValues<8 * kBlocks> positions(params.positions + of_row, first_query, seq);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int32_t key = min_of(first_key + 8 * half + lane / 4, seq - 1);
+    const int32_t key_position = params.positions[of_row + key];
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        if (!in_window(positions.of_column(n, column), key_position, params.window)) {
+          scores[0][n][2 * half + column] = -INFINITY;
+        }
       }
     }
   }

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kPlanThreads) range_kernel(const PlanParams pa
 }
 
 // A warp per tile: how many tiles it visits as queries and how many visit it as keys, alone and,
-// for every other tile, with the next one. The counts lie as the orders will.
+// for every other tile, with the next one. The counts lie as the orders will, and the first of the
+// former and the end of the latter as they are to lie in the plan.
 __global__ void __launch_bounds__(kPlanThreads)
     count_kernel(const PlanParams params, int32_t* counts) {
   const int32_t seq = params.seq, tiles = num_tiles(seq);
@@ -50,30 +51,40 @@ __global__ void __launch_bounds__(kPlanThreads)
   const int lane = threadIdx.x % 32;
   if (tile >= tiles) return;
   const TileRange* ranges = plan_of_row(params.plan, blockIdx.y, seq).ranges;
-  counts += blockIdx.y * plan_stride(seq);
-  const int32_t pairs = ceil_div(tiles, 2);
-  int32_t* const places[] = {counts + tile, counts + tiles + tile / 2,
-                             counts + tiles + pairs + tile, counts + 2 * tiles + pairs + tile / 2};
+  const int32_t both = tiles + ceil_div(tiles, 2);
+  const int32_t places[] = {tile, tiles + tile / 2, both + tile, both + tiles + tile / 2};
 
   const int32_t first = tile * kTile;
   const QueryTile query = query_tile(ranges, first, kTile, seq);
   const QueryTile query_pair = query_tile(ranges, first, 2 * kTile, seq);
   const KeyTile key = key_tile(ranges, first, kTile, seq);
   const KeyTile key_pair = key_tile(ranges, first, 2 * kTile, seq);
-  int32_t totals[4] = {};
+  int32_t totals[4] = {}, bounds[4] = {INT32_MAX, INT32_MAX, 0, 0};  // ends negated
+  const auto add = [&](int i, Coverage covered, int32_t bound) {
+    if (covered == Coverage::skipped) return;
+    ++totals[i];
+    bounds[i] = min_of(bounds[i], bound);
+  };
   for (int32_t other = lane * kTile; other < seq; other += 32 * kTile) {
     const KeyTile other_key = key_tile(ranges, other, kTile, seq);
     const QueryTile other_query = query_tile(ranges, other, kTile, seq);
-    totals[0] += coverage(query, other_key, params.window) != Coverage::skipped;
-    totals[1] += coverage(query_pair, other_key, params.window) != Coverage::skipped;
-    totals[2] += coverage(other_query, key, params.window) != Coverage::skipped;
-    totals[3] += coverage(other_query, key_pair, params.window) != Coverage::skipped;
+    const int32_t number = other / kTile;
+    add(0, coverage(query, other_key, params.window), number);
+    add(1, coverage(query_pair, other_key, params.window), number);
+    add(2, coverage(other_query, key, params.window), -number - 1);
+    add(3, coverage(other_query, key_pair, params.window), -number - 1);
   }
+  counts += blockIdx.y * plan_stride(seq);
+  int32_t* in_plan = params.plan + blockIdx.y * plan_stride(seq) + 4 * tiles + 2 * both;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     for (int mask = 16; mask > 0; mask /= 2) totals[i] += shuffle_xor(totals[i], mask);
+    const int32_t bound = warp_min(bounds[i]);
     const bool of_pair = i % 2 == 1;
-    if (lane == 0 && !(of_pair && tile % 2 == 1)) *places[i] = totals[i];
+    if (lane == 0 && !(of_pair && tile % 2 == 1)) {
+      counts[places[i]] = totals[i];
+      in_plan[places[i]] = i < 2 ? bound : -bound;
+    }
   }
 }
 

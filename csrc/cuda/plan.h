@@ -1,5 +1,5 @@
 // Which tiles a kernel visits, and in which order it takes up its own: what the plan holds, and the
-// walks over it. The plan is made once per batch (plan.cuh) and serves all layers and heads.
+// walks over it. The plan is made once per batch (plan.cu) and serves all layers and heads.
 //
 // Per row of the batch, int32:
 //   ranges           4 x num_tiles: TileRange of every tile of kTile tokens
@@ -7,6 +7,10 @@
 //   query_order_2    ceil(num_tiles / 2): the same for pairs of tiles
 //   key_order        num_tiles: tiles as keys, most visiting query tiles first
 //   key_order_2      ceil(num_tiles / 2): the same for pairs of tiles
+//   query_begin      num_tiles: of tiles as queries, the first key tile that they visit
+//   query_begin_2    ceil(num_tiles / 2): the same for pairs of tiles
+//   key_end          num_tiles: of tiles as keys, the query tile after the last that visits them
+//   key_end_2        ceil(num_tiles / 2): the same for pairs of tiles
 #pragma once
 
 #include "../visibility.h"
@@ -21,10 +25,10 @@ ONEPASS_INLINE int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; 
 ONEPASS_INLINE int32_t num_tiles(int32_t seq) { return ceil_div(seq, kTile); }
 // Tokens of whole pairs of tiles.
 ONEPASS_INLINE int32_t padded(int32_t seq) { return ceil_div(seq, 2 * kTile) * 2 * kTile; }
-// int32 per row, rounded up so that every row's ranges are aligned to 16 bytes.
+// int32 per row: a multiple of four, so that every row's ranges are aligned to 16 bytes.
 ONEPASS_INLINE int64_t plan_stride(int32_t seq) {
   const int64_t tiles = num_tiles(seq);
-  return (4 * tiles + 2 * (tiles + (tiles + 1) / 2) + 3) / 4 * 4;
+  return 4 * (tiles + tiles + (tiles + 1) / 2);
 }
 
 struct Plan {
@@ -33,16 +37,26 @@ struct Plan {
   const int32_t* query_order_2;
   const int32_t* key_order;
   const int32_t* key_order_2;
+  const int32_t* query_begin;
+  const int32_t* query_begin_2;
+  const int32_t* key_end;
+  const int32_t* key_end_2;
 };
 
 ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
-  const int32_t tiles = num_tiles(seq);
+  const int32_t tiles = num_tiles(seq), both = tiles + ceil_div(tiles, 2);
   const int32_t* begin = plan + row * plan_stride(seq);
-  const int32_t* query_order = begin + 4 * tiles;
-  const int32_t* query_order_2 = query_order + tiles;
-  const int32_t* key_order = query_order_2 + ceil_div(tiles, 2);
-  return {reinterpret_cast<const TileRange*>(begin), query_order, query_order_2, key_order,
-          key_order + tiles};
+  const int32_t* of[4];
+  for (int i = 0; i < 4; ++i) of[i] = begin + 4 * tiles + i * both;
+  return {reinterpret_cast<const TileRange*>(begin),
+          of[0],
+          of[0] + tiles,
+          of[1],
+          of[1] + tiles,
+          of[2],
+          of[2] + tiles,
+          of[3],
+          of[3] + tiles};
 }
 
 ONEPASS_INLINE int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -82,9 +96,15 @@ struct Visit {
 // little and reads the rest anew for every 32 tiles, since its registers are the main loop's.
 template <int kRows, int kKeys = kTile>
 class KeyTileWalk {
+  static_assert(kRows == kTile || kRows == 2 * kTile);
+
  public:
   __device__ __forceinline__ KeyTileWalk(const Params& params, int32_t row, int32_t first)
-      : params_(params), row_(row), first_(first), base_(-32), visited_(0), full_(0) {}
+      : params_(params), row_(row), first_(first), visited_(0), full_(0) {
+    const Plan plan = plan_of_row(params.plan, row, params.seq);
+    const int32_t* begin = kRows == kTile ? plan.query_begin : plan.query_begin_2;
+    base_ = begin[first / kRows] * kTile / kKeys - 32;
+  }
 
   __device__ __forceinline__ Visit next() {
     while (visited_ == 0) {
@@ -120,9 +140,11 @@ struct QueryStep {
 };
 
 // The tiles of kRows queries that visit a tile of kKeys keys, for each of `heads` query heads in
-// turn: one run, out of which only a window takes tiles. Keeps little, like KeyTileWalk.
+// turn, found like those of KeyTileWalk.
 template <int kRows, int kKeys = kTile>
 class QueryTileWalk {
+  static_assert(kKeys == kTile || kKeys == 2 * kTile);
+
  public:
   __device__ __forceinline__ QueryTileWalk(const Params& params, int32_t row, int32_t tile,
                                            int32_t heads)
@@ -131,30 +153,40 @@ class QueryTileWalk {
         first_key_(tile * kKeys),
         heads_(heads),
         head_(0),
-        first_(first_key_) {}
+        first_(first_key_ - 32 * kRows),
+        visited_(0),
+        full_(0) {}
 
   __device__ __forceinline__ QueryStep next() {
-    const int32_t seq = params_.seq;
-    const TileRange* ranges = plan_of_row(params_.plan, row_, seq).ranges;
-    const KeyTile key = key_tile(ranges, first_key_, kKeys, seq);
-    while (head_ < heads_) {
-      while (first_ < key.max_end) {
-        const int32_t first = first_;
-        first_ += kRows;
-        const Coverage covered =
-            coverage(query_tile(ranges, first, kRows, seq), key, params_.window);
-        if (covered != Coverage::skipped) return {head_, first, covered == Coverage::full};
+    while (visited_ == 0) {
+      const int32_t seq = params_.seq;
+      const Plan plan = plan_of_row(params_.plan, row_, seq);
+      const int32_t* ends = kKeys == kTile ? plan.key_end : plan.key_end_2;
+      const int32_t end = min_of(ends[first_key_ / kKeys] * kTile, seq);
+      first_ += 32 * kRows;
+      if (first_ >= end) {
+        first_ = first_key_ - 32 * kRows;
+        if (++head_ >= heads_) return {-1, 0, false};
+        continue;
       }
-      first_ = first_key_;
-      ++head_;
+      const KeyTile key = key_tile(plan.ranges, first_key_, kKeys, seq);
+      const int32_t first = first_ + threadIdx.x % 32 * kRows;
+      const Coverage covered =
+          first < end ? coverage(query_tile(plan.ranges, first, kRows, seq), key, params_.window)
+                      : Coverage::skipped;
+      visited_ = ballot(covered != Coverage::skipped);
+      full_ = ballot(covered == Coverage::full);
     }
-    return {-1, 0, false};
+    const int bit = first_bit(visited_);
+    visited_ &= visited_ - 1;
+    return {head_, first_ + bit * kRows, ((full_ >> bit) & 1) != 0};
   }
 
  private:
   const Params& params_;
   const int32_t row_, first_key_, heads_;
   int32_t head_, first_;
+  uint32_t visited_, full_;
 };
 
 }  // namespace onepass::cuda

@@ -239,10 +239,12 @@ inline void run_block(Block& running) {
       pace[i] = running.random() % 4 == 0 ? 8 : of_four;
     }
   }
+  // The copy engine is slow, and for some blocks very slow.
+  const unsigned engine_pace = running.random() % 4 == 0 ? 16384 : 512;
   int left = threads;
   int64_t idle = 0;
   while (left > 0) {
-    if (!running.later.empty() && running.random() % 512 == 0) {
+    if (!running.later.empty() && running.random() % engine_pace == 0) {
       auto& later = running.later;
       std::swap(later[running.random() % later.size()], later.back());
       const std::function<void()> copy = std::move(later.back());

@@ -157,6 +157,19 @@ def test_only_some_head_sizes_have_a_kernel_that_adds_up_dq(tmp_path, monkeypatc
     assert found.startswith("sm90::dq_dk_dv_kernel<__half, 64> for sm_90a has no UBLKRED")
 
 
+@pytest.mark.parametrize(("beside", "errors"), [(128, 0), (127, 1)])
+def test_exponentials_after_the_wait_are_found(tmp_path, monkeypatch, beside, errors):
+    body = "HGMMA gsb0 DEPBAR.LE gsb0, 0x1 {} DEPBAR.LE gsb0, 0x0 {} HGMMA"
+    code = {
+        ("sm90::forward_kernel<__half, 192, 128>", "sm_90a"): body.format(
+            "MUFU.EX2 R1, R1 " * beside, "MUFU.EX2 R1, R1 " * (128 - beside)
+        ),
+        ("sm80::forward_kernel<__half, 192, 128>", "sm_90a"): "",
+    }
+    monkeypatch.setattr(check_build, "_machine_code", lambda folder: code)
+    assert len(list(check_build.overlap_errors(tmp_path))) == errors
+
+
 def test_nothing_is_checked_without_nvcc(monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", {"PATH": ""})
     check_build.main()

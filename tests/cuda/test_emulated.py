@@ -88,6 +88,22 @@ def test_rows_of_the_package(family, row, window):
     check(make_case(shape, dtype=BF16, seed=7, visible_end=row, window=window), family)
 
 
+@FAMILIES
+def test_tiles_far_apart(family):
+    """Kernels look for tiles 32 at a time: here those of some are further from each other, and the
+    first of some further from the row's begin.
+    """
+    root, trunk_end = 100, 4300 if family == "sm80" else 8500
+    seq = trunk_end + 200
+    visible_end = torch.full((1, seq), seq, dtype=torch.int32)  # a trunk of the root, and a branch
+    visible_end[:, root:trunk_end] = trunk_end
+    shape = Shape(1, 1, 1, seq, 64, 64)
+    case = make_case(shape, dtype=BF16, seed=12, visible_end=visible_end, window=40)
+    expected = case.run("cpu")
+    for name, x in emulation.run(case, BF16, family).items():
+        assert error(x, expected[name]) < 0.02, name
+
+
 def contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 

@@ -30,13 +30,19 @@ class RowPlan(NamedTuple):
     query_order: Ints
     query_order_2: Ints
     key_order: Ints
+    key_order_2: Ints
+    query_begin: Ints
+    query_begin_2: Ints
+    key_end: Ints
+    key_end_2: Ints
 
 
 def read_plan(plan: Tensor, seq: int) -> RowPlan:
     tiles = -(-seq // TILE)
     pairs = -(-tiles // 2)
-    parts = np.split(plan.numpy(), np.cumsum([4 * tiles, tiles, pairs, tiles]))
-    return RowPlan(parts[0].reshape(tiles, 4), *parts[1:4])
+    parts = np.split(plan.numpy(), np.cumsum([4 * tiles, *(4 * [tiles, pairs])]))
+    assert len(parts.pop()) == 0
+    return RowPlan(parts[0].reshape(tiles, 4), *parts[1:])
 
 
 def tiles_of(x: NDArray, size: int) -> list[NDArray]:
@@ -86,6 +92,12 @@ def test_plan_is_that_of_the_dense_mask(seq, window):
         assert plan.query_order.tolist() == longest_first(single.sum(1))
         assert plan.query_order_2.tolist() == longest_first(pairs.sum(1))
         assert plan.key_order.tolist() == longest_first(single.sum(0))
+        assert plan.query_begin.tolist() == single.argmax(1).tolist()
+        assert plan.query_begin_2.tolist() == pairs.argmax(1).tolist()
+        assert plan.key_end.tolist() == (len(single) - single[::-1].argmax(0)).tolist()
+        later = np.maximum.reduceat(plan.key_end, np.arange(0, len(single), 2))
+        assert (plan.key_end_2 >= later).all()  # a window may rule out less of two tiles
+        assert window or plan.key_end_2.tolist() == later.tolist()
 
 
 @pytest.mark.parametrize("seq", SEQS)

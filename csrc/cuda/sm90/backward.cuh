@@ -38,20 +38,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     Walk walk(params, row, first_query);
     Stage<Config::kStagesQk> qk;
     Stage<Config::kStagesV> v;
-    for (Visit visit = walk.next(); visit.tile >= 0; visit = walk.next()) {
+    Visit visit = walk.next();
+    for (; visit.tile >= 0; visit = walk.next()) {
       const int32_t first_key = visit.tile * kRows;
       wait(memory.empty_qk(qk.index), qk.parity ^ 1);  // over at once in the first round
-      if (lane == 0) memory.copy_qk(qk.index, maps.k, first_key, kv_head, row, 0);
+      if (lane == 0) {
+        *memory.visit(qk.index) = visit;
+        memory.copy_qk(qk.index, maps.k, first_key, kv_head, row, 0);
+      }
       wait(memory.empty_v(v.index), v.parity ^ 1);
       if (lane == 0) memory.copy_v(v.index, maps.v, first_key, kv_head, row);
       qk.advance();
       v.advance();
     }
+    wait(memory.empty_qk(qk.index), qk.parity ^ 1);
+    if (lane == 0) {
+      *memory.visit(qk.index) = visit;
+      arrive(memory.full_qk(qk.index));
+    }
     return;
   }
 
   take_registers<kConsumerRegisters>();
-  const int consumer = warpgroup - 1, warp = threadIdx.x / 32 % 4;
+  const int consumer = consumer_of_warp(), warp = threadIdx.x / 32 % 4;
   const int32_t warp_query = first_query + consumer * kRows + warp * 16;
   const ScoreScale score_scale(params);
   const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
@@ -65,13 +74,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   Accumulator<1, kHeadQk / 8> dq;
   clear(dq);
   wait(memory.kept_full(), 0);
-  Walk walk(params, row, first_query);
   Stage<Config::kStagesQk> qk;
   Stage<Config::kStagesV> v;
-  for (Visit visit = walk.next(); visit.tile >= 0; visit = walk.next()) {
-    const int32_t first_key = visit.tile * kRows;
-    Accumulator<1, kRows / 8> scores, dp;
+  while (true) {
     wait(memory.full_qk(qk.index), qk.parity);
+    const Visit visit = *memory.visit(qk.index);
+    if (visit.tile < 0) break;
+    Accumulator<1, kRows / 8> scores, dp;
     start_transposed<Element, TileQk, TileQk>(scores[0], memory.kept_qk(consumer), 0,
                                               memory.stage_qk(qk.index));
     wait(memory.full_v(v.index), v.parity);
@@ -84,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     release(memory.empty_v(v.index));
     v.advance();
     score_scale.cap(scores);
-    if (!visit.full) mask_keys(scores, params, row, warp_query, first_key);
+    if (!visit.full) mask_keys(scores, params, row, warp_query, visit.tile * kRows);
     differentiate(scores, dp, score_scale, [&](int, int half, int) { return statistics[half]; });
     LeftFactor<1, kRows / 16> ds;
     round_product_to_factor<Element>(ds, scores, dp);
@@ -125,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   take_registers<kConsumerRegisters>();
-  const int consumer = warpgroup - 1, warp = threadIdx.x / 32 - 4;  // of eight
+  const int consumer = consumer_of_warp(), warp = threadIdx.x / 32 - 4;  // of eight
   const ScoreScale score_scale(params);
   Accumulator<1, kWantDk ? kHeadQk / 8 : 1> dk;
   Accumulator<1, kWantDv ? kHeadV / 8 : 1> dv;

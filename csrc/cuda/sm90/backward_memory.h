@@ -17,8 +17,8 @@ struct BackwardMaps {
 
 // Shared memory of a backward kernel: of each consumer its pair of kept tiles (of d_qk and of d_v
 // columns), then the stages of the streamed tiles of d_qk columns and of those of d_v columns, what
-// else the kernel wants, what belongs to the streamed queries (their statistics, and the step that
-// they are), and the barriers.
+// else the kernel wants, what belongs to a streamed tile (statistics of queries; which tile it is,
+// -1 after the last), and the barriers.
 template <typename Config>
 struct BackwardMemory {
   using KeptQk = typename Config::KeptQk;
@@ -45,6 +45,10 @@ struct BackwardMemory {
   }
   __device__ __forceinline__ StreamedStep* step(int stage) const {
     return reinterpret_cast<StreamedStep*>(statistics(Config::kStagesQk)) + stage;
+  }
+  __device__ __forceinline__ Visit* visit(int stage) const {
+    static_assert(sizeof(Visit) <= sizeof(StreamedStep));
+    return reinterpret_cast<Visit*>(step(stage));
   }
   __device__ __forceinline__ Barrier* kept_full() const {
     return reinterpret_cast<Barrier*>(step(Config::kStagesQk));
@@ -110,17 +114,21 @@ __device__ __forceinline__ void bring_queries(const BackwardMemory<Config>& memo
                                               const BackwardMaps& maps, int32_t row, int32_t tile,
                                               int32_t kv_head) {
   const int lane = threadIdx.x % 32;
-  const int32_t first_key = tile * kConsumers * kTile;
   const int32_t group = params.heads / params.kv_heads;
   QueryTileWalk<Config::kRows, kConsumers * kTile> walk(params, row, tile, group);
   Stage<Config::kStagesQk> qk;
   Stage<Config::kStagesV> v;
   QueryStep step = walk.next();
+  const auto tell_step = [&] {
+    StreamedStep* told = memory.step(qk.index);
+    told->queries = step;
+    told->first_key = tile * kConsumers * kTile;
+  };
   for (; step.head >= 0; step = walk.next()) {
     wait(memory.empty_qk(qk.index), qk.parity ^ 1);  // over at once in the first round
     const int32_t head = kv_head * group + step.head;
     if (lane == 0) {
-      *memory.step(qk.index) = {step, first_key};
+      tell_step();
       memory.copy_qk(qk.index, maps.q, step.first, head, row, Config::kStatisticsBytes);
       const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
       copy_bytes(memory.statistics(qk.index),
@@ -134,7 +142,7 @@ __device__ __forceinline__ void bring_queries(const BackwardMemory<Config>& memo
   }
   wait(memory.empty_qk(qk.index), qk.parity ^ 1);
   if (lane == 0) {
-    *memory.step(qk.index) = {step, first_key};
+    tell_step();
     arrive(memory.full_qk(qk.index));
   }
 }

@@ -8,7 +8,8 @@ namespace onepass::cuda::sm90 {
 
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2;    // warpgroups
-constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+constexpr int kConsumerThreads = kWarpgroup * kConsumers;
+constexpr int kThreads = kWarpgroup + kConsumerThreads;
 // Per thread, once the producer has given its registers away; a kernel starts with kRegisters each.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 constexpr int kRegisters = 168;
@@ -43,11 +44,13 @@ struct ForwardConfig {
   using TileK = TileShape<kKeys, kHeadQk>;
   using TileV = TileShape<kKeys, kHeadV>;
   static constexpr int kSharedBytes =
-      TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes) + (1 + 4 * kStages) * kBarrierBytes;
+      TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes + static_cast<int>(sizeof(Visit))) +
+      kConsumerThreads * static_cast<int>(sizeof(float)) + (1 + 4 * kStages) * kBarrierBytes;
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// What the producer tells the consumers of a tile of queries, and of the keys that they keep.
+// What the producer tells the consumers of a tile of queries, and of the keys that they keep; of a
+// tile of keys it tells the Visit.
 struct StreamedStep {
   QueryStep queries;
   int32_t first_key;
@@ -78,11 +81,11 @@ struct BackwardShape {
 // dq, dk and dv at once: a tile of as many queries as make dq 64 x 64 for each consumer, and
 // scratch for two tiles of dS^T and one of dq in float32.
 constexpr int kFusedDq = kConsumers * kTile * kTile;  // elements
+constexpr int kFusedDqBytes = kFusedDq * static_cast<int>(sizeof(float));
 template <int kHead>
 struct FusedBackwardConfig
     : BackwardShape<kHead, kHead, kFusedDq / kHead,
-                    2 * kConsumers * TileShape<kTile, kFusedDq / kHead>::kBytes +
-                        kFusedDq* static_cast<int>(sizeof(float))> {
+                    2 * kConsumers * TileShape<kTile, kFusedDq / kHead>::kBytes + kFusedDqBytes> {
   using TileDs = TileShape<kTile, kFusedDq / kHead>;  // of one consumer's keys
   static constexpr int kDsBytes = kConsumers * TileDs::kBytes;
 };
@@ -93,9 +96,11 @@ struct BackwardConfig : BackwardShape<kHeadQk, kHeadV, kTile, 0> {
   static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
   // Whether dq can be computed at once with them: the registers hold its half tile too.
   static constexpr bool kCanFuse = kHeadQk == kHeadV && kHeadQk <= 128;
-  static constexpr int kMostSharedBytes =
-      kCanFuse ? FusedBackwardConfig < kCanFuse ? kHeadQk : kTile > ::kSharedBytes
-               : BackwardConfig::kSharedBytes;
+  // Of the kernel that needs most.
+  static constexpr int kMostSharedBytes = [] {
+    if constexpr (kCanFuse) return FusedBackwardConfig<kHeadQk>::kSharedBytes;
+    return BackwardConfig::kSharedBytes;
+  }();
 };
 
 }  // namespace onepass::cuda::sm90

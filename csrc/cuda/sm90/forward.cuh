@@ -1,11 +1,12 @@
 // Hopper forward: one block computes 128 queries of one head.
 //
 // Three warpgroups. One warp of the first walks the visited tiles of 128 keys (64 where the output
-// is wide) and has the copy engine bring K and V, two stages of each; the other two warpgroups
-// compute 64 queries each. A consumer keeps the tensor cores busy while it computes a softmax: it
-// starts S = Q K^T of the next tile and O += P V of this one, then exponentiates the next scores
-// while the latter still runs. The two take turns in starting their products, so that one computes
-// exponentials while the products of the other run. P stays in registers. Deterministic.
+// is wide) and has the copy engine bring K and V, two stages of each; it tells the other two
+// warpgroups which tile a stage holds (-1 after the last), and they compute 64 queries each. A
+// consumer keeps the tensor cores busy while it computes a softmax: it starts S = Q K^T of the next
+// tile and O += P V of this one, then exponentiates the next scores while the latter still runs.
+// The two take turns in starting their products, so that one computes exponentials while the
+// products of the other run. P stays in registers. Deterministic.
 //
 // Barriers: `full` of a stage is over when its bytes are there, `empty` when both consumers are
 // done with it (one arrival per warp).
@@ -29,16 +30,17 @@ class Turns {
     if (consumer == 1) give(0);
   }
   __device__ __forceinline__ void wait_for_mine() const {
-    sync_threads(1 + consumer_, kConsumers * kWarpgroup);
+    sync_threads(1 + consumer_, kConsumerThreads);
   }
-  // Nobody waits for the turn after the last one of the second consumer.
-  __device__ __forceinline__ void pass_on(bool is_last) const {
-    if (consumer_ == 0 || !is_last) give(1 - consumer_);
+  __device__ __forceinline__ void pass_on() const { give(1 - consumer_); }
+  // The first consumer takes the turn that the second gives it last.
+  __device__ __forceinline__ void finish() const {
+    if (consumer_ == 0) wait_for_mine();
   }
 
  private:
   __device__ __forceinline__ static void give(int consumer) {
-    arrive_threads(1 + consumer, kConsumers * kWarpgroup);
+    arrive_threads(1 + consumer, kConsumerThreads);
   }
   const int consumer_;
 };
@@ -60,7 +62,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint8_t* q_tile = shared_memory();
   const auto k_tile = [&](int stage) { return q_tile + TileQ::kBytes + stage * TileK::kBytes; };
   const auto v_tile = [&](int stage) { return k_tile(kStages) + stage * TileV::kBytes; };
-  Barrier* q_full = reinterpret_cast<Barrier*>(v_tile(kStages));
+  Visit* visits = reinterpret_cast<Visit*>(v_tile(kStages));
+  float* places = reinterpret_cast<float*>(visits + kStages);  // one for each consuming thread
+  Barrier* q_full = reinterpret_cast<Barrier*>(places + kConsumerThreads);
   Barrier* k_full = q_full + 1;
   Barrier* v_full = k_full + kStages;
   Barrier* k_empty = v_full + kStages;
@@ -86,10 +90,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       copy_tile<TileQ>(q_tile, maps.q, q_full, first_query, head, row);
     }
     Stage<kStages> stage;
-    for (Visit visit = walk.next(); visit.tile >= 0; visit = walk.next(), stage.advance()) {
+    Visit visit = walk.next();
+    for (; visit.tile >= 0; visit = walk.next(), stage.advance()) {
       const int32_t first_key = visit.tile * kKeys;
       wait(k_empty + stage.index, stage.parity ^ 1);  // over at once in the first round
       if (lane == 0) {
+        visits[stage.index] = visit;
         arrive_and_expect(k_full + stage.index, TileK::kBytes);
         copy_tile<TileK>(k_tile(stage.index), maps.k, k_full + stage.index, first_key, kv_head,
                          row);
@@ -101,11 +107,16 @@ __global__ void __launch_bounds__(kThreads, 1)
                          row);
       }
     }
+    wait(k_empty + stage.index, stage.parity ^ 1);
+    if (lane == 0) {
+      visits[stage.index] = visit;
+      arrive(k_full + stage.index);
+    }
     return;
   }
 
   take_registers<kConsumerRegisters>();
-  const int consumer = warpgroup - 1;
+  const int consumer = consumer_of_warp();
   const int32_t warp_query = first_query + consumer * 64 + threadIdx.x % kWarpgroup / 32 * 16;
   const ScoreScale score_scale(params);
   Softmax<1> softmax;
@@ -114,8 +125,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   LeftFactor<1, kKeys / 16> probabilities;
   clear(out);
 
-  const auto start_scores = [&](const Stage<kStages>& stage) {
+  const auto next_visit = [&](const Stage<kStages>& stage) {
     wait(k_full + stage.index, stage.parity);
+    return visits[stage.index];
+  };
+  const auto start_scores = [&](const Stage<kStages>& stage) {
     start_transposed<Element, TileQ, TileK>(scores[0], q_tile, consumer * 64, k_tile(stage.index));
     commit_products();
   };
@@ -145,33 +159,33 @@ __global__ void __launch_bounds__(kThreads, 1)
                          });
   };
 
-  Walk walk(params, row, first_query);
   const Turns turns(consumer);
-  Visit visit = walk.next();  // at least the tile on the diagonal
-  Stage<kStages> stage;       // of the scores
-  Stage<kStages> values;      // of the probabilities
+  Stage<kStages> stage;   // of the scores
+  Stage<kStages> values;  // of the probabilities
   wait(q_full, 0);
+  Visit visit = next_visit(stage);  // at least the tile on the diagonal
   turns.wait_for_mine();
   start_scores(stage);
-  Visit next = walk.next();
-  turns.pass_on(next.tile < 0);
+  turns.pass_on();
   wait_products<0>();
   release(k_empty + stage.index);
   finish_scores(visit);
   exponentiate();
   round_to_factor<Element>(probabilities, scores);
-  while (next.tile >= 0) {
-    visit = next;
-    next = walk.next();
+  while (true) {
     stage.advance();
+    visit = next_visit(stage);
+    if (visit.tile < 0) break;
     turns.wait_for_mine();
     start_scores(stage);
     start_values(values);
-    turns.pass_on(next.tile < 0);
+    turns.pass_on();
     wait_products<1>();
     release(k_empty + stage.index);
     finish_scores(visit);
     exponentiate();  // in place: the products still read the probabilities of the last tile
+    finish_before_wait(places + threadIdx.x % kConsumerThreads,
+                       softmax.sum[0][0] + softmax.sum[0][1]);
     wait_products<0>();
     hold(out[0]);
     release(v_empty + values.index);
@@ -193,7 +207,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   // Through the queries' place, once both consumers have read them for the last time: blocks of
   // columns hold rows of both.
-  sync_threads(3, kConsumers * kWarpgroup);
+  turns.finish();
+  sync_threads(3, kConsumerThreads);
   Element* staging = reinterpret_cast<Element*>(q_tile) + (threadIdx.x / 32 - 4) * 16 * kHeadV;
   round_to_tile<Element, kHeadV>(staging, out);
   sync_warp();

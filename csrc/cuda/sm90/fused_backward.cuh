@@ -22,7 +22,7 @@ constexpr int kDqBlocks = kBlockColumns / 8;
 constexpr int kDqOfWarp = 16 * kBlockColumns;
 
 // Of the tile of queries from `first` on, the floats of one of the eight warps.
-template <typename Config, int kHead>
+template <int kHead>
 __device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t row,
                                              int32_t head, int32_t first, int warp) {
   const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   take_registers<kConsumerRegisters>();
-  const int consumer = warpgroup - 1, warp = threadIdx.x / 32 - 4;  // of eight
+  const int consumer = consumer_of_warp(), warp = threadIdx.x / 32 - 4;  // of eight
   const auto ds_tile = [&](int stage, int of_consumer) {
     return memory.scratch() + stage * Config::kDsBytes + of_consumer * TileDs::kBytes;
   };
@@ -123,11 +123,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   clear(dk);
   clear(dv);
   wait(memory.kept_full(), 0);
-  Stage<2> stage;
-  while (true) {
+  static_assert(Config::kStagesQk == Config::kStagesV);
+  Stage<Config::kStagesQk> stage;
+  const auto next_step = [&] {
     wait(memory.full_qk(stage.index), stage.parity);
-    const auto [step, first_key] = *memory.step(stage.index);
-    if (step.head < 0) break;
+    return *memory.step(stage.index);
+  };
+  StreamedStep streamed = next_step();
+  while (streamed.queries.head >= 0) {
+    const auto [step, first_key] = streamed;
     LeftFactor<1, kTile / 16> ds[kParts];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -164,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                    warp % 4 * 16);
     }
     publish_writes();
-    // Also: both are done with the dS of the last tile, which the next one overwrites.
-    sync_threads(1, kConsumers * kWarpgroup);
+    // Also: both are done with the dS of the tile before, whose place the next one takes.
+    sync_threads(1, kConsumerThreads);
 
     Accumulator<1, kDqBlocks> dq;
     hold(dq[0]);
@@ -206,17 +210,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     sync_warp();
     if (lane == 0) {
       const int32_t head = kv_head * (params.heads / params.kv_heads) + step.head;
-      add_floats(dq_of_warp<Config, kHead>(params, row, head, step.first, warp), staging(),
-                 kDqOfWarp * 4);
+      add_floats(dq_of_warp<kHead>(params, row, head, step.first, warp), staging(), kDqOfWarp * 4);
     }
+    sync_warp();
+    Barrier* empty = memory.empty_qk(stage.index);
+    stage.advance();
+    streamed = next_step();  // while dk is multiplied
     wait_products<0>();
     hold(dk[0]);
-    release(memory.empty_qk(stage.index));
-    stage.advance();
+    release(empty);
   }
-  const int32_t warp_key = memory.step(stage.index)->first_key + warp * 16;
+  const int32_t warp_key = streamed.first_key + warp * 16;
   if (lane == 0) wait_added();
-  sync_threads(1, kConsumers * kWarpgroup);  // both are done with the kept tiles
+  sync_warp();
+  sync_threads(1, kConsumerThreads);  // both are done with the kept tiles
   multiply_by(dk, params.scale);
   Element* kept_k = reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp % 4 * 16 * kHead;
   store_gradient<Element, kHead>(kept_k, params.dk, row, kv_head, warp_key, seq, dk);
@@ -233,7 +240,7 @@ __global__ void __launch_bounds__(kRoundThreads) round_dq_kernel(const BackwardP
   const int32_t first = blockIdx.x * Config::kRows, head = blockIdx.y, row = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float4* sums =
-      reinterpret_cast<const float4*>(dq_of_warp<Config, kHead>(params, row, head, first, warp));
+      reinterpret_cast<const float4*>(dq_of_warp<kHead>(params, row, head, first, warp));
   Accumulator<1, kDqBlocks> dq;
 #pragma unroll
   for (int n = 0; n < kDqBlocks; ++n) {

@@ -35,10 +35,11 @@ __device__ __forceinline__ void init_barrier(Barrier* barrier, int arrivals) {
 __device__ __forceinline__ void publish_barriers() { cutlass::arch::fence_barrier_init(); }
 // Arrives, and has the phase wait for so many bytes, too.
 __device__ __forceinline__ void arrive_and_expect(Barrier* barrier, int bytes) {
+  asm volatile("" ::: "memory");  // CuTe's barriers do not say that memory depends on them
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(barrier, bytes);
 }
 __device__ __forceinline__ void arrive(Barrier* barrier) {
-  asm volatile("" ::: "memory");  // CuTe's barriers do not say that memory depends on them
+  asm volatile("" ::: "memory");
   cutlass::arch::ClusterBarrier::arrive(barrier);
 }
 // Waits until the phase of this parity is over.
@@ -106,6 +107,12 @@ __device__ __forceinline__ void commit_products() { cute::warpgroup_commit_batch
 template <int kPending>
 __device__ __forceinline__ void wait_products() {
   cute::warpgroup_wait<kPending>();
+}
+// Has a value computed before the next wait, beside products that are under way: ptxas moves waits
+// up to where something depends on them, but not across a write to shared memory, for which every
+// thread has a `place`.
+__device__ __forceinline__ void finish_before_wait(float* place, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" : : "r"(shared_address(place)), "f"(value) : "memory");
 }
 // Keeps the compiler from moving an accumulator across this place.
 template <int kBlocks>

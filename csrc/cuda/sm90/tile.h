@@ -6,28 +6,31 @@
 
 namespace onepass::cuda::sm90 {
 
-// Where a warpgroup finds a factor of a product in shared memory. All offsets in units of 16 bytes;
-// bit 62 says that rows of 128 bytes are swizzled, eight rows (1 KiB) at a time.
-__device__ __forceinline__ uint64_t describe(const void* begin, int leading_bytes) {
-  constexpr uint64_t kEightRows = 8 * kRowBytes / 16;
-  return uint64_t{1} << 62 | kEightRows << 32 |
-         static_cast<uint64_t>(leading_bytes / 16 & 0x3fff) << 16 |
-         static_cast<uint64_t>(shared_address(begin) / 16 & 0x3fff);
+// Where a warpgroup finds a factor of a product in shared memory, `offset` bytes into a tile. All
+// offsets in units of 16 bytes; bit 62 says that rows of 128 bytes are swizzled, eight rows (1 KiB)
+// at a time. No address is so large that the offset would carry, so that the descriptors of the
+// steps over a tile are one addition apart.
+__device__ __forceinline__ uint64_t describe(const void* tile, int leading_bytes, int offset) {
+  constexpr uint32_t kEightRows = 8 * kRowBytes / 16;
+  static_assert(kMaxSharedBytes / 16 <= 0x3fff);
+  const uint32_t low =
+      (static_cast<uint32_t>(leading_bytes / 16) << 16 | shared_address(tile) / 16) + offset / 16;
+  return static_cast<uint64_t>(uint32_t{1} << 30 | kEightRows) << 32 | low;
 }
 
 // Columns [16 k, 16 k + 16) of the rows from `row` of a tile, summed over columns.
 template <typename Tile>
 __device__ __forceinline__ uint64_t describe_rows(const uint8_t* tile, int row, int k) {
   constexpr int kStepsPerBlock = kBlockColumns / 16;
-  const uint8_t* begin = tile + k / kStepsPerBlock * Tile::kBlockBytes + row * kRowBytes +
-                         k % kStepsPerBlock * 16 * static_cast<int>(sizeof(uint16_t));
-  return describe(begin, 16);  // the leading offset has no meaning here
+  const int offset = k / kStepsPerBlock * Tile::kBlockBytes +
+                     k % kStepsPerBlock * 16 * static_cast<int>(sizeof(uint16_t));
+  return describe(tile + row * kRowBytes, 16, offset);  // the leading offset has no meaning here
 }
 
 // Rows [16 k, 16 k + 16) of a tile with all its columns, summed over rows.
 template <typename Tile>
 __device__ __forceinline__ uint64_t describe_columns(const uint8_t* tile, int k) {
-  return describe(tile + 16 * k * kRowBytes, Tile::kBlockBytes);
+  return describe(tile, Tile::kBlockBytes, 16 * k * kRowBytes);
 }
 
 // Starts to bring a tile of tokens from `token` on; the barrier has to expect Tile::kBytes.
@@ -78,6 +81,11 @@ struct Stage {
     index ^= kStages - 1;
   }
 };
+
+// Which consumer a thread belongs to; the same for a warp, which the compiler knows by the shuffle.
+__device__ __forceinline__ int consumer_of_warp() {
+  return shuffle(static_cast<int>(threadIdx.x) / kWarpgroup - 1, 0);
+}
 
 // A warp is done with a stage.
 __device__ __forceinline__ void release(Barrier* empty) {
