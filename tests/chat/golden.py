@@ -8,8 +8,8 @@ a line break as often as not.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,9 @@ def _parts(case: Case) -> Iterator[str]:
             continue
         for number, item in enumerate(passes):
             for kind, text in zip(("context", "completion"), texts(tokenizer, item), strict=True):
-                # Harmony's and Muse's system messages hold today's date.
-                text = re.sub(r"(Current date: )\d{4}-\d\d-\d\d", r"\1(today)", text)
+                # Harmony's, Muse's and Llama 3.2's system messages hold today's date.
+                for form in ("%Y-%m-%d", "%d %b %Y"):
+                    text = text.replace(datetime.now().strftime(form), "(today)")
                 yield f"--- turn {number}, {kind}\n{text}■"
         yield ""
 
