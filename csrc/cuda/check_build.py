@@ -129,8 +129,9 @@ def overlap_errors(folder: Path) -> Iterator[str]:
         match = re.match(r"sm90::forward_kernel<.*, (\d+)>", name)
         if match is None:
             continue
-        # After the wait for the scores; each thread has half as many as a tile has keys, of which
-        # each takes an exponential for the softmax and one for the softcap.
+        # After the wait for the scores; each thread has half as many as a tile has keys
+        # (ForwardConfig::kKeys), of which each takes an exponential for the softmax and one for the
+        # softcap.
         beside = body.partition("DEPBAR.LE gsb0, 0x1")[2].partition("DEPBAR.LE gsb0, 0x0")[0]
         keys = 128 if int(match[1]) <= 128 else 64
         found = beside.count("MUFU.EX2")

@@ -55,10 +55,10 @@ __global__ void __launch_bounds__(kPlanThreads)
   const int32_t places[] = {tile, tiles + tile / 2, both + tile, both + tiles + tile / 2};
 
   const int32_t first = tile * kTile;
-  const QueryTile query = query_tile(ranges, first, kTile, seq);
-  const QueryTile query_pair = query_tile(ranges, first, 2 * kTile, seq);
-  const KeyTile key = key_tile(ranges, first, kTile, seq);
-  const KeyTile key_pair = key_tile(ranges, first, 2 * kTile, seq);
+  const QueryTile query = query_tile<kTile>(ranges, first, seq);
+  const QueryTile query_pair = query_tile<2 * kTile>(ranges, first, seq);
+  const KeyTile key = key_tile<kTile>(ranges, first, seq);
+  const KeyTile key_pair = key_tile<2 * kTile>(ranges, first, seq);
   int32_t totals[4] = {}, bounds[4] = {INT32_MAX, INT32_MAX, 0, 0};  // ends negated
   const auto add = [&](int i, Coverage covered, int32_t bound) {
     if (covered == Coverage::skipped) return;
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kPlanThreads)
     bounds[i] = min_of(bounds[i], bound);
   };
   for (int32_t other = lane * kTile; other < seq; other += 32 * kTile) {
-    const KeyTile other_key = key_tile(ranges, other, kTile, seq);
-    const QueryTile other_query = query_tile(ranges, other, kTile, seq);
+    const KeyTile other_key = key_tile<kTile>(ranges, other, seq);
+    const QueryTile other_query = query_tile<kTile>(ranges, other, seq);
     const int32_t number = other / kTile;
     add(0, coverage(query, other_key, params.window), number);
     add(1, coverage(query_pair, other_key, params.window), number);

@@ -62,38 +62,45 @@ ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
 ONEPASS_INLINE int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 ONEPASS_INLINE int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 
-// `keys` keys from `first`, within one tile or over whole tiles. The last may lie beyond the row:
+// kKeys keys from `first`, within one tile or over whole tiles. The last may lie beyond the row:
 // what no query sees keeps such a tile from being full.
-ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t first, int32_t keys, int32_t seq) {
-  KeyTile key{first, first + keys - 1, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
-  for (int32_t tile = first / kTile; tile <= min_of(key.last, seq - 1) / kTile; ++tile) {
-    key.min_end = min_of(key.min_end, ranges[tile].min_end);
-    key.max_end = max_of(key.max_end, ranges[tile].max_end);
-    key.min_position = min_of(key.min_position, ranges[tile].min_position);
-    key.max_position = max_of(key.max_position, ranges[tile].max_position);
+template <int kKeys>
+ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t first, int32_t seq) {
+  KeyTile key{first, first + kKeys - 1, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
+  const int32_t last = min_of(key.last, seq - 1) / kTile;
+#pragma unroll
+  for (int i = 0; i < (kKeys + kTile - 1) / kTile; ++i) {
+    const TileRange range = ranges[min_of(first / kTile + i, last)];
+    key.min_end = min_of(key.min_end, range.min_end);
+    key.max_end = max_of(key.max_end, range.max_end);
+    key.min_position = min_of(key.min_position, range.min_position);
+    key.max_position = max_of(key.max_position, range.max_position);
   }
   return key;
 }
 
-// `rows` queries from `first`, within one tile or over whole tiles.
-ONEPASS_INLINE QueryTile query_tile(const TileRange* ranges, int32_t first, int32_t rows,
-                                    int32_t seq) {
-  QueryTile query{first, min_of(first + rows, seq) - 1, INT32_MAX, INT32_MIN};
-  for (int32_t tile = first / kTile; tile <= query.last / kTile; ++tile) {
-    query.min_position = min_of(query.min_position, ranges[tile].min_position);
-    query.max_position = max_of(query.max_position, ranges[tile].max_position);
+// kRows queries from `first`, within one tile or over whole tiles.
+template <int kRows>
+ONEPASS_INLINE QueryTile query_tile(const TileRange* ranges, int32_t first, int32_t seq) {
+  QueryTile query{first, min_of(first + kRows, seq) - 1, INT32_MAX, INT32_MIN};
+#pragma unroll
+  for (int i = 0; i < (kRows + kTile - 1) / kTile; ++i) {
+    const TileRange range = ranges[min_of(first / kTile + i, query.last / kTile)];
+    query.min_position = min_of(query.min_position, range.min_position);
+    query.max_position = max_of(query.max_position, range.max_position);
   }
   return query;
 }
 
-struct Visit {
+struct alignas(8) Visit {
   int32_t tile;  // number of the key tile, -1: none is left
   bool full;     // every query sees every key of it
 };
 
 // The tiles of kKeys keys that kRows queries from `first` visit, in ascending order, found 32 at a
-// time by each warp for itself: all warps of a block agree without a word between them. It keeps
-// little and reads the rest anew for every 32 tiles, since its registers are the main loop's.
+// time by a warp. Where all warps of a block walk (portable kernels), they agree without a word
+// between them. It keeps little and reads the rest anew for every 32 tiles: registers are scarce in
+// their main loops, and in the warp that walks for others (Hopper).
 template <int kRows, int kKeys = kTile>
 class KeyTileWalk {
   static_assert(kRows == kTile || kRows == 2 * kTile);
@@ -110,13 +117,13 @@ class KeyTileWalk {
     while (visited_ == 0) {
       const int32_t seq = params_.seq;
       const TileRange* ranges = plan_of_row(params_.plan, row_, seq).ranges;
-      const QueryTile query = query_tile(ranges, first_, kRows, seq);
+      const QueryTile query = query_tile<kRows>(ranges, first_, seq);
       base_ += 32;
       if (base_ > query.last / kKeys) return {-1, false};
       const int32_t first_key = (base_ + threadIdx.x % 32) * kKeys;
       const Coverage covered =
           first_key <= query.last
-              ? coverage(query, key_tile(ranges, first_key, kKeys, seq), params_.window)
+              ? coverage(query, key_tile<kKeys>(ranges, first_key, seq), params_.window)
               : Coverage::skipped;
       visited_ = ballot(covered != Coverage::skipped);
       full_ = ballot(covered == Coverage::full);
@@ -143,7 +150,7 @@ struct QueryStep {
 // turn, found like those of KeyTileWalk.
 template <int kRows, int kKeys = kTile>
 class QueryTileWalk {
-  static_assert(kKeys == kTile || kKeys == 2 * kTile);
+  static_assert((kKeys == kTile || kKeys == 2 * kTile) && kKeys % kRows == 0);
 
  public:
   __device__ __forceinline__ QueryTileWalk(const Params& params, int32_t row, int32_t tile,
@@ -169,10 +176,10 @@ class QueryTileWalk {
         if (++head_ >= heads_) return {-1, 0, false};
         continue;
       }
-      const KeyTile key = key_tile(plan.ranges, first_key_, kKeys, seq);
+      const KeyTile key = key_tile<kKeys>(plan.ranges, first_key_, seq);
       const int32_t first = first_ + threadIdx.x % 32 * kRows;
       const Coverage covered =
-          first < end ? coverage(query_tile(plan.ranges, first, kRows, seq), key, params_.window)
+          first < end ? coverage(query_tile<kRows>(plan.ranges, first, seq), key, params_.window)
                       : Coverage::skipped;
       visited_ = ballot(covered != Coverage::skipped);
       full_ = ballot(covered == Coverage::full);

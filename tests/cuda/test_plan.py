@@ -19,7 +19,7 @@ from tests.attention.rows import causal_row, chat_row
 from . import emulation
 
 TILE = 64
-SEQS = (1, 3, 63, 64, 65, 129, 700)
+SEQS = (1, 3, 63, 64, 65, 129, 700, 2200)
 Ints = NDArray[np.int32]
 
 
@@ -49,17 +49,19 @@ def tiles_of(x: NDArray, size: int) -> list[NDArray]:
     return [x[begin : begin + size] for begin in range(0, len(x), size)]
 
 
-def visited_tiles(ends: Ints, positions: Ints | None, window: int, rows: int) -> NDArray[np.bool_]:
-    """Return which tiles of `rows` queries (first index) have to visit which of 64 keys: those with
+def visited_tiles(
+    ends: Ints, positions: Ints | None, window: int, rows: int, keys: int = TILE
+) -> NDArray[np.bool_]:
+    """Return which tiles of `rows` queries (first index) have to visit which of `keys`: those with
     a pair that the tree lets see each other, but for those that the window rules out as a whole.
     """
     mask = dense_mask(ends)
     visited = np.array(
-        [[block.any() for block in tiles_of(part.T, TILE)] for part in tiles_of(mask, rows)]
+        [[block.any() for block in tiles_of(part.T, keys)] for part in tiles_of(mask, rows)]
     )
     if window:
         nearest = np.array([part.min() for part in tiles_of(positions, rows)])
-        furthest = np.array([part.max() for part in tiles_of(positions, TILE)])
+        furthest = np.array([part.max() for part in tiles_of(positions, keys)])
         visited &= nearest[:, None] - furthest[None, :] < window
     return visited
 
@@ -95,9 +97,9 @@ def test_plan_is_that_of_the_dense_mask(seq, window):
         assert plan.query_begin.tolist() == single.argmax(1).tolist()
         assert plan.query_begin_2.tolist() == pairs.argmax(1).tolist()
         assert plan.key_end.tolist() == (len(single) - single[::-1].argmax(0)).tolist()
-        later = np.maximum.reduceat(plan.key_end, np.arange(0, len(single), 2))
-        assert (plan.key_end_2 >= later).all()  # a window may rule out less of two tiles
-        assert window or plan.key_end_2.tolist() == later.tolist()
+        key_pairs = visited_tiles(row_ends, row_positions, window, TILE, 2 * TILE)
+        assert plan.key_order_2.tolist() == longest_first(key_pairs.sum(0))
+        assert plan.key_end_2.tolist() == (len(key_pairs) - key_pairs[::-1].argmax(0)).tolist()
 
 
 @pytest.mark.parametrize("seq", SEQS)

@@ -55,13 +55,13 @@ def case_on_device(shape: Shape, dtype: torch.dtype = BF16, **options: object) -
 @contextmanager
 def deterministic(enabled: bool = True) -> Iterator[None]:
     """Ask for the same bits every time, or, by default of torch, for what is fast."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     # A warning is enough for what torch itself cannot do so.
     torch.use_deterministic_algorithms(enabled, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 def poison_memory() -> None:

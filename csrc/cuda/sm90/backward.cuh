@@ -1,12 +1,13 @@
 // Hopper backward, in launches as in sm80/backward.cuh: statistics, dq, and dk with dv. The scores
-// are computed twice, nothing is added up in global memory, and the bits are the same every time.
+// are computed twice, nothing is added up in global memory, and the bits are the same every time:
+// for whoever asks for that, and for the head sizes that fused_backward.cuh does not have.
 //
 // Three warpgroups. One warp of the first has the copy engine bring tiles: at the start, for each
 // of the other two warpgroups, the 64 tokens that it keeps (Q and dO for dq, K and V for dk and
 // dv), then the tiles of 64 others through two stages (of dO and V one, where head sizes are
-// large). A consumer computes the scores and the gradient of the probabilities with its kept tokens
-// as rows, P and dS in registers, and multiplies these with a streamed tile. While one consumer
-// exponentiates, the products of the other run.
+// large), and says which they are. A consumer computes the scores and the gradient of the
+// probabilities with its kept tokens as rows, P and dS in registers, and multiplies these with a
+// streamed tile. While one consumer exponentiates, the products of the other run.
 #pragma once
 
 #include "../gradients.h"
@@ -127,8 +128,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == 0) {
     release_registers<kProducerRegisters>();
     if (threadIdx.x >= 32) return;
-    if (lane == 0)
-      memory.copy_kept(maps.k, maps.v, kWantDk, tile * kConsumers * kRows, kv_head, row);
+    const int32_t first_key = tile * kConsumers * kRows;
+    if (lane == 0) memory.copy_kept(maps.k, maps.v, kWantDk, first_key, kv_head, row);
     bring_queries(memory, params, maps, row, tile, kv_head);
     return;
   }

@@ -49,8 +49,8 @@ struct ForwardConfig {
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// What the producer tells the consumers of a tile of queries, and of the keys that they keep; of a
-// tile of keys it tells the Visit.
+// Of a streamed tile of queries the producer tells the consumers which it is, and which keys they
+// keep; of a tile of keys, its Visit.
 struct StreamedStep {
   QueryStep queries;
   int32_t first_key;

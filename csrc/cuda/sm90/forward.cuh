@@ -63,8 +63,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto k_tile = [&](int stage) { return q_tile + TileQ::kBytes + stage * TileK::kBytes; };
   const auto v_tile = [&](int stage) { return k_tile(kStages) + stage * TileV::kBytes; };
   Visit* visits = reinterpret_cast<Visit*>(v_tile(kStages));
-  float* places = reinterpret_cast<float*>(visits + kStages);  // one for each consuming thread
-  Barrier* q_full = reinterpret_cast<Barrier*>(places + kConsumerThreads);
+  // One for each thread of the consumers: written by finish_before_wait, never read.
+  float* finished = reinterpret_cast<float*>(visits + kStages);
+  Barrier* q_full = reinterpret_cast<Barrier*>(finished + kConsumerThreads);
   Barrier* k_full = q_full + 1;
   Barrier* v_full = k_full + kStages;
   Barrier* k_empty = v_full + kStages;
@@ -84,11 +85,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == 0) {
     release_registers<kProducerRegisters>();
     if (threadIdx.x >= 32) return;
-    Walk walk(params, row, first_query);
     if (lane == 0) {
       arrive_and_expect(q_full, TileQ::kBytes);
       copy_tile<TileQ>(q_tile, maps.q, q_full, first_query, head, row);
     }
+    Walk walk(params, row, first_query);
     Stage<kStages> stage;
     Visit visit = walk.next();
     for (; visit.tile >= 0; visit = walk.next(), stage.advance()) {
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     release(k_empty + stage.index);
     finish_scores(visit);
     exponentiate();  // in place: the products still read the probabilities of the last tile
-    finish_before_wait(places + threadIdx.x % kConsumerThreads,
+    finish_before_wait(finished + threadIdx.x % kConsumerThreads,
                        softmax.sum[0][0] + softmax.sum[0][1]);
     wait_products<0>();
     hold(out[0]);

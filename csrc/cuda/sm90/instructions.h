@@ -108,8 +108,8 @@ template <int kPending>
 __device__ __forceinline__ void wait_products() {
   cute::warpgroup_wait<kPending>();
 }
-// Has a value computed before the next wait, beside products that are under way: ptxas moves waits
-// up to where something depends on them, but not across a write to shared memory, for which every
+// Has a value computed before the next wait, beside products that are under way: ptxas moves a wait
+// up, before what does not depend on it, but not across a write to shared memory, for which every
 // thread has a `place`.
 __device__ __forceinline__ void finish_before_wait(float* place, float value) {
   asm volatile("st.shared.f32 [%0], %1;" : : "r"(shared_address(place)), "f"(value) : "memory");

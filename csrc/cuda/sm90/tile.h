@@ -8,11 +8,11 @@ namespace onepass::cuda::sm90 {
 
 // Where a warpgroup finds a factor of a product in shared memory, `offset` bytes into a tile. All
 // offsets in units of 16 bytes; bit 62 says that rows of 128 bytes are swizzled, eight rows (1 KiB)
-// at a time. No address is so large that the offset would carry, so that the descriptors of the
-// steps over a tile are one addition apart.
+// at a time. Addresses of a block that is not in a cluster are so small that no offset carries, so
+// that the descriptors of the steps over a tile are one addition apart.
 __device__ __forceinline__ uint64_t describe(const void* tile, int leading_bytes, int offset) {
   constexpr uint32_t kEightRows = 8 * kRowBytes / 16;
-  static_assert(kMaxSharedBytes / 16 <= 0x3fff);
+  static_assert((kMaxSharedBytes + 1024) / 16 <= 0x3fff);  // dynamic memory begins at 1 KiB
   const uint32_t low =
       (static_cast<uint32_t>(leading_bytes / 16) << 16 | shared_address(tile) / 16) + offset / 16;
   return static_cast<uint64_t>(uint32_t{1} << 30 | kEightRows) << 32 | low;
