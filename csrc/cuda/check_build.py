@@ -13,6 +13,7 @@ Unless ONEPASS_CUDA_ARCHS asks for others, the kernels for 8.0 and 9.0a are chec
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -159,6 +160,7 @@ def _demangle(symbols: list[str]) -> list[str]:
     return [re.sub(noise, "", line) for line in lines]
 
 
+@functools.cache  # two checks read it
 def _machine_code(folder: Path) -> dict[tuple[str, str], str]:
     """Return the disassembled kernels of the objects, by name and architecture."""
     code = {}

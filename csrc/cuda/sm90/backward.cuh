@@ -119,18 +119,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   using TileV = typename Config::TileV;
   constexpr int kRows = Config::kRows;
   constexpr bool kWantDk = kWant != Want::dv, kWantDv = kWant != Want::dk;
-  const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
+  const int warpgroup = threadIdx.x / kWarpgroup;
   const int32_t kv_head = blockIdx.y, row = blockIdx.z, seq = params.seq;
   const int32_t tile = plan_of_row(params.plan, row, seq).key_order_2[blockIdx.x];
   const BackwardMemory<Config> memory;
   memory.init_barriers();
 
   if (warpgroup == 0) {
-    release_registers<kProducerRegisters>();
-    if (threadIdx.x >= 32) return;
-    const int32_t first_key = tile * kConsumers * kRows;
-    if (lane == 0) memory.copy_kept(maps.k, maps.v, kWantDk, first_key, kv_head, row);
-    bring_queries(memory, params, maps, row, tile, kv_head);
+    bring_keys_and_queries(memory, params, maps, row, tile, kv_head, kWantDk);
     return;
   }
 

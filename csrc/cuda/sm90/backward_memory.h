@@ -105,15 +105,20 @@ struct BackwardMemory {
   }
 };
 
-// What the producer of a kernel that keeps keys streams, by one warp: Q with its statistics, and
-// dO, of all query heads of the keys' group; and where they are. After the last a step without a
-// head.
+// The producer of a kernel that keeps keys: one warp of its warpgroup brings K, V if it is wanted,
+// and then, of all query heads of the keys' group, Q with its statistics and dO, and says where
+// they are. After the last comes a step without a head.
 template <typename Config>
-__device__ __forceinline__ void bring_queries(const BackwardMemory<Config>& memory,
-                                              const BackwardParams& params,
-                                              const BackwardMaps& maps, int32_t row, int32_t tile,
-                                              int32_t kv_head) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void bring_keys_and_queries(const BackwardMemory<Config>& memory,
+                                                       const BackwardParams& params,
+                                                       const BackwardMaps& maps, int32_t row,
+                                                       int32_t tile, int32_t kv_head, bool want_v) {
+  release_registers<kProducerRegisters>();
+  if (threadIdx.x >= 32) return;
+  const int lane = threadIdx.x;
+  if (lane == 0) {
+    memory.copy_kept(maps.k, maps.v, want_v, tile * kConsumers * kTile, kv_head, row);
+  }
   const int32_t group = params.heads / params.kv_heads;
   QueryTileWalk<Config::kRows, kConsumers * kTile> walk(params, row, tile, group);
   Stage<Config::kStagesQk> qk;

@@ -97,12 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   memory.init_barriers();
 
   if (warpgroup == 0) {
-    release_registers<kProducerRegisters>();
-    if (threadIdx.x >= 32) return;
-    if (lane == 0) {
-      memory.copy_kept(maps.k, maps.v, true, tile * kConsumers * kTile, kv_head, row);
-    }
-    bring_queries(memory, params, maps, row, tile, kv_head);
+    bring_keys_and_queries(memory, params, maps, row, tile, kv_head, true);
     return;
   }
 
