@@ -41,7 +41,17 @@ class Family(NamedTuple):
 # Hopper kernels of which one warpgroup copies and the others compute.
 SPECIALIZED = r"sm90::(forward|dq|dk_dv|dq_dk_dv)_kernel"
 FAMILIES = (
-    Family(r"sm80::(forward|dq|dk_dv)_kernel", r"sm_\d+a?", (r"HMMA\.16816", "LDSM", "LDGSTS")),
+    Family(
+        r"sm80::(forward|dq|dk_dv|dq_dk_dv)_kernel",
+        r"sm_\d+a?",
+        (r"HMMA\.16816", "LDSM", "LDGSTS"),
+    ),
+    Family(
+        r"sm80::dq_dk_dv_kernel",
+        r"sm_\d+a?",
+        (r"RED\S*\.ADD\.F32",),
+        of_all_builds=False,
+    ),
     Family(
         SPECIALIZED,
         r"sm_90a",

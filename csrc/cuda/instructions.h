@@ -129,6 +129,9 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                : "memory");
 }
 
+// Adds to a float in global memory that others add to at the same time.
+__device__ __forceinline__ void add_to(float* sum, float value) { atomicAdd(sum, value); }
+
 // Starts to copy 16 bytes from global to shared memory, zeros unless `valid`.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"

@@ -55,8 +55,9 @@ const Kernel<BackwardParams> kBackward[] = {
           (sm90::BackwardConfig<d_qk, d_v>::kCanFuse))
     ONEPASS_SM90_BACKWARD
 #undef HEAD_DIMS
-#define HEAD_DIMS(d_qk, d_v) \
-  KERNELS(sm80, launch_backward, d_qk, d_v, (sm80::BackwardConfig<d_qk, d_v>::kSharedBytes), false)
+#define HEAD_DIMS(d_qk, d_v)                                                                 \
+  KERNELS(sm80, launch_backward, d_qk, d_v, (sm80::BackwardConfig<d_qk, d_v>::kSharedBytes), \
+          (sm80::BackwardConfig<d_qk, d_v>::kCanFuse))
         ONEPASS_SM80_BACKWARD
 #undef HEAD_DIMS
 };

@@ -23,15 +23,18 @@ sys.path.insert(0, str(CSRC / "cuda"))
 import cuda_build  # noqa: E402
 
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-FUSED_HEAD_DIMS = ((64, 64), (128, 128))
-"""Head sizes that can be "sm90 fused"."""
+FUSED_HEAD_DIMS = {
+    "sm80 fused": ((64, 64), (96, 96), (128, 128)),
+    "sm90 fused": ((64, 64), (128, 128)),
+}
+"""Head sizes of which all gradients can be computed at once."""
 GUARD = 64
 """Rows of NaN around every operand: what a kernel must not read and must not write."""
 
 
-Family = Literal["sm80", "sm90", "sm90 fused"]
-"""The Hopper family with dq in a launch of its own, or added up in global memory."""
-_MAJOR: dict[Family, int] = {"sm80": 8, "sm90": 9, "sm90 fused": 9}
+Family = Literal["sm80", "sm80 fused", "sm90", "sm90 fused"]
+"""Portable or Hopper, with dq in a launch of its own, or added up in global memory."""
+_MAJOR: dict[Family, int] = {"sm80": 8, "sm80 fused": 8, "sm90": 9, "sm90 fused": 9}
 """Compute capability at which a family is taken."""
 _PADDING = 128
 """Queries of whole pairs of tiles: what scratch is made for."""
@@ -199,7 +202,7 @@ def backward(
     gradients = tuple(guarded(x, x.shape[3]) for x in (q, k, v))
     rows = (*lse.shape[:2], -(-lse.shape[2] // _PADDING) * _PADDING)
     statistics = torch.full((*rows, 2), torch.nan)
-    dq_sums = torch.full((*rows, q.shape[3]), torch.nan) if family == "sm90 fused" else None
+    dq_sums = torch.full((*rows, q.shape[3]), torch.nan) if family in FUSED_HEAD_DIMS else None
     dsinks = None if sinks is None else torch.full_like(sinks, torch.nan)
     params = _BackwardParams()
     _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)

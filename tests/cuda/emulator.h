@@ -448,6 +448,8 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   emulator::load_matrices(r, row, true);
 }
 
+inline void add_to(float* sum, float value) { *sum += value; }
+
 inline void copy_async(void* to, const void* from, bool valid) {
   emulator::Copy copy{static_cast<uint8_t*>(to), {}};
   EMULATOR_CHECK((copy.to - shared_memory()) % 16 == 0);

@@ -136,25 +136,27 @@ def test_missing_instructions_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(check_build, "_machine_code", lambda folder: code)
     assert list(check_build.instruction_errors(tmp_path)) == [
         "sm80::forward_kernel<__half, 64, 64> for sm_80 has no LDSM",
-        "no kernel for sm_90 matches 'sm80::(forward|dq|dk_dv)_kernel'",
+        "no kernel for sm_90 matches 'sm80::(forward|dq|dk_dv|dq_dk_dv)_kernel'",
     ]
 
 
 def test_only_some_head_sizes_have_a_kernel_that_adds_up_dq(tmp_path, monkeypatch):
     complete = (
         " HMMA.16816 LDSM LDGSTS HGMMA.64x64x16.F32 R8, gdesc[UR4].tnspA.tnspB UTMALDG.4D WARPGROUP"
-        " USETMAXREG.TRY_ALLOC USETMAXREG.DEALLOC UBLKRED.G.S.ADD.F32.RN "
+        " USETMAXREG.TRY_ALLOC USETMAXREG.DEALLOC"
     )
     names = ["sm80::dq_kernel<__half, 256, 256>", "sm90::dq_kernel<__half, 256, 256>"]
     code = {(name, "sm_90a"): complete for name in names}
     monkeypatch.setattr(check_build, "_machine_code", lambda folder: code)
     assert list(check_build.instruction_errors(tmp_path)) == []
-    fused = ("sm90::dq_dk_dv_kernel<__half, 64>", "sm_90a")
-    code[fused] = complete
-    assert list(check_build.instruction_errors(tmp_path)) == []
-    code[fused] = complete.replace("ADD", "MAX")
-    (found,) = check_build.instruction_errors(tmp_path)
-    assert found.startswith("sm90::dq_dk_dv_kernel<__half, 64> for sm_90a has no UBLKRED")
+    for family, instruction in (("sm80", "RED.E.ADD.F32"), ("sm90", "UBLKRED.G.S.ADD.F32")):
+        name = f"{family}::dq_dk_dv_kernel<__half, 64>"
+        code[name, "sm_90a"] = f"{complete} {instruction} "
+        assert list(check_build.instruction_errors(tmp_path)) == []
+        code[name, "sm_90a"] = f"{complete} {instruction.replace('ADD', 'MAX')} "
+        (found,) = check_build.instruction_errors(tmp_path)
+        assert found.startswith(f"{name} for sm_90a has no {instruction[:3]}")
+        del code[name, "sm_90a"]
 
 
 @pytest.mark.parametrize(("beside", "errors"), [(128, 0), (127, 1)])

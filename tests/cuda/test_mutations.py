@@ -42,6 +42,31 @@ MUTATIONS = {
         "wait_copies<Config::kStages - 1>();",
         "wait_copies<Config::kStages>();",
     ),
+    "backward, fused, does not wait for its copies": (
+        "cuda/sm80/fused_backward.cuh",
+        "    wait_copies<0>();\n",
+        "",
+    ),
+    "backward, fused, does not wait for the other warps' copies": (
+        "cuda/sm80/fused_backward.cuh",
+        "    sync_block();  // this tile is there, and every warp is done with the last dS\n",
+        "",
+    ),
+    "backward, fused, does not wait for the other warps' dS": (
+        "cuda/sm80/fused_backward.cuh",
+        "    sync_block();  // dS is there, and every warp is done with dO\n",
+        "",
+    ),
+    "backward, fused, overwrites Q that others still read": (
+        "cuda/sm80/fused_backward.cuh",
+        "    sync_block();  // every warp is done with Q\n",
+        "",
+    ),
+    "backward, fused, overwrites K that others still read": (
+        "cuda/sm80/fused_backward.cuh",
+        "  sync_block();  // every warp is done with K\n",
+        "",
+    ),
     "partial tiles are taken for full ones": (
         "cuda/plan.h",
         "full_ = ballot(covered == Coverage::full);",
@@ -133,7 +158,7 @@ emulation.library = lambda: mutated
 for seed in range(6):
     emulation.set_seed(seed)
     case = make_case(Shape(1, 2, 1, 270, 64, 64), dtype=torch.bfloat16, seed=seed)
-    for family in ("sm80", "sm90", "sm90 fused"):
+    for family in ("sm80", "sm80 fused", "sm90", "sm90 fused"):
         result = emulation.run(case, torch.bfloat16, family)
         assert_errs_little_more_than_eager(case, result, torch.bfloat16)
 print("nothing was found")

@@ -1,5 +1,6 @@
-// Portable backward, in four launches: the queries' statistics (and the sinks' gradient), dq, and
-// dk with dv.
+// Portable backward, where the same bits are asked for or the gradients don't all fit into the
+// registers (else fused_backward.cuh), in four launches: the queries' statistics (and the sinks'
+// gradient), dq, and dk with dv.
 //
 // dq has a block per tile of queries that streams the key tiles they see; dk and dv have a block
 // per tile of keys that streams the query tiles that see them, through all query heads of the key's
@@ -12,6 +13,7 @@
 #pragma once
 
 #include "../gradients.h"
+#include "fused_backward.cuh"
 #include "tile.h"
 
 namespace onepass::cuda::sm80 {
@@ -120,11 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     const int32_t head = kv_head * group + step.head;
     load_tile<Element, kRows, kHeadQk>(q_stage(stage), params.q, row, head, step.first, seq);
     load_tile<Element, kRows, kHeadV>(dout_stage(stage), params.dout, row, head, step.first, seq);
-    if (threadIdx.x < kRows) {
-      const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
-      statistics_stage(stage)[threadIdx.x] =
-          params.statistics[head_of_row * padded(seq) + step.first + threadIdx.x];
-    }
+    load_statistics<kRows>(statistics_stage(stage), params, row, head, step.first);
   };
 
   Walk walk(params, row, tile, group);
@@ -196,6 +194,9 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
 template <typename Element, int kHeadQk, int kHeadV>
 void launch_backward(const BackwardParams& params, Stream stream) {
   using Config = BackwardConfig<kHeadQk, kHeadV>;
+  if constexpr (Config::kCanFuse) {
+    if (params.dq_sums != nullptr) return launch_fused_backward<Element, kHeadQk>(params, stream);
+  }
   const int32_t tiles = num_tiles(params.seq);
   launch_statistics<Element>(params, kHeadQk, kHeadV, stream);
   launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{tiles, params.heads, params.batch}, kThreads,

@@ -12,6 +12,9 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kElementBytes = 2;
 constexpr int kMaxSharedBytes = 99 * 1024;
 
+// Blocks for which a multiprocessor's registers are to suffice.
+constexpr int blocks_at_once(int head_dim) { return head_dim <= 64 ? 3 : 2; }
+
 // Forward: a block has kRows queries, each warp kRowTiles times 16 of them, and streams key tiles.
 template <int kHeadQk, int kHeadV>
 struct ForwardConfig {
@@ -22,8 +25,19 @@ struct ForwardConfig {
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// Backward: a block keeps a tile of kTile queries (for dq) or keys (for dk and dv), 16 for each
-// warp, and streams tiles of kRows of the others, two at a time where they fit.
+// Backward with dq, dk and dv at once: a block keeps a tile of keys, 16 for each warp, and streams
+// tiles of queries through one stage, so that more than one block fits on an A100. dS^T goes
+// through shared memory, too.
+template <int kHead>
+struct FusedBackwardConfig {
+  static constexpr int kTileBytes = kTile * kHead * kElementBytes;
+  static constexpr int kDsBytes = kTile * kTile * kElementBytes;
+  static constexpr int kStatisticsBytes = kTile * static_cast<int>(sizeof(Statistics));
+  static constexpr int kSharedBytes = 4 * kTileBytes + kDsBytes + kStatisticsBytes;
+};
+
+// Backward otherwise: a block keeps a tile of kTile queries (for dq) or keys (for dk and dv), 16
+// for each warp, and streams tiles of kRows of the others, two at a time where they fit.
 template <int kHeadQk, int kHeadV>
 struct BackwardConfig {
   static constexpr int kStages = kHeadQk <= 128 ? 2 : 1;
@@ -36,6 +50,9 @@ struct BackwardConfig {
   static_assert(kSharedBytes <= kMaxSharedBytes);
   // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
   static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
+  // Whether dq can be computed at once with them: the registers hold a quarter of its tile, too.
+  static constexpr bool kCanFuse = kHeadQk == kHeadV && kHeadQk <= 128;
+  static_assert(!kCanFuse || FusedBackwardConfig<kHeadQk>::kSharedBytes <= kSharedBytes);
 };
 
 }  // namespace onepass::cuda::sm80

@@ -13,7 +13,8 @@
 namespace onepass::cuda::sm80 {
 
 template <typename Element, int kHeadQk, int kHeadV>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Params params) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kHeadV))
+    forward_kernel(const Params params) {
   using Config = ForwardConfig<kHeadQk, kHeadV>;
   constexpr int kRowTiles = Config::kRowTiles, kRows = Config::kRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
