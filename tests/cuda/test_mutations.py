@@ -79,7 +79,7 @@ MUTATIONS = {
     ),
     "Hopper forward gives K back before its product is done": (
         "cuda/sm90/forward.cuh",
-        "    wait_products<1>();\n",
+        "      wait_products<1>();\n",
         "",
     ),
     "Hopper forward does not wait for V": (
@@ -87,10 +87,25 @@ MUTATIONS = {
         "    wait(v_full + stage.index, stage.parity);\n",
         "",
     ),
+    "Hopper forward brings the next head's Q while this one's is still read": (
+        "cuda/sm90/forward.cuh",
+        "      wait(q_empty, i % 2 ^ 1);",
+        "      ",
+    ),
+    "Hopper forward does not wait for the next head's Q": (
+        "cuda/sm90/forward.cuh",
+        "    wait(q_full, i % 2);\n",
+        "    wait(q_full, 0);\n",
+    ),
+    "Hopper forward does not give back the stage that ends a head": (
+        "cuda/sm90/forward.cuh",
+        "    release(k_empty + stage.index);\n    stage.advance();\n",
+        "    stage.advance();\n",
+    ),
     "Hopper forward changes probabilities that are still read": (
         "cuda/sm90/forward.cuh",
-        "    wait_products<0>();\n    hold(out[0]);\n    release",
-        "    hold(out[0]);\n    release",
+        "      wait_products<0>();\n      hold(out[0]);\n",
+        "      hold(out[0]);\n",
     ),
     "Hopper backward overwrites a stage that is still read": (
         "cuda/sm90/backward.cuh",

@@ -43,11 +43,30 @@ struct ForwardConfig {
   using TileQ = TileShape<kRows, kHeadQk>;
   using TileK = TileShape<kKeys, kHeadQk>;
   using TileV = TileShape<kKeys, kHeadV>;
+  using TileOut = TileShape<kRows, kHeadV>;
+  // The output goes through the queries' place if there is no other.
+  static constexpr bool kOutApart = kHeadQk <= 128;
+  static constexpr int kOutBytes = kOutApart ? TileOut::kBytes : 0;
   static constexpr int kSharedBytes =
       TileQ::kBytes + kStages * (TileK::kBytes + TileV::kBytes + static_cast<int>(sizeof(Visit))) +
-      kConsumerThreads * static_cast<int>(sizeof(float)) + (1 + 4 * kStages) * kBarrierBytes;
+      kOutBytes + kConsumerThreads * static_cast<int>(sizeof(float)) +
+      (2 + 4 * kStages) * kBarrierBytes;
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
+
+// Heads that a forward block takes one after the other, so that only the first waits for its start:
+// up to four, as long as there are enough blocks for the multiprocessors to be done about together.
+#if defined(ONEPASS_EMULATE)
+constexpr int64_t kEnoughBlocks = 1;
+#else
+constexpr int64_t kEnoughBlocks = 1024;
+#endif
+inline int32_t heads_of_block(int32_t heads, int64_t tiles) {
+  for (const int32_t together : {4, 2}) {
+    if (heads % together == 0 && tiles * heads / together >= kEnoughBlocks) return together;
+  }
+  return 1;
+}
 
 // Of a streamed tile of queries the producer tells the consumers which it is, and which keys they
 // keep; of a tile of keys, its Visit.

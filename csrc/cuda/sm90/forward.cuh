@@ -1,12 +1,14 @@
-// Hopper forward: one block computes 128 queries of one head.
+// Hopper forward: one block computes 128 queries of one head, or of up to four, one after the
+// other.
 //
 // Three warpgroups. One warp of the first walks the visited tiles of 128 keys (64 where the output
 // is wide) and has the copy engine bring K and V, two stages of each; it tells the other two
-// warpgroups which tile a stage holds (-1 after the last), and they compute 64 queries each. A
+// warpgroups which tile a stage holds (-1 after a head's last), and they compute 64 queries each. A
 // consumer keeps the tensor cores busy while it computes a softmax: it starts S = Q K^T of the next
 // tile and O += P V of this one, then exponentiates the next scores while the latter still runs.
 // The two take turns in starting their products, so that one computes exponentials while the
-// products of the other run. P stays in registers. Deterministic.
+// products of the other run. P stays in registers. While they finish a head, Q, K and V of the next
+// are on their way. Deterministic.
 //
 // Barriers: `full` of a stage is over when its bytes are there, `empty` when both consumers are
 // done with it (one arrival per warp).
@@ -47,31 +49,33 @@ class Turns {
 
 template <typename Element, int kHeadQk, int kHeadV>
 __global__ void __launch_bounds__(kThreads, 1)
-    forward_kernel(const Params params, const __grid_constant__ ForwardMaps maps) {
+    forward_kernel(const Params params, const __grid_constant__ ForwardMaps maps,
+                   const int32_t num_heads) {
   using Config = ForwardConfig<kHeadQk, kHeadV>;
   using TileQ = typename Config::TileQ;
   using TileK = typename Config::TileK;
   using TileV = typename Config::TileV;
   constexpr int kRows = Config::kRows, kKeys = Config::kKeys, kStages = Config::kStages;
-  using Walk = KeyTileWalk<kRows, kKeys>;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
-  const int32_t head = blockIdx.y, row = blockIdx.z, seq = params.seq;
-  const int32_t kv_head = head / (params.heads / params.kv_heads);
+  const int32_t first_head = blockIdx.y * num_heads, row = blockIdx.z, seq = params.seq;
   const int32_t first_query = plan_of_row(params.plan, row, seq).query_order_2[blockIdx.x] * kRows;
 
   uint8_t* q_tile = shared_memory();
   const auto k_tile = [&](int stage) { return q_tile + TileQ::kBytes + stage * TileK::kBytes; };
   const auto v_tile = [&](int stage) { return k_tile(kStages) + stage * TileV::kBytes; };
-  Visit* visits = reinterpret_cast<Visit*>(v_tile(kStages));
+  uint8_t* out_tile = Config::kOutApart ? v_tile(kStages) : q_tile;
+  Visit* visits = reinterpret_cast<Visit*>(v_tile(kStages) + Config::kOutBytes);
   // One for each thread of the consumers: written by finish_before_wait, never read.
   float* finished = reinterpret_cast<float*>(visits + kStages);
   Barrier* q_full = reinterpret_cast<Barrier*>(finished + kConsumerThreads);
-  Barrier* k_full = q_full + 1;
+  Barrier* q_empty = q_full + 1;
+  Barrier* k_full = q_empty + 1;
   Barrier* v_full = k_full + kStages;
   Barrier* k_empty = v_full + kStages;
   Barrier* v_empty = k_empty + kStages;
   if (threadIdx.x == 0) {
     init_barrier(q_full, 1);
+    init_barrier(q_empty, kConsumers * 4);
     for (int stage = 0; stage < kStages; ++stage) {
       init_barrier(k_full + stage, 1);
       init_barrier(v_full + stage, 1);
@@ -85,33 +89,38 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == 0) {
     release_registers<kProducerRegisters>();
     if (threadIdx.x >= 32) return;
-    if (lane == 0) {
-      arrive_and_expect(q_full, TileQ::kBytes);
-      copy_tile<TileQ>(q_tile, maps.q, q_full, first_query, head, row);
-    }
-    Walk walk(params, row, first_query);
-    Stage<kStages> stage;
-    Visit visit = walk.next();
-    for (; visit.tile >= 0; visit = walk.next(), stage.advance()) {
-      const int32_t first_key = visit.tile * kKeys;
-      wait(k_empty + stage.index, stage.parity ^ 1);  // over at once in the first round
+    Stage<kStages> stage;   // of K
+    Stage<kStages> values;  // of V
+    for (int i = 0; i < num_heads; ++i) {
+      const int32_t head = first_head + i, kv_head = head / (params.heads / params.kv_heads);
+      wait(q_empty, i % 2 ^ 1);  // over at once for the first head, as for the first stages
       if (lane == 0) {
-        visits[stage.index] = visit;
-        arrive_and_expect(k_full + stage.index, TileK::kBytes);
-        copy_tile<TileK>(k_tile(stage.index), maps.k, k_full + stage.index, first_key, kv_head,
-                         row);
+        arrive_and_expect(q_full, TileQ::kBytes);
+        copy_tile<TileQ>(q_tile, maps.q, q_full, first_query, head, row);
       }
-      wait(v_empty + stage.index, stage.parity ^ 1);
-      if (lane == 0) {
-        arrive_and_expect(v_full + stage.index, TileV::kBytes);
-        copy_tile<TileV>(v_tile(stage.index), maps.v, v_full + stage.index, first_key, kv_head,
-                         row);
+      KeyTileWalk<kRows, kKeys> walk(params, row, first_query);
+      while (true) {
+        const Visit visit = walk.next();
+        const int32_t first_key = visit.tile * kKeys;
+        wait(k_empty + stage.index, stage.parity ^ 1);
+        if (lane == 0) visits[stage.index] = visit;
+        if (visit.tile < 0) break;
+        if (lane == 0) {
+          arrive_and_expect(k_full + stage.index, TileK::kBytes);
+          copy_tile<TileK>(k_tile(stage.index), maps.k, k_full + stage.index, first_key, kv_head,
+                           row);
+        }
+        stage.advance();
+        wait(v_empty + values.index, values.parity ^ 1);
+        if (lane == 0) {
+          arrive_and_expect(v_full + values.index, TileV::kBytes);
+          copy_tile<TileV>(v_tile(values.index), maps.v, v_full + values.index, first_key, kv_head,
+                           row);
+        }
+        values.advance();
       }
-    }
-    wait(k_empty + stage.index, stage.parity ^ 1);
-    if (lane == 0) {
-      visits[stage.index] = visit;
-      arrive(k_full + stage.index);
+      if (lane == 0) arrive(k_full + stage.index);
+      stage.advance();
     }
     return;
   }
@@ -163,58 +172,71 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Turns turns(consumer);
   Stage<kStages> stage;   // of the scores
   Stage<kStages> values;  // of the probabilities
-  wait(q_full, 0);
-  Visit visit = next_visit(stage);  // at least the tile on the diagonal
-  turns.wait_for_mine();
-  start_scores(stage);
-  turns.pass_on();
-  wait_products<0>();
-  release(k_empty + stage.index);
-  finish_scores(visit);
-  exponentiate();
-  round_to_factor<Element>(probabilities, scores);
-  while (true) {
-    stage.advance();
-    visit = next_visit(stage);
-    if (visit.tile < 0) break;
+  for (int i = 0; i < num_heads; ++i) {
+    softmax = {};
+    clear(out);
+    wait(q_full, i % 2);
+    Visit visit = next_visit(stage);  // at least the tile on the diagonal
     turns.wait_for_mine();
     start_scores(stage);
-    start_values(values);
     turns.pass_on();
-    wait_products<1>();
+    wait_products<0>();
     release(k_empty + stage.index);
     finish_scores(visit);
-    exponentiate();  // in place: the products still read the probabilities of the last tile
-    finish_before_wait(finished + threadIdx.x % kConsumerThreads,
-                       softmax.sum[0][0] + softmax.sum[0][1]);
+    exponentiate();
+    round_to_factor<Element>(probabilities, scores);
+    while (true) {
+      stage.advance();
+      visit = next_visit(stage);
+      if (visit.tile < 0) break;
+      turns.wait_for_mine();
+      start_scores(stage);
+      start_values(values);
+      turns.pass_on();
+      wait_products<1>();
+      release(k_empty + stage.index);
+      finish_scores(visit);
+      exponentiate();  // in place: the products still read the probabilities of the last tile
+      finish_before_wait(finished + threadIdx.x % kConsumerThreads,
+                         softmax.sum[0][0] + softmax.sum[0][1]);
+      wait_products<0>();
+      hold(out[0]);
+      release(v_empty + values.index);
+      values.advance();
+      softmax.rescale_out(out, rescale);
+      round_to_factor<Element>(probabilities, scores);
+    }
+    release(k_empty + stage.index);
+    stage.advance();
+    if constexpr (Config::kOutApart) release(q_empty);
+    start_values(values);
     wait_products<0>();
     hold(out[0]);
     release(v_empty + values.index);
     values.advance();
-    softmax.rescale_out(out, rescale);
-    round_to_factor<Element>(probabilities, scores);
-  }
-  start_values(values);
-  wait_products<0>();
-  hold(out[0]);
 
-  float* lse = params.lse + (static_cast<int64_t>(row) * params.heads + head) * seq;
-  const float* sink = params.sinks != nullptr ? params.sinks + head : nullptr;
+    const int32_t head = first_head + i;
+    float* lse = params.lse + (static_cast<int64_t>(row) * params.heads + head) * seq;
+    const float* sink = params.sinks != nullptr ? params.sinks + head : nullptr;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float value = softmax.finish(out, 0, half, score_scale.factor, sink);
-    const int32_t query = warp_query + 8 * half + lane / 4;
-    if (lane % 4 == 0 && query < seq) lse[query] = value;
+    for (int half = 0; half < 2; ++half) {
+      const float value = softmax.finish(out, 0, half, score_scale.factor, sink);
+      const int32_t query = warp_query + 8 * half + lane / 4;
+      if (lane % 4 == 0 && query < seq) lse[query] = value;
+    }
+    // In the queries' place, blocks of columns hold rows of both consumers.
+    if constexpr (!Config::kOutApart) sync_threads(3, kConsumerThreads);
+    Element* staging = reinterpret_cast<Element*>(out_tile) + (threadIdx.x / 32 - 4) * 16 * kHeadV;
+    round_to_tile<Element, kHeadV>(staging, out);
+    sync_warp();
+    store_rows<Element, 16, kHeadV>(head_of<Element>(params.out, row, head), staging,
+                                    params.out.seq_stride, warp_query, seq);
+    if constexpr (!Config::kOutApart) {
+      publish_writes();
+      release(q_empty);
+    }
   }
-  // Through the queries' place, once both consumers have read them for the last time: blocks of
-  // columns hold rows of both.
   turns.finish();
-  sync_threads(3, kConsumerThreads);
-  Element* staging = reinterpret_cast<Element*>(q_tile) + (threadIdx.x / 32 - 4) * 16 * kHeadV;
-  round_to_tile<Element, kHeadV>(staging, out);
-  sync_warp();
-  store_rows<Element, 16, kHeadV>(head_of<Element>(params.out, row, head), staging,
-                                  params.out.seq_stride, warp_query, seq);
 }
 
 template <typename Element, int kHeadQk, int kHeadV>
@@ -225,9 +247,12 @@ void launch_forward(const Params& params, Stream stream) {
       make_tensor_map<Element>(params.q, params.batch, params.heads, params.seq, kHeadQk, kRows),
       make_tensor_map<Element>(params.k, params.batch, params.kv_heads, params.seq, kHeadQk, kKeys),
       make_tensor_map<Element>(params.v, params.batch, params.kv_heads, params.seq, kHeadV, kKeys)};
-  const Grid grid{ceil_div(params.seq, kRows), params.heads, params.batch};
-  launch(forward_kernel<Element, kHeadQk, kHeadV>, grid, kThreads, Config::kSharedBytes, stream,
-         params, maps);
+  const int32_t tiles = ceil_div(params.seq, kRows);
+  const int32_t num_heads =
+      heads_of_block(params.heads, static_cast<int64_t>(tiles) * params.batch);
+  launch(forward_kernel<Element, kHeadQk, kHeadV>,
+         Grid{tiles, params.heads / num_heads, params.batch}, kThreads, Config::kSharedBytes,
+         stream, params, maps, num_heads);
 }
 
 }  // namespace onepass::cuda::sm90
