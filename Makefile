@@ -17,7 +17,7 @@ help:
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make format      format Python and C++"
 	@echo "make cuda        build the CUDA library too (needs nvcc, not a GPU)"
-	@echo "make check-cuda  build it for 8.0 and 9.0a and check registers, instructions, symbols (5 minutes)"
+	@echo "make check-cuda  build it for 8.0, 9.0a and 12.0 and check registers, instructions, symbols (7 minutes)"
 	@echo "make test-gpu    test it on a GPU; ARGS='-k bfloat16-128' for a part"
 	@echo "make wheel       a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
 	@echo "make bench       run the benchmarks and regenerate the tables of benchmarks/README.md"

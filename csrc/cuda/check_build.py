@@ -8,7 +8,7 @@
 - Every family of kernels has the instructions that it is written for (`FAMILIES`).
 - Of torch, only symbols of its stable ABI are undefined.
 
-Unless ONEPASS_CUDA_ARCHS asks for others, the kernels for 8.0 and 9.0a are checked.
+Unless ONEPASS_CUDA_ARCHS asks for others, the kernels for 8.0, 9.0a and 12.0 are checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import cuda_build
 
-DEFAULT_ARCHS = "80;90a"
+DEFAULT_ARCHS = "80;90a;120"
 
 
 class Family(NamedTuple):

@@ -20,7 +20,7 @@ struct Kernel {
   int32_t d_qk, d_v;
   void (*launch)(const ParamsType&, Stream);
   int shared_bytes;  // that a block needs
-  bool adds_dq;      // takes dq_sums; a forward pass and most backward passes do not
+  bool adds_dq;      // takes dq_sums: a backward pass that can compute all gradients at once
 };
 
 // The best that this build holds for a device of compute capability `major`.x, null if none.

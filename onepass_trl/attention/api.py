@@ -118,7 +118,7 @@ def tree_attention(
         ``out`` ``(batch, heads, seq, d_v)`` in the dtype of q, or ``(out, lse)`` with ``lse``
         ``(batch, heads, seq)`` float32 (float64 for float64 inputs). ``out.transpose(1, 2)`` is
         contiguous with "cpu" and "cuda". These also give the same bits every time, gradients too,
-        but for the gradient of q on CUDA devices with head sizes up to 128, where that takes
+        but for the gradient of q on CUDA devices with ``d_qk = d_v <= 128``, where that takes
         ``torch.use_deterministic_algorithms(True)``.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,9 @@ CSRC = Path(__file__).parents[2] / "csrc"
 sys.path.insert(0, str(CSRC / "cuda"))
 import cuda_build  # noqa: E402
 
-HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 FUSED_HEAD_DIMS = {
-    "sm80 fused": ((64, 64), (96, 96), (128, 128)),
+    "sm80 fused": ((32, 32), (64, 64), (96, 96), (128, 128)),
     "sm90 fused": ((64, 64), (128, 128)),
 }
 """Head sizes of which all gradients can be computed at once."""
@@ -201,8 +202,10 @@ def backward(
     """Return (dq, dk, dv, dsinks) of the emulated backward kernels."""
     gradients = tuple(guarded(x, x.shape[3]) for x in (q, k, v))
     rows = (*lse.shape[:2], -(-lse.shape[2] // _PADDING) * _PADDING)
-    statistics = torch.full((*rows, 2), torch.nan)
-    dq_sums = torch.full((*rows, q.shape[3]), torch.nan) if family in FUSED_HEAD_DIMS else None
+    statistics = guarded(lse.new_empty(1, 1, math.prod(rows), 1), 2)
+    dq_sums = None
+    if family in FUSED_HEAD_DIMS:
+        dq_sums = guarded(lse.new_empty(1, 1, math.prod(rows), 1), q.shape[3])
     dsinks = None if sinks is None else torch.full_like(sinks, torch.nan)
     params = _BackwardParams()
     _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)
@@ -211,7 +214,7 @@ def backward(
     params.dlse, params.statistics, params.dsinks = map(_pointer, (dlse, statistics, dsinks))
     params.dq_sums = _pointer(dq_sums)
     assert library().onepass_backward(_MAJOR[family], *_kind(q, v), ctypes.byref(params))
-    for x in gradients:
+    for x in (*gradients, statistics, *([] if dq_sums is None else [dq_sums])):
         assert_guards_untouched(x)
     return *gradients, dsinks
 

@@ -140,7 +140,8 @@ def test_any_order_of_warps_gives_the_same_bits(family, head_dims):
         results.append(emulation.run(case, BF16, family))
     for result in results[1:]:
         for name, x in results[0].items():
-            if family in emulation.FUSED_HEAD_DIMS and name == "dq":  # added up in any order
+            # Blocks run one after the other here, but the copy engine adds dq up in any order.
+            if (family, name) == ("sm90 fused", "dq"):
                 assert error(result[name], x) <= torch.finfo(BF16).eps
             else:
                 assert torch.equal(result[name], x), name

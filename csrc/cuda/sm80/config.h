@@ -12,13 +12,20 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kElementBytes = 2;
 constexpr int kMaxSharedBytes = 99 * 1024;
 
-// Blocks for which a multiprocessor's registers are to suffice.
-constexpr int blocks_at_once(int head_dim) { return head_dim <= 64 ? 3 : 2; }
+// Blocks for which a multiprocessor's registers are to suffice. For Blackwell, ptxas needs more in
+// the forward kernel.
+constexpr int backward_blocks(int head_qk) { return head_qk <= 64 ? 3 : 2; }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int forward_blocks(int) { return 2; }
+#else
+constexpr int forward_blocks(int head_qk) { return head_qk <= 64 ? 3 : 2; }
+#endif
 
 // Forward: a block has kRows queries, each warp kRowTiles times 16 of them, and streams key tiles.
 template <int kHeadQk, int kHeadV>
 struct ForwardConfig {
-  static constexpr int kRowTiles = kHeadV <= 128 ? 2 : 1;  // what the accumulators leave room for
+  // What the accumulators and shared memory leave room for.
+  static constexpr int kRowTiles = kHeadQk <= 192 && kHeadV <= 128 ? 2 : 1;
   static constexpr int kRows = 16 * kRowTiles * kWarps;
   static constexpr int kSharedBytes =
       (kRows * kHeadQk + kTile * (kHeadQk + kHeadV)) * kElementBytes;

@@ -13,7 +13,7 @@
 namespace onepass::cuda::sm80 {
 
 template <typename Element, int kHeadQk, int kHeadV>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(kHeadV))
+__global__ void __launch_bounds__(kThreads, forward_blocks(kHeadQk))
     forward_kernel(const Params params) {
   using Config = ForwardConfig<kHeadQk, kHeadV>;
   constexpr int kRowTiles = Config::kRowTiles, kRows = Config::kRows;

@@ -36,7 +36,7 @@ __device__ __forceinline__ int dq_offset(int m, int n, int e) {
 }
 
 template <typename Element, int kHead>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(kHead))
+__global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
     dq_dk_dv_kernel(const BackwardParams params) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t kv_head = blockIdx.y, row = blockIdx.z, seq = params.seq;

@@ -89,38 +89,45 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == 0) {
     release_registers<kProducerRegisters>();
     if (threadIdx.x >= 32) return;
-    Stage<kStages> stage;   // of K
-    Stage<kStages> values;  // of V
+    Stage<kStages> k, v;
     for (int i = 0; i < num_heads; ++i) {
       const int32_t head = first_head + i, kv_head = head / (params.heads / params.kv_heads);
-      wait(q_empty, i % 2 ^ 1);  // over at once for the first head, as for the first stages
+      const auto bring_k = [&](const Visit& visit) {
+        wait(k_empty + k.index, k.parity ^ 1);  // over at once in the first round
+        if (lane == 0) {
+          visits[k.index] = visit;
+          if (visit.tile < 0) {
+            arrive(k_full + k.index);
+          } else {
+            arrive_and_expect(k_full + k.index, TileK::kBytes);
+            copy_tile<TileK>(k_tile(k.index), maps.k, k_full + k.index, visit.tile * kKeys, kv_head,
+                             row);
+          }
+        }
+        k.advance();
+      };
+      const auto bring_v = [&](const Visit& visit) {
+        wait(v_empty + v.index, v.parity ^ 1);
+        if (lane == 0) {
+          arrive_and_expect(v_full + v.index, TileV::kBytes);
+          copy_tile<TileV>(v_tile(v.index), maps.v, v_full + v.index, visit.tile * kKeys, kv_head,
+                           row);
+        }
+        v.advance();
+      };
+      KeyTileWalk<kRows, kKeys> walk(params, row, first_query);
+      Visit visit = walk.next();  // at least the tile on the diagonal
+      bring_k(visit);
+      wait(q_empty, i % 2 ^ 1);
       if (lane == 0) {
         arrive_and_expect(q_full, TileQ::kBytes);
         copy_tile<TileQ>(q_tile, maps.q, q_full, first_query, head, row);
       }
-      KeyTileWalk<kRows, kKeys> walk(params, row, first_query);
-      while (true) {
-        const Visit visit = walk.next();
-        const int32_t first_key = visit.tile * kKeys;
-        wait(k_empty + stage.index, stage.parity ^ 1);
-        if (lane == 0) visits[stage.index] = visit;
-        if (visit.tile < 0) break;
-        if (lane == 0) {
-          arrive_and_expect(k_full + stage.index, TileK::kBytes);
-          copy_tile<TileK>(k_tile(stage.index), maps.k, k_full + stage.index, first_key, kv_head,
-                           row);
-        }
-        stage.advance();
-        wait(v_empty + values.index, values.parity ^ 1);
-        if (lane == 0) {
-          arrive_and_expect(v_full + values.index, TileV::kBytes);
-          copy_tile<TileV>(v_tile(values.index), maps.v, v_full + values.index, first_key, kv_head,
-                           row);
-        }
-        values.advance();
+      while (visit.tile >= 0) {
+        bring_v(visit);
+        visit = walk.next();
+        bring_k(visit);
       }
-      if (lane == 0) arrive(k_full + stage.index);
-      stage.advance();
     }
     return;
   }
@@ -133,20 +140,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   Accumulator<1, kKeys / 8> scores;
   Accumulator<1, kHeadV / 8> out;
   LeftFactor<1, kKeys / 16> probabilities;
-  clear(out);
+  Stage<kStages> k, v;
 
-  const auto next_visit = [&](const Stage<kStages>& stage) {
-    wait(k_full + stage.index, stage.parity);
-    return visits[stage.index];
+  const auto next_visit = [&] {
+    wait(k_full + k.index, k.parity);
+    return visits[k.index];
   };
-  const auto start_scores = [&](const Stage<kStages>& stage) {
-    start_transposed<Element, TileQ, TileK>(scores[0], q_tile, consumer * 64, k_tile(stage.index));
+  const auto start_scores = [&] {
+    start_transposed<Element, TileQ, TileK>(scores[0], q_tile, consumer * 64, k_tile(k.index));
     commit_products();
   };
-  const auto start_values = [&](const Stage<kStages>& stage) {
-    wait(v_full + stage.index, stage.parity);
-    start_add<Element, TileV>(out[0], probabilities[0], v_tile(stage.index));
+  const auto give_back_k = [&] {
+    release(k_empty + k.index);
+    k.advance();
+  };
+  const auto start_values = [&] {
+    wait(v_full + v.index, v.parity);
+    start_add<Element, TileV>(out[0], probabilities[0], v_tile(v.index));
     commit_products();
+  };
+  const auto finish_values = [&] {
+    wait_products<0>();
+    hold(out[0]);
+    release(v_empty + v.index);
+    v.advance();
   };
   const auto finish_scores = [&](const Visit& visit) {
     hold(scores[0]);
@@ -170,50 +187,40 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   const Turns turns(consumer);
-  Stage<kStages> stage;   // of the scores
-  Stage<kStages> values;  // of the probabilities
   for (int i = 0; i < num_heads; ++i) {
     softmax = {};
     clear(out);
+    Visit visit = next_visit();
     wait(q_full, i % 2);
-    Visit visit = next_visit(stage);  // at least the tile on the diagonal
     turns.wait_for_mine();
-    start_scores(stage);
+    start_scores();
     turns.pass_on();
     wait_products<0>();
-    release(k_empty + stage.index);
+    give_back_k();
     finish_scores(visit);
     exponentiate();
     round_to_factor<Element>(probabilities, scores);
     while (true) {
-      stage.advance();
-      visit = next_visit(stage);
+      visit = next_visit();
       if (visit.tile < 0) break;
       turns.wait_for_mine();
-      start_scores(stage);
-      start_values(values);
+      start_scores();
+      start_values();
       turns.pass_on();
       wait_products<1>();
-      release(k_empty + stage.index);
+      give_back_k();
       finish_scores(visit);
       exponentiate();  // in place: the products still read the probabilities of the last tile
       finish_before_wait(finished + threadIdx.x % kConsumerThreads,
                          softmax.sum[0][0] + softmax.sum[0][1]);
-      wait_products<0>();
-      hold(out[0]);
-      release(v_empty + values.index);
-      values.advance();
+      finish_values();
       softmax.rescale_out(out, rescale);
       round_to_factor<Element>(probabilities, scores);
     }
-    release(k_empty + stage.index);
-    stage.advance();
+    give_back_k();
     if constexpr (Config::kOutApart) release(q_empty);
-    start_values(values);
-    wait_products<0>();
-    hold(out[0]);
-    release(v_empty + values.index);
-    values.advance();
+    start_values();
+    finish_values();
 
     const int32_t head = first_head + i;
     float* lse = params.lse + (static_cast<int64_t>(row) * params.heads + head) * seq;
