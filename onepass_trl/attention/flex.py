@@ -8,19 +8,19 @@ comparing it with the other implementations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
-from torch.utils.weak import WeakIdKeyDictionary
+
+from onepass_trl.attention.remembered import Remembered
 
 BLOCK = 128
 
-# visible_end -> (its version, positions, their version, window) -> BlockMask. All layers of a
-# forward pass share their block masks, which go when the row's visible_end goes.
-_block_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# All layers of a forward pass share their block masks.
+_block_masks: Remembered[BlockMask] = Remembered()
 
 
 def flex_tree_attention(
@@ -47,7 +47,7 @@ def flex_tree_attention(
         k,
         v,
         score_mod=None if softcap is None else _softcap_mod(softcap),
-        block_mask=_cached_block_mask(visible_end, positions, window),
+        block_mask=_remembered_block_mask(visible_end, positions, window),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True),
@@ -97,28 +97,17 @@ def _mask_mod(
     return window_mask_mod
 
 
-def _cached_block_mask(
+def _remembered_block_mask(
     visible_end: Tensor, positions: Tensor | None, window: int | None
 ) -> BlockMask:
+    # Of an alias: the mask must not keep the tensor alive with which it goes.
+    alias = visible_end.detach()
     if window is None:
-        positions = None
-    tensors = [x for x in (visible_end, positions) if x is not None]
-    # While tracing there is nothing to keep, and inference tensors have no version to tell a change
-    # by.
-    if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors):
-        return build_block_mask(visible_end, positions, window)
-    key = (
-        visible_end._version,
-        id(positions),
-        positions is not None and positions._version,
-        window,
-    )
-    masks = _block_masks.setdefault(visible_end, {})
-    if key not in masks:
-        # Aliases, lest the entry keep its own key alive. The entry does keep the positions, so
-        # their id stays theirs.
-        masks[key] = positions, build_block_mask(visible_end.detach(), positions, window)
-    return masks[key][1]
+        make = partial(build_block_mask, alias, None, None)
+        return _block_masks.get(visible_end, (), None, make)
+    assert positions is not None
+    make = partial(build_block_mask, alias, positions, window)
+    return _block_masks.get(visible_end, (positions,), window, make)
 
 
 def build_block_mask(

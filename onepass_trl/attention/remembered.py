@@ -49,7 +49,8 @@ class Remembered(Generic[Value]):
         made_of = tuple((id(x), x._version, x.data_ptr()) for x in tensors)
         known = known_of_tensor.get(key)
         if known is None or known.made_of != made_of:
-            known = known_of_tensor[key] = _Known(made_of, others, make())
+            with torch.inference_mode(False):  # training may come to use it too
+                known = known_of_tensor[key] = _Known(made_of, others, make())
         return known.value
 
 

@@ -56,11 +56,11 @@ def visible_end_required() -> Iterator[None]:
     Such a layer would fall back to plain causal attention over the whole row.
     """
     global _visible_end_required
-    _visible_end_required = True
+    before, _visible_end_required = _visible_end_required, True
     try:
         yield
     finally:
-        _visible_end_required = False
+        _visible_end_required = before
 
 
 class DeferredMask:

@@ -61,10 +61,10 @@ def row_to_conversation(
 
     The forms, the first that the row has being taken: ``messages``; ``prompt`` and ``completion``
     as lists of messages, of which only the completion's turns are trained; ``conversations``
-    (ShareGPT: ``from`` and ``value``, or ``role`` and ``content``, with an optional ``system``
-    column); each also as the JSON text of such a list. Beside it the row may have ``tools`` and
-    ``chat_template_kwargs``, each also as JSON text; unless they are text, their null entries are
-    dropped, as datasets fill missing keys with nulls.
+    (ShareGPT: ``from`` and ``value``, or ``role`` and ``content``); each also as the JSON text of
+    such a list. Beside it the row may have ``system``, the text of a system message that comes
+    first, and ``tools`` and ``chat_template_kwargs``, each also as JSON text; unless they are text,
+    their null entries are dropped, as datasets fill missing keys with nulls.
 
     Args:
         row: A row of a dataset.
@@ -72,7 +72,7 @@ def row_to_conversation(
             struct column (what ``Dataset.from_list`` makes) every call gets the argument names of
             all calls, filled with nulls, and real nulls can't be told from those: ``"drop"`` them
             there. In a column of type ``Json`` (what loading JSON lines makes) they are real:
-            ``"keep"`` them. ``"error"`` refuses them.
+            ``"keep"`` them. ``"error"`` refuses them. Those of a column that is JSON text are kept.
 
     Raises:
         ChatFormatError: if the row has none of these forms, images, or something that can't be
@@ -85,29 +85,33 @@ def row_to_conversation(
         raise ChatFormatError(
             f"null_arguments must be 'error', 'keep' or 'drop', got {null_arguments!r}"
         )
-    row, is_text = _from_json_text(row)
-    if is_text:
-        null_arguments = "keep"
+    row, from_text = _from_json_text(row)
     _refuse_other_data(row)
-    train_on: TrainOn = "all"
+    columns: tuple[str, ...]
     if row.get("messages") is not None:
-        messages = _message_list(row, "messages")
+        columns = ("messages",)
     elif row.get("prompt") is not None and row.get("completion") is not None:
-        prompt, completion = _message_list(row, "prompt"), _message_list(row, "completion")
-        messages = prompt + completion
-        turns = [m.get("role") == "assistant" for m in messages]
-        train_on = list(range(sum(turns[: len(prompt)]), sum(turns)))
-        if not train_on:
-            raise ChatFormatError("'completion' has no assistant message, so nothing is trained")
+        columns = ("prompt", "completion")
     elif row.get("conversations") is not None:
-        messages = _from_sharegpt(row)
+        columns = ("conversations",)
     else:
         raise ChatFormatError(
             f"the row has none of the accepted forms: {_FORMS}. Its columns are "
             f"{', '.join(map(repr, row)) or 'none'}; rename or convert them"
         )
+    messages: list[Message] = []
+    for column in columns:
+        nulls = "keep" if column in from_text else null_arguments
+        for message in _message_list(row, column):
+            messages.append(_settle_nulls(message, len(messages), nulls))
+    train_on: TrainOn = "all"
+    if "completion" in columns:
+        turns = [message.get("role") == "assistant" for message in messages]
+        train_on = list(range(sum(turns[: len(row["prompt"])]), sum(turns)))
+        if not train_on:
+            raise ChatFormatError("'completion' has no assistant message, so nothing is trained")
     return Conversation(
-        messages=[_settle_nulls(m, i, null_arguments) for i, m in enumerate(messages)],
+        messages=_with_system(row, messages),
         tools=_decoded(row, "tools", list),
         chat_template_kwargs=_decoded(row, "chat_template_kwargs", dict) or {},
         train_on=train_on,
@@ -138,11 +142,8 @@ def row_to_passes(
     Raises:
         ChatFormatError: if the row can't be read or rendered.
     """
-    row, _ = _from_json_text(row) if isinstance(row.get("passes"), str) else (row, False)
     if row.get("passes") is not None:
-        given = _given_passes(row["passes"])
-        chosen = chosen_turns(train_on, len(given))
-        return [pass_ for number, pass_ in enumerate(given) if number in chosen]
+        return list(numbered_passes(row["passes"], train_on).values())
     turns = row_to_turns(
         row,
         tokenizer,
@@ -152,6 +153,24 @@ def row_to_passes(
         null_arguments=null_arguments,
     )
     return [turn.rendered for turn in turns]
+
+
+def numbered_passes(passes: Any, train_on: TrainOn = "all") -> dict[int, Pass]:
+    """Return the passes of a row's ``passes`` that `train_on` chooses and that train something.
+
+    The keys are their numbers in the row; the other arguments and errors are those of
+    :func:`row_to_passes`.
+    """
+    decoded, _ = _from_json_text({"passes": passes})
+    given = _given_passes(decoded["passes"])
+    chosen = chosen_turns(train_on, len(given))
+    trained = {n: pass_ for n, pass_ in enumerate(given) if n in chosen and pass_.num_trained}
+    if not trained:
+        raise ChatFormatError(
+            f"no label of the passes that train_on={train_on!r} chooses is trained: all are "
+            f"{IGNORED_LABEL}; choose others, or remove the row"
+        )
+    return trained
 
 
 def row_to_turns(
@@ -184,8 +203,8 @@ def row_to_turns(
     )
 
 
-def _from_json_text(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """Return the row with the columns that hold a JSON list as text decoded, and whether any did.
+def _from_json_text(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], set[str]]:
+    """Return the row with the columns that hold a JSON list as text decoded, and their names.
 
     JSON text is the one way to store messages of any shape in an Arrow table unchanged: its nulls
     are real.
@@ -198,7 +217,7 @@ def _from_json_text(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
                 decoded[column] = json.loads(value)
             except ValueError:
                 continue  # plain text that begins with a bracket
-    return ({**row, **decoded}, True) if decoded else (row, False)
+    return {**row, **decoded}, set(decoded)
 
 
 def _refuse_other_data(row: Mapping[str, Any]) -> None:
@@ -227,21 +246,20 @@ def _message_list(row: Mapping[str, Any], column: str) -> list[Message]:
             f"column {column!r} must be a list of message dicts, got {type(value).__name__}: "
             f"{str(value)[:80]!r}"
         )
+    if column == "conversations":
+        return [_from_sharegpt_message(dict(m), index) for index, m in enumerate(value)]
     return [dict(message) for message in value]
 
 
-def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
-    messages = [
-        _from_sharegpt_message(message, index)
-        for index, message in enumerate(_message_list(row, "conversations"))
-    ]
-    if row.get("system"):
-        if messages and messages[0].get("role") == "system":
-            raise ChatFormatError(
-                "the row has a 'system' column and a system message in 'conversations'; keep one"
-            )
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return messages
+def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Return the messages after the row's system prompt, if it has one."""
+    if not row.get("system"):
+        return messages
+    if messages and messages[0].get("role") == "system":
+        raise ChatFormatError(
+            "the row has a 'system' column and a system message among its messages; keep one"
+        )
+    return [{"role": "system", "content": row["system"]}, *messages]
 
 
 def _from_sharegpt_message(message: Message, index: int) -> Message:
@@ -354,13 +372,7 @@ def _given_passes(passes: Any) -> list[Pass]:
             f"'passes' must be a non-empty list of {{'input_ids', 'labels'}}, got "
             f"{str(passes)[:80]!r}"
         )
-    made = [_given_pass(given, number) for number, given in enumerate(passes)]
-    if not any(item.num_trained for item in made):
-        raise ChatFormatError(
-            f"no label of the row's {len(made)} passes is trained: all are {IGNORED_LABEL}; remove "
-            "the row"
-        )
-    return made
+    return [_given_pass(given, number) for number, given in enumerate(passes)]
 
 
 def _given_pass(given: Any, number: int) -> Pass:

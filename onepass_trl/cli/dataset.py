@@ -113,30 +113,33 @@ def _load_json(name: str, files: list[str], split: str, streaming: bool) -> Any:
 
 def _read_json(file: str) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file: one a line, or those of a JSON list."""
-    text = Path(file).read_text(encoding="utf-8")
-    if file.endswith(".json") and text.lstrip().startswith("["):
-        try:
-            numbered = list(enumerate(json.loads(text)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from None
-        what = "element"
-    else:
-        numbered = [
-            (number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()
-        ]
-        what = "line"
-    for number, value in numbered:
-        if what == "line":
+    if file.endswith(".json"):
+        text = Path(file).read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
             try:
-                value = json.loads(value)
+                elements = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file} is not JSON: {error}") from None
+            for number, element in enumerate(elements):
+                yield _as_row(element, f"{file}, element {number}")
+            return
+    with open(file, encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"{file}, {what} {number} must be a JSON object with the columns of a row, got "
-                f"{type(value).__name__}"
-            )
-        yield value
+            yield _as_row(value, f"{file}, line {number}")
+
+
+def _as_row(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise ValueError(
+        f"{where} must be a JSON object with the columns of a row, got {type(value).__name__}"
+    )
 
 
 def _text_rows(

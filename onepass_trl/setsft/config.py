@@ -90,14 +90,6 @@ class SetSFTConfig(OnePassSFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         forking_tokens(self.num_forking_tokens, self.forking_token_format)
-        choices = {
-            "matching": METHODS,
-            "matching_reduction": REDUCTIONS,
-            "excess_traces": EXCESS_POLICIES,
-        }
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name in ("matching_tokens", "matching_batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None for all, got {value}")

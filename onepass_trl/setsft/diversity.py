@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from itertools import combinations
+from itertools import combinations, takewhile
 from math import log
 from typing import Any
 
@@ -129,17 +129,18 @@ def generate(
     *,
     temperature: float = 0.0,
 ) -> list[list[int]]:
-    """Return a completion of each prompt, as ids without the end-of-sequence token.
+    """Return a completion of each prompt, as ids without the token that ends it.
 
     Args:
         model: a causal language model, which is in evaluation mode meanwhile.
         prompts: token ids.
-        tokenizer: for its padding and end-of-sequence tokens.
+        tokenizer: for its padding and end-of-sequence tokens; those of the model's generation
+            configuration end a completion, too.
         max_new_tokens: length of a completion, at most.
         temperature: of sampling; 0 takes the likeliest token.
     """
     length = max(map(len, prompts))
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad, ends = tokenizer.pad_token_id, _end_ids(model, tokenizer)
     padded = torch.tensor([[pad] * (length - len(ids)) + list(ids) for ids in prompts])
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
     was_training = model.training
@@ -154,10 +155,17 @@ def generate(
                 temperature=temperature or None,
                 use_cache=True,
                 pad_token_id=pad,
-                eos_token_id=eos,
+                eos_token_id=ends,
             ),
         )
     finally:
         model.train(was_training)
     completions = output[:, length:].tolist()
-    return [ids[: ids.index(eos)] if eos in ids else ids for ids in completions]
+    return [list(takewhile(lambda token: token not in ends, ids)) for ids in completions]
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a turn: the tokenizer's, and those with which the model stops."""
+    own = model.generation_config.eos_token_id
+    of_model = own if isinstance(own, list) else [own]
+    return sorted({token for token in (tokenizer.eos_token_id, *of_model) if token is not None})

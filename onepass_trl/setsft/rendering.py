@@ -121,14 +121,17 @@ def row_to_traces(
             f"{', '.join(given) or 'nothing'}. Rename or convert the columns"
         )
     prompt, completions = (_from_json_text(row[column]) for column in _COLUMNS)
-    if isinstance(row["completions"], str):
-        null_arguments = "keep"  # JSON text has no fillers
+    if isinstance(prompt, str) and row.get("system"):
+        raise ChatFormatError(
+            "the row has a 'system' column, and a prompt of text has no place for it: write it "
+            "into the prompt, or give the prompt as a list of messages"
+        )
     if not isinstance(completions, (list, tuple)) or not completions:
         raise ChatFormatError(
             "'completions' must be a list with at least one assistant message or string, got "
             f"{str(completions)[:80]!r}: give the row a trace, or remove it"
         )
-    settings = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+    settings = {name: row.get(name) for name in ("system", "tools", "chat_template_kwargs")}
     render = partial(
         _message_parts,
         tokenizer=tokenizer,
@@ -143,8 +146,10 @@ def row_to_traces(
             if isinstance(prompt, str):
                 parts = _text_parts(prompt, completion, tokenizer, tokens.opener)
             else:
-                chat = {**settings, "prompt": prompt, "completion": [_as_message(completion)]}
-                parts = render(chat)
+                answer: Any = [_as_message(completion)]
+                if isinstance(row["completions"], str):
+                    answer = json.dumps(answer)  # in JSON text, nulls are real
+                parts = render({**settings, "prompt": row["prompt"], "completion": answer})
             traces.append(_to_trace(parts, number, tokenizer, tokens, isinstance(prompt, str)))
         except ChatFormatError as error:
             raise ChatFormatError(f"completion {number} of {len(completions)}: {error}") from error

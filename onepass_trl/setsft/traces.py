@@ -48,7 +48,7 @@ class TraceSet:
 
     Attributes:
         traces: at least one, at most as many as there are forking tokens.
-        index: the set's number in its dataset, which seeds what is drawn for it.
+        index: the number of its row in the dataset, which seeds what is drawn for it.
     """
 
     traces: tuple[Trace, ...]

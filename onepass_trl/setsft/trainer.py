@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,8 @@ class SetSFTTrainer(OnePassSFTTrainer):
         "id": "2510.05132",
     }
 
+    _row_columns = SET_COLUMNS
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -108,14 +111,16 @@ class SetSFTTrainer(OnePassSFTTrainer):
         revision = (args.model_init_kwargs or {}).get("revision")
         if isinstance(model, str):
             model = _load_model(model, args, quantization_config)
-            args, quantization_config = copy(args), None
-            args.model_init_kwargs = None
+            args.model_init_kwargs = quantization_config = None
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 get_config_model_id(model.config),
                 revision=revision,
                 trust_remote_code=args.trust_remote_code,
             )
+        if args.chat_template_path is not None:
+            # Before the forking tokens: they begin as what begins reasoning in the template.
+            processing_class.chat_template = _read_template(args.chat_template_path)
         self._token_ids = add_forking_tokens(
             model,
             getattr(processing_class, "tokenizer", processing_class),
@@ -167,9 +172,6 @@ class SetSFTTrainer(OnePassSFTTrainer):
             name,
         )
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(SET_COLUMNS)
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a step of TRL's, whose time is taken."""
         begin = time.perf_counter()
@@ -193,10 +195,12 @@ class SetSFTTrainer(OnePassSFTTrainer):
             num_items_in_batch: trained tokens over all micro-batches and processes of the step;
                 None for this batch's own.
         """
-        sets = inputs["sets"]
-        assignments = self._match(model, sets)
-        rows = []
-        for set_, assignment in zip(sets, assignments, strict=True):
+        sets, num_sets = inputs["sets"], inputs["num_sets"]
+        num_counted = sum(num_sets[: self._num_counted(len(num_sets))])
+        assignments = self._match(model, sets, num_counted)
+        rows: list[Layout] = []
+        counted_rows = 0
+        for number, (set_, assignment) in enumerate(zip(sets, assignments, strict=True), start=1):
             passes = set_.behind([self._token_ids[token] for token in assignment])
             trees = (
                 [build_tree(passes)]
@@ -204,11 +208,19 @@ class SetSFTTrainer(OnePassSFTTrainer):
                 else split_passes(passes, self.args.max_length)
             )
             rows += [linearize(tree) for tree in trees]
+            if number == num_counted:
+                counted_rows = len(rows)
         batch = self._prepare_inputs(self._row_collator(rows))
+        batch["counted_rows"] = counted_rows
         return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
 
-    def _match(self, model: torch.nn.Module, sets: Sequence[TraceSet]) -> list[Assignment]:
-        """Return the number of the forking token of each trace of each set, and record it."""
+    def _match(
+        self, model: torch.nn.Module, sets: Sequence[TraceSet], num_counted: int
+    ) -> list[Assignment]:
+        """Return the number of the forking token of each trace of each set.
+
+        Those of the first `num_counted` sets are recorded.
+        """
         num_tokens = len(self._token_ids)
         begin = self._time()
         costs: list[Costs] = []
@@ -229,7 +241,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
             assignments = [matching.match_in_order(set_, num_tokens) for set_ in sets]
         if self.model.training:
             self._seconds["matching"] += self._time() - begin
-        self._record_matching(costs, assignments)
+        self._record_matching(costs[:num_counted], assignments[:num_counted])
         return assignments
 
     @torch.no_grad()
@@ -283,10 +295,12 @@ class SetSFTTrainer(OnePassSFTTrainer):
     def _record_matching(self, costs: list[Costs], assignments: list[Assignment]) -> None:
         """Gather the metrics of the batch's matching over all processes, in one collective."""
         mode = "train" if self.model.training else "eval"
-        counts = np.bincount(np.concatenate(assignments), minlength=len(self._token_ids))
+        counts = np.zeros(len(self._token_ids))
+        for tokens in assignments:
+            np.add.at(counts, tokens, 1)
         matched = sum(
             matrix[tokens, np.arange(tokens.size)].sum()
-            for matrix, tokens in zip(costs, assignments, strict=bool(costs))
+            for matrix, tokens in zip(costs, assignments, strict=False)  # costs only if computed
         )
         at_random = sum(map(matching.random_cost, costs))
         own = torch.tensor([matched, at_random, *counts], dtype=torch.float32)
@@ -300,7 +314,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
             )
         total = gathered.sum(dim=0).numpy()
         metrics, num_traces = self._metrics[mode], total[2:].sum()
-        if costs:
+        if self.args.matching == "hungarian":
             metrics["matched_cost"].append(float(total[0] / num_traces))
             metrics["matching_gap"].append(float((total[1] - total[0]) / num_traces))
         self._matched[mode] += total[2:]
@@ -342,6 +356,17 @@ def _load_model(model_id: str, args: SetSFTConfig, quantization_config: Any) -> 
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(model_id, **kwargs)
+
+
+def _read_template(path: str) -> str:
+    """Return the chat template of a file, as ``SFTTrainer`` would read it."""
+    if not path.endswith((".jinja", ".j2")):
+        raise ValueError(
+            f"chat_template_path={path!r} names a tokenizer, whose template would come with tokens "
+            "of its own after the forking tokens are there. Give the template as a .jinja file, or "
+            "call trl.clone_chat_template on the model and its tokenizer first, and pass both"
+        )
+    return Path(path).read_text(encoding="utf-8")
 
 
 def _with_trained_rows(peft_config: Any, model: PreTrainedModel, token_ids: list[int]) -> Any:

@@ -13,8 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onepass_trl.chat.messages import normalize_messages
-from onepass_trl.chat.rendering import RenderedTurn, TrainOn, chosen_turns
-from onepass_trl.chat.rows import NullArguments, row_to_conversation, row_to_passes, row_to_turns
+from onepass_trl.chat.rendering import RenderedTurn, TrainOn
+from onepass_trl.chat.rows import (
+    NullArguments,
+    numbered_passes,
+    row_to_conversation,
+    row_to_turns,
+)
 from onepass_trl.data.layout import Layout, linearize
 from onepass_trl.data.tree import ROOT, TokenTree
 from onepass_trl.passes import Pass
@@ -145,14 +150,16 @@ def inspect_row(
     null_arguments: NullArguments = "error",
 ) -> Inspection:
     """Return what becomes of a dataset row; arguments and errors are those of `row_to_passes`."""
-    given: dict[str, Any] = dict(
-        chat_template_kwargs=chat_template_kwargs, null_arguments=null_arguments, train_on=train_on
-    )
     if row.get("passes") is not None:
-        every = row_to_passes(row, tokenizer, **{**given, "train_on": "all"})
-        numbers = sorted(chosen_turns(train_on, len(every)))
-        return inspect_passes([every[number] for number in numbers], tokenizer, numbers=numbers)
-    turns = row_to_turns(row, tokenizer, **given)
+        numbered = numbered_passes(row["passes"], train_on)
+        return inspect_passes(list(numbered.values()), tokenizer, numbers=list(numbered))
+    turns = row_to_turns(
+        row,
+        tokenizer,
+        chat_template_kwargs=chat_template_kwargs,
+        train_on=train_on,
+        null_arguments=null_arguments,
+    )
     conversation = row_to_conversation(row, null_arguments=null_arguments)
     messages = normalize_messages(conversation.messages, inline_reasoning=True)
     for turn in turns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ def to_config(
 ) -> AnyConfig:
     """Return `args` as a configuration of this kind, made from what it has of its options."""
     if isinstance(args, kind):
-        return args
+        return copy(args)  # some options are set: the caller's stay as they are
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         return kind(f"{model_id.split('/')[-1]}-SFT")
@@ -79,18 +80,22 @@ def check_train_dataset(dataset: Any) -> None:
         )
 
 
-def check_prepared(train_dataset: Any, eval_dataset: Any) -> None:
-    """Raise unless all datasets consist of rows, as ``skip_prepare_dataset`` says."""
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
+    """Return the datasets that are given, and what to call them."""
     named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-    for name, dataset in {"train": train_dataset, **named}.items():
-        if dataset is None:
-            continue
+    given = [("train", train_dataset), *named.items()]
+    return [(name, dataset) for name, dataset in given if dataset is not None]
+
+
+def check_prepared(train_dataset: Any, eval_dataset: Any, row_columns: tuple[str, ...]) -> None:
+    """Raise unless all datasets consist of rows, as ``skip_prepare_dataset`` says."""
+    for name, dataset in named_datasets(train_dataset, eval_dataset):
         columns = get_dataset_column_names(dataset)
-        if not preparation.is_prepared(columns):
+        if missing := [column for column in row_columns if column not in columns]:
             raise ValueError(
                 f"dataset_kwargs={{'skip_prepare_dataset': True}}, but the {name} dataset has the "
-                f"columns {', '.join(columns)} and not those of a Layout: unset it, and the "
-                "conversations are prepared"
+                f"columns {', '.join(columns)} and lacks {', '.join(missing)} of a prepared row: "
+                "unset it, and the dataset is prepared"
             )
 
 

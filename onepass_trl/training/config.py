@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -118,20 +118,17 @@ class OnePassSFTConfig(SFTConfig):
             self.bf16 = False
         super().__post_init__()
         self.train_on = json.dumps(parse_train_on(self.train_on)).strip('"')
-        if self.overflow not in packing.OVERFLOW_POLICIES:
-            raise ValueError(
-                f"overflow must be one of {', '.join(packing.OVERFLOW_POLICIES)}, got "
-                f"{self.overflow!r}"
-            )
+        inherited = {option.name for option in fields(SFTConfig)}
+        for option in fields(self):
+            choices = None if option.name in inherited else option.metadata.get("choices")
+            if choices and (value := getattr(self, option.name)) not in choices:
+                raise ValueError(
+                    f"{option.name} must be one of {', '.join(choices)}, got {value!r}"
+                )
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(
                 f"max_length must be at least 2 (a token of context and its target) or None, got "
                 f"{self.max_length}"
-            )
-        if self.null_arguments not in NULL_ARGUMENTS:
-            raise ValueError(
-                f"null_arguments must be one of {', '.join(NULL_ARGUMENTS)}, got "
-                f"{self.null_arguments!r}"
             )
         if self.chat_template_kwargs is not None and not isinstance(
             self.chat_template_kwargs, dict

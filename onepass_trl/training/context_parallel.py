@@ -26,6 +26,7 @@ def adapt_accelerator(accelerator: Accelerator) -> None:
     """Keep accelerate from what is wrong for processes that share a batch."""
     # Its own context parallelism is a ring of plain causal attention: preparing a model for it
     # refuses models with windows, and drops masks.
+    assert hasattr(accelerator, "_prepare_cp"), "accelerate prepares models elsewhere now"
     accelerator._prepare_cp = lambda *objects: objects
     # Dispatching gives every process other rows. It is accelerate's default for a dataset that is
     # an IterableDataset.

@@ -34,6 +34,7 @@ from onepass_trl.training.arguments import (
     check_prepared,
     check_train_dataset,
     check_vocabulary,
+    named_datasets,
     one_pass_model_kwargs,
     refuse_functions_of_logits,
     to_config,
@@ -70,8 +71,9 @@ class OnePassSFTTrainer(SFTTrainer):
     - ``conversations``: ShareGPT's ``from`` / ``value`` messages
     - ``passes``: lists of ``{"input_ids": .., "labels": ..}``, any sequences that share prefixes
 
-    Logged beside TRL's metrics, as totals of the run: ``row_tokens``, ``npass_tokens`` (what N
-    passes would have computed), ``npass_ratio`` (their quotient), ``trained_tokens`` and ``turns``.
+    Logged beside TRL's metrics, as totals since training began or was resumed: ``row_tokens``,
+    ``npass_tokens`` (what N passes would have computed), ``npass_ratio`` (their quotient),
+    ``trained_tokens`` and ``turns``.
 
     Args:
         model: a model id or path, a model, or a PEFT model, as for ``SFTTrainer``. Its attention
@@ -93,6 +95,9 @@ class OnePassSFTTrainer(SFTTrainer):
         "Fine-Tuning on Multi-Turn Reasoning",
         "id": "2504.18246",
     }
+
+    _row_columns: tuple[str, ...] = preparation.ROW_COLUMNS
+    """Columns of a prepared dataset."""
 
     def __init__(
         self,
@@ -136,7 +141,7 @@ class OnePassSFTTrainer(SFTTrainer):
             )
         check_train_dataset(train_dataset)
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            check_prepared(train_dataset, eval_dataset)
+            check_prepared(train_dataset, eval_dataset, self._row_columns)
         if isinstance(model, str):
             args.model_init_kwargs = one_pass_model_kwargs(args.model_init_kwargs)
         else:
@@ -167,7 +172,8 @@ class OnePassSFTTrainer(SFTTrainer):
             check_context_parallel(args)
             gather_router_logits(self.model)
         check_rotary_embedding(self.model, args.max_length)
-        check_vocabulary("train", self.train_dataset, self.model)
+        for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
+            check_vocabulary(name, dataset, self.model)
         self.data_collator: Any = data_collator or OnePassCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             padding_free=self.padding_free,
@@ -239,7 +245,7 @@ class OnePassSFTTrainer(SFTTrainer):
         return preparation.prepare_dataset(dataset, column_names, self._tokenizer, options, name)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(preparation.ROW_COLUMNS)
+        self._signature_columns = list(self._row_columns)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
@@ -281,6 +287,9 @@ class OnePassSFTTrainer(SFTTrainer):
         weights, num_passes, num_turns, attention_mask = (
             inputs.pop(key) for key in ("weights", "num_passes", "num_turns", "attention_mask")
         )
+        counted = inputs.pop("counted_rows", None)
+        if counted is None:
+            counted = self._num_counted(len(weights))
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
             # The router statistics are means over tokens. Counting each as often as N passes would
@@ -306,10 +315,23 @@ class OnePassSFTTrainer(SFTTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
         counts = torch.stack(
-            [attention_mask.sum(), num_passes.sum(), weights.sum(), num_turns.sum()]
+            [x[:counted].sum() for x in (attention_mask, num_passes, weights, num_turns)]
         )
-        self._record(loss, outputs, weights, counts)
+        self._record(loss, outputs, weights[:counted], counts)
         return loss
+
+    def _num_counted(self, num_rows: int) -> int:
+        """Return how many rows of this process's batch count in the metrics: all in training.
+
+        The last batch of an evaluation is filled up, so that all processes have as many rows, with
+        rows that have been evaluated already. They come last.
+        """
+        state = self.accelerator.gradient_state
+        last = state.end_of_dataloader and state.remainder > 0
+        if self.model.training or self.padding_free or not last:
+            return num_rows
+        before = self.accelerator.process_index // self._processes_per_batch * num_rows
+        return min(max(state.remainder - before, 0), num_rows)
 
     @property
     def _processes_per_batch(self) -> int:
@@ -343,8 +365,8 @@ class OnePassSFTTrainer(SFTTrainer):
             [
                 loss.detach().float(),
                 aux_loss.float(),
-                (outputs.entropy.detach() * weights).sum().float(),
-                (outputs.is_top1 * weights).sum().float(),
+                (outputs.entropy.detach()[: len(weights)] * weights).sum().float(),
+                (outputs.is_top1[: len(weights)] * weights).sum().float(),
             ]
         )
         gathered = (

@@ -6,11 +6,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-OLDEST = {"trl": "1.16.0", "transformers": "5.23.0", "datasets": "5.2.0"}
+OLDEST = {
+    "trl": "1.16.0",
+    "transformers": "5.23.0",
+    "accelerate": "1.15.0",
+    "datasets": "5.2.0",
+}
 
 
 def check_versions() -> None:
-    """Raise ImportError if TRL, transformers or datasets is missing or older than supported.
+    """Raise ImportError if one of the packages is missing or older than supported.
 
     The message names every package that has to be installed or upgraded.
     """

@@ -186,8 +186,9 @@ def test_a_visible_end_of_another_shape_is_refused():
         model(ids.expand(2, -1), use_cache=False, **tree)
 
 
-def test_training_may_follow_inference_on_the_same_tensors():
-    model = make_model("qwen3_5")
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma2"])  # branches; a window
+def test_training_may_follow_inference_on_the_same_tensors(name):
+    model = make_model(name)
     use_onepass_attention(model)
     ids, tree = inputs()
     with torch.inference_mode():

@@ -79,16 +79,16 @@ def test_sinks_have_the_gradients_of_the_reference():
 def test_layers_share_block_masks_until_the_row_goes():
     case = make_case(Shape(), seed=2)
     positions, ends = case.options["positions"], case.visible_end.clone()
-    held = len(flex._block_masks)
-    first = flex._cached_block_mask(ends, positions, 5)
-    assert flex._cached_block_mask(ends, positions, 5) is first
-    assert flex._cached_block_mask(ends, positions, 6) is not first
-    assert flex._cached_block_mask(ends, positions, None) is flex._cached_block_mask(
+    held = len(flex._block_masks._known)
+    first = flex._remembered_block_mask(ends, positions, 5)
+    assert flex._remembered_block_mask(ends, positions, 5) is first
+    assert flex._remembered_block_mask(ends, positions, 6) is not first
+    assert flex._remembered_block_mask(ends, positions, None) is flex._remembered_block_mask(
         ends, None, None
     )
     positions[0, 0] += 0  # changed in place: a new version
-    assert flex._cached_block_mask(ends, positions, 5) is not first
-    assert len(flex._block_masks) == held + 1
+    assert flex._remembered_block_mask(ends, positions, 5) is not first
+    assert len(flex._block_masks._known) == held + 1
     del ends, first
     gc.collect()
-    assert len(flex._block_masks) == held
+    assert len(flex._block_masks._known) == held

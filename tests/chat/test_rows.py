@@ -178,6 +178,41 @@ def test_nulls_in_json_text_are_real():
     assert kept[1]["tool_calls"][0]["function"]["arguments"] == {"query": "x", "limit": None}
 
 
+def test_only_the_column_that_is_json_text_has_real_nulls():
+    prompt, completion = CHAT[:1], [{"role": "assistant", "tool_calls": CALLS, "content": ""}]
+    for row in (
+        {"messages": [*prompt, *completion], "images": "[]"},
+        {"messages": [*prompt, *completion], "conversations": json.dumps(CHAT)},
+        {"prompt": json.dumps(prompt), "completion": completion},
+    ):
+        with pytest.raises(ChatFormatError, match="message 1: tool call 0 has a null"):
+            row_to_conversation(row)
+    row = {"prompt": prompt, "completion": json.dumps(completion)}
+    assert row_to_conversation(row).messages == [*prompt, *completion]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "completion"])
+def test_a_system_prompt_may_stand_beside_the_messages(column):
+    rest = (
+        {"prompt": CHAT[:1], "completion": CHAT[1:]} if column == "completion" else {column: CHAT}
+    )
+    system = {"role": "system", "content": "Be brief."}
+    conversation = row_to_conversation({**rest, "system": "Be brief."})
+    assert conversation.messages == [system, *CHAT]
+    assert conversation.train_on == ([0] if column == "completion" else "all")
+
+
+def test_given_passes_that_train_nothing_are_left_out():
+    passes = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+        {"input_ids": [1, 2, 4], "labels": [-100] * 3},
+    ]
+    [item] = row_to_passes({"passes": passes}, None)
+    assert item.token_ids.tolist() == [1, 2, 3]
+    with pytest.raises(ChatFormatError, match="train_on='last' chooses is trained"):
+        row_to_passes({"passes": passes}, None, train_on="last")
+
+
 def test_plain_text_that_begins_with_a_bracket_is_still_plain_text():
     with pytest.raises(ChatFormatError, match="plain text in column 'prompt'"):
         row_to_conversation({"prompt": "[citation needed", "completion": "a"})

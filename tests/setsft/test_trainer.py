@@ -21,6 +21,7 @@ from onepass_trl.setsft import (
     mutual_information,
     rendering,
 )
+from onepass_trl.setsft.collator import SET_COLUMNS
 from onepass_trl.training.preparation import NUM_VERIFIED_ROWS
 from onepass_trl.training.round_trip import check_round_trip
 from tests.models import make_model
@@ -53,7 +54,7 @@ def assigned(trainer, **state):
     sets = batch_of(trainer)["sets"]
     for name, value in state.items():
         setattr(trainer.state, name, value)
-    tokens = trainer._match(trainer.model, sets)
+    tokens = trainer._match(trainer.model, sets, len(sets))
     return tokens, trainer.matching_costs(trainer.model, sets)
 
 
@@ -420,7 +421,38 @@ class TestDiversity:
         alone = [generate(trainer.model, [prompt], tokenizer, 6)[0] for prompt in prompts]
         assert together == alone
 
+    def test_the_model_s_own_tokens_end_a_completion_too(self, make):
+        trainer = make()
+        tokenizer, config = trainer.processing_class, trainer.model.generation_config
+        [prompt] = [forking_prompts(ROWS[0]["prompt"], tokenizer, NUM_TOKENS)[0]]
+        [whole] = generate(trainer.model, [prompt], tokenizer, 6)
+        config.eos_token_id = [whole[2]]
+        [ended] = generate(trainer.model, [prompt], tokenizer, 6)
+        assert ended == whole[: whole.index(whole[2])]
+
     def test_mutual_information_of_independent_and_of_equal_variables(self):
         independent = [(a, b) for a in range(3) for b in range(4)]
         assert mutual_information(independent) == pytest.approx(0)
         assert mutual_information([(a, str(a)) for a in range(3)]) == pytest.approx(np.log(3))
+
+
+def test_prepared_sets_are_taken_as_they_are(make):
+    prepared = make().train_dataset
+    skip = {"skip_prepare_dataset": True}
+    assert make(rows=prepared, dataset_kwargs=skip).train_dataset.column_names == list(SET_COLUMNS)
+    with pytest.raises(ValueError, match=r"lacks input_ids, trained, .* of a prepared row"):
+        make(dataset_kwargs=skip)
+
+
+def test_the_tokens_begin_as_what_begins_reasoning_in_the_template_of_a_file(tmp_path):
+    source = fresh_tokenizer()
+    template = tmp_path / "template.jinja"
+    template.write_text(source.chat_template)
+    tokenizer = fresh_tokenizer()
+    tokenizer.chat_template = None
+    model = make_model("qwen3", vocab_size=len(tokenizer))
+    trainer = make_trainer(model, tokenizer, tmp_path, chat_template_path=str(template))
+    assert trainer.forking_tokens().opener == "<think>"
+    trainer.train()
+    with pytest.raises(ValueError, match=r"call trl\.clone_chat_template on the model"):
+        make_trainer(model, tokenizer, tmp_path, chat_template_path="Qwen/Qwen3-0.6B")

@@ -113,7 +113,11 @@ def single(tmp_path_factory):
     ],
 )
 def test_two_processes_equal_one(options, single, tmp_path):
-    check_equal(run(tmp_path / "run", 2, **options), single, options)
+    # Of three rows, the last batch has one, and the other process one that was evaluated already.
+    evaluation = dict(evaluate=True, per_device_eval_batch_size=1)
+    run_ = run(tmp_path / "run", 2, **evaluation, **options)
+    check_equal(run_, single, options)
+    check_evaluation(run_, single)
 
 
 @pytest.mark.slow
@@ -142,7 +146,15 @@ def test_rows_in_pieces_equal_one_process(num_processes, options, single, tmp_pa
     evaluation = dict(evaluate=True, per_device_eval_batch_size=1)
     run_ = run(tmp_path / "run", num_processes, cp_size=2, **evaluation, **options, **FSDP2)
     check_equal(run_, single, options)
-    assert run_[0][-1]["eval_loss"] == pytest.approx(single[0][-1]["eval_loss"], rel=1e-5)
+    check_evaluation(run_, single)
+
+
+def check_evaluation(actual_run, expected_run):
+    """Compare the evaluations of two runs, in which every row counts once."""
+    actual, expected = actual_run[0][-1], expected_run[0][-1]
+    assert actual["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    for key in ("row_tokens", "npass_tokens", "trained_tokens", "turns"):
+        assert actual[f"eval_{key}"] == expected[f"eval_{key}"]
 
 
 def check_equal(actual_run, expected_run, options):

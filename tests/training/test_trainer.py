@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -90,10 +91,30 @@ def test_what_n_pass_would_have_computed_is_logged(train):
 )
 def test_options_train(train, options):
     trainer = train(**options)
+    rows = [row["input_ids"].tolist() for row in trainer.train_dataset]
+    plain = [row["input_ids"].tolist() for row in train().train_dataset]
+    assert sorted(chain(*rows)) == sorted(chain(*plain))
+    assert (rows != plain) == (not {"shuffle_dataset", "packing"}.isdisjoint(options))
     trainer.train()
     losses = history(trainer, "loss")
     assert len(losses) == 2
     assert all(loss > 0 for loss in losses)
+
+
+def test_the_options_of_the_caller_stay_as_they_are(train, tmp_path):
+    model_id = tmp_path / "model"
+    make_model("qwen3").save_pretrained(model_id)
+    args = OnePassSFTConfig(
+        str(tmp_path / "run"),
+        assistant_only_loss=True,
+        model_init_kwargs={"dtype": "float32"},
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    before = args.to_dict()
+    train(model=str(model_id), args=args)
+    assert args.to_dict() == before
 
 
 def test_the_loss_falls(train):
@@ -137,6 +158,9 @@ def test_streaming(train):
 
     stream = IterableDataset.from_generator(generate)
     trainer = train(dataset=stream, packing=True, max_length=300)
+    rows = [row["input_ids"].tolist() for row in trainer.train_dataset]
+    whole = train(packing=True, max_length=300).train_dataset
+    assert rows == [row["input_ids"].tolist() for row in whole]
     trainer.train()
     assert len(history(trainer, "loss")) == 2
 
@@ -281,6 +305,7 @@ def test_a_conversation_that_overflows_whole_leaves_the_others(train):
         (dict(activation_offloading=True), "needs an accelerator"),
         (dict(null_arguments="maybe"), "null_arguments must be one of"),
         (dict(attention_impl="flex"), "can't train on a CPU"),
+        (dict(attention_impl="foo"), "attention_impl must be one of auto, cuda"),
         (dict(max_length=1), "max_length must be at least 2"),
         (dict(overflow="cut"), "overflow must be one of"),
         (dict(train_on="first"), "train_on must be"),
@@ -434,14 +459,18 @@ def test_prepared_rows_obey_the_options(train):
 
 
 def test_skipping_preparation_of_conversations_is_an_error(train):
-    with pytest.raises(ValueError, match="the train dataset has the columns passes"):
+    with pytest.raises(ValueError, match="the train dataset has the columns passes and lacks inp"):
         train(dataset_kwargs={"skip_prepare_dataset": True})
 
 
 def test_ids_without_an_embedding_are_errors(train):
     row = {"passes": [{"input_ids": [1, 99999], "labels": [-100, 99999]}]}
-    with pytest.raises(ValueError, match="token id 99999, but the model has 512 embeddings"):
-        train(dataset=Dataset.from_list([row]))
+    dataset = Dataset.from_list([row])
+    with pytest.raises(ValueError, match="train dataset has the token id 99999, but the model has"):
+        train(dataset=dataset)
+    for eval_dataset, name in ((dataset, "eval"), ({"held out": dataset}, "held out")):
+        with pytest.raises(ValueError, match=f"the {name} dataset has the token id 99999"):
+            train(eval_dataset=eval_dataset)
 
 
 def test_a_stream_of_which_everything_is_dropped_is_an_error(train):

@@ -9,7 +9,7 @@ def test_old_and_missing_packages_are_named_with_the_remedy(monkeypatch):
     def version(package):
         if package == "datasets":
             raise importlib.metadata.PackageNotFoundError(package)
-        return {"trl": "0.29.1", "transformers": "5.23.0"}[package]
+        return {"trl": "0.29.1"}.get(package, versions.OLDEST[package])
 
     monkeypatch.setattr(versions, "version", version)
     with pytest.raises(ImportError, match=r"trl is 0\.29\.1, datasets is not installed") as error:
