@@ -29,10 +29,10 @@ from onepass_trl.cli.dataset import load_conversations, read_row
 from onepass_trl.tools.bench.record import write
 from onepass_trl.tools.bench.step import N_PASS, ONE_PASS, make_trainers
 from onepass_trl.tools.bench.workload import labelled, random_model, small_config
-from onepass_trl.tools.estimation import estimate, limited, passes_of
+from onepass_trl.tools.estimation import estimate
 from onepass_trl.tools.flops import model_cost
 from onepass_trl.tools.step_time import choose_probes, measure, spread
-from onepass_trl.training.preparation import PreparationOptions
+from onepass_trl.training.preparation import PreparationOptions, passes_of, trees_of
 
 FILES = ("maths_chat", "tool_chat", "agent_short", "agent_long")
 
@@ -49,7 +49,7 @@ def read_passes(
     total = 0
     for index in range(len(dataset)):
         passes, _ = passes_of(read_row(dataset, index), tokenizer, options)
-        if left := limited(passes, options)[0]:
+        if left := trees_of(passes, options)[0]:
             chats.append(left)
         total += sum(map(len, left))
         if total >= max_tokens:

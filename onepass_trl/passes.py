@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+IGNORE_INDEX = -100
+"""The label of a token that isn't trained."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pass:

@@ -12,13 +12,10 @@ import numpy as np
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.messages import Message
 from onepass_trl.chat.rendering import RenderedTurn, TrainOn, chosen_turns, render_turns
-from onepass_trl.passes import Pass
+from onepass_trl.passes import IGNORE_INDEX, Pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED_LABEL = -100
-"""The label of a token that isn't trained."""
 
 NullArguments = Literal["error", "keep", "drop"]
 
@@ -168,7 +165,7 @@ def numbered_passes(passes: Any, train_on: TrainOn = "all") -> dict[int, Pass]:
     if not trained:
         raise ChatFormatError(
             f"no label of the passes that train_on={train_on!r} chooses is trained: all are "
-            f"{IGNORED_LABEL}; choose others, or remove the row"
+            f"{IGNORE_INDEX}; choose others, or remove the row"
         )
     return trained
 
@@ -391,12 +388,12 @@ def _given_pass(given: Any, number: int) -> Pass:
             f"pass {number} needs lists of whole numbers of one length, got input_ids {ids.dtype} "
             f"{ids.shape} and labels {labels.dtype} {labels.shape}"
         )
-    trained = labels != IGNORED_LABEL
+    trained = labels != IGNORE_INDEX
     wrong = np.flatnonzero(trained & (labels != ids))
     if wrong.size:
         at = int(wrong[0])
         raise ChatFormatError(
-            f"pass {number} has label {labels[at]} at index {at}, expected {IGNORED_LABEL} or the "
+            f"pass {number} has label {labels[at]} at index {at}, expected {IGNORE_INDEX} or the "
             f"id there, {ids[at]}: labels stand at their own token, not shifted"
         )
     try:

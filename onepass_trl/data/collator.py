@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from onepass_trl.data.layout import IGNORE_INDEX, TOKEN_COLUMNS, Layout, concatenate
+from onepass_trl.data.layout import TOKEN_COLUMNS, Layout, concatenate
+from onepass_trl.passes import IGNORE_INDEX
 
 _PADDING_RUN = 64  # tokens
 _DTYPES = {

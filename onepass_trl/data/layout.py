@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onepass_trl.data.tree import ROOT, TokenTree
-from onepass_trl.passes import Pass
-
-IGNORE_INDEX = -100
+from onepass_trl.passes import IGNORE_INDEX, Pass
 
 
 @dataclass(eq=False)

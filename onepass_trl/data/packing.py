@@ -18,7 +18,7 @@ class PassTooLongError(ValueError):
 
 @dataclass
 class Overflow:
-    """What an overflow policy took away from the passes of one conversation.
+    """What an overflow policy took away from the passes of a conversation, or of several.
 
     Attributes:
         num_passes: passes that were longer than ``max_length``.
@@ -31,6 +31,13 @@ class Overflow:
     num_lost_turns: int = 0
     num_lost_tokens: int = 0
     longest: int = 0
+
+    def add(self, other: Overflow) -> None:
+        """Count what was taken away from other passes, too."""
+        self.num_passes += other.num_passes
+        self.num_lost_turns += other.num_lost_turns
+        self.num_lost_tokens += other.num_lost_tokens
+        self.longest = max(self.longest, other.longest)
 
 
 def limit_passes(

@@ -217,9 +217,7 @@ def _limit(traces: list[Trace], options: PreparationOptions) -> tuple[list[Trace
                 f'{total.longest}, or choose overflow="truncate" or overflow="drop"'
             ) from None
         kept += [Trace(pass_, trace.fork, trace.number) for pass_ in passes]
-        total.num_passes += lost.num_passes
-        total.num_lost_turns += lost.num_lost_turns
-        total.num_lost_tokens += lost.num_lost_tokens
+        total.add(lost)
     return kept, total
 
 

@@ -10,19 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onepass_trl.chat.rows import row_to_passes, row_to_turns
-from onepass_trl.data import (
-    Layout,
-    Overflow,
-    TokenTree,
-    build_tree,
-    limit_passes,
-    linearize,
-    pack,
-    split_passes,
-)
-from onepass_trl.data.layout import IGNORE_INDEX
-from onepass_trl.passes import Pass
+from onepass_trl.data import Layout, Overflow, linearize, pack
+from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.tools.flops import (
     ATTENTION_FORWARDS,
     HEAD_FORWARDS,
@@ -30,7 +19,12 @@ from onepass_trl.tools.flops import (
     ModelCost,
 )
 from onepass_trl.tools.tiles import TILE, count_tiles
-from onepass_trl.training.preparation import PACK_BATCH_SIZE, PreparationOptions
+from onepass_trl.training.preparation import (
+    PACK_BATCH_SIZE,
+    PreparationOptions,
+    passes_of,
+    trees_of,
+)
 from onepass_trl.visibility import causal_visible_end
 
 if TYPE_CHECKING:
@@ -200,9 +194,7 @@ def estimate(
     for count in counts:
         one_pass.add(count.one_pass)
         n_pass.add(count.n_pass)
-        for name in ("num_passes", "num_lost_turns", "num_lost_tokens"):
-            setattr(lost, name, getattr(lost, name) + getattr(count.overflow, name))
-    lost.longest = max(count.overflow.longest for count in counts)
+        lost.add(count.overflow)
     if one_pass.tokens == 0:
         raise ValueError(
             f"nothing is left to train: the shortest of the {lost.num_passes} turns is longer than "
@@ -228,32 +220,6 @@ def estimate(
     )
 
 
-def passes_of(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
-) -> tuple[list[Pass], bool | None]:
-    """Return the passes of a row, and whether a trained turn has reasoning, if messages say so."""
-    given: dict[str, Any] = dict(
-        chat_template_kwargs=options.chat_template_kwargs,
-        train_on=options.train_on,
-        null_arguments=options.null_arguments,
-    )
-    if row.get("passes") is not None:
-        return row_to_passes(row, tokenizer, **given), None
-    turns = row_to_turns(row, tokenizer, **given)
-    reasoning = any(turn.message.get("reasoning_content") for turn in turns)
-    return [turn.rendered for turn in turns], reasoning
-
-
-def limited(
-    passes: list[Pass], options: PreparationOptions
-) -> tuple[list[Pass], list[TokenTree], Overflow]:
-    """Return the passes that ``max_length`` leaves, their trees, and what was taken away."""
-    if options.max_length is None:
-        return passes, [build_tree(passes)], Overflow(longest=max(map(len, passes)))
-    passes, lost = limit_passes(passes, options.max_length, options.overflow)
-    return passes, split_passes(passes, options.max_length) if passes else [], lost
-
-
 @dataclass(frozen=True)
 class _Count:
     """What is counted of one conversation; `lengths` are those of its rows."""
@@ -275,10 +241,13 @@ def _count(
     windows: set[int | None],
 ) -> _Count:
     try:
-        passes, has_reasoning = passes_of(row, tokenizer, options)
-        passes, trees, lost = limited(passes, options)
+        passes, turns = passes_of(row, tokenizer, options)
+        passes, trees, lost = trees_of(passes, options)
     except ValueError as error:
         raise ValueError(f"row {index} of the dataset: {error}") from error
+    has_reasoning = None
+    if turns is not None:
+        has_reasoning = any(turn.message.get("reasoning_content") for turn in turns)
     layouts = [linearize(tree) for tree in trees]
     one_pass, n_pass = Work(), Work()
     for layout in layouts:

@@ -18,13 +18,11 @@ from onepass_trl.tools.bench.timing import seconds_of
 from onepass_trl.tools.bench.workload import labelled, missing_memory
 from onepass_trl.tools.estimation import (
     Work,
-    limited,
-    passes_of,
     weighted_pairs,
     work_of_pass,
     work_of_row,
 )
-from onepass_trl.training.preparation import PreparationOptions
+from onepass_trl.training.preparation import PreparationOptions, passes_of, trees_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -117,7 +115,7 @@ def choose_probes(
     layouts: list[Layout] = []
     passes: list[Pass] = []
     for row in rows:
-        left, trees, _ = limited(passes_of(row, tokenizer, options)[0], options)
+        left, trees, _ = trees_of(passes_of(row, tokenizer, options)[0], options)
         layouts += [linearize(tree) for tree in trees]
         passes += left
     if not passes:

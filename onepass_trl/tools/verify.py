@@ -11,8 +11,7 @@ import torch
 from torch.nn import functional
 
 from onepass_trl.data import build_tree, linearize
-from onepass_trl.data.layout import IGNORE_INDEX
-from onepass_trl.passes import Pass
+from onepass_trl.passes import IGNORE_INDEX, Pass
 from onepass_trl.tools.bench.timing import seconds_of
 
 if TYPE_CHECKING:

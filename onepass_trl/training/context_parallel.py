@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from onepass_trl.attention.context_parallel import ContextParallel
 from onepass_trl.attention.model_check import base_model
-from onepass_trl.data.layout import IGNORE_INDEX
+from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.training.config import OnePassSFTConfig
 
 

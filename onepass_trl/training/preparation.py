@@ -15,7 +15,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat.families import Family, register_family, registered_families
-from onepass_trl.chat.rows import NullArguments, TrainOn, row_to_passes, row_to_turns
+from onepass_trl.chat.rendering import RenderedTurn, TrainOn
+from onepass_trl.chat.rows import NullArguments, numbered_passes, row_to_turns
 from onepass_trl.data import (
     Layout,
     Overflow,
@@ -255,33 +256,38 @@ def make_rows(
     verify: bool = False,
 ) -> tuple[list[Layout], Overflow]:
     """Return the rows of one conversation, and what an overflow policy took away."""
-    passes = _passes(row, tokenizer, options, verify)
+    passes, turns = passes_of(row, tokenizer, options)
+    if verify:
+        for turn in turns or ():
+            check_round_trip(turn, tokenizer)
+    _, trees, lost = trees_of(passes, options)
+    return [linearize(tree) for tree in trees], lost
+
+
+def passes_of(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
+) -> tuple[list[Pass], list[RenderedTurn] | None]:
+    """Return the passes of a row, and the turns that they are if it holds messages."""
+    if row.get("passes") is not None:
+        return list(numbered_passes(row["passes"], options.train_on).values()), None
+    turns = row_to_turns(
+        row,
+        tokenizer,
+        chat_template_kwargs=options.chat_template_kwargs,
+        train_on=options.train_on,
+        null_arguments=options.null_arguments,
+    )
+    return [turn.rendered for turn in turns], turns
+
+
+def trees_of(
+    passes: list[Pass], options: PreparationOptions
+) -> tuple[list[Pass], list[TokenTree], Overflow]:
+    """Return the passes that ``max_length`` leaves, their trees, and what was taken away."""
     if options.max_length is None:
-        return [linearize(build_tree(passes))], Overflow()
+        return passes, [build_tree(passes)], Overflow(longest=max(map(len, passes)))
     passes, lost = limit_passes(passes, options.max_length, options.overflow)
-    if not passes:
-        return [], lost
-    return [linearize(tree) for tree in split_passes(passes, options.max_length)], lost
-
-
-def _passes(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    options: PreparationOptions,
-    verify: bool,
-) -> list[Pass]:
-    """Return the passes of a row, parsed back if `verify` and if it holds messages."""
-    arguments: dict[str, Any] = {
-        "chat_template_kwargs": options.chat_template_kwargs,
-        "train_on": options.train_on,
-        "null_arguments": options.null_arguments,
-    }
-    if not verify or row.get("passes") is not None:
-        return row_to_passes(row, tokenizer, **arguments)
-    turns = row_to_turns(row, tokenizer, **arguments)
-    for turn in turns:
-        check_round_trip(turn, tokenizer)
-    return [turn.rendered for turn in turns]
+    return passes, split_passes(passes, options.max_length) if passes else [], lost
 
 
 def render_rows(

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from onepass_trl import Layout, Pass
-from onepass_trl.data.layout import IGNORE_INDEX
+from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.visibility import dense_mask
 
 Examples = Counter[tuple[tuple[int, ...], int]]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from onepass_trl import Pass
-from onepass_trl.data.layout import IGNORE_INDEX
+from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.tools.figures import figures, remarks
 from onepass_trl.tools.inspection import Branch, Segment, inspect_passes, inspect_row
 from onepass_trl.tools.transcript import message_starts

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from onepass_trl.data.layout import IGNORE_INDEX
-from onepass_trl.passes import Pass
+from onepass_trl.passes import IGNORE_INDEX, Pass
 from onepass_trl.tools.bench.timing import available_bytes
 
 if TYPE_CHECKING:
