@@ -25,6 +25,7 @@ from onepass_trl.training.preparation import (
     AnyDataset,
     PreparationOptions,
     check_no_transform,
+    has_tokens,
     pack_and_shuffle,
     register_families,
     render_rows,
@@ -158,7 +159,7 @@ def _render(
         if not totals["num_lost_turns"]:
             return rendered
     rendered = rendered.filter(
-        _has_tokens, input_columns="input_ids", **described("Dropping empty rows of")
+        has_tokens, input_columns="input_ids", **described("Dropping empty rows of")
     )
     if next(iter(rendered), None) is None:
         raise ValueError(
@@ -267,10 +268,6 @@ def _row_length(set_: TraceSet) -> int:
     """Return the row tokens of a matched set: the same whichever tokens its traces get."""
     passes: list[Pass] = [trace.behind(number) for number, trace in enumerate(set_.traces)]
     return build_tree(passes).num_row_tokens()
-
-
-def _has_tokens(input_ids: Any) -> bool:
-    return len(input_ids) > 0
 
 
 def _warn(counts: Mapping[str, int], options: PreparationOptions, what: str) -> None:

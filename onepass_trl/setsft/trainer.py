@@ -305,13 +305,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         at_random = sum(map(matching.random_cost, costs))
         own = torch.tensor([matched, at_random, *counts], dtype=torch.float32)
         gathered = self.accelerator.gather(own.to(self.accelerator.device)[None]).double().cpu()
-        if not gathered.isfinite().all():
-            raise FloatingPointError(
-                f"the cost of matching is {gathered[:, 0].tolist()} (one value per process) at "
-                f"step {self.state.global_step}: the weights or activations overflowed. Look for "
-                "NaN in the model's weights, lower learning_rate, set max_grad_norm, or train in "
-                "bf16 instead of fp16"
-            )
+        self._check_finite("the cost of matching", gathered[:, 0])
         total = gathered.sum(dim=0).numpy()
         metrics, num_traces = self._metrics[mode], total[2:].sum()
         if self.args.matching == "hungarian":

@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from trl import SFTConfig
 
+from onepass_trl.attention.api import Impl
 from onepass_trl.chat.rendering import TrainOn
 from onepass_trl.data import packing
 
@@ -96,7 +97,7 @@ class OnePassSFTConfig(SFTConfig):
         default="auto",
         metadata={
             "help": "Implementation of tree attention.",
-            "choices": ["auto", "cuda", "cpu", "flex", "dense"],
+            "choices": list(get_args(Impl)),
         },
     )
 

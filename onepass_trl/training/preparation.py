@@ -197,10 +197,10 @@ def _render(
     if isinstance(dataset, Dataset):
         if _report_overflow(dataset, options, name):
             dataset = dataset.filter(
-                _has_tokens, input_columns="input_ids", **described("Dropping empty rows of")
+                has_tokens, input_columns="input_ids", **described("Dropping empty rows of")
             )
         return dataset
-    dataset = dataset.filter(_has_tokens, input_columns="input_ids")
+    dataset = dataset.filter(has_tokens, input_columns="input_ids")
     if next(iter(dataset), None) is None:
         raise ValueError(
             f"the {name} dataset has no row left to train: all turns are longer than "
@@ -373,7 +373,8 @@ def _pack_batch(batch: dict[str, list[Any]], max_length: int, code: str) -> dict
     return {name: [getattr(row, name) for row in packed] for name in ROW_COLUMNS}
 
 
-def _has_tokens(input_ids: Any) -> bool:
+def has_tokens(input_ids: Any) -> bool:
+    """Return whether a row isn't that of a conversation of which nothing is left."""
     return len(input_ids) > 0
 
 

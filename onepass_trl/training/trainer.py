@@ -372,13 +372,7 @@ class OnePassSFTTrainer(SFTTrainer):
         gathered = (
             self.accelerator.gather(torch.cat([local, counts.to(local)])[None]).double().cpu()
         )
-        if not gathered[:, 0].isfinite().all():
-            raise FloatingPointError(
-                f"the loss is {gathered[:, 0].tolist()} (one value per process) at step "
-                f"{self.state.global_step}: the weights or activations overflowed. Look for NaN in "
-                "the model's weights, lower learning_rate, set max_grad_norm, or train in bf16 "
-                "instead of fp16"
-            )
+        self._check_finite("the loss", gathered[:, 0])
         if self.aux_loss_enabled:
             metrics["aux_loss"].append(gathered[:, 1].mean().item())
         totals = gathered.sum(dim=0)
@@ -393,6 +387,16 @@ class OnePassSFTTrainer(SFTTrainer):
         metrics["npass_ratio"] = [named["npass_tokens"] / max(named["row_tokens"], 1)]
         self._total_train_tokens = round(self._totals["train"][0].item())
         metrics["num_tokens"] = [self._total_train_tokens]
+
+    def _check_finite(self, what: str, of_processes: torch.Tensor) -> None:
+        if of_processes.isfinite().all():
+            return
+        raise FloatingPointError(
+            f"{what} is {of_processes.tolist()} (one value per process) at step "
+            f"{self.state.global_step}: the weights or activations overflowed. Look for NaN in the "
+            "model's weights, lower learning_rate, set max_grad_norm, or train in bf16 instead of "
+            "fp16"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's metrics and this trainer's totals; those of an evaluation start anew."""
