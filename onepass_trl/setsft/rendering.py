@@ -100,8 +100,8 @@ def row_to_traces(
             messages with reasoning (each as itself or as a list of one), or of strings. With a
             prompt of messages a string is the content of an assistant message; with a text prompt
             it is the text itself, behind which the end-of-sequence token is added if it doesn't
-            stand there. ``tools`` and ``chat_template_kwargs`` may stand beside them. Lists may be
-            given as JSON text.
+            stand there. ``system`` (beside messages), ``tools`` and ``chat_template_kwargs`` may
+            stand beside them. Lists may be given as JSON text.
         tokenizer: the tokenizer, with the forking tokens.
         tokens: the forking tokens.
         chat_template_kwargs: further arguments of the template; the row's own come first.

@@ -54,9 +54,9 @@ class SetSFTTrainer(OnePassSFTTrainer):
     - ``prompt``: a list of messages that ends before the answer, or text
     - ``completions``: a list of assistant messages with reasoning, or of strings
 
-    ``tools`` and ``chat_template_kwargs`` may stand beside them. ``max_length`` bounds each trace
-    with its question. Where the matched traces of a question don't fit into one row of that length,
-    they become several rows of the same batch.
+    ``system``, ``tools`` and ``chat_template_kwargs`` may stand beside them. ``max_length`` bounds
+    each trace with its question. Where the matched traces of a question don't fit into one row of
+    that length, they become several rows of the same batch.
 
     Logged beside the metrics of `OnePassSFTTrainer`, whose ``turns`` are traces here, as means:
     ``matched_cost`` (of a matched pair), ``matching_gap`` (how much less that is than in a random

@@ -66,10 +66,12 @@ class OnePassSFTTrainer(SFTTrainer):
 
     Datasets have one conversation a row, in any of these forms:
 
-    - ``messages``: a list of messages; ``tools`` and ``chat_template_kwargs`` may stand beside it
+    - ``messages``: a list of messages
     - ``prompt`` and ``completion``: lists of messages; the turns of the completion are trained
     - ``conversations``: ShareGPT's ``from`` / ``value`` messages
     - ``passes``: lists of ``{"input_ids": .., "labels": ..}``, any sequences that share prefixes
+
+    ``system`` (a prompt), ``tools`` and ``chat_template_kwargs`` may stand beside them.
 
     Logged beside TRL's metrics, as totals since training began or was resumed: ``row_tokens``,
     ``npass_tokens`` (what N passes would have computed), ``npass_ratio`` (their quotient),
