@@ -32,7 +32,10 @@ class Pass:
     trained: NDArray[np.bool_]
 
     def __init__(self, token_ids: ArrayLike, trained: ArrayLike) -> None:
-        ids = np.ascontiguousarray(token_ids, dtype=np.int32)
+        given = np.asarray(token_ids)
+        if given.size and given.dtype.kind in "iu" and given.max() > np.iinfo(np.int32).max:
+            raise ValueError(f"token ids must be less than 2^31, got {given.max()}")
+        ids = np.ascontiguousarray(given, dtype=np.int32)
         mask = np.ascontiguousarray(trained, dtype=np.bool_)
         if ids.ndim != 1 or ids.shape != mask.shape:
             raise ValueError(

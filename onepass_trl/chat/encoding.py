@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from onepass_trl.chat.errors import ChatFormatError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +30,8 @@ class AddedTokens:
             by piece without a change in the ids, or None if this tokenizer has to encode each text
             as a whole.
         margin: Length of the longest such token, in characters.
+        prepends: Whether the tokenizer begins a text by itself as it doesn't go on with one: most
+            SentencePiece models put a space before it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -43,6 +47,8 @@ class AddedTokens:
         self.margin = max(map(len, names), default=0)
         if self.boundary is not None and not self._composes(tokenizer, names):
             self.boundary = None
+        alone, behind = encode_alone(tokenizer, ["a", "\na"])
+        self.prepends = not np.array_equal(behind[behind.size - alone.size :], alone)
 
     def _composes(self, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> bool:
         """Return whether pieces give the ids of the whole, tried with every boundary token.
@@ -87,6 +93,26 @@ def encode_alone(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return []
     batch = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [np.asarray(ids, dtype=np.int32) for ids in batch]
+
+
+def encode_behind(tokenizer: PreTrainedTokenizerBase, context: str, completion: str) -> Ids:
+    """Return the ids with which a completion goes on behind its context.
+
+    For tokenizers that begin a text by itself otherwise (`AddedTokens.prepends`): the two are
+    encoded together, or the completion behind a newline where their border is inside a token.
+
+    Raises:
+        ChatFormatError: if it is inside a token either way.
+    """
+    for before in (context, "\n"):
+        whole, first = encode_alone(tokenizer, [before + completion, before])
+        if np.array_equal(whole[: first.size], first):
+            return whole[first.size :]
+    raise ChatFormatError(
+        f"the tokenizer puts what ends the context ({context[-20:]!r}) and what begins the "
+        f"completion ({completion[:20]!r}) into one token, and can't encode the completion by "
+        "itself, since it begins a text with a space. Use a tokenizer that doesn't"
+    )
 
 
 def encode_views(

@@ -52,7 +52,11 @@ def _normalize(message: Any, index: int, inline_reasoning: bool) -> Message:
     role = out.get("role")
     if role not in ROLES:
         _refuse(index, f"has role {role!r}, expected one of {', '.join(ROLES)}; rename it")
+    if "content" not in out and (other := next((k for k in ("text", "value") if out.get(k)), "")):
+        _refuse(index, f"has {other!r} and no 'content'; rename it")
     out["content"] = _text(out.get("content", ""), index)
+    if out.get("function_call"):
+        _refuse(index, "has 'function_call', the old form of 'tool_calls'; make it a list of one")
     if "weight" in out:
         _read_weight(out, index)
     train = out.get("train", False)
@@ -197,6 +201,12 @@ def _tool_call(call: Any, index: int, number: int) -> dict[str, Any]:
     function = {key: value for key, value in function.items() if value is not None}
     if not isinstance(function.get("name"), str) or not function["name"]:
         _refuse(index, f"has tool call {number} without a function name, expected {form}")
+    if "arguments" not in function:
+        for key in ("parameters", "args", "input"):
+            if key in function or key in out:
+                _refuse(
+                    index, f"has tool call {number} with {key!r}, expected 'arguments'; rename it"
+                )
     function["arguments"] = _arguments(function.get("arguments", {}), index, number)
     return {"type": "function", **out, "function": function}
 

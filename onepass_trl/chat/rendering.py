@@ -18,6 +18,7 @@ from onepass_trl.chat.encoding import (
     AddedTokens,
     added_tokens,
     encode_alone,
+    encode_behind,
     encode_views,
 )
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
@@ -113,6 +114,11 @@ def render_turns(
     # What a turn generates stands in later contexts too, as a rule: its pieces are encoded once.
     ids = encode_views(tokenizer, added, [*contexts, *completions])
     context_ids, completion_ids = ids[: len(contexts)], ids[len(contexts) :]
+    if added.prepends:
+        completion_ids = [
+            encode_behind(tokenizer, context, completion)
+            for context, completion in zip(contexts, completions, strict=True)
+        ]
     [first_ids] = encode_alone(tokenizer, contexts[:1])
     if not np.array_equal(context_ids[0], first_ids):
         raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")

@@ -201,7 +201,7 @@ def row_to_turns(
 
 
 def _from_json_text(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], set[str]]:
-    """Return the row with the columns that hold a JSON list as text decoded, and their names.
+    """Return the row with the columns that hold a JSON list of objects decoded, and their names.
 
     JSON text is the one way to store messages of any shape in an Arrow table unchanged: its nulls
     are real.
@@ -211,9 +211,11 @@ def _from_json_text(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], set[str]
         value = row.get(column)
         if isinstance(value, str) and value.lstrip().startswith("["):
             try:
-                decoded[column] = json.loads(value)
+                items = json.loads(value)
             except ValueError:
                 continue  # plain text that begins with a bracket
+            if all(isinstance(item, Mapping) for item in items):
+                decoded[column] = items
     return {**row, **decoded}, set(decoded)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onepass_trl.chat import ChatFormatError, row_to_conversation
-from onepass_trl.chat.encoding import Ids, encode_alone
+from onepass_trl.chat.encoding import Ids, added_tokens, encode_alone, encode_behind
 from onepass_trl.chat.families import family_of
 from onepass_trl.chat.rendering import render_texts, render_turns
 from onepass_trl.chat.rows import NullArguments
@@ -121,6 +121,8 @@ def row_to_traces(
             f"{', '.join(given) or 'nothing'}. Rename or convert the columns"
         )
     prompt, completions = (_from_json_text(row[column]) for column in _COLUMNS)
+    if isinstance(row["prompt"], str) and not all(isinstance(m, Mapping) for m in prompt):
+        prompt = row["prompt"]  # text that happens to be a JSON list
     if isinstance(prompt, str) and row.get("system"):
         raise ChatFormatError(
             "the row has a 'system' column, and a prompt of text has no place for it: write it "
@@ -335,7 +337,10 @@ def _to_trace(
     _refuse_forking_tokens(parts, tokens)
     text = parts.before + tokens.names[0] + parts.between
     [prompt] = _encode_prompts([text], tokenizer, is_text)
-    [completion] = encode_alone(tokenizer, [parts.completion])
+    if added_tokens(tokenizer).prepends:
+        completion = encode_behind(tokenizer, text, parts.completion)
+    else:
+        [completion] = encode_alone(tokenizer, [parts.completion])
     (forks,) = np.nonzero(prompt == tokens.ids[0])
     assert forks.size == 1, (text, prompt)
     if forks[0] == 0:

@@ -136,9 +136,11 @@ class OnePassSFTTrainer(SFTTrainer):
                 "batch needs visible_end, position_ids and shift_labels. Leave it unset to get "
                 "the right one"
             )
-        if getattr(peft_config, "is_prompt_learning", False):
+        for adapter in (peft_config, *getattr(model, "peft_config", {}).values()):
+            if not getattr(adapter, "is_prompt_learning", False):
+                continue
             raise ValueError(
-                f"{type(peft_config).__name__} puts virtual tokens before the row, which shifts "
+                f"{type(adapter).__name__} puts virtual tokens before the row, which shifts "
                 "every position of the tree. Use an adapter such as LoraConfig"
             )
         check_train_dataset(train_dataset)

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from onepass_trl.chat.encoding import added_tokens, encode_alone, encode_views, shared_prefix
+from onepass_trl.chat import ChatFormatError, render_passes
+from onepass_trl.chat.encoding import (
+    added_tokens,
+    encode_alone,
+    encode_behind,
+    encode_views,
+    shared_prefix,
+)
 from tests.chat.tokenizers import SMALL, small_tokenizer
 
 
@@ -62,6 +69,37 @@ def test_tokenizers_that_depend_on_the_position_encode_whole_texts(scheme, added
     tokenizer = metaspace_tokenizer(scheme, added)
     assert (added_tokens(tokenizer).boundary is not None) == splits
     check(tokenizer, ["a b<a> c d <a>e", "a b<a> c d <a>ef <a>", "a b<a>\n c"])
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_completion_goes_on_behind_its_context(scheme):
+    """Llama 2 and Mistral 7B put a space before each text, which the template doesn't write."""
+    tokenizer = metaspace_tokenizer(scheme, AddedToken("<|>", special=True, normalized=False))
+    assert added_tokens(tokenizer).prepends == (scheme != "never")
+    tokenizer.eos_token = "<|>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'h' if m.role == 'user' else 'i' }}\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}i\n{% endif %}"
+    )
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", "ab"), ("assistant", "c d"), ("user", "e"), ("assistant", "f"))
+    ]
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    first, last = render_passes(messages, tokenizer)
+    assert first.token_ids.tolist() == whole[: len(first)]
+    assert last.token_ids.tolist() == whole[: len(last)]
+    names = tokenizer.convert_ids_to_tokens(first.token_ids[first.trained])
+    assert names[:4] == ["c", "▁", "d", "<|>"]
+
+
+def test_a_completion_that_begins_inside_a_token_is_encoded_behind_a_newline():
+    tokenizer = metaspace_tokenizer("first", AddedToken("ab", normalized=False))
+    assert tokenizer.convert_ids_to_tokens(encode_behind(tokenizer, "ca", "bd")) == ["b", "d"]
+    tokenizer.add_tokens([AddedToken("\nb", normalized=False)])
+    with pytest.raises(ChatFormatError, match="begins a text with a space"):
+        encode_behind(tokenizer, "ca", "bd")
 
 
 def test_of_two_tokens_the_longer_is_found_in_a_longer_view():

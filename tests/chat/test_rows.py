@@ -135,6 +135,7 @@ ERRORS = [
     ({"messages": "Hi"}, "must be a list of message dicts, got str"),
     ({"messages": ["Hi"]}, "must be a list of message dicts"),
     ({"conversations": [{"from": "human"}]}, "message 0 of 'conversations' must have"),
+    ({"conversations": [{"role": "user", "value": "x"}]}, "message 0 has 'value' and no 'content'"),
     ({"conversations": [{"from": "function_call", "value": "x"}]}, "isn't JSON"),
     ({"conversations": TWO_TURNS, "system": "x"}, "keep one"),
     ({"messages": TWO_TURNS, "tools": "["}, "column 'tools' isn't valid JSON"),
@@ -146,6 +147,7 @@ ERRORS = [
     ({"passes": [{"input_ids": [1.5, 2.0], "labels": [-100, 2.0]}]}, "whole numbers"),
     ({"passes": [{"input_ids": [1, 2, 3], "labels": [-100, 3, -100]}]}, "label 3 at index 1"),
     ({"passes": [{"input_ids": [1, 2], "labels": [1, 2]}]}, "pass 0: the first token"),
+    ({"passes": [{"input_ids": [1, 2**33], "labels": [-100, 2**33]}]}, r"less than 2\^31"),
     ({"passes": [{"input_ids": [1, 2], "labels": [-100, -100]}]}, "no label .* is trained"),
 ]
 

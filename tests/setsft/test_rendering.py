@@ -160,6 +160,12 @@ class TestText:
         text = tokenizer.decode(trace.behind(tokens.ids[0]).token_ids)
         assert text == f"{bos}two<think1>four<|eot_id|>"
 
+    def test_a_prompt_that_happens_to_be_a_json_list_is_text(self):
+        tokenizer, tokens = with_tokens(fresh_tokenizer("llama3_1"), opener="")
+        [trace] = row_to_traces({"prompt": "[1, 2]", "completions": ["b"]}, tokenizer, tokens)
+        text = tokenizer.decode(trace.behind(tokens.ids[0]).token_ids)
+        assert text == "[1, 2]<think1>b<|eot_id|>"
+
 
 PROMPT = [{"role": "user", "content": "two?"}]
 

@@ -346,7 +346,7 @@ def test_functions_of_logits_are_errors(train, argument):
 
 
 def test_other_collators_and_prompt_learning_are_errors(train):
-    from peft import PrefixTuningConfig
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
     with pytest.raises(ValueError, match="data_collator must be an OnePassCollator, got dict"):
         train(trainer_kwargs={"data_collator": {}})
@@ -356,6 +356,9 @@ def test_other_collators_and_prompt_learning_are_errors(train):
                 "peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
             }
         )
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="PromptTuningConfig puts virtual tokens"):
+        train(model=get_peft_model(make_model("qwen3"), config))
 
 
 @pytest.mark.parametrize(
