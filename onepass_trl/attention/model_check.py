@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -141,3 +142,14 @@ def _unsupported_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dic
 
 def _layer_list(layers: list[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def check_token_ids(name: str, largest: int, model: Any) -> None:
+    """Raise ValueError if a model has no embedding for the largest token id of what `name` says."""
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, nn.Embedding) and largest >= embeddings.num_embeddings:
+        raise ValueError(
+            f"{name} has the token id {largest}, but the model has {embeddings.num_embeddings} "
+            "embeddings: use the model's own tokenizer, or call "
+            "model.resize_token_embeddings(len(tokenizer)) first"
+        )

@@ -132,13 +132,16 @@ def load_passes(options: argparse.Namespace) -> list[list[Pass]]:
     null_arguments = settle_null_arguments(dataset, "auto")
     conversations = []
     for index in range(min(options.num_conversations, len(dataset))):
-        passes = row_to_passes(
-            read_row(dataset, index),
-            tokenizer,
-            train_on=options.train_on,
-            chat_template_kwargs=options.chat_template_kwargs,
-            null_arguments=null_arguments,
-        )
+        try:
+            passes = row_to_passes(
+                read_row(dataset, index),
+                tokenizer,
+                train_on=options.train_on,
+                chat_template_kwargs=options.chat_template_kwargs,
+                null_arguments=null_arguments,
+            )
+        except ValueError as error:
+            raise ValueError(f"row {index} of the dataset: {error}") from error
         conversations.append(limit_length(passes, options.max_length, f"conversation {index}"))
     if not conversations:
         raise ValueError(f"split {options.dataset_split!r} of {options.dataset_name!r} has no rows")

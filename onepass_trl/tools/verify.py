@@ -81,16 +81,17 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     N-pass is one ordinary causal forward and backward for each pass, with SDPA, or with eager
     attention where the model has no SDPA or softcaps its scores (which SDPA can't). One pass is the
     row of the prefix tree. The model is compared in evaluation mode, so without dropout. Afterwards
-    it is as before, except that it holds no gradients.
+    it computes as before, and holds no gradients.
 
     Args:
         model: a causal language model of transformers.
         passes: of one conversation, see `onepass_trl.render_passes`.
 
     Raises:
-        ValueError: if no token of `passes` or no parameter is trained, or one-pass attention does
-            not support the model.
+        ValueError: if no token of `passes` or no parameter is trained, the model has no embedding
+            for a token, or one-pass attention does not support it.
     """
+    from onepass_trl.attention.model_check import check_token_ids
     from onepass_trl.attention.transformers_backend import (
         use_onepass_attention,
         visible_end_required,
@@ -103,6 +104,7 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("nothing to compare: no parameter of the model requires a gradient")
+    check_token_ids("the conversation", max(int(p.token_ids.max()) for p in passes), model)
     row = linearize(build_tree(passes))
 
     def n_pass() -> float:

@@ -8,12 +8,12 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 import pyarrow.compute as compute
-import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
+from onepass_trl.attention.model_check import check_token_ids
 from onepass_trl.training import preparation
 from onepass_trl.training.config import OnePassSFTConfig
 
@@ -101,16 +101,9 @@ def check_prepared(train_dataset: Any, eval_dataset: Any, row_columns: tuple[str
 
 def check_vocabulary(name: str, dataset: Any, model: Any) -> None:
     """Raise for a token id that the model has no embedding for."""
-    embeddings = model.get_input_embeddings()
-    if not isinstance(dataset, Dataset) or not isinstance(embeddings, torch.nn.Embedding):
-        return
-    largest = compute.max(compute.list_flatten(preparation.token_ids(dataset))).as_py()
-    if largest is not None and largest >= embeddings.num_embeddings:
-        raise ValueError(
-            f"the {name} dataset has the token id {largest}, but the model has "
-            f"{embeddings.num_embeddings} embeddings: use the model's own tokenizer, or call "
-            "model.resize_token_embeddings(len(tokenizer)) first"
-        )
+    if isinstance(dataset, Dataset):
+        largest = compute.max(compute.list_flatten(preparation.token_ids(dataset))).as_py()
+        check_token_ids(f"the {name} dataset", largest or 0, model)
 
 
 def check_not_empty(name: str, dataset: Any) -> None:

@@ -245,6 +245,17 @@ def test_verify_names_what_is_missing(tiny_model_dir, tmp_path, capsys):
     assert "there is no such file" in capsys.readouterr().err
 
 
+def test_verify_names_the_row_and_an_id_without_an_embedding(tiny_model_dir, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={path}"]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
+    assert main(["verify", *flags]) == 2
+    assert "row 0 of the dataset: none of the 1 messages" in capsys.readouterr().err
+    path.write_text(json.dumps({"passes": [{"input_ids": [1, 9**9], "labels": [-100, 9**9]}]}))
+    assert main(["verify", *flags]) == 2
+    assert "the conversation has the token id 387420489, but the" in capsys.readouterr().err
+
+
 class TestLocalFiles:
     def test_values_of_any_shape_survive(self, tmp_path):
         """Tool arguments of different shapes, nulls and long numbers, which `datasets` changes."""
