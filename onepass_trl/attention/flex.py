@@ -100,14 +100,10 @@ def _mask_mod(
 def _remembered_block_mask(
     visible_end: Tensor, positions: Tensor | None, window: int | None
 ) -> BlockMask:
+    others = () if window is None or positions is None else (positions,)
     # Of an alias: the mask must not keep the tensor alive with which it goes.
-    alias = visible_end.detach()
-    if window is None:
-        make = partial(build_block_mask, alias, None, None)
-        return _block_masks.get(visible_end, (), None, make)
-    assert positions is not None
-    make = partial(build_block_mask, alias, positions, window)
-    return _block_masks.get(visible_end, (positions,), window, make)
+    make = partial(build_block_mask, visible_end.detach(), positions, window)
+    return _block_masks.get(visible_end, others, window, make)
 
 
 def build_block_mask(

@@ -52,8 +52,9 @@ def _normalize(message: Any, index: int, inline_reasoning: bool) -> Message:
     role = out.get("role")
     if role not in ROLES:
         _refuse(index, f"has role {role!r}, expected one of {', '.join(ROLES)}; rename it")
-    if "content" not in out and (other := next((k for k in ("text", "value") if out.get(k)), "")):
-        _refuse(index, f"has {other!r} and no 'content'; rename it")
+    for key in ("text", "value"):
+        if "content" not in out and out.get(key):
+            _refuse(index, f"has {key!r} and no 'content'; rename it")
     out["content"] = _text(out.get("content", ""), index)
     if out.get("function_call"):
         _refuse(index, "has 'function_call', the old form of 'tool_calls'; make it a list of one")

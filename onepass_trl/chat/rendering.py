@@ -112,7 +112,8 @@ def render_turns(
     conversation, trained = _read(messages, tokenizer, added, tools, chat_template_kwargs, train_on)
     contexts, completions = zip(*(conversation.texts(*turn) for turn in trained), strict=True)
     # What a turn generates stands in later contexts too, as a rule: its pieces are encoded once.
-    ids = encode_views(tokenizer, added, [*contexts, *completions])
+    alone = [] if added.prepends else completions
+    ids = encode_views(tokenizer, added, [*contexts, *alone])
     context_ids, completion_ids = ids[: len(contexts)], ids[len(contexts) :]
     if added.prepends:
         completion_ids = [

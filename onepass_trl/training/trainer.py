@@ -137,12 +137,11 @@ class OnePassSFTTrainer(SFTTrainer):
                 "the right one"
             )
         for adapter in (peft_config, *getattr(model, "peft_config", {}).values()):
-            if not getattr(adapter, "is_prompt_learning", False):
-                continue
-            raise ValueError(
-                f"{type(adapter).__name__} puts virtual tokens before the row, which shifts "
-                "every position of the tree. Use an adapter such as LoraConfig"
-            )
+            if getattr(adapter, "is_prompt_learning", False):
+                raise ValueError(
+                    f"{type(adapter).__name__} puts virtual tokens before the row, which shifts "
+                    "every position of the tree. Use an adapter such as LoraConfig"
+                )
         check_train_dataset(train_dataset)
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             check_prepared(train_dataset, eval_dataset, self._row_columns)

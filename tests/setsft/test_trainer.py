@@ -424,7 +424,7 @@ class TestDiversity:
     def test_the_model_s_own_tokens_end_a_completion_too(self, make):
         trainer = make()
         tokenizer, config = trainer.processing_class, trainer.model.generation_config
-        [prompt] = [forking_prompts(ROWS[0]["prompt"], tokenizer, NUM_TOKENS)[0]]
+        prompt = forking_prompts(ROWS[0]["prompt"], tokenizer, NUM_TOKENS)[0]
         [whole] = generate(trainer.model, [prompt], tokenizer, 6)
         config.eos_token_id = [whole[2]]
         [ended] = generate(trainer.model, [prompt], tokenizer, 6)
