@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from onepass_trl.chat.rows import NullArguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-DATASET_HELP = "dataset of the Hub, or a .jsonl, .json or .parquet file"
+DATASET_HELP = "dataset of the Hub, a folder, or a .jsonl, .json or .parquet file"
 
 
 def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,46 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         type=json_object,
         help="arguments of the chat template as JSON: '{\"enable_thinking\": false}'",
     )
+    parser.add_argument(
+        "--chat_template_path",
+        help="chat template to render with: a .jinja file, or a tokenizer of the Hub or in a folder",
+    )
+    parser.add_argument(
+        "--null_arguments",
+        choices=("auto", *get_args(NullArguments)),
+        default="auto",
+        help="what a null among a tool call's arguments is: a value to 'keep', a filler to 'drop', "
+        "an 'error'; 'auto' keeps it in columns that hold JSON, else it is an error",
+    )
+
+
+def load_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer, with the chat template that the options name.
+
+    The tokens that come with another tokenizer's template are added, as training adds them.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+    path = options.chat_template_path
+    if path is None:
+        return tokenizer
+    if path.endswith((".jinja", ".j2")):
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        return tokenizer
+    source = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = source.get_chat_template()
+    known = tokenizer.get_vocab()
+    added = source.added_tokens_decoder.values()
+    tokenizer.add_tokens([token for token in added if token.content not in known])
+    tokenizer.eos_token = source.eos_token
+    return tokenizer
+
+
+def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model an embedding for each token, also those that came with a chat template."""
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, len(tokenizer))
 
 
 def check_folder(flag: str, path: str | None) -> None:

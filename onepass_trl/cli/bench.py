@@ -84,8 +84,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--{given[0]} shapes a chat of random tokens, but a dataset is given too")
     if options.dataset_name is not None and options.model_name_or_path is None:
         parser.error("a dataset needs --model_name_or_path, whose tokenizer renders it")
-    if options.dataset_name is None and options.train_on != "all":
-        parser.error("--train_on chooses turns of a dataset, but none is given")
+    if options.dataset_name is None:
+        for name in ("train_on", "chat_template_kwargs", "chat_template_path", "null_arguments"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name} is about a dataset, but none is given")
     for name, value in _TURN.items():
         setattr(options, name, getattr(options, name, value))
     return options
@@ -154,11 +156,14 @@ def _load_config(options: argparse.Namespace) -> PretrainedConfig:
 
 
 def _load_passes(options: argparse.Namespace, config: PretrainedConfig) -> list[list[Pass]]:
+    from onepass_trl.cli.arguments import fit_vocabulary, load_tokenizer
     from onepass_trl.cli.verify import limit_length, load_passes
     from onepass_trl.tools.bench.workload import chat_passes
 
     if options.dataset_name is not None:
-        return load_passes(options)
+        tokenizer = load_tokenizer(options)
+        fit_vocabulary(config, tokenizer)
+        return load_passes(options, tokenizer)
     vocab_size = config.get_text_config().vocab_size
     passes = chat_passes(
         options.turns, options.user, options.reasoning, options.response, vocab_size

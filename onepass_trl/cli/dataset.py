@@ -1,14 +1,16 @@
-"""Where conversations come from: a dataset of the Hub, or local .jsonl, .json or .parquet files."""
+"""Where conversations come from: a dataset of the Hub, or local files of JSON or Parquet."""
 
 from __future__ import annotations
 
 import glob
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+_JSON = (".jsonl", ".ndjson", ".json")
+_SUFFIXES = (*_JSON, *(f"{suffix}.gz" for suffix in _JSON), ".parquet")
 
 
 def load_conversations(
@@ -18,9 +20,10 @@ def load_conversations(
 
     Args:
         name: a dataset of the Hub or a local folder, as for `datasets.load_dataset`; or the path of
-            a .jsonl, .json or .parquet file, or a pattern such as ``data/*.jsonl`` for several.
+            a .jsonl, .ndjson, .json (each also with .gz) or .parquet file, or a pattern such as
+            ``data/*.jsonl`` for several.
         split: a split, or a slice of one: ``train``, ``train[:90%]``, ``train[-100:]``. Local files
-            have one split, ``train``.
+            have one split, ``train``; a folder has those that the names of its files say.
         config: the dataset's configuration, where it has several.
         streaming: read rows as they are needed; slices are then not possible.
 
@@ -28,9 +31,12 @@ def load_conversations(
         FileNotFoundError: if `name` ends like a file and there is none.
         ValueError: if there is no such split, or a line of a file is not a JSON object.
     """
-    suffix = Path(name).suffix
-    if suffix not in _SUFFIXES:
-        return _load_split(name, split, {"path": name, "name": config}, streaming)
+    suffix = _suffix(name)
+    if suffix is None or Path(name).is_dir():
+        splits = _json_folder(name, config) if Path(name).is_dir() else None
+        if splits is None:
+            return _load_split(name, split, {"path": name, "name": config}, streaming)
+        return _load_json(name, splits, split, streaming)
     files = sorted(glob.glob(name, recursive=True)) or [name]
     for file in files:
         if not Path(file).is_file():
@@ -46,7 +52,7 @@ def load_conversations(
     if suffix == ".parquet":
         source = {"path": "parquet", "data_files": {"train": files}}
         return _load_split(name, split, source, streaming)
-    return _load_json(name, files, split, streaming)
+    return _load_json(name, {"train": files}, split, streaming)
 
 
 def read_row(dataset: Any, index: int) -> dict[str, Any]:
@@ -54,6 +60,21 @@ def read_row(dataset: Any, index: int) -> dict[str, Any]:
     from onepass_trl.training.nulls import with_exact_nulls
 
     return with_exact_nulls(dataset[index], dataset.features)
+
+
+def _suffix(name: str) -> str | None:
+    """Return which kind of file the name says, None for the name of a dataset."""
+    return next((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix)), None)
+
+
+def _json_folder(name: str, config: str | None) -> dict[str, list[str]] | None:
+    """Return the files of each split of a local folder, None unless all are JSON."""
+    from datasets import load_dataset_builder
+
+    found = load_dataset_builder(name, config).config.data_files or {}
+    splits = {str(split): list(files) for split, files in found.items()}
+    files = [file for files in splits.values() for file in files]
+    return splits if files and all(_suffix(file) in _SUFFIXES[:-1] for file in files) else None
 
 
 def _load_split(name: str, split: str, source: dict[str, Any], streaming: bool) -> Any:
@@ -75,33 +96,25 @@ def _no_split(name: str, split: str, error: Exception) -> ValueError:
     )
 
 
-def _load_json(name: str, files: list[str], split: str, streaming: bool) -> Any:
+def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: bool) -> Any:
     """Return the rows of JSON files, what is nested in them as JSON text.
 
     The reader of `datasets` gives nested values one type for all rows, which fails on (or fills up)
     tool calls with different arguments, and it rounds numbers to ten digits.
     """
-    from datasets import Dataset, Features, IterableDataset, ReadInstruction, Value
-    from datasets.exceptions import DatasetGenerationError
+    from datasets import ReadInstruction
 
-    columns = list(dict.fromkeys(key for file in files for row in _read_json(file) for key in row))
-    if not columns:
-        raise ValueError(f"{name!r} holds no rows: it needs one JSON object a line")
-    features = Features({column: Value("string") for column in columns})
-    # Size and time of the files are there for the cache: it must not outlive their content.
-    stamps = tuple((Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files)
-    arguments: dict[str, Any] = {"files": tuple(files), "columns": tuple(columns)}
+    wanted = split.partition("[")[0].strip()
+    if wanted not in splits:
+        raise _no_split(name, split, ValueError(f"it has {', '.join(sorted(splits))}."))
+    files = splits[wanted]
     if streaming:
-        if split != "train":
-            raise _no_split(name, split, ValueError("a stream of local files has only 'train'."))
-        return IterableDataset.from_generator(_text_rows, features=features, gen_kwargs=arguments)
+        if split != wanted:
+            raise _no_split(name, split, ValueError("a stream can't be sliced."))
+        return _rows_of_json(name, files, streaming)
+    dataset = _rows_of_json(name, files, streaming)
     try:
-        dataset = Dataset.from_generator(
-            _text_rows, features=features, gen_kwargs={**arguments, "stamps": stamps}
-        )
-        (part,) = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+        (part,) = ReadInstruction.from_spec(split).to_absolute({wanted: len(dataset)})
     except (ValueError, AssertionError) as error:
         raise _no_split(name, split, error) from None
     end = len(dataset) if part.to is None else min(part.to, len(dataset))
@@ -111,19 +124,49 @@ def _load_json(name: str, files: list[str], split: str, streaming: bool) -> Any:
     return dataset.select(rows)
 
 
+def _rows_of_json(name: str, files: list[str], streaming: bool) -> Any:
+    from datasets import Dataset, Features, IterableDataset, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    columns = list(dict.fromkeys(key for file in files for row in _read_json(file) for key in row))
+    if not columns:
+        raise ValueError(f"{name!r} holds no rows: it needs one JSON object a line")
+    features = Features({column: Value("string") for column in columns})
+    arguments: dict[str, Any] = {"files": tuple(files), "columns": tuple(columns)}
+    if streaming:
+        return IterableDataset.from_generator(_text_rows, features=features, gen_kwargs=arguments)
+    # Size and time of the files are there for the cache: it must not outlive their content.
+    stamps = tuple((Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files)
+    try:
+        return Dataset.from_generator(
+            _text_rows, features=features, gen_kwargs={**arguments, "stamps": stamps}
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+
+
 def _read_json(file: str) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file: one a line, or those of a JSON list."""
-    if file.endswith(".json"):
-        text = Path(file).read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            try:
-                elements = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file} is not JSON: {error}") from None
-            for number, element in enumerate(elements):
-                yield _as_row(element, f"{file}, element {number}")
-            return
-    with open(file, encoding="utf-8", newline="\n") as lines:
+    try:
+        yield from _objects(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}; convert it") from None
+
+
+def _objects(file: str) -> Iterator[dict[str, Any]]:
+    open_text = gzip.open if file.lower().endswith(".gz") else open
+    with open_text(file, "rt", encoding="utf-8", newline="\n") as lines:
+        if _suffix(file) in (".json", ".json.gz"):
+            text = lines.read()
+            if text.lstrip().startswith("["):
+                try:
+                    elements = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{file} is not JSON: {error}") from None
+                for number, element in enumerate(elements):
+                    yield _as_row(element, f"{file}, element {number}")
+                return
+            lines.seek(0)
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -24,21 +24,22 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     _check_outputs(options)
     import torch
-    from transformers import AutoTokenizer
 
-    from onepass_trl.cli.arguments import load_config
+    from onepass_trl.cli.arguments import fit_vocabulary, load_config, load_tokenizer
     from onepass_trl.cli.dataset import read_row
     from onepass_trl.tools.estimation import estimate
     from onepass_trl.tools.estimation_report import as_json, report
     from onepass_trl.tools.flops import model_cost
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+    tokenizer = load_tokenizer(options)
     config = load_config(options.model_name_or_path)
     if config is None and options.measure:
         raise FileNotFoundError(
             f"--measure runs the model with random weights, but {options.model_name_or_path} has "
             "no config.json: name a model's folder, or leave out --measure"
         )
+    if config is not None:
+        fit_vocabulary(config, tokenizer)
     dataset, indices = _load(options)
     preparation = _preparation(options, dataset)
     rows = ((index, read_row(dataset, index)) for index in _with_progress(indices))
@@ -150,7 +151,7 @@ def _preparation(options: argparse.Namespace, dataset: Any) -> PreparationOption
         overflow=options.overflow,
         train_on=options.train_on,
         packing=options.max_length is not None,
-        null_arguments=settle_null_arguments(dataset, "auto"),
+        null_arguments=settle_null_arguments(dataset, options.null_arguments),
         chat_template_kwargs=options.chat_template_kwargs,
     )
 

@@ -83,8 +83,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> Inspection:
-    from transformers import AutoTokenizer
-
+    from onepass_trl.cli.arguments import load_tokenizer
     from onepass_trl.cli.dataset import load_conversations, read_row
     from onepass_trl.tools.inspection import inspect_row
     from onepass_trl.training.nulls import settle_null_arguments
@@ -97,13 +96,17 @@ def _inspect(options: argparse.Namespace) -> Inspection:
             f"--row {options.row} is out of range: split {options.dataset_split!r} of "
             f"{options.dataset!r} has {len(dataset)} rows, 0..{len(dataset) - 1}"
         )
-    return inspect_row(
-        read_row(dataset, options.row),
-        AutoTokenizer.from_pretrained(options.model_name_or_path),
-        chat_template_kwargs=options.chat_template_kwargs,
-        train_on=options.train_on,
-        null_arguments=settle_null_arguments(dataset, "auto"),
-    )
+    tokenizer = load_tokenizer(options)
+    try:
+        return inspect_row(
+            read_row(dataset, options.row),
+            tokenizer,
+            chat_template_kwargs=options.chat_template_kwargs,
+            train_on=options.train_on,
+            null_arguments=settle_null_arguments(dataset, options.null_arguments),
+        )
+    except ValueError as error:
+        raise ValueError(f"row {options.row} of the dataset: {error}") from error
 
 
 def _layers(model: str) -> tuple[Sequence[AttentionLayers], list[str]]:

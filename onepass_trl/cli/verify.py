@@ -6,6 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from onepass_trl.passes import Pass
     from onepass_trl.tools.verify import Comparison
 
@@ -21,10 +23,12 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     from tqdm import tqdm
 
+    from onepass_trl.cli.arguments import load_tokenizer
     from onepass_trl.tools.verify import compare
 
-    conversations = load_passes(options)
-    model = _load_model(options)
+    tokenizer = load_tokenizer(options)
+    conversations = load_passes(options, tokenizer)
+    model = _load_model(options, len(tokenizer))
     compare(
         model, conversations[0][:1]
     )  # not reported: the first use allocates, compiles and starts threads
@@ -117,19 +121,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def load_passes(options: argparse.Namespace) -> list[list[Pass]]:
+def load_passes(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> list[list[Pass]]:
     """Return the passes of the first conversations that the options name, cut to ``max_length``."""
-    from transformers import AutoTokenizer
-
     from onepass_trl.chat.rows import row_to_passes
     from onepass_trl.cli.dataset import load_conversations, read_row
     from onepass_trl.training.nulls import settle_null_arguments
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     dataset = load_conversations(
         options.dataset_name, options.dataset_split, config=options.dataset_config
     )
-    null_arguments = settle_null_arguments(dataset, "auto")
+    null_arguments = settle_null_arguments(dataset, options.null_arguments)
     conversations = []
     for index in range(min(options.num_conversations, len(dataset))):
         try:
@@ -168,7 +171,7 @@ def limit_length(passes: list[Pass], max_length: int | None, name: str) -> list[
     return passes
 
 
-def _load_model(options: argparse.Namespace) -> Any:
+def _load_model(options: argparse.Namespace, num_tokens: int) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
@@ -179,4 +182,6 @@ def _load_model(options: argparse.Namespace) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=dtype)
+    if model.get_input_embeddings().num_embeddings < num_tokens:  # some came with a chat template
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -25,6 +25,7 @@ from onepass_trl.training.preparation import (
     AnyDataset,
     PreparationOptions,
     check_no_transform,
+    check_not_text,
     has_tokens,
     pack_and_shuffle,
     register_families,
@@ -107,6 +108,7 @@ def prepare_dataset(
         return {"num_proc": options.rows.num_proc, "desc": f"{text} {name} dataset"}
 
     if is_prepared(column_names):
+        check_not_text(dataset, SET_COLUMNS, name)
         _check_prepared(dataset, options, name)
     else:
         dataset = _render(dataset, column_names, tokenizer, options, name, described)

@@ -14,9 +14,10 @@ from trl import SFTConfig
 
 from onepass_trl.attention.api import Impl
 from onepass_trl.chat.rendering import TrainOn
+from onepass_trl.chat.rows import NullArguments
 from onepass_trl.data import packing
 
-NULL_ARGUMENTS = ("auto", "error", "keep", "drop")
+NULL_ARGUMENTS = ("auto", *get_args(NullArguments))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -125,6 +125,7 @@ def prepare_dataset(
         return {} if streaming else {"num_proc": options.num_proc, "desc": f"{text} {name} dataset"}
 
     if is_prepared(column_names):
+        check_not_text(dataset, ROW_COLUMNS, name)
         _check_row_lengths(dataset, options.max_length, name)
     else:
         dataset = _render(dataset, column_names, tokenizer, options, name, described)
@@ -171,6 +172,16 @@ def check_no_transform(dataset: Dataset | IterableDataset, name: str) -> None:
             f"the {name} dataset has a transform (Dataset.with_transform), and preparing it would "
             "bake the transform's present output into the rows. Apply it with Dataset.map first"
         )
+
+
+def check_not_text(dataset: Dataset | IterableDataset, columns: Sequence[str], name: str) -> None:
+    """Raise ValueError for prepared rows whose numbers have become text in a file of JSON."""
+    for column in columns:
+        if (dataset.features or {}).get(column) == Value("string"):
+            raise ValueError(
+                f"column {column!r} of the prepared {name} dataset is text, as a file of JSON gives "
+                "it. Save prepared rows with Dataset.to_parquet, which keeps their types"
+            )
 
 
 def _render(

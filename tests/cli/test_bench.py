@@ -82,7 +82,7 @@ def test_the_turns_that_are_chosen_are_trained(bench, chats, tiny_model_dir, tmp
         (["none.jsonl", "--model_name_or_path={model}"], "there is no such file"),
         (["{chats}"], "a dataset needs --model_name_or_path"),
         (["{chats}", "--model_name_or_path={model}", "--turns=3"], "but a dataset is given too"),
-        (["--train_on=last"], "--train_on chooses turns of a dataset, but none is given"),
+        (["--train_on=last"], "--train_on is about a dataset, but none is given"),
         (["--dtype=float8"], "invalid choice: 'float8'"),
         (["--json={folder}/none/bench.json"], "there is no folder"),
         (["--num_layers=9"], "expected 1 to 4"),

@@ -1,4 +1,5 @@
 import contextlib
+import gzip
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from onepass_trl.cli import main, report_errors
 from onepass_trl.cli.dataset import load_conversations
@@ -29,6 +31,7 @@ CHATS = [
     }
     for n in range(8)
 ]
+ANSWER = {"role": "assistant", "content": "4."}
 
 
 @pytest.fixture
@@ -233,6 +236,40 @@ def test_verify_trains_the_turns_that_are_chosen(tiny_model_dir, chats, capsys):
     assert "train_on lists turn 2" in capsys.readouterr().err
 
 
+def test_verify_renders_with_another_template(tiny_model_dir, chats, tmp_path, capsys):
+    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
+    other = AutoTokenizer.from_pretrained(tiny_model_dir)
+    template = "{% for m in messages %}{{ '<|turn|>' + m.content + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|turn|>' }}{% endif %}"
+    other.chat_template = template
+    other.add_tokens(["<|turn|>"], special_tokens=True)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "plain.jinja").write_text(template)
+    for path in (tmp_path / "plain.jinja", tmp_path / "other"):
+        assert main(["verify", *flags, f"--chat_template_path={path}"]) == 2
+        assert "the template has no place for any" in capsys.readouterr().err
+    chats.write_text(json.dumps({"messages": CHATS[0]["messages"][:1] + [ANSWER]}))
+    num_tokens = []
+    for path in (tmp_path / "plain.jinja", tmp_path / "other"):
+        assert main(["verify", *flags, f"--chat_template_path={path}"]) == 0
+        num_tokens.append(int(capsys.readouterr().out.splitlines()[2].split()[2]))
+    assert num_tokens[1] < num_tokens[0]  # <|turn|> is one token
+
+
+def test_verify_takes_what_nulls_mean(tiny_model_dir, chats, capsys):
+    from datasets import Dataset
+
+    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}.parquet"]
+    calls = [{"name": "f", "arguments": {"a": 1, "b": None}}]
+    Dataset.from_list(
+        [{"messages": [CHATS[0]["messages"][0], {**ANSWER, "tool_calls": calls}]}]
+    ).to_parquet(f"{chats}.parquet")
+    assert main(["verify", *flags]) == 2
+    assert "has a null among its arguments" in capsys.readouterr().err
+    for choice in ("keep", "drop"):
+        assert main(["verify", *flags, f"--null_arguments={choice}"]) == 0
+
+
 def test_verify_ends_with_one_if_they_differ(tiny_model_dir, chats, capsys):
     flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
     assert main(["verify", *flags, "--gradient_tolerance=1e-30"]) == 1
@@ -278,6 +315,38 @@ class TestLocalFiles:
         assert len(load_conversations(pattern, "train[:75%]")) == 6
         assert "b3" in load_conversations(pattern, "train[-1:]")[0]["messages"]
         assert len(list(load_conversations(pattern, "train", streaming=True))) == 8
+
+    @pytest.mark.parametrize("name", ["rows.ndjson", "rows.JSONL", "rows.jsonl.gz", "rows.json.gz"])
+    def test_other_names_of_json_files(self, tmp_path, name):
+        text = '{"messages": [{"content": 3.1622776601683795}]}\n'
+        data = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        (tmp_path / name).write_bytes(data)
+        for streaming in (False, True):
+            (row,) = load_conversations(str(tmp_path / name), "train", streaming=streaming)
+            assert "3.1622776601683795" in row["messages"]
+
+    def test_the_splits_of_a_folder(self, tmp_path):
+        for name, number in (("train-0", 2), ("train-1", 1), ("test", 4)):
+            rows = [{"messages": [{"a": [n] if n else 1}]} for n in range(number)]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        folder = str(tmp_path)
+        assert len(load_conversations(folder, "train")) == 3
+        assert load_conversations(folder, "test[-1:]")[0] == {"messages": '[{"a": [3]}]'}
+        assert len(list(load_conversations(folder, "test", streaming=True))) == 4
+        with pytest.raises(ValueError, match=r"has no split 'dev': it has test, train\."):
+            load_conversations(folder, "dev")
+
+    def test_other_folders_are_left_to_datasets(self, tmp_path):
+        from datasets import Dataset
+
+        Dataset.from_list(CHATS).to_parquet(tmp_path / "train.parquet")
+        assert load_conversations(str(tmp_path), "train").num_rows == len(CHATS)
+
+    def test_files_in_other_encodings_are_named(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes('{"messages": "é"}\n'.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"rows\.jsonl is not text in UTF-8"):
+            load_conversations(str(path), "train")
 
     def test_changed_files_are_read_again(self, tmp_path):
         path = tmp_path / "rows.jsonl"

@@ -215,6 +215,9 @@ class TestSets:
             make(rows, max_length=20)
         with pytest.raises(ValueError, match="4 traces in a set, but num_forking_tokens is 3"):
             make(rows, num_forking_tokens=3)
+        text = [{key: str(row[key]) for key in row} for row in rows]
+        with pytest.raises(ValueError, match=" of the prepared train dataset is text"):
+            make(Dataset.from_list(text))
 
     def test_nulls_that_a_table_filled_in_do_no_harm(self, make):
         plain = {"role": "assistant", "content": "four", "reasoning_content": None}

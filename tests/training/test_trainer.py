@@ -461,6 +461,12 @@ def test_prepared_rows_obey_the_options(train):
         train(dataset=prepared, max_length=8)
 
 
+def test_prepared_rows_that_became_text_are_named(train):
+    rows = [{key: str(row[key]) for key in row} for row in train().train_dataset]
+    with pytest.raises(ValueError, match="'input_ids' of the prepared train dataset is text"):
+        train(dataset=Dataset.from_list(rows))
+
+
 def test_skipping_preparation_of_conversations_is_an_error(train):
     with pytest.raises(ValueError, match="the train dataset has the columns passes and lacks inp"):
         train(dataset_kwargs={"skip_prepare_dataset": True})
