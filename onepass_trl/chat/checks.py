@@ -8,15 +8,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from onepass_trl.chat.errors import TurnError
-from onepass_trl.chat.messages import THINK_CLOSE, Message
+from onepass_trl.chat.messages import THINK_CLOSE, THINK_OPEN, Message
 
 
-def check_generable(message: Message, special: re.Pattern[str] | None, template: str) -> None:
+def check_generable(
+    message: Message, special: re.Pattern[str] | None, template: str, *, reads_reasoning: bool
+) -> None:
     """Check that generation could produce this message: nothing in it ends the turn early.
+
+    Args:
+        message: The turn's message in its normal form.
+        special: Finds special tokens.
+        template: The Jinja source of the chat template.
+        reads_reasoning: Whether turns of this template have reasoning apart from their content.
 
     Raises:
         TurnError: if the message's own text holds a special token, or a ``</think>`` that the
-            model's output would be cut at.
+            model's output would be cut at, or that ends reasoning which nothing opens.
     """
     for field, text in _texts(message):
         found = special.search(text) if special else None
@@ -26,13 +34,21 @@ def check_generable(message: Message, special: re.Pattern[str] | None, template:
                 "would end or be misread; remove it from the text or switch the turn off with "
                 "'train': false"
             )
+    field = "reasoning_content" if "reasoning_content" in message else "content"
+    before, closed, _ = message[field].partition(THINK_CLOSE)
+    if not closed:
+        return
+    if field == "content" and reads_reasoning and THINK_OPEN not in before:
+        raise TurnError(
+            f"its content contains {THINK_CLOSE!r} and no {THINK_OPEN!r} before it; if what stands "
+            "before it is reasoning, give it as 'reasoning_content', else remove it from the text "
+            "or switch the turn off with 'train': false"
+        )
     if THINK_CLOSE in template:
-        field = "reasoning_content" if "reasoning_content" in message else "content"
-        if THINK_CLOSE in message[field]:
-            raise TurnError(
-                f"its {field} contains {THINK_CLOSE!r}, where the reasoning would end when it is "
-                "generated; remove it from the text or switch the turn off with 'train': false"
-            )
+        raise TurnError(
+            f"its {field} contains {THINK_CLOSE!r}, where the reasoning would end when it is "
+            "generated; remove it from the text or switch the turn off with 'train': false"
+        )
 
 
 def _texts(message: Message) -> Iterator[tuple[str, str]]:
@@ -175,7 +191,7 @@ def _ends(text: str, forms: Iterable[str], begin: int) -> list[int]:
 
 
 def _find_value(text: str, value: Any, begin: int, what: str) -> int:
-    forms = list(_forms(value))
+    forms = list(written_forms(value))
     ends = _ends(text, forms, begin)
     if ends:
         return min(ends)
@@ -185,7 +201,7 @@ def _find_value(text: str, value: Any, begin: int, what: str) -> int:
     return max((_find_value(text, item, begin, what) for item in items), default=begin)
 
 
-def _forms(value: Any) -> Iterator[str]:
+def written_forms(value: Any) -> Iterator[str]:
     """Yield the ways in which templates write a value: Jinja's ``string`` filter is Python's."""
     if not isinstance(value, str):
         yield from _json_forms(value)

@@ -25,6 +25,7 @@ from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
 from onepass_trl.chat.families import Family, Turn, family_of
 from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
 from onepass_trl.chat.template import Template
+from onepass_trl.chat.unread import check_keys, report_left_out
 from onepass_trl.passes import Pass
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def render_turns(
     """Return the passes of :func:`render_passes`, each with the message that it was made from."""
     added = added_tokens(tokenizer)
     conversation, trained = _read(messages, tokenizer, added, tools, chat_template_kwargs, train_on)
-    contexts, completions = zip(*(conversation.texts(*turn) for turn in trained), strict=True)
+    contexts, completions = zip(*conversation.texts(trained), strict=True)
     # What a turn generates stands in later contexts too, as a rule: its pieces are encoded once.
     alone = [] if added.prepends else completions
     ids = encode_views(tokenizer, added, [*contexts, *alone])
@@ -155,7 +156,7 @@ def render_texts(
     """
     added = added_tokens(tokenizer)
     conversation, trained = _read(messages, tokenizer, added, tools, chat_template_kwargs, train_on)
-    return [conversation.texts(*turn) for turn in trained]
+    return conversation.texts(trained)
 
 
 def _read(
@@ -239,8 +240,19 @@ class _Conversation:
             return with_text_arguments(message)
         return message
 
-    def texts(self, number: int, index: int) -> tuple[str, str]:
-        """Return context and completion of a turn, checked, through the end-of-turn token."""
+    def texts(self, trained: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
+        """Return context and completion of turns, checked, through the end-of-turn token.
+
+        Args:
+            trained: Number and message index of each turn, in order.
+        """
+        check_keys(self.template, self.messages)
+        texts = [self._turn_texts(*turn) for turn in trained]
+        last = trained[-1][1]
+        report_left_out(self.template, self.messages[:last], self._prepared[:last], texts[-1][0])
+        return texts
+
+    def _turn_texts(self, number: int, index: int) -> tuple[str, str]:
         try:
             return self._texts(index)
         except TemplateRefusal as refusal:
@@ -263,7 +275,12 @@ class _Conversation:
 
     def _texts(self, index: int) -> tuple[str, str]:
         message = self.messages[index]
-        check_generable(message, self._added.special, self.template.text)
+        check_generable(
+            message,
+            self._added.special,
+            self.template.text,
+            reads_reasoning=self._family.reads_reasoning(self.template.text),
+        )
         if not (message["content"] or message.keys() & {"reasoning_content", "tool_calls"}):
             raise TurnError(
                 "it is empty: no reasoning, content or tool call, so the model would learn to "

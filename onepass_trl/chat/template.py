@@ -55,9 +55,9 @@ def _switch(template: str) -> str | None:
     return next((name for name in THINKING_SWITCHES if _names(template, name)), None)
 
 
-def _names(template: str, argument: str) -> bool:
-    """Return whether the template's source has this name."""
-    return re.search(rf"\b{re.escape(argument)}\b", template) is not None
+@lru_cache(maxsize=256)
+def _names(template: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 class Template:
@@ -65,6 +65,7 @@ class Template:
 
     Attributes:
         text: The Jinja source of the template.
+        tools: The tools, or None.
 
     Raises:
         ChatFormatError: if the tokenizer has no chat template, or a template argument is reserved.
@@ -77,7 +78,7 @@ class Template:
         kwargs: Mapping[str, Any] | None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._tools = None if tools is None else list(tools)
+        self.tools = None if tools is None else list(tools)
         self._kwargs = dict(kwargs or {})
         reserved = sorted(RESERVED & self._kwargs.keys())
         if reserved:
@@ -87,7 +88,7 @@ class Template:
             )
         try:
             self.text: str = tokenizer.get_chat_template(
-                self._kwargs.get("chat_template"), tools=self._tools
+                self._kwargs.get("chat_template"), tools=self.tools
             )
         except ValueError as error:
             raise ChatFormatError(
@@ -99,6 +100,10 @@ class Template:
         ]
         if unread:
             _report_unread(self.text, tuple(unread))
+
+    def names(self, name: str) -> bool:
+        """Return whether the template's source has this name."""
+        return _names(self.text, name)
 
     @cached_property
     def closing(self) -> str:
@@ -155,7 +160,7 @@ class Template:
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages),
-                tools=self._tools,
+                tools=self.tools,
                 add_generation_prompt=prompt,
                 tokenize=False,
                 **self._kwargs,

@@ -41,7 +41,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--chat_template_path",
-        help="chat template to render with: a .jinja file, or a tokenizer of the Hub or in a folder",
+        help="chat template to render with: a .jinja file, or that of another tokenizer",
     )
     parser.add_argument(
         "--null_arguments",

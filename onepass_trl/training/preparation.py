@@ -179,8 +179,8 @@ def check_not_text(dataset: Dataset | IterableDataset, columns: Sequence[str], n
     for column in columns:
         if (dataset.features or {}).get(column) == Value("string"):
             raise ValueError(
-                f"column {column!r} of the prepared {name} dataset is text, as a file of JSON gives "
-                "it. Save prepared rows with Dataset.to_parquet, which keeps their types"
+                f"column {column!r} of the prepared {name} dataset is text, as a file of JSON "
+                "gives it. Save prepared rows with Dataset.to_parquet, which keeps their types"
             )
 
 

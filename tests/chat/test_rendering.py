@@ -201,6 +201,13 @@ ERRORS = [
         "before each tool message",
     ),
     ("deepseekv3", [user(), answer("a</think>b")], {}, "content contains '</think>'"),
+    ("gptoss", [user(), answer("a</think>b")], {}, "give it as 'reasoning_content'"),
+    (
+        "qwen3",
+        [user(), answer("b <think>a</think>c")],
+        {},
+        "where the reasoning would end when it is generated",
+    ),
 ]
 
 

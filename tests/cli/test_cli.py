@@ -248,7 +248,7 @@ def test_verify_renders_with_another_template(tiny_model_dir, chats, tmp_path, c
     for path in (tmp_path / "plain.jinja", tmp_path / "other"):
         assert main(["verify", *flags, f"--chat_template_path={path}"]) == 2
         assert "the template has no place for any" in capsys.readouterr().err
-    chats.write_text(json.dumps({"messages": CHATS[0]["messages"][:1] + [ANSWER]}))
+    chats.write_text(json.dumps({"messages": [*CHATS[0]["messages"][:1], ANSWER]}))
     num_tokens = []
     for path in (tmp_path / "plain.jinja", tmp_path / "other"):
         assert main(["verify", *flags, f"--chat_template_path={path}"]) == 0

@@ -1,0 +1,95 @@
+"""What neither the package nor the template reads: said once, or an error."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from onepass_trl.chat import ChatFormatError, render_passes, unread
+from tests.chat.families import CASES
+from tests.chat.tokenizers import make_small_tokenizer, small_tokenizer
+
+USER = {"role": "user", "content": "Hi, who are you?"}
+ANSWER = {"role": "assistant", "content": "Hello."}
+TOOL = {"type": "function", "function": {"name": "search", "description": "", "parameters": {}}}
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    unread._reported.clear()
+    unread._report_keys.cache_clear()
+    unread._report_tools.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [("qwen3", "developer"), ("deepseekv3", "developer"), ("gptoss", "system")],
+)
+def test_a_message_that_the_template_leaves_out_is_named_once(caplog, template, role):
+    place = {"qwen3": 0, "deepseekv3": 0, "gptoss": 2}[template]
+    messages = [{"role": "system", "content": "Obey."}, USER, ANSWER, USER, ANSWER]
+    messages.insert(place, {"role": role, "content": "Be brief."})
+    for _ in range(2):
+        render_passes(messages, small_tokenizer(template))
+    [record] = caplog.records
+    assert f"leaves out a message with role '{role}' (message {place})" in record.message
+
+
+def test_tools_that_the_template_does_not_read_are_named_once(caplog):
+    tokenizer = small_tokenizer("phi3")
+    for _ in range(2):
+        render_passes([USER, ANSWER], tokenizer, tools=[TOOL])
+    [record] = caplog.records
+    assert "has tools, but this chat template doesn't read tools" in record.message
+
+
+def test_keys_that_nobody_reads_are_named_once(caplog):
+    for _ in range(2):
+        messages = [USER | {"timestamp": 1}, ANSWER | {"score": 0.5, "refusal": None}]
+        render_passes(messages, small_tokenizer("qwen3"))
+    [record] = caplog.records
+    assert "messages have 'score', 'timestamp', which neither" in record.message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("thought", "Hm.", "rename it to 'reasoning_content'"),
+        ("loss", False, "rename it to 'train'"),
+    ],
+)
+def test_other_names_for_reasoning_and_flags_are_errors(key, value, remedy):
+    with pytest.raises(ChatFormatError, match=rf"message 1 has '{key}', .*; {remedy}"):
+        render_passes([USER, ANSWER | {key: value}], small_tokenizer("qwen3"))
+
+
+def test_a_template_may_read_any_key(caplog):
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + (m.thought or '') + m.content + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    [item] = render_passes([USER, ANSWER | {"thought": "Hm."}], tokenizer)
+    assert tokenizer.decode(item.token_ids).endswith("assistantHm.Hello.<|im_end|>")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_is_not_reported(caplog, name):
+    messages = [{"role": "system", "content": ' Say "yes"\nor no. '}, USER, ANSWER, USER, ANSWER]
+    try:
+        render_passes(messages, make_small_tokenizer(CASES[name]))
+    except ChatFormatError:  # no system message, or a prompt that asks for reasoning
+        render_passes(messages[1:], make_small_tokenizer(CASES[name]))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("template", ["qwen3", "llama3_1", "deepseekv3", "gptoss"])
+def test_tools_and_their_results_are_not_reported(caplog, template):
+    call = {"type": "function", "function": {"name": "search", "arguments": {"query": "a"}}}
+    result = {"role": "tool", "name": "search", "content": '{"found": ["a\\n\\"b\\""]}\n'}
+    messages = [USER, {**ANSWER, "content": "", "tool_calls": [call]}, result, ANSWER]
+    tools = None if template == "deepseekv3" else [TOOL]
+    render_passes(messages, small_tokenizer(template), tools=tools)
+    assert not caplog.records
