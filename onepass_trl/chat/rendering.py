@@ -254,6 +254,13 @@ class _Conversation:
 
     def _turn_texts(self, number: int, index: int) -> tuple[str, str]:
         try:
+            self._check_message(index)
+            return self._rendered(index)
+        except TurnError as error:
+            raise ChatFormatError(f"{self.name(number, index)}: {error}") from error
+
+    def _rendered(self, index: int) -> tuple[str, str]:
+        try:
             return self._texts(index)
         except TemplateRefusal as refusal:
             problem = f"the template refuses the messages up to it: {refusal}"
@@ -262,18 +269,19 @@ class _Conversation:
                     problem += f" ({remedy})"
         except TurnError as error:
             problem = str(error)
-        if index > 0 and self.messages[index - 1]["role"] == "assistant":
+        if self.messages[index - 1]["role"] == "assistant":
             problem += (
                 "; the message before it is from the assistant too, which most templates can't "
                 "continue: join the two, or put a user or tool message between them"
             )
-        raise ChatFormatError(f"{self.name(number, index)}: {problem}")
+        raise TurnError(problem)
 
     def name(self, number: int, index: int) -> str:
         """Return what to call a turn, given its number and the index of its message."""
         return f"assistant turn {number} (message {index}, template family {self._family.name})"
 
-    def _texts(self, index: int) -> tuple[str, str]:
+    def _check_message(self, index: int) -> None:
+        """Check what doesn't take the template to see."""
         message = self.messages[index]
         check_generable(
             message,
@@ -288,6 +296,9 @@ class _Conversation:
             )
         if index == 0:
             raise TurnError(_NOTHING_BEFORE)
+
+    def _texts(self, index: int) -> tuple[str, str]:
+        message = self.messages[index]
         context = self.template.render(self._prepared[:index], prompt=True)
         if not context:
             raise TurnError(_NOTHING_BEFORE)

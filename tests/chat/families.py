@@ -1,7 +1,7 @@
 """The template families that are tested: a template, its tokens, and how its answers are parsed.
 
-TRL ships the templates, but for two of `templates/` here. Each is tested with the real tokenizer of
-its family where one is at hand, and else with the family's tokens added to another one.
+TRL ships the templates, but for three of `templates/` here. Each is tested with the real tokenizer
+of its family where one is at hand, and else with the family's tokens added to another one.
 """
 
 from __future__ import annotations
@@ -194,6 +194,7 @@ CASES = {
             {"thinking": True},
             parser=parsing.DEEPSEEK_V3_1,
         ),
+        Case("QwQ (form)", "qwq", _QWEN, parser=parsing.QWEN3),
         Case("gpt-oss", "gptoss", _HARMONY),
         Case("GLM-4 MoE", "glm4moe", _GLM),
         Case("Nemotron 3 nano", "nemotron_3_nano", _CHATML),
