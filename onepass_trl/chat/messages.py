@@ -126,6 +126,8 @@ def _part_text(part: Any, index: int) -> str:
         return part["text"]
     if kind == "text":
         _refuse(index, "has a text part without a 'text' string")
+    if kind in ("thinking", "reasoning"):
+        _refuse(index, f"has a content part of type {kind!r}; give its text as 'reasoning_content'")
     _refuse(
         index,
         f"has a content part of type {kind!r}: vision and audio data isn't supported, only text; "

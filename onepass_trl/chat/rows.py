@@ -92,9 +92,10 @@ def row_to_conversation(
     elif row.get("conversations") is not None:
         columns = ("conversations",)
     else:
+        found = [f"{name!r}{' (null)' if value is None else ''}" for name, value in row.items()]
         raise ChatFormatError(
             f"the row has none of the accepted forms: {_FORMS}. Its columns are "
-            f"{', '.join(map(repr, row)) or 'none'}; rename or convert them"
+            f"{', '.join(found) or 'none'}; rename or convert them"
         )
     messages: list[Message] = []
     for column in columns:
@@ -127,8 +128,9 @@ def row_to_passes(
     """Return the passes of a dataset row, of any form that is accepted.
 
     Args:
-        row: A row as :func:`row_to_conversation` takes it, or one with ``passes``: a list of
-            ``{"input_ids", "labels"}``, where a label is -100 or the id at its own index.
+        row: A row as :func:`row_to_conversation` takes it, or one with ``passes``, which come
+            before messages: a list of ``{"input_ids", "labels"}``, where a label is -100 or the id
+            at its own index.
         tokenizer: A tokenizer with a chat template.
         tools: The tools of rows that have none of their own.
         chat_template_kwargs: Further arguments of the chat template; the row's own come first.

@@ -85,10 +85,14 @@ def check_folder(flag: str, path: str | None) -> None:
     """Raise for an output that can't be written: before the work that it would hold.
 
     Raises:
-        FileNotFoundError: if the folder of `path` doesn't exist; None is no output.
+        OSError: if the folder of `path` doesn't exist, or `path` is one; None is no output.
     """
-    if path is not None and not (folder := Path(path).resolve().parent).is_dir():
+    if path is None:
+        return
+    if not (folder := Path(path).resolve().parent).is_dir():
         raise FileNotFoundError(f"{flag} {path}: there is no folder {folder}, make it first")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{flag} {path} is a folder, name a file in it")
 
 
 def load_config(model: str) -> PreTrainedConfig | None:

@@ -126,7 +126,7 @@ def prepare_dataset(
 
     if is_prepared(column_names):
         check_not_text(dataset, ROW_COLUMNS, name)
-        _check_row_lengths(dataset, options.max_length, name)
+        dataset = _with_checked_lengths(dataset, options.max_length, name)
     else:
         dataset = _render(dataset, column_names, tokenizer, options, name, described)
     dataset = dataset.select_columns(list(ROW_COLUMNS))
@@ -228,16 +228,27 @@ def token_ids(dataset: Dataset) -> Any:
     return dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
 
 
-def _check_row_lengths(
-    dataset: Dataset | IterableDataset, max_length: int | None, name: str
-) -> None:
-    """Raise for a row of a prepared dataset that is too long: a tree can't be cut afterwards."""
-    if max_length is None or isinstance(dataset, IterableDataset):
-        return
+def _with_checked_lengths(dataset: AnyDataset, max_length: int | None, name: str) -> AnyDataset:
+    """Return a prepared dataset, having raised for a row that is too long, or, if it is a stream,
+    raising once it comes: a tree can't be cut afterwards."""
+    if max_length is None:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_checked_row, fn_kwargs={"max_length": max_length, "name": name})
     longest = compute.max(compute.list_value_length(token_ids(dataset))).as_py() or 0
-    if longest > max_length:
+    _check_length(longest, max_length, name)
+    return dataset
+
+
+def _checked_row(row: dict[str, Any], max_length: int, name: str) -> dict[str, Any]:
+    _check_length(len(row["input_ids"]), max_length, name)
+    return row
+
+
+def _check_length(length: int, max_length: int, name: str) -> None:
+    if length > max_length:
         raise ValueError(
-            f"a row of the prepared {name} dataset has {longest} tokens, but max_length is "
+            f"a row of the prepared {name} dataset has {length} tokens, but max_length is "
             f"{max_length}: prepare the conversations with this max_length, or raise it"
         )
 

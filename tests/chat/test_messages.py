@@ -72,6 +72,10 @@ ERRORS = [
     ({"content": "x"}, "role None"),
     ({"role": "user", "content": 3}, "content of type int"),
     ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "'image': vision"),
+    (
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]},
+        "'thinking'; give its text as 'reasoning_content'",
+    ),
     ({"role": "user", "content": [{"type": "text"}]}, "without a 'text'"),
     ({"role": "user", "content": [3]}, "part of type int"),
     ({"role": "user", "content": "\ud800"}, "surrogate"),

@@ -131,6 +131,7 @@ ERRORS = [
     ({"a": 1, "b": 2}, "none of the accepted forms: 'messages'.*columns are 'a', 'b'"),
     ({}, "columns are none"),
     ({"prompt": TWO_TURNS}, "none of the accepted forms"),
+    ({"messages": None}, r"columns are 'messages' \(null\)"),
     ({"prompt": TWO_TURNS, "completion": TWO_TURNS[:1]}, "no assistant message"),
     ({"messages": "Hi"}, "must be a list of message dicts, got str"),
     ({"messages": ["Hi"]}, "must be a list of message dicts"),

@@ -459,6 +459,12 @@ def test_prepared_rows_obey_the_options(train):
     assert sum(row["num_turns"] for row in packed) == sum(row["num_turns"] for row in prepared)
     with pytest.raises(ValueError, match=r"prepared train dataset has .* max_length is 8"):
         train(dataset=prepared, max_length=8)
+    stream = prepared.to_iterable_dataset()
+    trainer = train(dataset=stream, max_length=300, max_steps=2)
+    trainer.train()
+    assert len(history(trainer, "loss")) == 2
+    with pytest.raises(ValueError, match=r"prepared train dataset has .* max_length is 8"):
+        train(dataset=stream, max_length=8, max_steps=2).train()
 
 
 def test_prepared_rows_that_became_text_are_named(train):
