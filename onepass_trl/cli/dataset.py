@@ -79,9 +79,12 @@ def _json_folder(name: str, config: str | None) -> dict[str, list[str]] | None:
 
 def _load_split(name: str, split: str, source: dict[str, Any], streaming: bool) -> Any:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         return load_dataset(**source, split=split, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(f"dataset {name!r} can't be read: {error.__cause__ or error}") from error
     except ValueError as error:
         if "nknown split" not in str(error) and "Bad split" not in str(error):
             raise

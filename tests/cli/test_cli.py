@@ -342,6 +342,12 @@ class TestLocalFiles:
         Dataset.from_list(CHATS).to_parquet(tmp_path / "train.parquet")
         assert load_conversations(str(tmp_path), "train").num_rows == len(CHATS)
 
+    def test_what_datasets_cannot_read_is_named(self, tmp_path):
+        for name, text in (("train-0", "messages\nx\n"), ("train-1", "chats\nx\n")):
+            (tmp_path / f"{name}.csv").write_text(text)
+        with pytest.raises(ValueError, match=f"dataset '{tmp_path}' can't be read: "):
+            load_conversations(str(tmp_path), "train")
+
     def test_files_in_other_encodings_are_named(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_bytes('{"messages": "é"}\n'.encode("latin-1"))
