@@ -58,8 +58,6 @@ class Group(NamedTuple):
     length: int
     begins: tuple[int, ...]
     """First token of each, counted over the whole batch."""
-    tokens: Tensor
-    """``(segments, length)`` int64."""
     parents: tuple[int, ...]
     """Last tokens of their parent segments; none for segments without one."""
     has_children: bool
@@ -98,10 +96,15 @@ class Branching:
         )
         """``(batch * seq,)``: the token before each in its pass, -1 at the beginning."""
         self.groups = self._groups()
-        order = torch.cat([group.tokens.flatten() for group in self.groups])
-        self.place = torch.empty_like(order)
-        """``(batch * seq,)`` int64: where each token lies in the groups one after another."""
-        self.place[order] = torch.arange(len(order), device=self._device)
+        self.sizes = [len(group.begins) * group.length for group in self.groups]
+        """How many tokens each group has."""
+        order = np.concatenate(
+            [np.add.outer(group.begins, np.arange(group.length)).ravel() for group in self.groups]
+        )
+        self.order = self._tensor(order)
+        """``(batch * seq,)`` int64: the tokens of the groups one after another."""
+        self.place = self._tensor(np.argsort(order))
+        """``(batch * seq,)`` int64: where each token lies in that order."""
         self._seams: dict[int, Seams] = {}
 
     @torch.inference_mode(False)
@@ -145,7 +148,6 @@ class Branching:
                 Group(
                     length=length,
                     begins=tuple(first.tolist()),
-                    tokens=self._tensor(first[:, None] + np.arange(length)),
                     parents=tuple(parents[segments].tolist()) if depth > 0 else (),
                     has_children=not with_children.isdisjoint((first + length - 1).tolist()),
                 )
@@ -201,15 +203,13 @@ def _along_tree(
     if context_parallel is not None:
         sequences = context_parallel.to_whole_rows(name, *sequences)
     branching = _branching_of(visible_end)
-    flat = [x.flatten(0, 1) for x in sequences]
+    # Ordered and split once: the gradient of a piece taken by itself would be as long as the row.
+    ordered = [x.flatten(0, 1).index_select(0, branching.order) for x in sequences]
+    by_group = zip(*(x.split(branching.sizes) for x in ordered), strict=True)
     outputs: list[Tensor] = []
     states: dict[int, Tensor] = {}  # at the last tokens of segments
-    for group in branching.groups:
-        if len(group.begins) == 1:
-            begin = group.begins[0]
-            pieces = [x[None, begin : begin + group.length] for x in flat]
-        else:
-            pieces = [x[group.tokens] for x in flat]
+    for group, flat in zip(branching.groups, by_group, strict=True):
+        pieces = [x.unflatten(0, (-1, group.length)) for x in flat]
         initial = torch.stack([states[token] for token in group.parents]) if group.parents else None
         out, final = run(pieces, initial, group.has_children)
         outputs.append(out.flatten(0, 1))
@@ -219,7 +219,7 @@ def _along_tree(
                 begin + group.length - 1: state
                 for begin, state in zip(group.begins, final, strict=True)
             }
-    out = torch.cat(outputs)[branching.place].unflatten(0, visible_end.shape)
+    out = torch.cat(outputs).index_select(0, branching.place).unflatten(0, visible_end.shape)
     return out if context_parallel is None else context_parallel.to_own_piece(out)
 
 

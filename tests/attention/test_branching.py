@@ -42,8 +42,9 @@ def test_segments_are_the_paths(visible_end):
     before: dict[int, list[int]] = {}  # the path up to the end of each segment
     seen = []
     expected = paths(visible_end)
-    for group in branching.groups:
-        for at, tokens in enumerate(group.tokens.tolist()):
+    by_group = branching.order.split(branching.sizes)
+    for group, flat in zip(branching.groups, by_group, strict=True):
+        for at, tokens in enumerate(flat.unflatten(0, (-1, group.length)).tolist()):
             assert tokens == list(range(group.begins[at], group.begins[at] + group.length))
             path = list(before[group.parents[at]]) if group.parents else []
             for token in tokens:
@@ -57,8 +58,7 @@ def test_segments_are_the_paths(visible_end):
         assert group.has_children == any(
             begin + group.length - 1 in handed_on for begin in group.begins
         )
-    flat = torch.cat([group.tokens.flatten() for group in branching.groups])
-    assert torch.equal(flat[branching.place], torch.arange(visible_end.numel()))
+    assert torch.equal(branching.order[branching.place], torch.arange(visible_end.numel()))
 
 
 @settings(deadline=None)
