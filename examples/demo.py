@@ -17,7 +17,7 @@ from small_model import CONVERSATIONS, make_model, make_tokenizer, read_conversa
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
-from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, render_passes
+from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, load_conversations, render_passes
 from onepass_trl.cli.verify import format_table
 from onepass_trl.tools.verify import compare
 
@@ -66,7 +66,7 @@ def train(output: Path, num_steps: int) -> Path:
             bf16=False,
             use_cpu=True,
         ),
-        train_dataset=datasets.load_dataset("json", data_files=str(CONVERSATIONS), split="train"),
+        train_dataset=load_conversations(str(CONVERSATIONS)),
         processing_class=tokenizer,
     )
     trainer.remove_callback(ProgressCallback)

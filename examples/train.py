@@ -7,9 +7,7 @@ Before: ``from trl import SFTConfig, SFTTrainer``, and the same two lines with t
 
 import argparse
 
-from datasets import load_dataset
-
-from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
+from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, load_conversations
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", required=True, help="a model of the Hub, or a folder")
@@ -21,7 +19,7 @@ options = parser.parse_args()
 trainer = OnePassSFTTrainer(
     options.model,
     OnePassSFTConfig(options.output, packing=True, max_length=4096, max_steps=options.steps),
-    train_dataset=load_dataset("json", data_files=options.data, split="train"),
+    train_dataset=load_conversations(options.data),
 )
 trainer.train()
 trainer.save_model()

@@ -21,6 +21,7 @@ _EXPORTS = {
     "linearize": "data",
     "OnePassCollator": "data.collator",
     "tree_attention": "attention",
+    "load_conversations": "training",
     "OnePassSFTConfig": "training",
     "OnePassSFTTrainer": "training",
     "SetSFTConfig": "setsft",

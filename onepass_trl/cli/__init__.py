@@ -58,7 +58,7 @@ def report_errors(verb: Callable[[list[str]], int], arguments: list[str]) -> int
     """
     try:
         return verb(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("ONEPASS_DEBUG") == "1" or not _is_about_input(error):
             raise
         message = str(error) or type(error).__name__

@@ -26,10 +26,10 @@ def main(argv: list[str]) -> int:
     import torch
 
     from onepass_trl.cli.arguments import fit_vocabulary, load_config, load_tokenizer
-    from onepass_trl.cli.dataset import read_row
     from onepass_trl.tools.estimation import estimate
     from onepass_trl.tools.estimation_report import as_json, report
     from onepass_trl.tools.flops import model_cost
+    from onepass_trl.training.loading import read_row
 
     tokenizer = load_tokenizer(options)
     config = load_config(options.model_name_or_path)
@@ -131,7 +131,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:
     """Return the dataset, and the rows to look at, in their order."""
-    from onepass_trl.cli.dataset import load_conversations
+    from onepass_trl.training.loading import load_conversations
 
     dataset = load_conversations(
         options.dataset, options.dataset_split, config=options.dataset_config
@@ -174,8 +174,8 @@ def _measure(
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, set_seed
 
-    from onepass_trl.cli.dataset import read_row
     from onepass_trl.tools.step_time import check_memory, choose_probes, measure, spread
+    from onepass_trl.training.loading import read_row
 
     chosen = spread(found.row_tokens)
     rows, passes = choose_probes(

@@ -11,8 +11,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from onepass_trl.cli import main, report_errors
-from onepass_trl.cli.dataset import load_conversations
 from onepass_trl.cli.sft import train
+from onepass_trl.training.loading import load_conversations
 from tests.training.sharding import ENVIRONMENT, SHARDED, needs_deepspeed
 
 ACCELERATE = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -171,7 +171,7 @@ def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats, flag):
     del options["dataset_name"]
     options["datasets"] = [{"path": "json", "data_files": str(chats)}]
     config = tmp_path / "sft.yaml"
-    config.write_text(yaml.safe_dump({**options, "use_cpu": True, "packing": True}))
+    config.write_text(yaml.safe_dump({**options, "use_cpu": True, "packing": True, "max_length": 256}))
     assert train(flag.format(file=config).split()) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -393,5 +393,5 @@ class TestLocalFiles:
     def test_a_local_file_has_no_configurations(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text('{"messages": []}\n')
-        with pytest.raises(ValueError, match="drop --dataset_config"):
+        with pytest.raises(ValueError, match="leave out config"):
             load_conversations(str(path), "train", config="main")

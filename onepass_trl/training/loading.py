@@ -6,17 +6,35 @@ import glob
 import gzip
 import json
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    ReadInstruction,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+)
+from datasets.exceptions import DatasetGenerationError
+
+from onepass_trl.training.nulls import with_exact_nulls
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _SUFFIXES = (*_JSON, *(f"{suffix}.gz" for suffix in _JSON), ".parquet")
 
 
 def load_conversations(
-    name: str, split: str, *, config: str | None = None, streaming: bool = False
+    name: str, split: str = "train", *, config: str | None = None, streaming: bool = False
 ) -> Any:
     """Return the split as a `datasets.Dataset` (or `IterableDataset` where `streaming`).
+
+    What is nested in local JSON files comes as JSON text, as `OnePassSFTTrainer` takes it: the
+    reader of `datasets` gives nested values one type for all rows, which fails on (or fills up)
+    tool calls with different arguments, and it rounds numbers to ten digits.
 
     Args:
         name: a dataset of the Hub or a local folder, as for `datasets.load_dataset`; or the path of
@@ -46,8 +64,8 @@ def load_conversations(
             )
     if config is not None:
         raise ValueError(
-            f"a local file has no configurations, got {config!r} for {name!r}: drop "
-            "--dataset_config"
+            f"a local file has no configurations, got {config!r} for {name!r}: leave out config "
+            "(--dataset_config)"
         )
     if suffix == ".parquet":
         source = {"path": "parquet", "data_files": {"train": files}}
@@ -57,8 +75,6 @@ def load_conversations(
 
 def read_row(dataset: Any, index: int) -> dict[str, Any]:
     """Return a row as training reads it: without what a struct column fills up with nulls."""
-    from onepass_trl.training.nulls import with_exact_nulls
-
     return with_exact_nulls(dataset[index], dataset.features)
 
 
@@ -69,8 +85,6 @@ def _suffix(name: str) -> str | None:
 
 def _json_folder(name: str, config: str | None) -> dict[str, list[str]] | None:
     """Return the files of each split of a local folder, None unless all are JSON."""
-    from datasets import load_dataset_builder
-
     found = load_dataset_builder(name, config).config.data_files or {}
     splits = {str(split): list(files) for split, files in found.items()}
     files = [file for files in splits.values() for file in files]
@@ -78,9 +92,6 @@ def _json_folder(name: str, config: str | None) -> dict[str, list[str]] | None:
 
 
 def _load_split(name: str, split: str, source: dict[str, Any], streaming: bool) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
     try:
         return load_dataset(**source, split=split, streaming=streaming)
     except DatasetGenerationError as error:
@@ -93,20 +104,13 @@ def _load_split(name: str, split: str, source: dict[str, Any], streaming: bool) 
 
 def _no_split(name: str, split: str, error: Exception) -> ValueError:
     return ValueError(
-        f"dataset {name!r} has no split {split!r}: {error} Name an existing split with "
-        "--dataset_train_split, --dataset_test_split or --dataset_split, or a slice of one: "
-        "'train[:90%]' to train on and 'train[90%:]' to evaluate on"
+        f"dataset {name!r} has no split {split!r}: {error} Name an existing split, or a slice of "
+        "one: 'train[:90%]' to train on and 'train[90%:]' to evaluate on"
     )
 
 
 def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: bool) -> Any:
-    """Return the rows of JSON files, what is nested in them as JSON text.
-
-    The reader of `datasets` gives nested values one type for all rows, which fails on (or fills up)
-    tool calls with different arguments, and it rounds numbers to ten digits.
-    """
-    from datasets import ReadInstruction
-
+    """Return the rows of JSON files, what is nested in them as JSON text."""
     wanted = split.partition("[")[0].strip()
     if wanted not in splits:
         raise _no_split(name, split, ValueError(f"it has {', '.join(sorted(splits))}."))
@@ -128,9 +132,6 @@ def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: b
 
 
 def _rows_of_json(name: str, files: list[str], streaming: bool) -> Any:
-    from datasets import Dataset, Features, IterableDataset, Value
-    from datasets.exceptions import DatasetGenerationError
-
     columns = list(dict.fromkeys(key for file in files for row in _read_json(file) for key in row))
     if not columns:
         raise ValueError(f"{name!r} holds no rows: it needs one JSON object a line")
@@ -138,11 +139,12 @@ def _rows_of_json(name: str, files: list[str], streaming: bool) -> Any:
     arguments: dict[str, Any] = {"files": tuple(files), "columns": tuple(columns)}
     if streaming:
         return IterableDataset.from_generator(_text_rows, features=features, gen_kwargs=arguments)
-    # Size and time of the files are there for the cache: it must not outlive their content.
-    stamps = tuple((Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files)
+    # For the cache of `datasets`: it must not outlive the files' content, nor this code.
+    stamps = [(Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
+    version = (tuple(stamps), sha256(Path(__file__).read_bytes()).hexdigest())
     try:
         return Dataset.from_generator(
-            _text_rows, features=features, gen_kwargs={**arguments, "stamps": stamps}
+            _text_rows, features=features, gen_kwargs={**arguments, "version": version}
         )
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None
@@ -189,7 +191,7 @@ def _as_row(value: Any, where: str) -> dict[str, Any]:
 
 
 def _text_rows(
-    files: tuple[str, ...], columns: tuple[str, ...], stamps: Any = None
+    files: tuple[str, ...], columns: tuple[str, ...], version: Any = None
 ) -> Iterator[dict[str, Any]]:
     for file in files:
         for row in _read_json(file):
