@@ -27,16 +27,17 @@ class OnePassSFTConfig(SFTConfig):
     Every option of ``trl.SFTConfig`` keeps its meaning; these are added.
 
     Parameters:
-        bf16: as in TRL, but by default off on machines without an accelerator, where TRL's default
-            raises.
+        max_length: longest row in tokens, and longest pass (context and completion of one turn).
+            By default None, any length: TRL's default of 1,024 would cut away most of what agents
+            are trained on. Packing needs it.
+        bf16: as in TRL, but by default off on a CPU.
         train_on: which assistant turns of a conversation are trained: ``"all"``, ``"last"``, or a
             list of turn indices such as ``[0, 2]`` (as a string on the command line). A message
             with ``"train": false`` is never trained.
-        overflow: what happens to a pass (the context and completion of one turn) longer than
-            ``max_length``: ``"truncate"`` (its first ``max_length`` tokens are kept, as in
-            ``SFTTrainer``), ``"error"`` or ``"drop"``. What is lost is counted and reported. A
-            conversation of which only the whole tree is too long loses nothing: it is split into
-            several rows.
+        overflow: what happens to a pass longer than ``max_length``: ``"truncate"`` (its first
+            ``max_length`` tokens are kept, as in ``SFTTrainer``), ``"error"`` or ``"drop"``. What
+            is lost is counted and reported. A conversation of which only the whole tree is too
+            long loses nothing: it is split into several rows.
         null_arguments: what a null among the arguments of a tool call is. An Arrow struct column
             gives every call the argument names of all calls, filled with nulls, and real nulls
             can't be told from those: ``"drop"`` removes them, ``"keep"`` keeps them, ``"error"``
@@ -58,6 +59,10 @@ class OnePassSFTConfig(SFTConfig):
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
 
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest row in tokens; unset: any length. Packing needs it."},
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "Train in bf16; by default wherever there is an accelerator."},
@@ -115,7 +120,7 @@ class OnePassSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_parallelism(self.parallelism_config or _launched_parallelism())
-        if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             # TRL's default of bf16 raises on a machine without an accelerator.
             self.bf16 = False
         super().__post_init__()

@@ -234,8 +234,16 @@ def test_configs_of_trl_are_converted(train, tmp_path):
 
 def test_defaults_work_without_an_accelerator(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert OnePassSFTConfig(str(tmp_path)).bf16 is False
-    assert OnePassSFTConfig(str(tmp_path), use_cpu=True).bf16 is True  # TRL's
+    for options in ({}, {"use_cpu": True}):
+        assert OnePassSFTConfig(str(tmp_path), **options).bf16 is False
+    assert OnePassSFTConfig(str(tmp_path), use_cpu=True, bf16=True).bf16 is True
+
+
+def test_nothing_is_cut_by_default(train, tiny_tokenizer):
+    answer = {"role": "assistant", "content": "word " * 2000}
+    row = {"messages": [{"role": "user", "content": "Talk."}, answer]}
+    [prepared] = train(dataset=Dataset.from_list([row])).train_dataset
+    assert (prepared["shift_labels"] >= 0).sum() > 2000
 
 
 def test_template_arguments_reach_every_conversation(train):
