@@ -253,11 +253,8 @@ class OnePassSFTTrainer(SFTTrainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
     ) -> torch.Tensor | int | None:
-        # Trainer counts labels. A target that N-pass trains several times counts as often.
-        counted = [
-            batch["shift_labels"].flatten().repeat_interleave(batch["weights"].flatten().long())
-            for batch in batch_samples
-        ]
+        # A target that N-pass trains several times counts as often.
+        counted = [_Counted(batch["weights"].sum(dtype=torch.int64)) for batch in batch_samples]
         return super()._get_num_items_in_batch(
             [{"labels": labels, "shift_labels": labels} for labels in counted], device
         )
@@ -406,3 +403,16 @@ class OnePassSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
         if not self.model.training:
             self._totals["eval"].zero_()
+
+
+class _Counted:
+    """Labels that ``Trainer`` counts by ``labels.ne(-100).sum()``, of which the sum is known."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._number = number
+
+    def ne(self, _: int) -> _Counted:
+        return self
+
+    def sum(self) -> torch.Tensor:
+        return self._number

@@ -171,7 +171,8 @@ def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats, flag):
     del options["dataset_name"]
     options["datasets"] = [{"path": "json", "data_files": str(chats)}]
     config = tmp_path / "sft.yaml"
-    config.write_text(yaml.safe_dump({**options, "use_cpu": True, "packing": True, "max_length": 256}))
+    options |= {"use_cpu": True, "packing": True, "max_length": 256}
+    config.write_text(yaml.safe_dump(options))
     assert train(flag.format(file=config).split()) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
