@@ -23,7 +23,8 @@ from onepass_trl.cli import VERBS, main
 from onepass_trl.cli.sft import make_parser
 from tests.cli.test_cli import CHATS
 from tests.conversations import as_row, random_chat
-from tests.models import make_model
+from tests.model_coverage import EXACT, RECORD
+from tests.models import MODELS
 from tests.pages import (
     NOT_RUN,
     PAGES,
@@ -45,6 +46,8 @@ MOST_NOT_RUN = 2
 COMMANDS = [
     pytest.param(command, id=place) for page in PAGES for place, command in commands_of(page)
 ]
+# Models whose type isn't their name.
+OTHERWISE_NAMED = {"Granite 4": "granitemoehybrid", "Ling 3": "bailing_hybrid"}
 PLACEHOLDERS = {"MODEL", "Qwen/Qwen3-0.6B"}
 # What makes a command a short one on the CPU.
 FLAGS = dict.fromkeys(
@@ -297,8 +300,29 @@ class TestNames:
         assert all(f"--{option}" in flags for option in options)
 
     def test_models_named_as_tested_are_tested(self):
-        config = make_model("deepseek_v3").config
-        assert config.qk_nope_head_dim != config.v_head_dim
+        """Hybrid ones by `tests/models.py`, whose models are all named; others by the record."""
+        record = json.loads(RECORD.read_text("utf-8"))["models"]
+        named, hybrid = models_of("Models"), models_of("Hybrid models")
+        assert {record[model_type][0] for model_type in named} == {EXACT}
+        assert hybrid <= MODELS.keys() <= named | hybrid
+
+    def test_names_of_models_are_read_as_model_types(self):
+        assert {"gemma2", "gemma3", "gemma4", "qwen3_moe", "gpt_oss"} <= models_of("Models")
+        assert {"qwen3_5", "granitemoehybrid", "lfm2_moe"} <= models_of("Hybrid models")
+
+
+def models_of(row):
+    """Return the model types that README.md's row of supported models names."""
+    cell = re.search(rf"^\| {row} \| [^:|]*: ([^|]*) \|", README, flags=re.MULTILINE)[1]
+    cell = re.sub(r" \([^)]*\)| and others", "", cell)
+    types = set()
+    for name in re.split(r", | and ", cell):
+        if series := re.fullmatch(r"(\w+) (\d) to (\d)", name):
+            first, last = int(series[2]), int(series[3])
+            types |= {f"{series[1].lower()}{number}" for number in range(first, last + 1)}
+        else:
+            types.add(OTHERWISE_NAMED.get(name) or re.sub(r"\W", "_", name.lower()))
+    return types
 
 
 class TestTroubleshooting:
