@@ -150,15 +150,15 @@ def public_path(path: str) -> str:
 def _class(node: ast.ClassDef, inherited: set[str]) -> Iterator[str]:
     """Yield the lines of a class: its attributes or ``__init__``, and the methods that it adds."""
     yield from _decorators(node)
-    bases = ", ".join(map(ast.unparse, node.bases))
+    bases = ", ".join(map(_source, node.bases))
     head = f"class {node.name}({bases}):" if bases else f"class {node.name}:"
     body: list[str] = []
     methods = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
     if "__init__" not in methods:
         body += [
-            f"    {ast.unparse(item.target)}: {ast.unparse(item.annotation)}{_value(item)}"
+            f"    {_source(item.target)}: {_source(item.annotation)}{_value(item)}"
             for item in node.body
-            if isinstance(item, ast.AnnAssign) and not ast.unparse(item.target).startswith("_")
+            if isinstance(item, ast.AnnAssign) and not _source(item.target).startswith("_")
         ]
     for name, method in methods.items():
         if name == "__init__" or not (name.startswith("_") or name in inherited):
@@ -167,22 +167,22 @@ def _class(node: ast.ClassDef, inherited: set[str]) -> Iterator[str]:
 
 
 def _decorators(node: ast.ClassDef | ast.FunctionDef, indent: str = "") -> Iterator[str]:
-    yield from (f"{indent}@{ast.unparse(decorator)}" for decorator in node.decorator_list)
+    yield from (f"{indent}@{_source(decorator)}" for decorator in node.decorator_list)
 
 
 def _value(item: ast.AnnAssign) -> str:
     """Return what is assigned to an attribute; of a dataclass's ``field``, its default."""
     value = item.value
-    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+    if isinstance(value, ast.Call) and _source(value.func) == "field":
         defaults = [word.value for word in value.keywords if word.arg == "default"]
         value = defaults[0] if defaults else ast.Constant(...)
-    return f" = {ast.unparse(value)}" if value is not None else ""
+    return f" = {_source(value)}" if value is not None else ""
 
 
 def _function(node: ast.FunctionDef, indent: str = "") -> Iterator[str]:
     """Yield the lines of a signature: one, or one for each parameter where that is too long."""
     parameters = list(_parameters(node.args))
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
+    returns = f" -> {_source(node.returns)}" if node.returns is not None else ""
     line = f"{indent}def {node.name}({', '.join(parameters)}){returns}: ..."
     if len(line) <= _WIDTH:
         yield line
@@ -200,18 +200,23 @@ def _parameters(arguments: ast.arguments) -> Iterator[str]:
         if number == len(arguments.posonlyargs):
             yield "/"
     if arguments.vararg is not None:
-        yield f"*{ast.unparse(arguments.vararg)}"
+        yield f"*{_source(arguments.vararg)}"
     elif arguments.kwonlyargs:
         yield "*"
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
         yield _parameter(argument, default)
     if arguments.kwarg is not None:
-        yield f"**{ast.unparse(arguments.kwarg)}"
+        yield f"**{_source(arguments.kwarg)}"
+
+
+def _source(node: ast.AST) -> str:
+    """Return the node as source, with strings in double quotes where that needs no escapes."""
+    return re.sub(r"""'([^'"]*)'""", r'"\1"', ast.unparse(node))
 
 
 def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
     equals = " = " if argument.annotation is not None else "="
-    return ast.unparse(argument) + (f"{equals}{ast.unparse(default)}" if default else "")
+    return _source(argument) + (f"{equals}{_source(default)}" if default else "")
 
 
 PAGES: dict[Path, tuple[str, Callable[[str], str]]] = {
