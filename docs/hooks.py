@@ -1,13 +1,10 @@
-"""What mkdocs.yml can't say: pages made of files outside docs/, help of the command, links.
+"""What mkdocs.yml can't say: pages made of files outside docs/, whole docstrings, links.
 
 mkdocs calls the functions whose names begin with ``on_``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import os
 import re
 from pathlib import Path
@@ -16,10 +13,14 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[1]
 # Pages of the site that are files elsewhere in the repository.
 PAGES = {
+    "index.md": "README.md",
     "architecture.md": "ARCHITECTURE.md",
     "contributing.md": "CONTRIBUTING.md",
     "benchmarks.md": "benchmarks/README.md",
 }
+_NAME = re.compile(
+    r"^<!-- api: ([\w.]+) -->$.*?^<!-- end of api: \1 -->$", re.DOTALL | re.MULTILINE
+)
 _FENCE = re.compile(r"^(`{3,}).*?^\1`*$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 # What a browser would fetch from another host, as against links that a reader may follow.
@@ -39,9 +40,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in what the verbs print for --help, and settle links into the repository."""
+    """Have docstrings rendered, and settle links into the repository."""
     name = page.file.src_uri
-    markdown = with_help(markdown)
+    markdown = with_docstrings(markdown)
     source = REPOSITORY / PAGES.get(name, f"docs/{name}")
     pieces, end = [], 0
     for fence in _FENCE.finditer(markdown):
@@ -57,47 +58,9 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
     return output
 
 
-def with_help(markdown: str) -> str:
-    """Return the text with `<!-- help: verb -->` replaced by what the verb prints for --help.
-
-    `<!-- help: others -->` stands for a section of each verb that the text doesn't name.
-    """
-    from onepass_trl.cli import VERBS
-
-    named = re.findall(r"^<!-- help: (\w+) -->$", markdown, flags=re.MULTILINE)
-    others = [verb for verb in VERBS if verb not in named]
-    sections = [
-        f"## {verb}\n\n{_sentence(VERBS[verb])}\n\n<!-- help: {verb} -->" for verb in others
-    ]
-    markdown = markdown.replace("<!-- help: others -->", "\n\n".join(sections))
-    return re.sub(
-        r"^<!-- help: (\w+) -->$", lambda match: _help_block(match[1]), markdown, flags=re.MULTILINE
-    )
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
-
-
-def _help_block(verb: str) -> str:
-    lines = [f'??? note "onepass-trl {verb} --help"', "", "    ```text"]
-    lines += [f"    {line}".rstrip() for line in help_of(verb).splitlines()]
-    return "\n".join([*lines, "    ```"])
-
-
-def help_of(verb: str) -> str:
-    """Return what ``onepass-trl verb --help`` prints, 88 columns wide."""
-    output = io.StringIO()
-    columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "90"
-    try:
-        main = importlib.import_module(f"onepass_trl.cli.{verb}").main
-        with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-            main(["--help"])
-    finally:
-        os.environ.pop("COLUMNS")
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
-    return output.getvalue()
+def with_docstrings(markdown: str) -> str:
+    """Return the text with each entry of docs/api.md replaced by mkdocstrings' word for it all."""
+    return _NAME.sub(r"::: \1", markdown)
 
 
 def with_links(text: str, source: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,6 +83,17 @@ def commands_of(page: Path) -> Iterator[tuple[str, str]]:
 def prose_of(page: Path) -> str:
     """Return the text of a page less its fenced blocks."""
     return re.sub(r"^(`{3,}).*?^\1`*$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    anchors: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", prose_of(page), flags=re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip().lower())
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        numbered = (f"{slug}-{number}" for number in itertools.count(1))
+        anchors.add(next(name for name in itertools.chain([slug], numbered) if name not in anchors))
+    return anchors
 
 
 def links_of(page: Path) -> list[str]:

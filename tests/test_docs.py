@@ -23,17 +23,21 @@ from onepass_trl.cli import VERBS, main
 from onepass_trl.cli.sft import make_parser
 from tests.cli.test_cli import CHATS
 from tests.conversations import as_row, random_chat
-from tests.models import make_model
+from tests.model_coverage import EXACT, RECORD
+from tests.models import MODELS
 from tests.pages import (
     NOT_RUN,
     PAGES,
     PROGRAMS,
     REPOSITORY,
+    anchors_of,
     blocks_of,
     commands_of,
     links_of,
     paths_of,
+    prose_of,
 )
+from tests.reference_pages import API_PAGE, COMMANDS_PAGE, named_in, page_with_parts
 
 DOCS = REPOSITORY / "docs"
 README = (REPOSITORY / "README.md").read_text()
@@ -42,6 +46,8 @@ MOST_NOT_RUN = 2
 COMMANDS = [
     pytest.param(command, id=place) for page in PAGES for place, command in commands_of(page)
 ]
+# Models whose type isn't their name.
+OTHERWISE_NAMED = {"Granite 4": "granitemoehybrid", "Ling 3": "bailing_hybrid"}
 PLACEHOLDERS = {"MODEL", "Qwen/Qwen3-0.6B"}
 # What makes a command a short one on the CPU.
 FLAGS = dict.fromkeys(
@@ -106,7 +112,7 @@ class TestCode:
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
     def test_other_blocks_are_known(self, page):
         for block in blocks_of(page):
-            assert block.language in ("", "python", "pycon", "sh", "yaml", "text"), block
+            assert block.language in ("", "python", "pycon", "pyi", "sh", "yaml", "text"), block
             if block.language == "yaml":
                 assert yaml.safe_load(block.text), block
 
@@ -249,14 +255,20 @@ def check_torchrun(words):
 
 
 class TestNames:
-    """mkdocs checks the links within docs/ and their anchors; these are the others."""
+    """What pages link to and name. mkdocs checks the links again, as they are in the site."""
 
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
     def test_links_lead_somewhere(self, page):
-        generated = {"architecture.md", "contributing.md", "benchmarks.md"}  # see docs/hooks.py
         for link in links_of(page):
-            path = link.partition("#")[0]
-            assert not path or path in generated or (page.parent / path).exists(), link
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path) if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target), link
+
+    def test_anchors_are_those_of_github(self):
+        anchors = anchors_of(REPOSITORY / "benchmarks" / "README.md")
+        assert "what-estimate-predicts" in anchors
+        assert "onepass_trltree_attention" in anchors_of(API_PAGE)
 
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
     def test_paths_exist(self, page):
@@ -266,10 +278,8 @@ class TestNames:
             assert any(list((REPOSITORY / base).glob(path.rstrip("/"))) for base in bases), path
 
     def test_the_python_page_has_every_public_name(self):
-        text = (DOCS / "api.md").read_text()
-        paths = re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE)
         documented = []
-        for path in paths:
+        for path in named_in(API_PAGE.read_text("utf-8"), "api"):
             module, _, name = path.rpartition(".")
             documented.append(getattr(importlib.import_module(module), name))
         for name in set(onepass_trl.__all__) - {"__version__"}:
@@ -281,6 +291,7 @@ class TestNames:
         flags = make_parser().format_help()
         assert options == [
             "train_on",
+            "max_length",
             "overflow",
             "null_arguments",
             "chat_template_kwargs",
@@ -290,8 +301,29 @@ class TestNames:
         assert all(f"--{option}" in flags for option in options)
 
     def test_models_named_as_tested_are_tested(self):
-        config = make_model("deepseek_v3").config
-        assert config.qk_nope_head_dim != config.v_head_dim
+        """Hybrid ones by `tests/models.py`, whose models are all named; others by the record."""
+        record = json.loads(RECORD.read_text("utf-8"))["models"]
+        named, hybrid = models_of("Models"), models_of("Hybrid models")
+        assert {record[model_type][0] for model_type in named} == {EXACT}
+        assert hybrid <= MODELS.keys() <= named | hybrid
+
+    def test_names_of_models_are_read_as_model_types(self):
+        assert {"gemma2", "gemma3", "gemma4", "qwen3_moe", "gpt_oss"} <= models_of("Models")
+        assert {"qwen3_5", "granitemoehybrid", "lfm2_moe"} <= models_of("Hybrid models")
+
+
+def models_of(row):
+    """Return the model types that README.md's row of supported models names."""
+    cell = re.search(rf"^\| {row} \| [^:|]*: ([^|]*) \|", README, flags=re.MULTILINE)[1]
+    cell = re.sub(r" \([^)]*\)| and others", "", cell)
+    types = set()
+    for name in re.split(r", | and ", cell):
+        if series := re.fullmatch(r"(\w+) (\d) to (\d)", name):
+            first, last = int(series[2]), int(series[3])
+            types |= {f"{series[1].lower()}{number}" for number in range(first, last + 1)}
+        else:
+            types.add(OTHERWISE_NAMED.get(name) or re.sub(r"\W", "_", name.lower()))
+    return types
 
 
 class TestTroubleshooting:
@@ -303,7 +335,7 @@ class TestTroubleshooting:
 
     @pytest.mark.parametrize("heading", HEADINGS)
     def test_the_message_is_one_of_the_package(self, heading):
-        quoted = re.fullmatch(r"`+ ?(.*?) ?`+(?: \{ ?#[\w-]+ ?\})?", heading)
+        quoted = re.fullmatch(r"`+ ?(.*?) ?`+", heading)
         assert quoted, "a heading is a message in backticks"
         assert occurs(quoted[1], messages_of_the_package()), quoted[1]
 
@@ -356,24 +388,41 @@ def hooks():
     return load(DOCS / "hooks.py")
 
 
-class TestSite:
-    def test_each_verb_has_its_help(self, hooks):
-        page = hooks.with_help((DOCS / "commands.md").read_text("utf-8"))
-        for verb in VERBS:
-            assert page.count(f"usage: onepass-trl {verb}") == 1, verb
-        assert "<!-- help" not in page
+class TestOnGitHub:
+    """A page under docs/ is read as it is there: nothing in it waits for mkdocs."""
 
-    def test_a_new_verb_gets_a_section(self, hooks, monkeypatch):
-        monkeypatch.setitem(VERBS, "bake", "make a cake")
-        monkeypatch.setattr(hooks, "help_of", lambda verb: f"usage: {verb}\n")
-        page = hooks.with_help("<!-- help: sft -->\n\n<!-- help: others -->\n")
-        assert "## bake\n\nMake a cake.\n\n??? note" in page
-        assert page.count("usage: sft") == 1
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+    def test_it_has_no_syntax_of_mkdocs(self, page):
+        found = re.search(
+            r"--8<--|^(?::::|!!!|\?\?\?|===) .*|\{ ?[:#.].*\}", prose_of(page), flags=re.MULTILINE
+        )
+        assert not found, found[0]
+
+    @pytest.mark.parametrize("page", [COMMANDS_PAGE, API_PAGE], ids=lambda page: page.stem)
+    def test_generated_parts_are_current(self, page):
+        text = page.read_text("utf-8")
+        assert page_with_parts(page, text) == text, "run python -m tests.reference_pages"
+
+    def test_each_verb_has_a_section_and_its_flags(self):
+        text = COMMANDS_PAGE.read_text("utf-8")
+        assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == list(VERBS)
+        assert named_in(text, "flags") == list(VERBS)
+
+
+class TestSite:
+    def test_each_name_gets_its_docstring(self, hooks):
+        text = API_PAGE.read_text("utf-8")
+        page = hooks.with_docstrings(text)
+        names = re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)
+        assert names == named_in(text, "api")
+        assert "<!--" not in page
+        assert "```" not in page
 
     def test_links_out_of_the_site_become_paths(self, hooks):
-        source = DOCS / "index.md"
+        source = COMMANDS_PAGE
         settled = hooks.with_links("[a](../examples/sft.yaml) [b](../ARCHITECTURE.md#x)", source)
         assert settled == "a (`examples/sft.yaml`) [b](architecture.md#x)"
+        assert hooks.with_links("[a](../README.md#x)", source) == "[a](index.md#x)"
         page = REPOSITORY / "benchmarks" / "README.md"
         assert hooks.with_links("![a](../docs/figures/row.svg)", page) == "![a](figures/row.svg)"
         with pytest.raises(ValueError, match="which doesn't exist"):

@@ -94,7 +94,7 @@ class Estimate:
         packed_rows: rows after packing; None without `max_length`.
         max_length: limit of a row, None for none.
         has_reasoning: whether any trained turn has reasoning; None where messages aren't known.
-        is_chain: whether no token of any conversation stands twice.
+        branches: whether a conversation's turns are no single path, so that tokens stand twice.
         cost: of the model, None if it isn't known.
     """
 
@@ -110,7 +110,7 @@ class Estimate:
     packed_rows: int | None
     max_length: int | None
     has_reasoning: bool | None
-    is_chain: bool
+    branches: NDArray[np.bool_]
     cost: ModelCost | None
 
     @property
@@ -215,7 +215,7 @@ def estimate(
         packed_rows=_packed_rows([count.lengths for count in counts], options.max_length),
         max_length=options.max_length,
         has_reasoning=any(reasoning) if reasoning else None,
-        is_chain=all(count.is_chain for count in counts),
+        branches=np.array([count.branches for count in counts]),
         cost=cost,
     )
 
@@ -230,7 +230,7 @@ class _Count:
     lengths: list[int]
     overflow: Overflow
     has_reasoning: bool | None
-    is_chain: bool
+    branches: bool
 
 
 def _count(
@@ -261,7 +261,7 @@ def _count(
         lengths=[len(layout) for layout in layouts],
         overflow=lost,
         has_reasoning=has_reasoning,
-        is_chain=len(passes) < 2 or one_pass.tokens == max(map(len, passes)),
+        branches=len(passes) > 1 and one_pass.tokens > max(map(len, passes)),
     )
 
 

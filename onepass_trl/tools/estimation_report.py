@@ -11,7 +11,6 @@ import numpy as np
 
 from onepass_trl.tools.estimation import Estimate, Work, weighted_pairs
 from onepass_trl.tools.step_time import StepTime
-from onepass_trl.training import OnePassSFTConfig
 
 PARTS = {"linear": "linear", "attention": "attention", "head": "LM head"}  # of `StepFlops`
 _BAR = 30  # characters of the longest bar
@@ -119,10 +118,6 @@ def _rows(found: Estimate) -> Iterator[str]:
             "No --max_length: every conversation is one row, of at most "
             f"{found.row_tokens.max():,} tokens."
         )
-        if (default := OnePassSFTConfig.max_length) is not None:
-            cut = int((found.longest_path > default).sum())
-            what = f"turns in {cut:,} of them" if cut else "none"
-            yield f"Training's default, {default:,}, would cut {what}."
         return
     lost = found.overflow
     if lost.num_passes:
@@ -149,11 +144,19 @@ def _remarks(found: Estimate) -> Iterator[str]:
     if found.num_turns.max() <= 1:
         yield "No conversation has two trained turns, so one pass is what N-pass computes."
         return
-    if found.is_chain:
+    num_branching = int(found.branches.sum())
+    if num_branching == 0:
         yield (
             "No token stands twice: on these conversations the template keeps every turn in later "
             "contexts as it was generated, so no duplication is needed. Each row is an ordinary "
             "causal sequence in which all its turns are trained."
+        )
+    else:
+        tokens = [x[found.branches].sum() for x in (found.n_pass_tokens, found.row_tokens)]
+        yield (
+            f"{num_branching:,} of {len(found.branches):,} conversations branch: turns stand twice "
+            f"in them, and N-pass computes {tokens[0] / tokens[1]:.2f} times as many tokens. The "
+            "others are single paths, as in ordinary causal training."
         )
     if found.has_reasoning is False:
         yield (
@@ -215,7 +218,7 @@ def as_json(
         "split_conversations": found.num_split,
         "overflow": asdict(found.overflow),
         "has_reasoning": found.has_reasoning,
-        "is_chain": found.is_chain,
+        "branching_conversations": int(found.branches.sum()),
         "turns": turn_bins(found.num_turns.tolist()),
     }
     if found.cost is not None:

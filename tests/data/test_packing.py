@@ -29,11 +29,34 @@ def test_a_tree_that_fits_is_not_split():
 def test_splitting_repeats_only_the_path_of_each_branch():
     """Each row holds whole branches; the later rows of a chat need the beginning of its trunk
     only."""
-    trees = split_passes(chat_passes(6, 10, 40, 10), max_length=200)
-    sizes = [tree.num_row_tokens() for tree in trees]
-    assert sum(tree.num_passes for tree in trees) == 6
-    assert len(trees) == 3
-    assert max(sizes) <= 200
+    num_turns, user, reasoning, response = 6, 10, 40, 10
+    passes = chat_passes(num_turns, user, reasoning, response)
+    rows = [linearize(tree) for tree in split_passes(passes, max_length=200)]
+    [whole] = map(linearize, split_passes(passes, max_length=10**6))
+    assert sum(row.num_turns for row in rows) == num_turns
+    assert max(map(len, rows)) <= 200
+    # Depth first the last turns come first. Each further row stands on the trunk up to the latest
+    # of its turns, and repeats nothing else: neither reasoning nor what later turns see.
+    latest = [int(row.position_ids.max() + 1 - reasoning) // (user + response) for row in rows]
+    assert latest == [6, 5, 3]
+    trunk = passes[-1].token_ids[~passes[-1].trained]
+    repeated = [trunk[: turn * (user + response) - response] for turn in latest[1:]]
+    seen = sum((tokens_of(row) for row in rows), Counter())
+    assert seen - tokens_of(whole) == sum((Counter(path.tolist()) for path in repeated), Counter())
+    assert sum(map(len, rows)) == len(whole) + sum(map(len, repeated))
+    # What is repeated is context: each target stands in one of the rows, once.
+    assert sum((examples_of_row(row) for row in rows), Counter()) == examples_of_passes(passes)
+    trained = sum((targets_of(row) for row in rows), Counter())
+    assert set(trained.values()) == {1}
+    assert trained.total() == num_turns * (reasoning + response)
+
+
+def tokens_of(row):
+    return Counter(row.input_ids.tolist())
+
+
+def targets_of(row):
+    return Counter(row.shift_labels[row.weights > 0].tolist())
 
 
 def test_a_pass_that_does_not_fit_cannot_be_split():

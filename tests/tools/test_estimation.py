@@ -99,9 +99,6 @@ def test_the_report_says_what_was_found(tiny_tokenizer):
     assert f"{found.one_pass.tokens:,}" in text
     assert f"N-pass takes {found.flops_ratio():.2f} times as long" in text
     assert "No --max_length" in text
-    assert "Training's default, 1,024, would cut none." in text
-    long = [(0, as_row(random_chat(2, low=600, high=700)))]
-    assert "would cut turns in 1 of them." in text_of(estimate(long, tiny_tokenizer, OPTIONS))
     assert "operations aren't known" in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
 
 
@@ -120,6 +117,18 @@ def test_a_template_that_keeps_everything(tiny_tokenizer):
         estimate([(0, as_row(passes))], tiny_tokenizer, OPTIONS)
     )
     assert "No token stands twice" not in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
+
+
+def test_conversations_that_branch_are_counted_apart(tiny_tokenizer):
+    path = [Pass([1, 2, 3], [0, 1, 1]), Pass([1, 2, 3, 4, 5], [0, 0, 0, 0, 1])]
+    fork = [Pass([1, 2, 3], [0, 1, 1]), Pass([1, 2, 4, 5, 6], [0, 0, 0, 0, 1])]
+    rows = [(0, as_row(path)), (1, as_row(fork))]
+    found = estimate(rows, tiny_tokenizer, OPTIONS)
+    assert found.branches.tolist() == [False, True]
+    ratio = (3 + 5) / build_tree(fork).num_row_tokens()
+    text = text_of(found)
+    assert "1 of 2 conversations branch" in text
+    assert f"N-pass computes {ratio:.2f} times as many tokens" in text
 
 
 def test_conversations_without_reasoning_and_with_one_turn():
