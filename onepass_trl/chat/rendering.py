@@ -77,27 +77,38 @@ def render_passes(
 
 
 @dataclass(frozen=True)
-class RenderedTurn:
-    """A trained turn's pass, and what it was rendered from.
+class TurnTexts:
+    """A trained turn as text, and what it was rendered from.
 
     Attributes:
-        rendered: The pass.
         message: The turn's message in its normal form, see
             :func:`onepass_trl.chat.messages.normalize_messages`.
         index: Index of that message in the conversation.
-        context: The text of the pass's context.
+        context: What inference would feed before the turn.
+        completion: What the model must generate behind it.
         name: What to call the turn in messages.
         template: The Jinja source of the chat template.
         tools: The tools, or None.
     """
 
-    rendered: Pass
     message: Message
     index: int
     context: str
+    completion: str
     name: str
     template: str
     tools: Sequence[Any] | None
+
+
+@dataclass(frozen=True)
+class RenderedTurn(TurnTexts):
+    """A trained turn as text and as the pass that this is, tokenized.
+
+    Attributes:
+        rendered: The pass.
+    """
+
+    rendered: Pass
 
 
 def render_turns(
@@ -110,8 +121,11 @@ def render_turns(
 ) -> list[RenderedTurn]:
     """Return the passes of :func:`render_passes`, each with the message that it was made from."""
     added = added_tokens(tokenizer)
-    conversation, trained = _read(messages, tokenizer, added, tools, chat_template_kwargs, train_on)
-    contexts, completions = zip(*conversation.texts(trained), strict=True)
+    template = Template(tokenizer, tools, chat_template_kwargs)
+    conversation, trained = _read(messages, template, added, train_on)
+    turns = conversation.turns(trained)
+    contexts = [turn.context for turn in turns]
+    completions = [turn.completion for turn in turns]
     # What a turn generates stands in later contexts too, as a rule: its pieces are encoded once.
     alone = [] if added.prepends else completions
     ids = encode_views(tokenizer, added, [*contexts, *alone])
@@ -126,49 +140,61 @@ def render_turns(
         raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")
     return [
         RenderedTurn(
+            **vars(turn),
             rendered=Pass(
                 np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts])
             ),
-            message=conversation.messages[index],
-            index=index,
-            context=context,
-            name=conversation.name(number, index),
-            template=conversation.template.text,
-            tools=tools,
         )
-        for (number, index), context, *parts in zip(
-            trained, contexts, context_ids, completion_ids, strict=True
-        )
+        for turn, *parts in zip(turns, context_ids, completion_ids, strict=True)
     ]
 
 
-def render_texts(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tools: Sequence[Any] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    train_on: TrainOn = "all",
-) -> list[tuple[str, str]]:
-    """Return context and completion of each trained assistant turn as text, in order.
+class AnswerRenderer:
+    """Renders several answers to the same messages, and the messages only once.
 
-    `render_passes` tokenizes them, each by itself; the arguments and errors are the same.
+    Args:
+        messages: The messages before the answers.
+        tokenizer: As for `render_turns`, like the other arguments.
+        tools: The tools.
+        chat_template_kwargs: Further arguments of the template.
     """
-    added = added_tokens(tokenizer)
-    conversation, trained = _read(messages, tokenizer, added, tools, chat_template_kwargs, train_on)
-    return conversation.texts(trained)
+
+    def __init__(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._messages = list(messages)
+        self._added = added_tokens(tokenizer)
+        self._template = Template(tokenizer, tools, chat_template_kwargs)
+        self._first: _Conversation | None = None
+
+    def render(self, answer: Mapping[str, Any]) -> TurnTexts:
+        """Return the turn of an assistant's message behind the messages.
+
+        Raises:
+            ChatFormatError: as `render_turns` does.
+        """
+        messages = [*self._messages, answer]
+        conversation, trained = _read(messages, self._template, self._added, "last")
+        if self._first is None:
+            self._first = conversation
+        else:
+            conversation.share(self._first)
+        [turn] = conversation.turns(trained)
+        return turn
 
 
 def _read(
     messages: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     added: AddedTokens,
-    tools: Sequence[Any] | None,
-    chat_template_kwargs: Mapping[str, Any] | None,
     train_on: TrainOn,
 ) -> tuple[_Conversation, list[tuple[int, int]]]:
     """Return the conversation, and number and message index of each turn to train."""
-    template = Template(tokenizer, tools, chat_template_kwargs)
     family = family_of(template.text)
     normal = normalize_messages(messages, inline_reasoning=family.reads_reasoning(template.text))
     trained = _trained_turns(normal, train_on)
@@ -232,13 +258,35 @@ class _Conversation:
         self._added = added
         self.messages = messages
         self._prepared = [self._prepare(message) for message in messages]
+        self._contexts: dict[int, str] = {}
         self._checked: set[tuple[str, bool, bool, int]] = set()
+
+    def share(self, other: _Conversation) -> None:
+        """Take over what is known of a conversation that differs in its last message only."""
+        self._contexts, self._checked = other._contexts, other._checked
 
     def _prepare(self, message: Message) -> Message:
         """Return the message as the template takes it."""
         if "tool_calls" in message and self.template.takes_text_arguments:
             return with_text_arguments(message)
         return message
+
+    def turns(self, trained: Sequence[tuple[int, int]]) -> list[TurnTexts]:
+        """Return turns as text, given number and message index of each, in order."""
+        return [
+            TurnTexts(
+                message=self.messages[index],
+                index=index,
+                context=context,
+                completion=completion,
+                name=self.name(number, index),
+                template=self.template.text,
+                tools=self.template.tools,
+            )
+            for (number, index), (context, completion) in zip(
+                trained, self.texts(trained), strict=True
+            )
+        ]
 
     def texts(self, trained: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
         """Return context and completion of turns, checked, through the end-of-turn token.
@@ -299,7 +347,10 @@ class _Conversation:
 
     def _texts(self, index: int) -> tuple[str, str]:
         message = self.messages[index]
-        context = self.template.render(self._prepared[:index], prompt=True)
+        context = self._contexts.get(index)
+        if context is None:
+            context = self.template.render(self._prepared[:index], prompt=True)
+            self._contexts[index] = context
         if not context:
             raise TurnError(_NOTHING_BEFORE)
         turn = Turn(self.template, self._prepared[: index + 1], context)

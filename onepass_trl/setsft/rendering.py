@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onepass_trl.chat import ChatFormatError, row_to_conversation
+from onepass_trl.chat import ChatFormatError, RenderedTurn, row_to_conversation
 from onepass_trl.chat.encoding import Ids, added_tokens, encode_alone, encode_behind
 from onepass_trl.chat.families import family_of
-from onepass_trl.chat.rendering import render_texts, render_turns
+from onepass_trl.chat.rendering import AnswerRenderer, TurnTexts
 from onepass_trl.chat.rows import NullArguments
 from onepass_trl.chat.template import Template
 from onepass_trl.passes import Pass
@@ -134,14 +133,10 @@ def row_to_traces(
             f"{str(completions)[:80]!r}: give the row a trace, or remove it"
         )
     settings = {name: row.get(name) for name in ("system", "tools", "chat_template_kwargs")}
-    render = partial(
-        _message_parts,
-        tokenizer=tokenizer,
-        opener=tokens.opener,
-        chat_template_kwargs=chat_template_kwargs or {},
-        null_arguments=null_arguments,
-        verify=verify,
+    answers = _Answers(
+        {**settings, "prompt": row["prompt"]}, tokenizer, chat_template_kwargs, null_arguments
     )
+    encoder = _Encoder(tokenizer, isinstance(prompt, str))
     traces = []
     for number, completion in enumerate(completions):
         try:
@@ -151,8 +146,12 @@ def row_to_traces(
                 answer: Any = [_as_message(completion)]
                 if isinstance(row["completions"], str):
                     answer = json.dumps(answer)  # in JSON text, nulls are real
-                parts = render({**settings, "prompt": row["prompt"], "completion": answer})
-            traces.append(_to_trace(parts, number, tokenizer, tokens, isinstance(prompt, str)))
+                turn = answers.render(answer)
+                if verify:
+                    pass_ = encoder.encode(turn.context, turn.completion)
+                    check_round_trip(RenderedTurn(**vars(turn), rendered=pass_), tokenizer)
+                parts = _split(turn.context, turn.completion, tokens.opener)
+            traces.append(_to_trace(parts, number, tokens, encoder))
         except ChatFormatError as error:
             raise ChatFormatError(f"completion {number} of {len(completions)}: {error}") from error
     return traces
@@ -191,14 +190,9 @@ def forking_prompts(
         parts = _text_parts(prompt, tokens.opener + "x", tokenizer, tokens.opener)
     else:
         answer = _any_answer(tokenizer, tools, chat_template_kwargs, tokens.opener)
-        parts = _message_parts(
-            {"prompt": prompt, "completion": [answer], "tools": tools},
-            tokenizer=tokenizer,
-            opener=tokens.opener,
-            chat_template_kwargs=chat_template_kwargs or {},
-            null_arguments="keep",
-            verify=False,
-        )
+        row = {"prompt": prompt, "tools": tools}
+        turn = _Answers(row, tokenizer, chat_template_kwargs, "keep").render([answer])
+        parts = _split(turn.context, turn.completion, tokens.opener)
     _refuse_forking_tokens(parts, tokens)
     texts = [parts.before + name + parts.between for name in tokens.names]
     if not tokenize:
@@ -243,26 +237,36 @@ def _as_message(completion: Any) -> Mapping[str, Any]:
     )
 
 
-def _message_parts(
-    row: Mapping[str, Any],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    opener: str,
-    chat_template_kwargs: Mapping[str, Any],
-    null_arguments: NullArguments,
-    verify: bool,
-) -> _Parts:
-    conversation = row_to_conversation(row, null_arguments=null_arguments)
-    arguments: dict[str, Any] = {
-        "tools": conversation.tools,
-        "chat_template_kwargs": {**chat_template_kwargs, **conversation.chat_template_kwargs},
-        "train_on": conversation.train_on,
-    }
-    if verify:
-        [turn] = render_turns(conversation.messages, tokenizer, **arguments)
-        check_round_trip(turn, tokenizer)
-    [(context, completion)] = render_texts(conversation.messages, tokenizer, **arguments)
-    return _split(context, completion, opener)
+class _Answers:
+    """Renders the completions of a row with a prompt of messages, and the prompt only once."""
+
+    def __init__(
+        self,
+        row: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: Mapping[str, Any] | None,
+        null_arguments: NullArguments,
+    ) -> None:
+        self._row = row
+        self._tokenizer = tokenizer
+        self._kwargs = chat_template_kwargs or {}
+        self._null_arguments = null_arguments
+        self._renderer: AnswerRenderer | None = None
+
+    def render(self, completion: Any) -> TurnTexts:
+        """Return the turn of a completion: a list of one message, or the JSON text of one."""
+        conversation = row_to_conversation(
+            {**self._row, "completion": completion}, null_arguments=self._null_arguments
+        )
+        *before, answer = conversation.messages
+        if self._renderer is None:
+            self._renderer = AnswerRenderer(
+                before,
+                self._tokenizer,
+                tools=conversation.tools,
+                chat_template_kwargs={**self._kwargs, **conversation.chat_template_kwargs},
+            )
+        return self._renderer.render(answer)
 
 
 def _text_parts(
@@ -327,26 +331,35 @@ def _encode_prompts(
     return [np.asarray(ids, dtype=np.int32) for ids in tokenizer(list(texts))["input_ids"]]
 
 
-def _to_trace(
-    parts: _Parts,
-    number: int,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: ForkingTokens,
-    is_text: bool,
-) -> Trace:
+class _Encoder:
+    """Tokenizes the traces of a row: the prompt, which they have in common, once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, is_text: bool) -> None:
+        self._tokenizer = tokenizer
+        self._is_text = is_text
+        self._prompts: dict[str, Ids] = {}
+
+    def encode(self, prompt: str, completion: str) -> Pass:
+        """Return the pass of a prompt and a completion, which is trained."""
+        if prompt not in self._prompts:
+            [self._prompts[prompt]] = _encode_prompts([prompt], self._tokenizer, self._is_text)
+        before = self._prompts[prompt]
+        if added_tokens(self._tokenizer).prepends:
+            behind = encode_behind(self._tokenizer, prompt, completion)
+        else:
+            [behind] = encode_alone(self._tokenizer, [completion])
+        trained = np.repeat([False, True], [before.size, behind.size])
+        return Pass(np.concatenate([before, behind]), trained)
+
+
+def _to_trace(parts: _Parts, number: int, tokens: ForkingTokens, encoder: _Encoder) -> Trace:
     _refuse_forking_tokens(parts, tokens)
     text = parts.before + tokens.names[0] + parts.between
-    [prompt] = _encode_prompts([text], tokenizer, is_text)
-    if added_tokens(tokenizer).prepends:
-        completion = encode_behind(tokenizer, text, parts.completion)
-    else:
-        [completion] = encode_alone(tokenizer, [parts.completion])
-    (forks,) = np.nonzero(prompt == tokens.ids[0])
-    assert forks.size == 1, (text, prompt)
+    pass_ = encoder.encode(text, parts.completion)
+    (forks,) = np.nonzero(pass_.token_ids == tokens.ids[0])
+    assert forks.size == 1, (text, pass_)
     if forks[0] == 0:
         raise ChatFormatError(
             "nothing stands before the forking token, so the question is empty; give a prompt"
         )
-    ids = np.concatenate([prompt, completion])
-    trained = np.repeat([False, True], [prompt.size, completion.size])
-    return Trace(Pass(ids, trained), int(forks[0]), number)
+    return Trace(pass_, int(forks[0]), number)

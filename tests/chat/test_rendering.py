@@ -7,7 +7,8 @@ import copy
 import numpy as np
 import pytest
 
-from onepass_trl.chat import ChatFormatError, render_passes
+from onepass_trl.chat import ChatFormatError, render_passes, render_turns
+from onepass_trl.chat.rendering import AnswerRenderer
 from tests.chat.families import trl_template
 from tests.chat.tokenizers import SMALL, small_tokenizer, texts
 
@@ -260,3 +261,30 @@ def test_an_empty_turn_is_refused():
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]
     with pytest.raises(ChatFormatError, match=r"message 1, .*it is empty"):
         render_passes(messages, small_tokenizer("qwen3"))
+
+
+@pytest.mark.parametrize("template", SMALL)
+def test_answers_to_the_same_messages_are_the_turns_of_conversations_of_their_own(template):
+    tokenizer = small_tokenizer(template)
+    answers = [{"role": "assistant", "content": "four"}, {"role": "assistant", "content": ">"}]
+    if template not in ("llama3_1", "phi3"):
+        answers += [TWO_TURNS[-1], TOOL_TURNS[1]]
+    renderer = AnswerRenderer(TWO_TURNS[:-1], tokenizer)
+    for answer in answers:
+        [turn] = render_turns([*TWO_TURNS[:-1], answer], tokenizer, train_on="last")
+        assert vars(turn) == {**vars(renderer.render(answer)), "rendered": turn.rendered}
+
+
+def test_each_answer_to_the_same_messages_is_checked():
+    """What the checks of one answer find doesn't stand for answers of another shape."""
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.reasoning_content }}"
+        "{{ m.content if not m.reasoning_content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    renderer = AnswerRenderer([{"role": "user", "content": "2+2?"}], tokenizer)
+    assert renderer.render({"role": "assistant", "content": "4"}).completion == "4<|im_end|>"
+    both = {"role": "assistant", "reasoning_content": "4 > 3, so 4", "content": "4"}
+    with pytest.raises(ChatFormatError, match="its content"):
+        renderer.render(both)

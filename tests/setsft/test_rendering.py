@@ -6,7 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from onepass_trl.chat import ChatFormatError
-from onepass_trl.chat.rendering import render_texts
+from onepass_trl.chat.encoding import encode_alone
+from onepass_trl.chat.rendering import render_turns
+from onepass_trl.chat.template import Template
 from onepass_trl.setsft import forking_prompts
 from onepass_trl.setsft.rendering import ForkingTokens, row_to_traces
 from onepass_trl.setsft.tokens import _add_to_tokenizer, forking_tokens
@@ -39,10 +41,10 @@ def check_traces(row, tokenizer, tokens, opener):
     texts = forking_prompts(row["prompt"], tokenizer, K, tools=row.get("tools"), tokenize=False)
     assert len(traces) == len(row["completions"])
     for number, (trace, completion) in enumerate(zip(traces, row["completions"], strict=True)):
-        [(context, turn)] = render_texts(
+        [turn] = render_turns(
             [*row["prompt"], completion], tokenizer, tools=row.get("tools"), train_on="last"
         )
-        before, _, after = (context + turn).rpartition(opener)
+        before, _, after = (turn.context + turn.completion).rpartition(opener)
         assert trace.number == number
         for id_, name, prompt, text in zip(tokens.ids, tokens.names, prompts, texts, strict=True):
             pass_ = trace.behind(id_)
@@ -71,6 +73,41 @@ def test_with_real_tokenizers_and_tools(folder):
     tokenizer, tokens = with_tokens(tokenizer)
     row = {**random_set(1, 3, turns=2), "tools": [TOOL]}
     check_traces(row, tokenizer, tokens, OPENERS[REAL[folder]])
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("family", OPENERS)
+def test_the_prompt_is_rendered_and_encoded_once_for_all_traces(family, verify, monkeypatch):
+    """And the traces are those of rows with one completion each."""
+    tokenizer, tokens = with_tokens(fresh_tokenizer(family))
+    row = random_set(1, 4, turns=3)
+    row["completions"][1] = {"role": "assistant", "content": "<think>hm</think>2"}
+    if family != "gptoss":  # which writes no opener without reasoning
+        row["completions"][2] = {"role": "assistant", "content": "four"}
+    single = [
+        row_to_traces({**row, "completions": [completion]}, tokenizer, tokens, verify=verify)[0]
+        for completion in row["completions"]
+    ]
+    contexts, encoded, render = [], [], Template.render
+
+    def counting(self, messages, *, prompt):
+        if prompt and messages[0]["content"]:
+            contexts.append(messages)
+        return render(self, messages, prompt=prompt)
+
+    def encoding(tokenizer, texts):
+        encoded.extend(texts)
+        return encode_alone(tokenizer, texts)
+
+    monkeypatch.setattr(Template, "render", counting)
+    monkeypatch.setattr("onepass_trl.setsft.rendering.encode_alone", encoding)
+    traces = row_to_traces(row, tokenizer, tokens, verify=verify)
+    assert len(contexts) == 1
+    assert sum(row["prompt"][-1]["content"] in text for text in encoded) == 1 + verify
+    for number, (trace, expected) in enumerate(zip(traces, single, strict=True)):
+        assert (trace.number, trace.fork) == (number, expected.fork)
+        assert trace.pass_.token_ids.tolist() == expected.pass_.token_ids.tolist()
+        assert trace.pass_.trained.tolist() == expected.pass_.trained.tolist()
 
 
 def test_columns_of_json_text_are_read(tmp_path):
@@ -106,11 +143,11 @@ def test_without_an_opener_the_token_stands_between_prompt_and_completion():
         tokenizer, tokens = with_tokens(fresh_tokenizer(family), opener="")
         row = {**random_set(1, 1), "completions": [{"role": "assistant", "content": "four"}]}
         [trace] = row_to_traces(row, tokenizer, tokens)
-        [(context, turn)] = render_texts([*row["prompt"], *row["completions"]], tokenizer)
+        [turn] = render_turns([*row["prompt"], *row["completions"]], tokenizer)
         decoded = tokenizer.decode(trace.behind(tokens.ids[2]).token_ids)
-        assert decoded == f"{context}<think3>{turn}"
+        assert decoded == f"{turn.context}<think3>{turn.completion}"
         prompts = forking_prompts(row["prompt"], tokenizer, K, thinking_opener="", tokenize=False)
-        assert prompts[2] == f"{context}<think3>"
+        assert prompts[2] == f"{turn.context}<think3>"
 
 
 def test_an_opener_that_is_ordinary_text_is_replaced():
