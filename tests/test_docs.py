@@ -293,6 +293,7 @@ class TestNames:
             "train_on",
             "max_length",
             "overflow",
+            "invalid_turns",
             "null_arguments",
             "chat_template_kwargs",
             "verify_rendering",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["all", "last"] | Sequence[int]
+OnError = Callable[[ChatFormatError], None]
 
 
 def render_passes(
@@ -118,12 +119,25 @@ def render_turns(
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     train_on: TrainOn = "all",
+    on_error: OnError | None = None,
 ) -> list[RenderedTurn]:
-    """Return the passes of :func:`render_passes`, each with the message that it was made from."""
+    """Return the passes of :func:`render_passes`, each with the message that it was made from.
+
+    Args:
+        messages: As for `render_passes`, like the others.
+        tokenizer: See there.
+        tools: See there.
+        chat_template_kwargs: See there.
+        train_on: See there.
+        on_error: Called with the error of each turn from which no pass can be made; it is left
+            out. None: the first such error is raised.
+    """
     added = added_tokens(tokenizer)
     template = Template(tokenizer, tools, chat_template_kwargs)
     conversation, trained = _read(messages, template, added, train_on)
-    turns = conversation.turns(trained)
+    turns = conversation.turns(trained, on_error)
+    if not turns:
+        return []
     contexts = [turn.context for turn in turns]
     completions = [turn.completion for turn in turns]
     # What a turn generates stands in later contexts too, as a rule: its pieces are encoded once.
@@ -271,41 +285,46 @@ class _Conversation:
             return with_text_arguments(message)
         return message
 
-    def turns(self, trained: Sequence[tuple[int, int]]) -> list[TurnTexts]:
-        """Return turns as text, given number and message index of each, in order."""
-        return [
-            TurnTexts(
-                message=self.messages[index],
-                index=index,
-                context=context,
-                completion=completion,
-                name=self.name(number, index),
-                template=self.template.text,
-                tools=self.template.tools,
-            )
-            for (number, index), (context, completion) in zip(
-                trained, self.texts(trained), strict=True
-            )
-        ]
-
-    def texts(self, trained: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
-        """Return context and completion of turns, checked, through the end-of-turn token.
+    def turns(
+        self, trained: Sequence[tuple[int, int]], on_error: OnError | None = None
+    ) -> list[TurnTexts]:
+        """Return turns as text, checked, each through its end-of-turn token.
 
         Args:
             trained: Number and message index of each turn, in order.
+            on_error: As for `render_turns`.
         """
         check_keys(self.template, self.messages)
-        texts = [self._turn_texts(*turn) for turn in trained]
-        last = trained[-1][1]
-        report_left_out(self.template, self.messages[:last], self._prepared[:last], texts[-1][0])
-        return texts
+        turns = []
+        for number, index in trained:
+            try:
+                turns.append(self._turn(number, index))
+            except ChatFormatError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+        if turns:
+            last = turns[-1]
+            before = (self.messages[: last.index], self._prepared[: last.index])
+            report_left_out(self.template, *before, last.context)
+        return turns
 
-    def _turn_texts(self, number: int, index: int) -> tuple[str, str]:
+    def _turn(self, number: int, index: int) -> TurnTexts:
+        name = f"assistant turn {number} (message {index}, template family {self._family.name})"
         try:
             self._check_message(index)
-            return self._rendered(index)
+            context, completion = self._rendered(index)
         except TurnError as error:
-            raise ChatFormatError(f"{self.name(number, index)}: {error}") from error
+            raise ChatFormatError(f"{name}: {error}") from error
+        return TurnTexts(
+            message=self.messages[index],
+            index=index,
+            context=context,
+            completion=completion,
+            name=name,
+            template=self.template.text,
+            tools=self.template.tools,
+        )
 
     def _rendered(self, index: int) -> tuple[str, str]:
         try:
@@ -323,10 +342,6 @@ class _Conversation:
                 "continue: join the two, or put a user or tool message between them"
             )
         raise TurnError(problem)
-
-    def name(self, number: int, index: int) -> str:
-        """Return what to call a turn, given its number and the index of its message."""
-        return f"assistant turn {number} (message {index}, template family {self._family.name})"
 
     def _check_message(self, index: int) -> None:
         """Check what doesn't take the template to see."""

@@ -11,7 +11,13 @@ import numpy as np
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.messages import Message
-from onepass_trl.chat.rendering import RenderedTurn, TrainOn, chosen_turns, render_turns
+from onepass_trl.chat.rendering import (
+    OnError,
+    RenderedTurn,
+    TrainOn,
+    chosen_turns,
+    render_turns,
+)
 from onepass_trl.passes import IGNORE_INDEX, Pass
 
 if TYPE_CHECKING:
@@ -180,10 +186,12 @@ def row_to_turns(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     train_on: TrainOn = "all",
     null_arguments: NullArguments = "error",
+    on_error: OnError | None = None,
 ) -> list[RenderedTurn]:
     """Return the rendered turns of a row that holds a conversation, not ``passes``.
 
-    Arguments and errors are those of :func:`row_to_passes`.
+    Arguments and errors are those of :func:`row_to_passes`, and `on_error` that of
+    :func:`onepass_trl.chat.render_turns`.
     """
     conversation = row_to_conversation(row, null_arguments=null_arguments)
     if conversation.train_on != "all":
@@ -199,6 +207,7 @@ def row_to_turns(
         tools=tools if conversation.tools is None else conversation.tools,
         chat_template_kwargs={**(chat_template_kwargs or {}), **conversation.chat_template_kwargs},
         train_on=train_on,
+        on_error=on_error,
     )
 
 

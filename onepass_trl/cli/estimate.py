@@ -151,6 +151,7 @@ def _preparation(options: argparse.Namespace, dataset: Any) -> PreparationOption
         overflow=options.overflow,
         train_on=options.train_on,
         packing=options.max_length is not None,
+        invalid_turns="drop",
         null_arguments=settle_null_arguments(dataset, options.null_arguments),
         chat_template_kwargs=options.chat_template_kwargs,
     )

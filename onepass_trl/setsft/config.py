@@ -97,6 +97,12 @@ class SetSFTConfig(OnePassSFTConfig):
             raise ValueError(
                 f"forking_token_noise must not be negative, got {self.forking_token_noise}"
             )
+        if self.invalid_turns != "error":
+            raise ValueError(
+                f"invalid_turns={self.invalid_turns!r} leaves out turns of conversations; a set "
+                "without one of its traces is another set. Leave invalid_turns unset, and remove "
+                "what the error names"
+            )
         if self.train_on != "all":
             raise ValueError(
                 f"train_on={self.train_on!r} chooses among the turns of a conversation, but set "

@@ -22,6 +22,7 @@ from onepass_trl.tools.tiles import TILE, count_tiles
 from onepass_trl.training.preparation import (
     PACK_BATCH_SIZE,
     PreparationOptions,
+    describe_invalid,
     passes_of,
     trees_of,
 )
@@ -94,6 +95,7 @@ class Estimate:
         packed_rows: rows after packing; None without `max_length`.
         max_length: limit of a row, None for none.
         has_reasoning: whether any trained turn has reasoning; None where messages aren't known.
+        invalid: why no exact pass can be made of further turns or rows, each with its row.
         branches: whether a conversation's turns are no single path, so that tokens stand twice.
         cost: of the model, None if it isn't known.
     """
@@ -110,6 +112,7 @@ class Estimate:
     packed_rows: int | None
     max_length: int | None
     has_reasoning: bool | None
+    invalid: list[str]
     branches: NDArray[np.bool_]
     cost: ModelCost | None
 
@@ -183,8 +186,8 @@ def estimate(
         cost: of the model, see `model_cost`.
 
     Raises:
-        ValueError: if there are no rows, one can't be read or rendered (the message names it), or
-            nothing is left to train.
+        ValueError: if there are no rows, one can't be read or rendered (the message names it) and
+            the options don't leave it out, or nothing is left to train.
     """
     windows: set[int | None] = {layers.window for layers in cost.attention} if cost else set()
     counts = [_count(index, row, tokenizer, options, windows | {None}) for index, row in rows]
@@ -195,6 +198,9 @@ def estimate(
         one_pass.add(count.one_pass)
         n_pass.add(count.n_pass)
         lost.add(count.overflow)
+    invalid = [problem for count in counts for problem in count.invalid]
+    if not any(count.overflow.longest for count in counts):
+        raise ValueError(describe_invalid(invalid))
     if one_pass.tokens == 0:
         raise ValueError(
             f"nothing is left to train: the shortest of the {lost.num_passes} turns is longer than "
@@ -215,6 +221,7 @@ def estimate(
         packed_rows=_packed_rows([count.lengths for count in counts], options.max_length),
         max_length=options.max_length,
         has_reasoning=any(reasoning) if reasoning else None,
+        invalid=invalid,
         branches=np.array([count.branches for count in counts]),
         cost=cost,
     )
@@ -230,6 +237,7 @@ class _Count:
     lengths: list[int]
     overflow: Overflow
     has_reasoning: bool | None
+    invalid: list[str]
     branches: bool
 
 
@@ -241,7 +249,7 @@ def _count(
     windows: set[int | None],
 ) -> _Count:
     try:
-        passes, turns = passes_of(row, tokenizer, options)
+        passes, turns, invalid = passes_of(row, tokenizer, options)
         passes, trees, lost = trees_of(passes, options)
     except ValueError as error:
         raise ValueError(f"row {index} of the dataset: {error}") from error
@@ -261,6 +269,7 @@ def _count(
         lengths=[len(layout) for layout in layouts],
         overflow=lost,
         has_reasoning=has_reasoning,
+        invalid=[f"row {index}: {problem}" for problem in invalid],
         branches=len(passes) > 1 and one_pass.tokens > max(map(len, passes)),
     )
 

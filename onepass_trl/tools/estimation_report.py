@@ -11,6 +11,7 @@ import numpy as np
 
 from onepass_trl.tools.estimation import Estimate, Work, weighted_pairs
 from onepass_trl.tools.step_time import StepTime
+from onepass_trl.training.preparation import describe_invalid
 
 PARTS = {"linear": "linear", "attention": "attention", "head": "LM head"}  # of `StepFlops`
 _BAR = 30  # characters of the longest bar
@@ -57,6 +58,8 @@ def report(
     )
     yield from _rows(found)
     yield from _remarks(found)
+    if found.invalid:
+        yield f"Training with invalid_turns=error would stop: {describe_invalid(found.invalid)}"
     yield ""
     yield from histogram(found.num_turns.tolist())
 
@@ -218,6 +221,7 @@ def as_json(
         "split_conversations": found.num_split,
         "overflow": asdict(found.overflow),
         "has_reasoning": found.has_reasoning,
+        "invalid": found.invalid,
         "branching_conversations": int(found.branches.sum()),
         "turns": turn_bins(found.num_turns.tolist()),
     }

@@ -17,6 +17,7 @@ from onepass_trl.chat.rendering import TrainOn
 from onepass_trl.chat.rows import NullArguments
 from onepass_trl.data import packing
 
+INVALID_POLICIES = ("error", "drop")
 NULL_ARGUMENTS = ("auto", *get_args(NullArguments))
 
 
@@ -38,6 +39,8 @@ class OnePassSFTConfig(SFTConfig):
             ``max_length`` tokens are kept, as in ``SFTTrainer``), ``"error"`` or ``"drop"``. What
             is lost is counted and reported. A conversation of which only the whole tree is too
             long loses nothing: it is split into several rows.
+        invalid_turns: what happens to a turn, or a whole row, from which no exact pass can be made:
+            ``"error"``, or ``"drop"``: it is left out, counted and reported.
         null_arguments: what a null among the arguments of a tool call is. An Arrow struct column
             gives every call the argument names of all calls, filled with nulls, and real nulls
             can't be told from those: ``"drop"`` removes them, ``"keep"`` keeps them, ``"error"``
@@ -76,6 +79,13 @@ class OnePassSFTConfig(SFTConfig):
         metadata={
             "help": "What to do with a turn whose context and completion exceed `max_length`.",
             "choices": list(packing.OVERFLOW_POLICIES),
+        },
+    )
+    invalid_turns: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a turn, or a row, from which no exact pass can be made.",
+            "choices": list(INVALID_POLICIES),
         },
     )
     null_arguments: str = field(

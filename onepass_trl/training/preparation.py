@@ -14,6 +14,7 @@ import pyarrow.compute as compute
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.families import Family, register_family, registered_families
 from onepass_trl.chat.rendering import RenderedTurn, TrainOn
 from onepass_trl.chat.rows import NullArguments, numbered_passes, row_to_turns
@@ -43,6 +44,7 @@ RENDER_BATCH_SIZE = 16
 PACK_BATCH_SIZE = 1000
 # So many rows of a dataset are parsed back unless `verify_rendering` says otherwise.
 NUM_VERIFIED_ROWS = 8
+_NUM_SHOWN = 5  # invalid turns whose errors are logged
 
 ROW_COLUMNS = (*TOKEN_COLUMNS, "num_turns")
 _ROW_FEATURES = {
@@ -50,11 +52,12 @@ _ROW_FEATURES = {
     "weights": List(Value("float32")),
     "num_turns": Value("int32"),
 }
-# What was lost of a conversation stands in its first row. A conversation of which nothing is left
-# still has one, empty row until it is counted.
+# What was lost of a conversation, and why turns are invalid, stands in its first row. A
+# conversation of which nothing is left still has one, empty row until it is counted.
 _OVERFLOW_COLUMNS = tuple(asdict(Overflow()))
 _RENDERED_FEATURES = {
     **_ROW_FEATURES,
+    "invalid": List(Value("string")),
     **{f"overflow_{name}": Value("int64") for name in _OVERFLOW_COLUMNS},
 }
 
@@ -77,6 +80,7 @@ class PreparationOptions:
     overflow: str
     train_on: TrainOn
     packing: bool
+    invalid_turns: str = "error"
     null_arguments: NullArguments = "error"
     chat_template_kwargs: Mapping[str, Any] | None = None
     verify_rendering: bool | None = None
@@ -214,7 +218,7 @@ def _render(
     dataset = dataset.filter(has_tokens, input_columns="input_ids")
     if next(iter(dataset), None) is None:
         raise ValueError(
-            f"the {name} dataset has no row left to train: all turns are longer than "
+            f"the {name} dataset has no row left to train: all turns are invalid, or longer than "
             f"max_length={options.max_length} and overflow={options.overflow!r}. Raise max_length"
         )
     return dataset
@@ -276,36 +280,65 @@ def make_rows(
     options: PreparationOptions,
     *,
     verify: bool = False,
-) -> tuple[list[Layout], Overflow]:
-    """Return the rows of one conversation, and what an overflow policy took away."""
-    passes, turns = passes_of(row, tokenizer, options)
-    if verify:
-        for turn in turns or ():
-            check_round_trip(turn, tokenizer)
+) -> tuple[list[Layout], Overflow, list[str]]:
+    """Return the rows of one conversation, what an overflow policy took away, and why turns were
+    left out, see `passes_of`."""
+    passes, _, invalid = passes_of(row, tokenizer, options, verify=verify)
     _, trees, lost = trees_of(passes, options)
-    return [linearize(tree) for tree in trees], lost
+    return [linearize(tree) for tree in trees], lost, invalid
 
 
 def passes_of(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
-) -> tuple[list[Pass], list[RenderedTurn] | None]:
-    """Return the passes of a row, and the turns that they are if it holds messages."""
-    if row.get("passes") is not None:
-        return list(numbered_passes(row["passes"], options.train_on).values()), None
-    turns = row_to_turns(
-        row,
-        tokenizer,
-        chat_template_kwargs=options.chat_template_kwargs,
-        train_on=options.train_on,
-        null_arguments=options.null_arguments,
-    )
-    return [turn.rendered for turn in turns], turns
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions,
+    *,
+    verify: bool = False,
+) -> tuple[list[Pass], list[RenderedTurn] | None, list[str]]:
+    """Return the passes of a row, the turns that they are, and why other turns were left out.
+
+    The turns are None for a row of passes. With ``invalid_turns="error"`` none is left out, and
+    what is wrong is raised.
+    """
+    invalid: list[str] = []
+
+    def leave_out(error: ValueError) -> None:
+        if options.invalid_turns == "error":
+            raise error
+        invalid.append(str(error))
+
+    try:
+        if row.get("passes") is not None:
+            return list(numbered_passes(row["passes"], options.train_on).values()), None, invalid
+        turns = row_to_turns(
+            row,
+            tokenizer,
+            chat_template_kwargs=options.chat_template_kwargs,
+            train_on=options.train_on,
+            null_arguments=options.null_arguments,
+            on_error=leave_out,
+        )
+    except ChatFormatError as error:
+        leave_out(error)
+        return [], [], invalid
+    kept = []
+    for turn in turns:
+        try:
+            if verify:
+                check_round_trip(turn, tokenizer)
+        except ChatFormatError as error:
+            leave_out(error)
+        else:
+            kept.append(turn)
+    return [turn.rendered for turn in kept], kept, invalid
 
 
 def trees_of(
     passes: list[Pass], options: PreparationOptions
 ) -> tuple[list[Pass], list[TokenTree], Overflow]:
     """Return the passes that ``max_length`` leaves, their trees, and what was taken away."""
+    if not passes:
+        return [], [], Overflow()
     if options.max_length is None:
         return passes, [build_tree(passes)], Overflow(longest=max(map(len, passes)))
     passes, lost = limit_passes(passes, options.max_length, options.overflow)
@@ -368,7 +401,8 @@ def _render_batch(
         row = {column: values[position] for column, values in batch.items()}
         row = with_exact_nulls(row, features)
         try:
-            layouts, lost = make_rows(row, tokenizer, options, verify=options.verifies(index))
+            verify = options.verifies(index)
+            layouts, lost, invalid = make_rows(row, tokenizer, options, verify=verify)
         except ValueError as error:
             raise ValueError(f"row {index} of the {name} dataset: {error}") from error
         if warn and lost.num_passes:
@@ -378,9 +412,13 @@ def _render_batch(
                 name,
                 _describe(lost, options.max_length, options.overflow),
             )
+        invalid = [f"row {index}: {problem}" for problem in invalid]
+        if warn and invalid:
+            logger.warning("%s dataset: %s", name, describe_invalid(invalid))
         for number, layout in enumerate(layouts or [linearize(TokenTree())]):
             for column in ROW_COLUMNS:
                 output[column].append(getattr(layout, column))
+            output["invalid"].append(invalid if number == 0 else [])
             for column, count in asdict(lost if number == 0 else Overflow()).items():
                 output[f"overflow_{column}"].append(count)
     return output
@@ -410,17 +448,26 @@ def _report_overflow(dataset: Dataset, options: PreparationOptions, name: str) -
         num_lost_tokens=int(totals["num_lost_tokens"].sum()),
         longest=int(totals["longest"].max(initial=0)),
     )
-    num_turns = table["num_turns"].to_numpy()
+    invalid = compute.list_flatten(table["invalid"]).to_pylist()
+    problems = [describe_invalid(invalid)] if invalid else []
     if lost.num_passes:
-        logger.warning(
-            "%s dataset: %s", name, _describe(lost, options.max_length, options.overflow)
-        )
+        problems.append(_describe(lost, options.max_length, options.overflow))
+    for problem in problems:
+        logger.warning("%s dataset: %s", name, problem)
+    num_turns = table["num_turns"].to_numpy()
     if not num_turns.any():
-        raise ValueError(
-            f"the {name} dataset has no row left to train: "
-            f"{_describe(lost, options.max_length, options.overflow)}"
-        )
+        raise ValueError(f"the {name} dataset has no row left to train: {'. '.join(problems)}")
     return not num_turns.all()
+
+
+def describe_invalid(invalid: Sequence[str]) -> str:
+    """Return in words which turns, or rows without a readable turn, have been left out and why."""
+    shown = "".join(f"\n  {problem}" for problem in invalid[:_NUM_SHOWN])
+    rest = len(invalid) - _NUM_SHOWN
+    return (
+        f"no exact pass can be made of {len(invalid)} turns or rows, which are left out:{shown}"
+        + (f"\n  and {rest} others" if rest > 0 else "")
+    )
 
 
 def _describe(lost: Overflow, max_length: int | None, overflow: str) -> str:

@@ -229,6 +229,7 @@ class OnePassSFTTrainer(SFTTrainer):
             overflow=args.overflow,
             train_on=args.trained_turns,
             packing=packing,
+            invalid_turns=args.invalid_turns,
             null_arguments=settle_null_arguments(dataset, args.null_arguments),
             chat_template_kwargs=args.template_arguments,
             verify_rendering=args.verify_rendering,

@@ -234,6 +234,7 @@ class TestOptions:
             (dict(matching_tokens=0), "matching_tokens must be at least 1"),
             (dict(matching_batch=-1), "matching_batch must be at least 1"),
             (dict(excess_traces="drop"), "excess_traces must be one of"),
+            (dict(invalid_turns="drop"), "Leave invalid_turns unset"),
             (dict(num_forking_tokens=0), "num_forking_tokens must be at least 1"),
             (dict(forking_token_format="x"), "must differ"),
             (dict(forking_token_noise=-1.0), "must not be negative"),

@@ -119,6 +119,21 @@ def test_a_template_that_keeps_everything(tiny_tokenizer):
     assert "No token stands twice" not in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
 
 
+def test_turns_of_which_no_pass_can_be_made_are_named(tiny_tokenizer):
+    options = dataclasses.replace(OPTIONS, invalid_turns="drop")
+    question = {"role": "user", "content": "2+2?"}
+    bad = {"messages": [question, {"role": "assistant", "content": "<|im_end|>"}]}
+    good = {"messages": [question, {"role": "assistant", "content": "4"}]}
+    found = estimate([(3, bad), (5, good), (7, {"text": "x"})], tiny_tokenizer, options)
+    text = text_of(found)
+    assert len(found.invalid) == 2
+    assert "no exact pass can be made of 2 turns or rows, which are left out:" in text
+    assert "row 3: assistant turn 0" in text
+    assert "row 7: the row has plain text in column 'text'" in text
+    with pytest.raises(ValueError, match="no exact pass can be made of 1 turns or rows"):
+        estimate([(7, {"text": "x"})], tiny_tokenizer, options)
+
+
 def test_conversations_that_branch_are_counted_apart(tiny_tokenizer):
     path = [Pass([1, 2, 3], [0, 1, 1]), Pass([1, 2, 3, 4, 5], [0, 0, 0, 0, 1])]
     fork = [Pass([1, 2, 3], [0, 1, 1]), Pass([1, 2, 4, 5, 6], [0, 0, 0, 0, 1])]

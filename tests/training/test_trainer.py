@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
+from onepass_trl.training.preparation import ROW_COLUMNS
 from tests.conversations import as_row, forked_rollouts, random_chat
 from tests.models import make_model
 
@@ -473,6 +474,41 @@ def test_prepared_rows_obey_the_options(train):
     assert len(history(trainer, "loss")) == 2
     with pytest.raises(ValueError, match=r"prepared train dataset has .* max_length is 8"):
         train(dataset=stream, max_length=8, max_steps=2).train()
+
+
+BAD_ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "4<|im_end|>"},
+            {"role": "user", "content": "3+3?"},
+            {"role": "assistant", "content": "6"},
+        ]
+    },
+    {"messages": [{"role": "user", "content": "Hi"}]},
+    {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_invalid_turns_are_left_out_where_asked(train, streaming, caplog):
+    dataset = Dataset.from_list(BAD_ROWS)
+    if streaming:
+        dataset = dataset.to_iterable_dataset()
+    options = {"max_steps": 1} if streaming else {}
+    with pytest.raises(ValueError, match=r"row 0 of the train dataset: assistant turn 0 .*special"):
+        next(iter(train(dataset=dataset, **options).train_dataset))
+    prepared = train(dataset=dataset, invalid_turns="drop", **options).train_dataset
+    assert [int(row["num_turns"]) for row in prepared] == [1, 1]
+    assert set(next(iter(prepared))) == set(ROW_COLUMNS)
+    assert "row 0: assistant turn 0 (message 1, template family composable)" in caplog.text
+    assert "row 1: none of the 1 messages is from the assistant" in caplog.text
+    assert ("of 2 turns or rows, which are left out" in caplog.text) != streaming
+
+
+def test_a_dataset_of_invalid_turns_is_an_error(train):
+    with pytest.raises(ValueError, match="no row left to train: no exact pass can be made of 1 "):
+        train(dataset=Dataset.from_list(BAD_ROWS[1:2]), invalid_turns="drop")
 
 
 def test_prepared_rows_that_became_text_are_named(train):
