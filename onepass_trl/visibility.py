@@ -2,7 +2,7 @@
 
 Query ``i`` sees key ``j`` iff ``j <= i < visible_end[j]`` and, in a sliding-window layer,
 ``positions[i] - positions[j] < window``. Causal attention, packed sequences, padding and prefix
-trees are all this rule. `csrc/visibility.h` is its only other copy, for the compiled kernels.
+trees are all this rule. ARCHITECTURE.md names its copies, for code that can't call this.
 """
 
 from __future__ import annotations
