@@ -143,7 +143,8 @@ def onepass_mask(
     # A static cache counts with tensors: their values may not be read while compiling.
     is_static = isinstance(q_offset, Tensor)
     if is_static or q_length != kv_length or q_offset != 0 or kv_offset != 0:
-        if q_length > 1 and getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
+        num_sharing: int = getattr(kwargs.get("config"), "num_kv_shared_layers", 0)
+        if q_length > 1 and num_sharing > 0:
             # None can't be sliced, see `DeferredMask.__getitem__`; a static cache has unused keys.
             arguments["allow_is_causal_skip"] = False
         return sdpa_mask(**arguments)
