@@ -68,6 +68,18 @@ MODELS: dict[str, dict[str, Any]] = {
         layer_types=["sliding_attention", "full_attention"],
         query_pre_attn_scalar=16,
     ),
+    # The last two layers take keys and values of the first two.
+    "gemma4": dict(
+        model_type="gemma4_text",
+        num_hidden_layers=4,
+        head_dim=8,  # its scores aren't scaled: with 16 their softmax is sharp, and rounding large
+        global_head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+    ),
     "gpt_oss": dict(
         model_type="gpt_oss",
         head_dim=16,

@@ -29,7 +29,7 @@ def test_the_record_has_all_models():
 
 
 @pytest.mark.parametrize(
-    "model_type", ["glm4_moe", "gemma4_text", "olmo3", "phi3", "bloom", "llama4_text", "nemotron"]
+    "model_type", ["glm4_moe", "gemma4_text", "olmo3", "phi3", "bloom", "mllama", "nemotron"]
 )
 def test_a_model_is_what_the_record_says(model_type):
     kind, why = MODELS["models"][model_type]

@@ -78,10 +78,31 @@ class DeferredMask:
         self._is_built = False
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"the model reads {name!r} of its attention mask, which one-pass attention replaces by "
-            "visible_end: models that compute with the mask themselves can't be trained in one pass"
-        )
+        raise AttributeError(_reads_its_mask(name))
+
+    def __getitem__(self, index: Any) -> DeferredMask | Tensor | None:
+        """Return the mask of some queries, which layers that share their keys take (Gemma 4).
+
+        Such layers need to compute only the last tokens, whose logits are asked for. In training
+        these are all, and the mask remains deferred.
+        """
+        of_queries = index[2] if isinstance(index, tuple) and len(index) == 4 else None
+        everything = slice(None)
+        if not isinstance(of_queries, slice) or (
+            index != (everything, everything, of_queries, everything)
+        ):
+            raise TypeError(_reads_its_mask(index))
+        num_queries = self.arguments["q_length"]
+        queries = range(num_queries)[of_queries]
+        if len(queries) == num_queries:
+            return self
+        mask = self.materialize()
+        if mask is None and queries == range(num_queries - 1, num_queries):
+            return None  # the last token sees all keys
+        if mask is None:
+            # None would be read as the causal mask of the first queries.
+            mask = sdpa_mask(**{**self.arguments, "allow_is_causal_skip": False})
+        return mask[index]
 
     def materialize(self) -> Tensor | None:
         """Return the ``(batch, 1, seq, seq)`` bool mask, or None for plain causal attention."""
@@ -93,6 +114,13 @@ class DeferredMask:
         """Return the mask: `generate` with a static cache prepares masks ahead of the model."""
         mask = self.materialize()
         return None if mask is None else mask.contiguous()
+
+
+def _reads_its_mask(what: object) -> str:
+    return (
+        f"the model reads {what!r} of its attention mask, which one-pass attention replaces by "
+        "visible_end: models that compute with the mask themselves can't be trained in one pass"
+    )
 
 
 def onepass_mask(
@@ -115,6 +143,10 @@ def onepass_mask(
     # A static cache counts with tensors: their values may not be read while compiling.
     is_static = isinstance(q_offset, Tensor)
     if is_static or q_length != kv_length or q_offset != 0 or kv_offset != 0:
+        num_sharing: int = getattr(kwargs.get("config"), "num_kv_shared_layers", 0)
+        if q_length > 1 and num_sharing > 0:
+            # None can't be sliced, see `DeferredMask.__getitem__`; a static cache has unused keys.
+            arguments["allow_is_causal_skip"] = False
         return sdpa_mask(**arguments)
     return DeferredMask(arguments)
 
@@ -275,7 +307,7 @@ def _check_layer(
     if key.shape[2] != query.shape[2]:
         raise refuse(
             f"{key.shape[2]} keys for {query.shape[2]} queries: visible_end describes a whole row, "
-            "so pass no past_key_values with it"
+            "so pass no past_key_values with it, nor a number as logits_to_keep"
         )
     if dropout > 0 and module.training:
         raise refuse(

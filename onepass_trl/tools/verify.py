@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from onepass_trl.data import build_tree, linearize
-from onepass_trl.passes import IGNORE_INDEX, Pass
+from onepass_trl.passes import Pass
 from onepass_trl.tools.bench.timing import seconds_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Comparison:
             gradients.
         worst_parameter: the name of that parameter.
         n_pass_seconds: time of forward and backward.
-        one_pass_seconds: time of forward and backward.
+        one_pass_seconds: the same. On a CPU TRL's fused LM head scores tokens without a target too,
+            and each twice.
     """
 
     num_turns: int
@@ -78,10 +79,11 @@ class Comparison:
 def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     """Return how the loss and gradients of one pass differ from those of N separate passes.
 
-    N-pass is one ordinary causal forward and backward for each pass, with SDPA, or with eager
-    attention where the model has no SDPA or softcaps its scores (which SDPA can't). One pass is the
-    row of the prefix tree. The model is compared in evaluation mode, so without dropout. Afterwards
-    it computes as before, and holds no gradients.
+    N-pass is one ordinary causal forward and backward for each pass, with the model's own logits,
+    and with SDPA, or with eager attention where the model has no SDPA or softcaps its scores (which
+    SDPA can't). One pass is the row of the prefix tree, as `OnePassSFTTrainer` computes it: by
+    TRL's fused LM head, in float32 at most. The model is compared in evaluation mode, so without
+    dropout. Afterwards it computes as before, and holds no gradients.
 
     Args:
         model: a causal language model of transformers.
@@ -89,13 +91,12 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
 
     Raises:
         ValueError: if no token of `passes` or no parameter is trained, the model has no embedding
-            for a token, or one-pass attention does not support it.
+            for a token, or it cannot be trained in one pass.
     """
     from onepass_trl.attention.model_check import check_token_ids
-    from onepass_trl.attention.transformers_backend import (
-        use_onepass_attention,
-        visible_end_required,
-    )
+    from onepass_trl.attention.transformers_backend import use_onepass_attention
+    from onepass_trl.data.collator import OnePassCollator
+    from onepass_trl.training import loss
 
     num_trained = sum(pass_.num_trained for pass_ in passes)
     if num_trained == 0:
@@ -110,17 +111,14 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     def n_pass() -> float:
         return sum(_backward_pass(model, pass_, num_trained) for pass_ in passes)
 
+    batch = {name: x.to(model.device) for name, x in OnePassCollator()([row]).items()}
+
     def one_pass() -> float:
-        positions = np.flatnonzero(row.shift_labels != IGNORE_INDEX)
-        return _backward(
-            model,
-            row.input_ids,
-            row.shift_labels[positions],
-            positions,
-            row.weights[positions].astype(np.float64) / num_trained,
-            position_ids=_tensor(row.position_ids, model)[None].long(),
-            visible_end=_tensor(row.visible_end, model)[None],
-        )
+        outputs = loss.forward(model, {name: batch[name] for name in loss.INPUTS})
+        weights = batch["weights"].to(outputs.log_probs.device)
+        mean = loss.weighted_loss(outputs.log_probs, weights, num_trained)
+        mean.backward()
+        return mean.item()
 
     implementation, training = model.config._attn_implementation, model.training
     model.eval()
@@ -128,7 +126,8 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
         model.set_attn_implementation(reference_attention(model))
         n_pass_loss, n_pass_gradients, n_pass_seconds = _measure(model, n_pass)
         use_onepass_attention(model)
-        with visible_end_required():
+        loss.check_head(model)
+        with loss.fused_lm_head(model):
             one_pass_loss, one_pass_gradients, one_pass_seconds = _measure(model, one_pass)
     finally:
         model.set_attn_implementation(implementation)
@@ -172,31 +171,18 @@ def _measure(
 
 
 def _backward_pass(model: PreTrainedModel, pass_: Pass, num_trained: int) -> float:
+    """Backpropagate a pass's share of the mean loss by the model's own logits, and return it."""
     targets = np.flatnonzero(pass_.trained)
-    weights = np.full(targets.size, 1 / num_trained)
-    return _backward(model, pass_.token_ids, pass_.token_ids[targets], targets - 1, weights)
-
-
-def _backward(
-    model: PreTrainedModel,
-    input_ids: np.ndarray,
-    targets: np.ndarray,
-    positions: np.ndarray,
-    weights: np.ndarray,
-    **inputs: torch.Tensor,
-) -> float:
-    """Backpropagate the weighted loss of `targets` at `positions` of one row, and return it."""
-    if positions.size == 0:
+    if targets.size == 0:
         return 0.0
     logits = model(
-        input_ids=_tensor(input_ids, model)[None].long(),
+        input_ids=_tensor(pass_.token_ids, model)[None].long(),
         use_cache=False,
-        logits_to_keep=_tensor(positions, model),
-        **inputs,
+        logits_to_keep=_tensor(targets - 1, model),
     ).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = functional.cross_entropy(logits, _tensor(targets, model).long(), reduction="none")
-    loss = losses @ _tensor(weights, model).to(losses.dtype)
+    expected = _tensor(pass_.token_ids[targets], model).long()
+    loss = functional.cross_entropy(logits, expected, reduction="sum") / num_trained
     loss.backward()
     return loss.item()
 

@@ -22,11 +22,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
 from onepass_trl.attention.model_check import check_rotary_embedding
-from onepass_trl.attention.transformers_backend import (
-    check_model,
-    use_onepass_attention,
-    visible_end_required,
-)
+from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.training import preparation
 from onepass_trl.training.arguments import (
@@ -43,9 +39,9 @@ from onepass_trl.training.config import OnePassSFTConfig, check_parallelism
 from onepass_trl.training.context_parallel import (
     adapt_accelerator,
     check_context_parallel,
-    forward_in_pieces,
     gather_router_logits,
 )
+from onepass_trl.training.loss import check_head, forward, weighted_loss
 from onepass_trl.training.nulls import settle_null_arguments
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
@@ -149,6 +145,7 @@ class OnePassSFTTrainer(SFTTrainer):
             args.model_init_kwargs = one_pass_model_kwargs(args.model_init_kwargs)
         else:
             check_model(model)
+            check_head(model)
         # TRL's flag would swap in a template with generation markers. Here the loss is on what the
         # assistant generates, always and token by token.
         args.assistant_only_loss = False
@@ -171,6 +168,7 @@ class OnePassSFTTrainer(SFTTrainer):
             args.packing, args.eval_packing = packing
 
         use_onepass_attention(self.model)
+        check_head(self.model)
         if self._context_parallel_group is not None:
             check_context_parallel(args)
             gather_router_logits(self.model)
@@ -300,11 +298,12 @@ class OnePassSFTTrainer(SFTTrainer):
         outputs = self._forward(model, inputs)
 
         weights = weights.to(outputs.log_probs.device)
-        token_loss = -outputs.log_probs * weights
-        if self.args.loss_type == "dft":  # arXiv 2508.05629
-            token_loss = token_loss * outputs.log_probs.detach().exp()
-        num_items = weights.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = token_loss.sum() / torch.as_tensor(num_items, device=weights.device).clamp(min=1)
+        loss = weighted_loss(
+            outputs.log_probs,
+            weights,
+            weights.sum() if num_items_in_batch is None else num_items_in_batch,
+            dft=self.args.loss_type == "dft",
+        )
         # As in SFTTrainer: `num_items_in_batch` counts the tokens of all processes and DDP averages
         # their gradients; the auxiliary loss is a mean per micro-batch.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -339,17 +338,12 @@ class OnePassSFTTrainer(SFTTrainer):
         return self.get_tp_size() * self.get_cp_size()
 
     def _forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
-        """Return the model's outputs, of which `log_probs` are those of ``shift_labels``."""
-        options = {
-            "use_cache": False,
-            "fused_lm_head": True,
-            "attention_impl": self.args.attention_impl,
-        }
-        group = self._context_parallel_group
-        with visible_end_required():
-            if group is None:
-                return model(**inputs, **options)
-            return forward_in_pieces(model, group, inputs, **options)
+        return forward(
+            model,
+            inputs,
+            attention_impl=self.args.attention_impl,
+            group=self._context_parallel_group,
+        )
 
     def _record(
         self,

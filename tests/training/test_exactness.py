@@ -86,7 +86,7 @@ CONVERSATIONS = [
 LONGEST = max(len(pass_) for passes in CONVERSATIONS for pass_ in passes)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "qwen3_5_moe", "granitemoehybrid"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma4", "gpt_oss", "qwen3_5_moe", "granitemoehybrid"])
 @pytest.mark.parametrize(
     "options",
     [

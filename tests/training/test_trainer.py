@@ -19,6 +19,7 @@ from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
 from onepass_trl.training.preparation import ROW_COLUMNS
 from tests.conversations import as_row, forked_rollouts, random_chat
 from tests.models import make_model
+from tests.training.test_exactness import n_pass_loss
 
 CONVERSATIONS = [random_chat(3, seed=seed) for seed in range(6)]
 ROWS = [as_row(passes) for passes in CONVERSATIONS]
@@ -73,14 +74,23 @@ def test_what_n_pass_would_have_computed_is_logged(train):
     assert len(history(trainer, "mean_token_accuracy")) == len(history(trainer, "entropy")) == 3
 
 
+# Each step trains all conversations, so that their order doesn't matter.
+ALL_IN_A_STEP = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3)
+
+
+@pytest.fixture(scope="module")
+def plain_losses() -> list[float]:
+    """The losses of `ALL_IN_A_STEP` without options, once a test has trained it."""
+    return []
+
+
 @pytest.mark.parametrize(
     "options",
     [
         dict(packing=True, max_length=300),
         dict(packing=True, max_length=300, eval_packing=False),
-        dict(gradient_accumulation_steps=3),
+        dict(per_device_train_batch_size=6, gradient_accumulation_steps=1),
         dict(bf16=True),
-        dict(loss_type="dft"),
         dict(assistant_only_loss=True),
         dict(shuffle_dataset=True),
         dict(dataset_num_proc=2),
@@ -90,16 +100,33 @@ def test_what_n_pass_would_have_computed_is_logged(train):
     ],
     ids=lambda options: "-".join(options),
 )
-def test_options_train(train, options):
-    trainer = train(**options)
-    rows = [row["input_ids"].tolist() for row in trainer.train_dataset]
-    plain = [row["input_ids"].tolist() for row in train().train_dataset]
-    assert sorted(chain(*rows)) == sorted(chain(*plain))
-    assert (rows != plain) == (not {"shuffle_dataset", "packing"}.isdisjoint(options))
+def test_options_train(train, plain_losses, options):
+    plain = train(**ALL_IN_A_STEP)
+    trainer = train(**{**ALL_IN_A_STEP, **options})
+    rows, plain_rows = (
+        [row["input_ids"].tolist() for row in each.train_dataset] for each in (trainer, plain)
+    )
+    assert sorted(chain(*rows)) == sorted(chain(*plain_rows))
+    assert (rows != plain_rows) == (not {"shuffle_dataset", "packing"}.isdisjoint(options))
+    if not plain_losses:
+        plain.train()
+        plain_losses += history(plain, "loss")
     trainer.train()
     losses = history(trainer, "loss")
     assert len(losses) == 2
-    assert all(loss > 0 for loss in losses)
+    if "neftune_noise_alpha" in options:  # noise, but not in place of the embeddings
+        assert losses != pytest.approx(plain_losses, rel=1e-4)
+        assert losses == pytest.approx(plain_losses, rel=0.1)
+    else:
+        assert losses == pytest.approx(plain_losses, rel=1e-3 if "bf16" in options else 1e-5)
+
+
+def test_dft_trains(train):
+    trainer = train(loss_type="dft", **ALL_IN_A_STEP)
+    trainer.train()
+    passes = [pass_ for conversation in CONVERSATIONS for pass_ in conversation]
+    expected = n_pass_loss(make_model("qwen3"), passes, dft=True).item()
+    assert history(trainer, "loss")[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_options_of_the_caller_stay_as_they_are(train, tmp_path):

@@ -1,0 +1,102 @@
+"""The loss of a batch as training computes it: by the model's backbone and TRL's fused LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from trl.trainer.utils import add_fused_lm_head
+
+from onepass_trl.attention.api import Impl
+from onepass_trl.attention.model_check import base_model
+from onepass_trl.attention.transformers_backend import visible_end_required
+from onepass_trl.training.context_parallel import forward_in_pieces
+
+INPUTS = ("input_ids", "position_ids", "shift_labels", "visible_end")
+"""What of a batch of `OnePassCollator` the model gets."""
+
+
+def forward(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    *,
+    attention_impl: Impl = "auto",
+    group: dist.ProcessGroup | None = None,
+) -> Any:
+    """Return the model's outputs, of which `log_probs` are those of ``shift_labels``.
+
+    Args:
+        model: a model with one-pass attention and TRL's fused LM head.
+        inputs: `INPUTS`, and what else the model should get.
+        attention_impl: implementation of `tree_attention`.
+        group: processes that compute a piece of the rows each; None for whole rows.
+    """
+    options = {"use_cache": False, "fused_lm_head": True, "attention_impl": attention_impl}
+    with visible_end_required():
+        if group is None:
+            return model(**inputs, **options)
+        return forward_in_pieces(model, group, inputs, **options)
+
+
+def weighted_loss(
+    log_probs: torch.Tensor,
+    weights: torch.Tensor,
+    num_items: torch.Tensor | int,
+    *,
+    dft: bool = False,
+) -> torch.Tensor:
+    """Return the sum of the targets' losses times their weights, by `num_items`.
+
+    Args:
+        log_probs: ``(batch, seq)``, of the targets.
+        weights: ``(batch, seq)``, 0 where there is no target.
+        num_items: the sum of the weights over what the loss is the mean of.
+        dft: weight each target by its probability too (arXiv 2508.05629).
+    """
+    token_loss = -log_probs * weights
+    if dft:
+        token_loss = token_loss * log_probs.detach().exp()
+    return token_loss.sum() / torch.as_tensor(num_items, device=weights.device).clamp(min=1)
+
+
+@contextmanager
+def fused_lm_head(model: nn.Module) -> Iterator[None]:
+    """Give a model TRL's fused LM head, and take it away afterwards."""
+    base = base_model(model)
+    own_forward = vars(base).get("forward")
+    add_fused_lm_head(base)
+    try:
+        yield
+    finally:
+        if own_forward is None:
+            del base.forward
+        else:
+            base.forward = own_forward
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise ValueError if a model's logits are not its LM head's of what its backbone returns.
+
+    TRL's fused LM head would leave out what lies between, and train another loss than N-pass.
+    """
+    base = base_model(model)
+    name, backbone, head = type(base).__name__, base.base_model, base.get_output_embeddings()
+    if backbone is base or head is None:
+        missing = "backbone" if backbone is base else "LM head"
+        raise ValueError(
+            f"{name} cannot be trained in one pass: it has no {missing} of its own, expected both "
+            "backbone and LM head, which TRL's fused LM head calls one after the other"
+        )
+    fused = {id(weight) for part in (backbone, head) for weight in part.parameters()}
+    between = [path for path, weight in base.named_parameters() if id(weight) not in fused]
+    if between:
+        others = f" and {len(between) - 3} more" if len(between) > 3 else ""
+        raise ValueError(
+            f"{name} cannot be trained in one pass: it has {', '.join(between[:3])}{others} beside "
+            "its backbone and its LM head, expected no other weights: TRL's fused LM head, which "
+            "SFTTrainer trains with too, leaves them out, so the loss would be another one"
+        )

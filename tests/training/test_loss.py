@@ -1,0 +1,80 @@
+"""The loss as training computes it, and the models whose loss it would not be."""
+
+import pytest
+import torch
+
+from onepass_trl.tools.verify import compare
+from onepass_trl.training.loss import check_head, fused_lm_head, weighted_loss
+from tests.conversations import random_chat
+from tests.model_coverage import make_tiny_model
+from tests.models import MODELS, make_model
+from tests.training.test_exactness import make_trainer
+
+REFUSED = {
+    "modernbert-decoder": r"it has lm_head\.dense\.weight, lm_head\.norm\.weight.* beside its back",
+    "mllama": "MllamaForCausalLM cannot be trained in one pass: it has no backbone of its own",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_backbone_and_an_lm_head_pass(name):
+    check_head(make_model(name))
+
+
+@pytest.mark.parametrize("modules", [{}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_passes(modules):
+    from peft import LoraConfig, get_peft_model
+
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "lm_head"][: 2 - len(modules)], **modules)
+    check_head(get_peft_model(make_model("llama"), adapter))
+
+
+@pytest.mark.filterwarnings("ignore:.*token_id must be")
+@pytest.mark.parametrize(("model_type", "message"), REFUSED.items(), ids=REFUSED)
+def test_a_model_whose_logits_the_fused_head_would_not_compute_is_refused(
+    model_type, message, tmp_path, tiny_tokenizer
+):
+    model = make_tiny_model(model_type)
+    with pytest.raises(ValueError, match=message):
+        compare(model, random_chat(1))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model, [random_chat(1)], tmp_path, tiny_tokenizer)
+
+
+def test_a_scale_that_the_fused_head_does_not_know_is_found(monkeypatch):
+    """One pass is compared as it is trained, not by the model's own logits."""
+    model, passes = make_model("llama"), random_chat(2)
+    assert compare(model, passes).agrees(1e-6, 1e-4)
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 0.5
+        return outputs
+
+    monkeypatch.setattr(model, "forward", scaled)
+    assert not compare(model, passes).agrees(1e-3, 1e-2)
+    assert model.forward is scaled
+
+
+def test_the_fused_head_is_taken_away():
+    model = make_model("llama")
+    ids = torch.arange(8)[None]
+    expected = model(ids).logits
+    with fused_lm_head(model):
+        log_probs = model(ids, shift_labels=ids, fused_lm_head=True).log_probs
+        assert torch.equal(model(ids).logits, expected)
+    torch.testing.assert_close(
+        log_probs, expected.log_softmax(-1).gather(2, ids[..., None])[..., 0]
+    )
+    assert "forward" not in vars(model)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_target_counts_as_often_as_its_weight_says():
+    log_probs = torch.tensor([[-1.0, -2.0, 0.0]])
+    weights = torch.tensor([[2.0, 1.0, 0.0]])
+    assert weighted_loss(log_probs, weights, 3).item() == pytest.approx(4 / 3)
+    dft = 2 * torch.tensor(-1.0).exp() + 2 * torch.tensor(-2.0).exp()
+    assert weighted_loss(log_probs, weights, 3, dft=True).item() == pytest.approx(dft.item() / 3)
+    assert weighted_loss(log_probs, weights * 0, 0).item() == 0
