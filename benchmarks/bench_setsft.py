@@ -59,6 +59,7 @@ def make_trainer(args: argparse.Namespace, folder: str) -> SetSFTTrainer:
     config = SetSFTConfig(
         output_dir=folder,
         num_forking_tokens=args.tokens,
+        matching_batch=args.tokens * args.traces,  # costs from one forward
         max_length=None,
         per_device_train_batch_size=1,
         bf16=False,
@@ -109,7 +110,7 @@ def separate_step(trainer: SetSFTTrainer, set_: TraceSet, token_ids: list[int]) 
 
 def one_pass_step(trainer: SetSFTTrainer, set_: TraceSet) -> float:
     trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, {"sets": [set_]})
+    loss = trainer.compute_loss(trainer.model, {"sets": [set_], "num_sets": [1]})
     loss.backward()
     trainer.model.zero_grad()
     return loss.item()

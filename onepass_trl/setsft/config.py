@@ -35,8 +35,8 @@ class SetSFTConfig(OnePassSFTConfig):
         matching_reduction: whether the cost of a trace is the ``"mean"`` or the ``"sum"`` of the
             losses of those tokens.
         matching_batch: the most (forking token, trace) pairs that one forward of the matching
-            scores. None: all pairs of a batch in one forward. Lower it if matching runs out of
-            memory.
+            scores. None: as many as fit into twice the tokens that the batch trains, or into
+            ``max_length`` if that is more. Lower it if matching runs out of memory.
         excess_traces: what happens to a question with more traces than forking tokens:
             ``"error"``, or ``"split"``: its traces are cut into groups of K that are matched by
             themselves. No trace is left out.
@@ -77,7 +77,10 @@ class SetSFTConfig(OnePassSFTConfig):
     )
     matching_batch: int | None = field(
         default=None,
-        metadata={"help": "Most (forking token, trace) pairs in one forward; by default all."},
+        metadata={
+            "help": "Most (forking token, trace) pairs in one forward; by default as many as "
+            "fit into twice the tokens that the batch trains, or into max_length."
+        },
     )
     excess_traces: str = field(
         default="error",
@@ -92,7 +95,7 @@ class SetSFTConfig(OnePassSFTConfig):
         forking_tokens(self.num_forking_tokens, self.forking_token_format)
         for name in ("matching_tokens", "matching_batch"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None for all, got {value}")
+                raise ValueError(f"{name} must be at least 1, or None, got {value}")
         if self.forking_token_noise < 0:
             raise ValueError(
                 f"forking_token_noise must not be negative, got {self.forking_token_noise}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,8 @@ def plan_costs(
     token_ids: Sequence[int],
     *,
     num_targets: int | None = None,
-    pairs_per_forward: int | None = None,
+    max_pairs: int | None = None,
+    max_tokens: int | None = None,
 ) -> Iterator[CostForward]:
     """Yield the forwards that score every forking token with every trace of each set.
 
@@ -50,17 +52,13 @@ def plan_costs(
         sets: the sets.
         token_ids: the K forking tokens.
         num_targets: how many trained tokens of a trace count, from its beginning; None: all.
-        pairs_per_forward: the most pairs in one forward; None: all in one.
+        max_pairs: the most pairs in one forward; None: any number.
+        max_tokens: the most row tokens in one forward, except that each has a pair; None: any
+            number.
     """
-    pairs: list[Pair] = [
-        (number, token, trace)
-        for number, set_ in enumerate(sets)
-        for token in range(len(token_ids))
-        for trace in range(len(set_.traces))
-    ]
-    size = pairs_per_forward or len(pairs)
-    for begin in range(0, len(pairs), size):
-        chunk = pairs[begin : begin + size]
+    for chunk in _chunks(
+        sets, len(token_ids), num_targets, max_pairs or math.inf, max_tokens or math.inf
+    ):
         rows: list[Layout] = []
         targets: list[NDArray[np.int64]] = []
         start = 0
@@ -76,6 +74,34 @@ def plan_costs(
             rows.append(row)
             start += len(row)
         yield CostForward(concatenate(rows), chunk, targets)
+
+
+def _chunks(
+    sets: Sequence[TraceSet],
+    num_tokens: int,
+    num_targets: int | None,
+    max_pairs: float,
+    max_tokens: float,
+) -> Iterator[list[Pair]]:
+    """Yield the pairs of each forward; arguments as for :func:`plan_costs`.
+
+    What the traces of a forking token have in common counts as if they hadn't: rows are shorter.
+    """
+    chunk: list[Pair] = []
+    row_length = 0
+    for number, set_ in enumerate(sets):
+        behind = [len(trace.behind(0, num_targets)) - trace.fork for trace in set_.traces]
+        for token in range(num_tokens):
+            for trace, length in enumerate(behind):
+                question = set_.traces[trace].fork
+                shared = question if chunk and chunk[-1][0] == number else 0
+                added = question - shared + length
+                if chunk and (len(chunk) >= max_pairs or row_length + added > max_tokens):
+                    yield chunk
+                    chunk, row_length, added = [], 0, question + length
+                chunk.append((number, token, trace))
+                row_length += added
+    yield chunk
 
 
 def add_costs(

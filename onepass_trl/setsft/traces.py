@@ -54,6 +54,16 @@ class TraceSet:
     traces: tuple[Trace, ...]
     index: int
 
+    def num_row_tokens(self) -> int:
+        """Return how many tokens the traces have as one row, each behind a token of its own.
+
+        >>> traces = [Trace(Pass([5, 0, *ids], [0, 0, *ids]), 1, 0) for ids in ([6, 7], [6])]
+        >>> TraceSet(tuple(traces), 0).num_row_tokens()
+        6
+        """
+        question = max(trace.fork for trace in self.traces)
+        return question + sum(len(trace.pass_) - trace.fork for trace in self.traces)
+
     def behind(self, token_ids: Sequence[int]) -> list[Pass]:
         """Return the pass of each trace behind its own forking token."""
         return [trace.behind(token) for trace, token in zip(self.traces, token_ids, strict=True)]

@@ -256,7 +256,8 @@ class SetSFTTrainer(OnePassSFTTrainer):
                 sets,
                 self._token_ids,
                 num_targets=args.matching_tokens,
-                pairs_per_forward=args.matching_batch,
+                max_pairs=args.matching_batch,
+                max_tokens=self._most_matching_tokens(sets),
             )
         )
         # Asked before the first forward: later, it would meet a forward's collectives elsewhere.
@@ -285,9 +286,17 @@ class SetSFTTrainer(OnePassSFTTrainer):
             inputs["output_router_logits"] = False
         return self._forward(model, inputs).log_probs[0].float().cpu().numpy()
 
+    def _most_matching_tokens(self, sets: Sequence[TraceSet]) -> int | None:
+        """Return how many tokens one forward of the matching may have; None for any number."""
+        if self.args.matching_batch is not None:
+            return None
+        # Without gradient, a token takes less than half the memory that it takes in training.
+        trained = sum(set_.num_row_tokens() for set_ in sets)
+        return max(2 * trained, self.args.max_length or 0)
+
     def _most_forwards(self, num_forwards: int) -> int:
         """Return the largest number of forwards that a process needs for its batch."""
-        if self.args.matching_batch is None or self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return num_forwards
         own = torch.tensor([num_forwards], device=self.accelerator.device)
         return int(self.accelerator.gather(own).max())

@@ -52,6 +52,8 @@ def matched_passes(trainer, batch, model):
     [
         dict(),
         dict(matching_batch=3),
+        dict(matching_batch=100),
+        dict(max_length=10_000),
         dict(matching_tokens=6, matching_reduction="sum"),
         dict(matching_tokens=1),
     ],

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onepass_trl import Pass
+from onepass_trl import Pass, build_tree
 from onepass_trl.setsft.collator import from_row, to_row
 from onepass_trl.setsft.matching import (
     assignment_entropy,
@@ -80,7 +80,7 @@ def test_a_set_is_scored_in_one_row_that_shares_the_question_and_the_begins_of_t
 
 def test_a_limited_forward_has_so_many_pairs_and_short_traces_fewer_tokens():
     sets = [make_set(3, index=0), make_set(2, index=1)]
-    forwards = list(plan_costs(sets, [7, 8], pairs_per_forward=4, num_targets=3))
+    forwards = list(plan_costs(sets, [7, 8], max_pairs=4, num_targets=3))
     assert [len(forward.pairs) for forward in forwards] == [4, 4, 2]
     assert [pair for forward in forwards for pair in forward.pairs] == [
         (number, token, trace)
@@ -90,6 +90,36 @@ def test_a_limited_forward_has_so_many_pairs_and_short_traces_fewer_tokens():
     ]
     assert all(at.size == 3 for forward in forwards for at in forward.targets)
     assert sum(len(f.row) for f in forwards) < sum(len(f.row) for f in plan_costs(sets, [7, 8]))
+
+
+@pytest.mark.parametrize("num_targets", [None, 3])
+def test_a_forward_has_so_many_tokens_or_a_single_pair(num_targets):
+    sets = [make_set(3, common=0, index=0), make_set(2, index=1), make_set(1, question=30, index=2)]
+    token_ids = [7, 8, 9]
+    [whole] = plan_costs(sets, token_ids, num_targets=num_targets)
+    least = max(len(t.behind(7, num_targets)) for set_ in sets for t in set_.traces)
+    for max_tokens in (1, least, 50, 90, 10_000):
+        forwards = list(plan_costs(sets, token_ids, num_targets=num_targets, max_tokens=max_tokens))
+        assert [pair for forward in forwards for pair in forward.pairs] == whole.pairs
+        for forward in forwards:
+            assert len(forward.row) <= max(max_tokens, least)
+            assert len(forward.row) <= max_tokens or len(forward.pairs) == 1
+            for (number, token, trace), at in zip(forward.pairs, forward.targets, strict=True):
+                pass_ = sets[number].traces[trace].behind(token_ids[token], num_targets)
+                targets = pass_.token_ids[pass_.trained]
+                np.testing.assert_array_equal(forward.row.shift_labels[at], targets)
+        if max_tokens == 10_000:
+            assert len(forwards) == 1
+        elif max_tokens == 1:
+            assert len(forwards) == len(whole.pairs)
+        else:
+            assert 1 < len(forwards) < len(whole.pairs)
+
+
+def test_the_tokens_of_a_matched_row_are_counted():
+    for set_ in (make_set(3), make_set(3, common=0), make_set(1)):
+        passes = set_.behind(range(500, 500 + len(set_.traces)))
+        assert set_.num_row_tokens() == build_tree(passes).num_row_tokens()
 
 
 def test_repeated_traces_share_their_targets_in_the_row():

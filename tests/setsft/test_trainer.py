@@ -82,6 +82,33 @@ class TestMatching:
         assert history(trainer, "turns")[-1] == 20
         json.dumps(trainer.state.log_history)
 
+    @pytest.mark.parametrize(
+        ("options", "num_forwards"),
+        [
+            (dict(), 2),
+            (dict(max_length=2000), 1),
+            (dict(matching_batch=50), 1),
+            (dict(matching_batch=20), 3),
+            (dict(matching_tokens=1), 1),
+        ],
+    )
+    def test_forwards_have_no_more_tokens_than_training_needs_memory_for(
+        self, make, monkeypatch, options, num_forwards
+    ):
+        trainer = make(**options)
+        sets, rows, log_probs = batch_of(trainer)["sets"], [], trainer._log_probs
+
+        def recording(model, row):
+            rows.append(len(row))
+            return log_probs(model, row)
+
+        monkeypatch.setattr(trainer, "_log_probs", recording)
+        trainer.matching_costs(trainer.model, sets)
+        assert len(rows) == num_forwards
+        if not options:
+            trained = sum(set_.num_row_tokens() for set_ in sets)
+            assert max(rows) <= 2 * trained < sum(rows)
+
     def test_random_and_fixed_compute_no_costs(self, make, monkeypatch):
         for matching in ("random", "fixed"):
             trainer = make(matching=matching)
