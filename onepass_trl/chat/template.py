@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import marshal
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
@@ -39,7 +37,6 @@ RESERVED = frozenset(
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 _EMPTY_QUESTION = {"role": "user", "content": ""}
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -61,35 +58,6 @@ def _switch(template: str) -> str | None:
 @lru_cache(maxsize=256)
 def _names(template: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
-
-
-# For each tokenizer, by what its templates are rendered from: what was found out by rendering.
-_FACTS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[bytes, dict[str, Any]]] = (
-    WeakKeyDictionary()
-)
-_MOST_FACTS = 64
-
-
-def _facts_of(
-    tokenizer: PreTrainedTokenizerBase, text: str, tools: list[Any] | None, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the facts of a template by name, one dict for all conversations rendered alike.
-
-    It is an empty dict where that can't be told: for tools or arguments that aren't plain data,
-    such as functions, and for templates that write the time.
-    """
-    if _names(text, "strftime_now"):
-        return {}
-    try:
-        # This tells apart what templates can: the order of keys, lists and tuples, 1 and True.
-        # Version 2 is the last in which equal data always gives equal bytes.
-        key = marshal.dumps((text, tools, kwargs, tokenizer.special_tokens_map), 2)
-    except ValueError:
-        return {}
-    known = _FACTS.setdefault(tokenizer, {})
-    if key not in known and len(known) >= _MOST_FACTS:
-        del known[next(iter(known))]
-    return known.setdefault(key, {})
 
 
 class Template:
@@ -132,20 +100,12 @@ class Template:
         ]
         if unread:
             _report_unread(self.text, tuple(unread))
-        self._facts = _facts_of(tokenizer, self.text, self.tools, self._kwargs)
-
-    def _fact(self, name: str, find: Callable[[], T]) -> T:
-        """Return a fact of the template, found once."""
-        if name not in self._facts:
-            self._facts[name] = find()
-        fact: T = self._facts[name]
-        return fact
 
     def names(self, name: str) -> bool:
         """Return whether the template's source has this name."""
         return _names(self.text, name)
 
-    @property
+    @cached_property
     def closing(self) -> str:
         """The token with which the template ends a whole conversation, ``""`` if there is none.
 
@@ -157,22 +117,22 @@ class Template:
             return ""
         return "" if self.question_prompt.startswith(self.question) else eos
 
-    @property
+    @cached_property
     def question(self) -> str:
         """What the template writes for an empty question."""
-        return self._fact("question", lambda: self.render([_EMPTY_QUESTION], prompt=False))
+        return self.render([_EMPTY_QUESTION], prompt=False)
 
-    @property
+    @cached_property
     def question_prompt(self) -> str:
         """What inference feeds for an empty question."""
-        return self._fact("question_prompt", lambda: self.render([_EMPTY_QUESTION], prompt=True))
+        return self.render([_EMPTY_QUESTION], prompt=True)
 
-    @property
+    @cached_property
     def thinking_switch(self) -> str | None:
         """The template argument that turns thinking on and off, None if it has none."""
         return _switch(self.text)
 
-    @property
+    @cached_property
     def takes_text_arguments(self) -> bool:
         """Whether arguments of tool calls must be JSON text: DeepSeek fails for dicts."""
 
@@ -185,9 +145,7 @@ class Template:
                 return True
             return False
 
-        return self._fact(
-            "takes_text_arguments", lambda: refuses({"a": "b"}) and not refuses('{"a": "b"}')
-        )
+        return refuses({"a": "b"}) and not refuses('{"a": "b"}')
 
     def render_behind_question(self, message: dict[str, Any]) -> str:
         """Return the text of an empty question and an assistant's message."""
