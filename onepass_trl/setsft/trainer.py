@@ -33,6 +33,9 @@ from onepass_trl.training.arguments import one_pass_model_kwargs, to_config
 from onepass_trl.training.preparation import PreparationOptions
 from onepass_trl.training.trainer import AnyDataset
 
+# A forward of the matching may have so many, however little a batch trains.
+MATCHING_TOKENS = 32_768
+
 Costs = NDArray[np.float64]
 Assignment = NDArray[np.int64]
 
@@ -290,9 +293,9 @@ class SetSFTTrainer(OnePassSFTTrainer):
         """Return how many tokens one forward of the matching may have; None for any number."""
         if self.args.matching_batch is not None:
             return None
-        # Without gradient, a token takes less than half the memory that it takes in training.
+        # Without gradient a token takes less memory than in training.
         trained = sum(set_.num_row_tokens() for set_ in sets)
-        return max(2 * trained, self.args.max_length or 0)
+        return max(2 * trained, self.args.max_length or 0, MATCHING_TOKENS)
 
     def _most_forwards(self, num_forwards: int) -> int:
         """Return the largest number of forwards that a process needs for its batch."""

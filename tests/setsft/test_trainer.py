@@ -95,6 +95,7 @@ class TestMatching:
     def test_forwards_have_no_more_tokens_than_training_needs_memory_for(
         self, make, monkeypatch, options, num_forwards
     ):
+        monkeypatch.setattr("onepass_trl.setsft.trainer.MATCHING_TOKENS", 0)
         trainer = make(**options)
         sets, rows, log_probs = batch_of(trainer)["sets"], [], trainer._log_probs
 
