@@ -48,7 +48,7 @@ def read_passes(
     chats: list[list[Pass]] = []
     total = 0
     for index in range(len(dataset)):
-        passes, _ = passes_of(read_row(dataset, index), tokenizer, options)
+        passes = passes_of(read_row(dataset, index), tokenizer, options)[0]
         if left := trees_of(passes, options)[0]:
             chats.append(left)
         total += sum(map(len, left))
