@@ -10,6 +10,9 @@ from typing import Any
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.messages import THINK_CLOSE, THINK_OPEN, Message
 
+# A text may well mention the mark; on a line's end or beginning it ends reasoning.
+_SPLIT = re.compile(rf"^\s*{THINK_CLOSE}|{THINK_CLOSE}\s*$", re.MULTILINE)
+
 
 def check_generable(
     message: Message, special: re.Pattern[str] | None, template: str, *, reads_reasoning: bool
@@ -38,7 +41,8 @@ def check_generable(
     before, closed, _ = message[field].partition(THINK_CLOSE)
     if not closed:
         return
-    if field == "content" and reads_reasoning and THINK_OPEN not in before:
+    splits = THINK_CLOSE in template or _SPLIT.search(message[field])
+    if field == "content" and reads_reasoning and splits and THINK_OPEN not in before:
         raise TurnError(
             f"its content contains {THINK_CLOSE!r} and no {THINK_OPEN!r} before it; if what stands "
             "before it is reasoning, give it as 'reasoning_content', else remove it from the text "

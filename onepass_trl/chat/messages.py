@@ -12,6 +12,7 @@ Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_FLAGS = ("weight", "loss", "trainable")  # of OpenAI's files and others, for ``train``
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
@@ -23,7 +24,7 @@ def normalize_messages(messages: Iterable[Any], *, inline_reasoning: bool) -> li
     templates read) and ``tool_calls`` (a non-empty list of ``{"type": "function", "function":
     {"name": str, "arguments": dict}, ...}``). Keys whose value is None are dropped, since datasets
     fill missing keys with None; nulls inside tool arguments are kept. A ``train`` flag stays, and a
-    ``weight`` of 0 or 1 becomes one.
+    ``weight``, ``loss`` or ``trainable`` of 0 or 1 becomes one.
 
     Args:
         messages: Messages in the OpenAI form.
@@ -58,8 +59,9 @@ def _normalize(message: Any, index: int, inline_reasoning: bool) -> Message:
     out["content"] = _text(out.get("content", ""), index)
     if out.get("function_call"):
         _refuse(index, "has 'function_call', the old form of 'tool_calls'; make it a list of one")
-    if "weight" in out:
-        _read_weight(out, index)
+    for name in _FLAGS:
+        if name in out:
+            _read_flag(out, name, index)
     train = out.get("train", False)
     if not isinstance(train, bool) or (train and role != "assistant"):
         _refuse(
@@ -78,17 +80,17 @@ def _normalize(message: Any, index: int, inline_reasoning: bool) -> Message:
     return out
 
 
-def _read_weight(message: Message, index: int) -> None:
-    """Turn ``weight``, the spelling of OpenAI's fine-tuning files, into a ``train`` flag."""
-    weight = message.pop("weight")
-    if weight not in (0, 1) or message.get("train", bool(weight)) != bool(weight):
+def _read_flag(message: Message, name: str, index: int) -> None:
+    """Turn a flag of another name into a ``train`` flag."""
+    flag = message.pop(name)
+    if flag not in (0, 1) or message.get("train", bool(flag)) != bool(flag):
         _refuse(
             index,
-            f"has weight={weight!r} and train={message.get('train')!r}; a turn is trained "
-            "('train': true, or weight 1) or not ('train': false, or weight 0)",
+            f"has {name}={flag!r} and train={message.get('train')!r}; a turn is trained "
+            f"('train': true, or {name} 1) or not ('train': false, or {name} 0)",
         )
     if message.get("role") == "assistant":
-        message["train"] = bool(weight)
+        message["train"] = bool(flag)
 
 
 def _refuse(index: int, problem: str) -> NoReturn:

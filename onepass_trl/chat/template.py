@@ -60,6 +60,14 @@ def _names(template: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
+@lru_cache(maxsize=256)
+def _reads(template: str, key: str) -> bool:
+    key = re.escape(key)
+    quoted = rf"""['"]{key}['"]"""
+    access = rf"\.{key}\b|\[\s*{quoted}\s*\]|\bget\(\s*{quoted}|{quoted}\s+(?:not\s+)?in\b"
+    return re.search(access, template) is not None
+
+
 class Template:
     """The chat template that a tokenizer uses for given tools and template arguments.
 
@@ -104,6 +112,10 @@ class Template:
     def names(self, name: str) -> bool:
         """Return whether the template's source has this name."""
         return _names(self.text, name)
+
+    def reads(self, key: str) -> bool:
+        """Return whether the template's source gets this key of something, such as a message."""
+        return _reads(self.text, key)
 
     @cached_property
     def closing(self) -> str:

@@ -6,8 +6,7 @@ Inference doesn't see it either, so it's no error; but nobody wants it lost with
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 
 from onepass_trl.chat.checks import written_forms
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal
@@ -16,13 +15,7 @@ from onepass_trl.chat.template import Template
 
 # `tool_call_id` and `name` go with tool messages, which templates tell apart by their order.
 _READ_HERE = {"role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS}
-_RENAMED: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("thought", "thoughts", "think", "thinking_content", "reasoning_text", "reason", "cot"),
-        "'reasoning_content', if it is the turn's reasoning",
-    ),
-    **dict.fromkeys(("loss", "trainable"), "'train', which says whether the turn is trained"),
-}
+_REASONING = ("thought", "thoughts", "think", "thinking_content", "reasoning_text", "cot")
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +28,29 @@ def check_keys(template: Template, messages: Sequence[Message]) -> None:
         messages: The messages in their normal form, without ``train`` flags.
 
     Raises:
-        ChatFormatError: if such a key is a known name for reasoning or for the ``train`` flag:
-            without it, something else would be trained.
+        ChatFormatError: if such a key is a usual name for reasoning: the turn would be trained
+            without it.
     """
     unread = set()
     for index, message in enumerate(messages):
         for key in message.keys() - _READ_HERE:
-            if template.names(key):
+            if message[key] in ("", [], {}) or template.reads(key):
                 continue
-            if key in _RENAMED and message["role"] == "assistant" and message[key] != "":
+            if key in _REASONING and message["role"] == "assistant":
                 raise ChatFormatError(
                     f"message {index} has {key!r}, which neither this package nor the chat "
-                    f"template reads; rename it to {_RENAMED[key]}, or remove it"
+                    "template reads; rename it to 'reasoning_content', if it is the turn's "
+                    "reasoning, or remove it"
                 )
             unread.add(key)
-    if unread:
-        _report_keys(template.text, tuple(sorted(unread)))
+    new = sorted(key for key in unread if _is_new(template.text, "key", key))
+    if new:
+        logger.warning(
+            "messages have %s, which neither this package nor the chat template reads, so it "
+            "changes nothing. Reasoning is read from %s; 'train': false switches a turn off",
+            ", ".join(map(repr, new)),
+            ", ".join(REASONING_KEYS),
+        )
 
 
 def report_left_out(
@@ -64,8 +64,12 @@ def report_left_out(
         prepared: The same, as the template takes them.
         context: What the template writes for them.
     """
-    if template.tools and not template.names("tools"):
-        _report_tools(template.text)
+    if template.tools and not template.names("tools") and _is_new(template.text, "tools", ""):
+        logger.warning(
+            "a conversation has tools, but this chat template doesn't read tools: neither training "
+            "nor inference sees them. Use a template that writes them, or put them into the system "
+            "message"
+        )
     missing = [
         index
         for index, message in enumerate(messages)
@@ -86,41 +90,23 @@ def report_left_out(
     except TemplateRefusal:
         return  # it reads the text, and takes no other
     for index, text in stand_ins.items():
-        if text not in written:
-            _report_message(template.text, messages[index]["role"], index)
+        role = messages[index]["role"]
+        if text not in written and _is_new(template.text, "role", role):
+            logger.warning(
+                "this chat template leaves out a message with role %r (message %d): neither "
+                "training nor inference sees it. Give it a role or a place that the template "
+                "writes, such as the first system message",
+                role,
+                index,
+            )
 
 
-@lru_cache(maxsize=64)
-def _report_keys(template: str, keys: tuple[str, ...]) -> None:
-    logger.warning(
-        "messages have %s, which neither this package nor the chat template reads, so it changes "
-        "nothing. Reasoning is read from %s; 'train': false switches a turn off",
-        ", ".join(map(repr, keys)),
-        ", ".join(REASONING_KEYS),
-    )
+# What has been said of each template.
+_said: set[tuple[str, str, str]] = set()
 
 
-@lru_cache(maxsize=16)
-def _report_tools(template: str) -> None:
-    logger.warning(
-        "a conversation has tools, but this chat template doesn't read tools: neither training "
-        "nor inference sees them. Use a template that writes them, or put them into the system "
-        "message"
-    )
-
-
-# The index is part of the message, but not of what is said once.
-_reported: set[tuple[str, str]] = set()
-
-
-def _report_message(template: str, role: str, index: int) -> None:
-    if (template, role) in _reported:
-        return
-    _reported.add((template, role))
-    logger.warning(
-        "this chat template leaves out a message with role %r (message %d): neither training nor "
-        "inference sees it. Give it a role or a place that the template writes, such as the first "
-        "system message",
-        role,
-        index,
-    )
+def _is_new(template: str, kind: str, name: str) -> bool:
+    """Return whether this hasn't been said yet, and note that it is."""
+    new = (template, kind, name) not in _said
+    _said.add((template, kind, name))
+    return new

@@ -36,7 +36,8 @@ class SetSFTConfig(OnePassSFTConfig):
             losses of those tokens.
         matching_batch: the most (forking token, trace) pairs that one forward of the matching
             scores. None: as many as fit into 32,768 tokens, ``max_length``, or twice the tokens
-            that the batch trains, whichever is most. Lower it if matching runs out of memory.
+            of the rows that the batch trains, whichever is most. Lower it if matching runs out of
+            memory.
         excess_traces: what happens to a question with more traces than forking tokens:
             ``"error"``, or ``"split"``: its traces are cut into groups of K that are matched by
             themselves. No trace is left out.
@@ -79,7 +80,7 @@ class SetSFTConfig(OnePassSFTConfig):
         default=None,
         metadata={
             "help": "Most (forking token, trace) pairs in one forward; by default as many as "
-            "fit into 32,768 tokens, max_length, or twice the tokens that the batch trains."
+            "fit into 32,768 tokens, max_length, or twice those of the rows it trains."
         },
     )
     excess_traces: str = field(

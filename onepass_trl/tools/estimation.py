@@ -249,7 +249,7 @@ def _count(
     windows: set[int | None],
 ) -> _Count:
     try:
-        passes, turns, invalid = passes_of(row, tokenizer, options)
+        passes, turns, invalid = passes_of(row, tokenizer, options, verify=options.verifies(index))
         passes, trees, lost = trees_of(passes, options)
     except ValueError as error:
         raise ValueError(f"row {index} of the dataset: {error}") from error

@@ -40,7 +40,9 @@ class OnePassSFTConfig(SFTConfig):
             is lost is counted and reported. A conversation of which only the whole tree is too
             long loses nothing: it is split into several rows.
         invalid_turns: what happens to a turn, or a whole row, from which no exact pass can be made:
-            ``"error"``, or ``"drop"``: it is left out, counted and reported.
+            ``"error"``, or ``"drop"``: it is left out, counted and reported. A turn that isn't
+            parsed back right is left out only if ``verify_rendering`` is True, since otherwise most
+            rows aren't parsed.
         null_arguments: what a null among the arguments of a tool call is. An Arrow struct column
             gives every call the argument names of all calls, filled with nulls, and real nulls
             can't be told from those: ``"drop"`` removes them, ``"keep"`` keeps them, ``"error"``

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +17,7 @@ from datasets import (
     IterableDataset,
     ReadInstruction,
     Value,
+    concatenate_datasets,
     load_dataset,
     load_dataset_builder,
 )
@@ -111,24 +113,28 @@ def _no_split(name: str, split: str, error: Exception) -> ValueError:
 
 def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: bool) -> Any:
     """Return the rows of JSON files, what is nested in them as JSON text."""
-    wanted = split.partition("[")[0].strip()
-    if wanted not in splits:
+    wanted = {part.partition("[")[0].strip() for part in split.split("+")}
+    if not wanted <= splits.keys():
         raise _no_split(name, split, ValueError(f"it has {', '.join(sorted(splits))}."))
-    files = splits[wanted]
     if streaming:
-        if split != wanted:
+        if split not in splits:
             raise _no_split(name, split, ValueError("a stream can't be sliced."))
-        return _rows_of_json(name, files, streaming)
-    dataset = _rows_of_json(name, files, streaming)
+        return _rows_of_json(name, splits[split], streaming)
+    datasets = {one: _rows_of_json(name, splits[one], streaming) for one in wanted}
+    lengths = {one: len(dataset) for one, dataset in datasets.items()}
     try:
-        (part,) = ReadInstruction.from_spec(split).to_absolute({wanted: len(dataset)})
+        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         raise _no_split(name, split, error) from None
-    end = len(dataset) if part.to is None else min(part.to, len(dataset))
-    rows = range(part.from_ or 0, end)
-    if not rows:
-        raise ValueError(f"{split!r} of {name!r} holds none of its {len(dataset)} rows")
-    return dataset.select(rows)
+    chosen = []
+    for part in parts:
+        length = lengths[part.splitname]
+        rows = range(part.from_ or 0, length if part.to is None else min(part.to, length))
+        if rows:
+            chosen.append(datasets[part.splitname].select(rows))
+    if not chosen:
+        raise ValueError(f"{split!r} of {name!r} holds none of its {sum(lengths.values())} rows")
+    return concatenate_datasets(chosen)
 
 
 def _rows_of_json(name: str, files: list[str], streaming: bool) -> Any:
@@ -156,11 +162,13 @@ def _read_json(file: str) -> Iterator[dict[str, Any]]:
         yield from _objects(file)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error}; convert it") from None
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is cut off or damaged: {error}") from None
 
 
 def _objects(file: str) -> Iterator[dict[str, Any]]:
     open_text = gzip.open if file.lower().endswith(".gz") else open
-    with open_text(file, "rt", encoding="utf-8", newline="\n") as lines:
+    with open_text(file, "rt", encoding="utf-8-sig", newline="\n") as lines:
         if _suffix(file) in (".json", ".json.gz"):
             text = lines.read()
             if text.lstrip().startswith("["):

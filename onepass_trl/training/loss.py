@@ -91,6 +91,12 @@ def check_head(model: nn.Module) -> None:
             f"{name} cannot be trained in one pass: it has no {missing} of its own, expected both "
             "backbone and LM head, which TRL's fused LM head calls one after the other"
         )
+    if hasattr(head, "base_layer"):  # PEFT's
+        raise ValueError(
+            f"{name} cannot be trained in one pass: it has an adapter on its LM head, which TRL's "
+            "fused LM head leaves out; adapt other layers, or train the whole head with "
+            "modules_to_save"
+        )
     fused = {id(weight) for part in (backbone, head) for weight in part.parameters()}
     between = [path for path, weight in base.named_parameters() if id(weight) not in fused]
     if between:

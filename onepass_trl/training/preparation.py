@@ -217,9 +217,10 @@ def _render(
         return dataset
     dataset = dataset.filter(has_tokens, input_columns="input_ids")
     if next(iter(dataset), None) is None:
+        too_long = f", or longer than max_length={options.max_length}: raise it"
         raise ValueError(
-            f"the {name} dataset has no row left to train: all turns are invalid, or longer than "
-            f"max_length={options.max_length} and overflow={options.overflow!r}. Raise max_length"
+            f"the {name} dataset has no row left to train: all turns are invalid"
+            f"{'' if options.max_length is None else too_long}"
         )
     return dataset
 
@@ -238,7 +239,11 @@ def _with_checked_lengths(dataset: AnyDataset, max_length: int | None, name: str
     if max_length is None:
         return dataset
     if isinstance(dataset, IterableDataset):
-        return dataset.map(_checked_row, fn_kwargs={"max_length": max_length, "name": name})
+        return dataset.map(
+            _checked_row,
+            features=dataset.features,
+            fn_kwargs={"max_length": max_length, "name": name},
+        )
     longest = compute.max(compute.list_value_length(token_ids(dataset))).as_py() or 0
     _check_length(longest, max_length, name)
     return dataset
@@ -307,6 +312,9 @@ def passes_of(
             raise error
         invalid.append(str(error))
 
+    # In some rows only, it shows what may be wrong with all: then no turn is merely left out.
+    leave_out_misread = bool(options.verify_rendering)
+
     try:
         if row.get("passes") is not None:
             return list(numbered_passes(row["passes"], options.train_on).values()), None, invalid
@@ -327,6 +335,8 @@ def passes_of(
             if verify:
                 check_round_trip(turn, tokenizer)
         except ChatFormatError as error:
+            if not leave_out_misread:
+                raise
             leave_out(error)
         else:
             kept.append(turn)

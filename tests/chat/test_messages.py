@@ -119,15 +119,16 @@ def test_messages_must_be_a_list(messages):
         normalize_messages(messages, inline_reasoning=True)
 
 
-def test_a_weight_of_openai_files_is_a_train_flag():
+@pytest.mark.parametrize("name", ["weight", "loss", "trainable"])
+def test_flags_of_other_names_are_train_flags(name):
     messages = [
         {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "A", "weight": 0},
-        {"role": "assistant", "content": "B", "weight": 1},
+        {"role": "assistant", "content": "A", name: 0},
+        {"role": "assistant", "content": "B", name: 1},
     ]
     flags = [m.get("train") for m in normalize_messages(messages, inline_reasoning=True)]
     assert flags == [None, False, True]
-    with pytest.raises(ChatFormatError, match=r"message 0 has weight=0\.5"):
+    with pytest.raises(ChatFormatError, match=rf"message 0 has {name}=0\.5"):
         normalize_messages(
-            [{"role": "assistant", "content": "A", "weight": 0.5}], inline_reasoning=True
+            [{"role": "assistant", "content": "A", name: 0.5}], inline_reasoning=True
         )

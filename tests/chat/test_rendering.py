@@ -202,7 +202,7 @@ ERRORS = [
         "before each tool message",
     ),
     ("deepseekv3", [user(), answer("a</think>b")], {}, "content contains '</think>'"),
-    ("gptoss", [user(), answer("a</think>b")], {}, "give it as 'reasoning_content'"),
+    ("gptoss", [user(), answer("a\n</think>\n\nb")], {}, "give it as 'reasoning_content'"),
     (
         "qwen3",
         [user(), answer("b <think>a</think>c")],

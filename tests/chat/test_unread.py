@@ -16,10 +16,8 @@ TOOL = {"type": "function", "function": {"name": "search", "description": "", "p
 
 
 @pytest.fixture(autouse=True)
-def nothing_said_yet():
-    unread._reported.clear()
-    unread._report_keys.cache_clear()
-    unread._report_tools.cache_clear()
+def nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(unread, "_said", set())
 
 
 @pytest.mark.parametrize(
@@ -45,23 +43,20 @@ def test_tools_that_the_template_does_not_read_are_named_once(caplog):
 
 
 def test_keys_that_nobody_reads_are_named_once(caplog):
-    for _ in range(2):
-        messages = [USER | {"timestamp": 1}, ANSWER | {"score": 0.5, "refusal": None}]
+    for others in ({}, {"reason": "stop"}, {"annotations": [], "score": 1.0}):
+        messages = [USER | {"timestamp": 1}, ANSWER | {"score": 0.5, "refusal": None} | others]
         render_passes(messages, small_tokenizer("qwen3"))
-    [record] = caplog.records
-    assert "messages have 'score', 'timestamp', which neither" in record.message
+    first, second = caplog.records
+    assert "messages have 'score', 'timestamp', which neither" in first.message
+    assert "messages have 'reason', which neither" in second.message
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "remedy"),
-    [
-        ("thought", "Hm.", "rename it to 'reasoning_content'"),
-        ("loss", False, "rename it to 'train'"),
-    ],
-)
-def test_other_names_for_reasoning_and_flags_are_errors(key, value, remedy):
-    with pytest.raises(ChatFormatError, match=rf"message 1 has '{key}', .*; {remedy}"):
-        render_passes([USER, ANSWER | {key: value}], small_tokenizer("qwen3"))
+@pytest.mark.parametrize("key", unread._REASONING)
+@pytest.mark.parametrize("template", sorted({case.template for case in CASES.values()}))
+def test_other_names_for_reasoning_are_errors(template, key):
+    match = rf"message 1 has '{key}', .*; rename it to 'reasoning_content'"
+    with pytest.raises(ChatFormatError, match=match):
+        render_passes([USER, ANSWER | {key: "Hm."}], small_tokenizer(template))
 
 
 def test_a_template_may_read_any_key(caplog):

@@ -334,6 +334,7 @@ class TestLocalFiles:
         assert len(load_conversations(folder, "train")) == 3
         assert load_conversations(folder, "test[-1:]")[0] == {"messages": '[{"a": [3]}]'}
         assert len(list(load_conversations(folder, "test", streaming=True))) == 4
+        assert len(load_conversations(folder, "train[:1]+test[2:]")) == 3
         with pytest.raises(ValueError, match=r"has no split 'dev': it has test, train\."):
             load_conversations(folder, "dev")
 
@@ -348,6 +349,17 @@ class TestLocalFiles:
             (tmp_path / f"{name}.csv").write_text(text)
         with pytest.raises(ValueError, match=f"dataset '{tmp_path}' can't be read: "):
             load_conversations(str(tmp_path), "train")
+
+    def test_a_file_that_is_cut_off_is_named(self, tmp_path):
+        path = tmp_path / "rows.jsonl.gz"
+        path.write_bytes(gzip.compress(b'{"messages": []}\n' * 100)[:-20])
+        with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is cut off or damaged"):
+            load_conversations(str(path), "train")
+
+    def test_a_byte_order_mark_is_skipped(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(b'\xef\xbb\xbf{"messages": []}\n')
+        assert load_conversations(str(path))[0] == {"messages": "[]"}
 
     def test_files_in_other_encodings_are_named(self, tmp_path):
         path = tmp_path / "rows.jsonl"

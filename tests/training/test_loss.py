@@ -21,12 +21,16 @@ def test_a_backbone_and_an_lm_head_pass(name):
     check_head(make_model(name))
 
 
-@pytest.mark.parametrize("modules", [{}, {"modules_to_save": ["lm_head"]}])
-def test_an_adapter_passes(modules):
+def test_adapters_pass_but_on_the_head():
     from peft import LoraConfig, get_peft_model
 
-    adapter = LoraConfig(r=2, target_modules=["q_proj", "lm_head"][: 2 - len(modules)], **modules)
-    check_head(get_peft_model(make_model("llama"), adapter))
+    def check(**options):
+        check_head(get_peft_model(make_model("llama"), LoraConfig(r=2, **options)))
+
+    check(target_modules=["q_proj"])
+    check(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="it has an adapter on its LM head"):
+        check(target_modules=["q_proj", "lm_head"])
 
 
 @pytest.mark.filterwarnings("ignore:.*token_id must be")

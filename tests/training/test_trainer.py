@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
+from onepass_trl.chat import ChatFormatError
 from onepass_trl.training.preparation import ROW_COLUMNS
 from tests.conversations import as_row, forked_rollouts, random_chat
 from tests.models import make_model
@@ -531,6 +532,18 @@ def test_invalid_turns_are_left_out_where_asked(train, streaming, caplog):
     assert "row 0: assistant turn 0 (message 1, template family composable)" in caplog.text
     assert "row 1: none of the 1 messages is from the assistant" in caplog.text
     assert ("of 2 turns or rows, which are left out" in caplog.text) != streaming
+
+
+def test_turns_that_are_read_otherwise_are_left_out_where_all_are_read(train, monkeypatch):
+    def check(turn, tokenizer):
+        raise ChatFormatError(f"{turn.name}: parsing gives back another content")
+
+    monkeypatch.setattr("onepass_trl.training.preparation.check_round_trip", check)
+    dataset = Dataset.from_list([BAD_ROWS[2]] * 2)
+    with pytest.raises(ValueError, match=r"row 0 of the train dataset: .*parsing gives back"):
+        train(dataset=dataset, invalid_turns="drop")  # the rows behind the first aren't read
+    with pytest.raises(ValueError, match=r"no row left to train: .* of 2 turns or rows"):
+        train(dataset=dataset, invalid_turns="drop", verify_rendering=True)
 
 
 def test_a_dataset_of_invalid_turns_is_an_error(train):
