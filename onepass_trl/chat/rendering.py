@@ -123,14 +123,8 @@ def render_turns(
 ) -> list[RenderedTurn]:
     """Return the passes of :func:`render_passes`, each with the message that it was made from.
 
-    Args:
-        messages: As for `render_passes`, like the others.
-        tokenizer: See there.
-        tools: See there.
-        chat_template_kwargs: See there.
-        train_on: See there.
-        on_error: Called with the error of each turn from which no pass can be made; it is left
-            out. None: the first such error is raised.
+    Arguments and errors are those of :func:`render_passes`. Given `on_error`, it is called with the
+    error of each turn from which no pass can be made, and the turn is left out.
     """
     added = added_tokens(tokenizer)
     template = Template(tokenizer, tools, chat_template_kwargs)

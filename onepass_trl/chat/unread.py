@@ -18,6 +18,8 @@ _READ_HERE = {"role", "content", "tool_calls", "tool_call_id", "name", *REASONIN
 _REASONING = ("thought", "thoughts", "think", "thinking_content", "reasoning_text", "cot")
 
 logger = logging.getLogger(__name__)
+# What has been said: the template, of what kind, of which name.
+_said: set[tuple[str, str, str]] = set()
 
 
 def check_keys(template: Template, messages: Sequence[Message]) -> None:
@@ -99,10 +101,6 @@ def report_left_out(
                 role,
                 index,
             )
-
-
-# What has been said of each template.
-_said: set[tuple[str, str, str]] = set()
 
 
 def _is_new(template: str, kind: str, name: str) -> bool:

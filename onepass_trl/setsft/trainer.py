@@ -294,8 +294,8 @@ class SetSFTTrainer(OnePassSFTTrainer):
         if self.args.matching_batch is not None:
             return None
         # Without gradient a token takes less memory than in training.
-        trained = sum(set_.num_row_tokens() for set_ in sets)
-        return max(2 * trained, self.args.max_length or 0, MATCHING_TOKENS)
+        in_training = sum(set_.num_row_tokens() for set_ in sets)
+        return max(2 * in_training, self.args.max_length or 0, MATCHING_TOKENS)
 
     def _most_forwards(self, num_forwards: int) -> int:
         """Return the largest number of forwards that a process needs for its batch."""

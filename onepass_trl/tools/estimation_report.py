@@ -158,8 +158,7 @@ def _remarks(found: Estimate) -> Iterator[str]:
         tokens = [x[found.branches].sum() for x in (found.n_pass_tokens, found.row_tokens)]
         yield (
             f"{num_branching:,} of {len(found.branches):,} conversations branch: turns stand twice "
-            f"in them, and N-pass computes {tokens[0] / tokens[1]:.2f} times as many tokens. The "
-            "others are single paths, as in ordinary causal training."
+            f"in them, and N-pass computes {tokens[0] / tokens[1]:.2f} times as many tokens."
         )
     if found.has_reasoning is False:
         yield (

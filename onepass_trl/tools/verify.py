@@ -106,6 +106,7 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("nothing to compare: no parameter of the model requires a gradient")
     check_token_ids("the conversation", max(int(p.token_ids.max()) for p in passes), model)
+    loss.check_head(model)
     row = linearize(build_tree(passes))
 
     def n_pass() -> float:
@@ -126,7 +127,6 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
         model.set_attn_implementation(reference_attention(model))
         n_pass_loss, n_pass_gradients, n_pass_seconds = _measure(model, n_pass)
         use_onepass_attention(model)
-        loss.check_head(model)
         with loss.fused_lm_head(model):
             one_pass_loss, one_pass_gradients, one_pass_seconds = _measure(model, one_pass)
     finally:

@@ -25,8 +25,8 @@ from datasets.exceptions import DatasetGenerationError
 
 from onepass_trl.training.nulls import with_exact_nulls
 
-_JSON = (".jsonl", ".ndjson", ".json")
-_SUFFIXES = (*_JSON, *(f"{suffix}.gz" for suffix in _JSON), ".parquet")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
 
 
 def load_conversations(
@@ -52,11 +52,11 @@ def load_conversations(
         ValueError: if there is no such split, or a line of a file is not a JSON object.
     """
     suffix = _suffix(name)
-    if suffix is None or Path(name).is_dir():
-        splits = _json_folder(name, config) if Path(name).is_dir() else None
-        if splits is None:
-            return _load_split(name, split, {"path": name, "name": config}, streaming)
+    is_folder = Path(name).is_dir()
+    if is_folder and (splits := _json_folder(name, config)) is not None:
         return _load_json(name, splits, split, streaming)
+    if is_folder or suffix is None:
+        return _load_split(name, split, {"path": name, "name": config}, streaming)
     files = sorted(glob.glob(name, recursive=True)) or [name]
     for file in files:
         if not Path(file).is_file():
@@ -90,7 +90,7 @@ def _json_folder(name: str, config: str | None) -> dict[str, list[str]] | None:
     found = load_dataset_builder(name, config).config.data_files or {}
     splits = {str(split): list(files) for split, files in found.items()}
     files = [file for files in splits.values() for file in files]
-    return splits if files and all(_suffix(file) in _SUFFIXES[:-1] for file in files) else None
+    return splits if files and all(_suffix(file) in _JSON_SUFFIXES for file in files) else None
 
 
 def _load_split(name: str, split: str, source: dict[str, Any], streaming: bool) -> Any:

@@ -210,7 +210,7 @@ def _render(
         name=name,
     )
     if isinstance(dataset, Dataset):
-        if _report_overflow(dataset, options, name):
+        if _report_lost(dataset, options, name):
             dataset = dataset.filter(
                 has_tokens, input_columns="input_ids", **described("Dropping empty rows of")
             )
@@ -306,10 +306,9 @@ def passes_of(
     what is wrong is raised.
     """
     invalid: list[str] = []
+    drops = options.invalid_turns == "drop"
 
-    def leave_out(error: ValueError) -> None:
-        if options.invalid_turns == "error":
-            raise error
+    def leave_out(error: ChatFormatError) -> None:
         invalid.append(str(error))
 
     try:
@@ -321,9 +320,11 @@ def passes_of(
             chat_template_kwargs=options.chat_template_kwargs,
             train_on=options.train_on,
             null_arguments=options.null_arguments,
-            on_error=leave_out,
+            on_error=leave_out if drops else None,
         )
     except ChatFormatError as error:
+        if not drops:
+            raise
         leave_out(error)
         return [], [], invalid
     kept = []
@@ -332,7 +333,7 @@ def passes_of(
             if verify:
                 check_round_trip(turn, tokenizer)
         except ChatFormatError as error:
-            if not options.verify_rendering:
+            if not (drops and options.verify_rendering):
                 raise  # seen in a sample of the rows, it may be wrong with all of them
             leave_out(error)
         else:
@@ -445,7 +446,7 @@ def has_tokens(input_ids: Any) -> bool:
     return len(input_ids) > 0
 
 
-def _report_overflow(dataset: Dataset, options: PreparationOptions, name: str) -> bool:
+def _report_lost(dataset: Dataset, options: PreparationOptions, name: str) -> bool:
     """Log what the dataset lost; return whether some conversations have no row left."""
     table = dataset.data
     totals = {column: table[f"overflow_{column}"].to_numpy() for column in _OVERFLOW_COLUMNS}

@@ -1,0 +1,140 @@
+"""Where conversations come from: local files are read exactly, and named where they are wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from onepass_trl import load_conversations
+
+ROWS = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(8)]
+
+
+def test_values_of_any_shape_survive(tmp_path):
+    """Tool arguments of different shapes, nulls and long numbers, which `datasets` changes."""
+    rows = [
+        {"messages": [{"arguments": {"x": 3.1622776601683795, "y": None}}], "id": 1},
+        {"messages": [{"arguments": {"z": [1, "a"]}}], "tools": []},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    loaded = load_conversations(str(path), "train")
+    assert [json.loads(row["messages"]) for row in loaded] == [row["messages"] for row in rows]
+    assert [row["tools"] for row in loaded] == [None, "[]"]
+
+
+def test_slices_patterns_and_streams(tmp_path):
+    for name in ("a", "b"):
+        text = json.dumps([{"messages": [{"content": f"{name}{n}"}]} for n in range(4)])
+        (tmp_path / f"{name}.json").write_text(text)
+    pattern = str(tmp_path / "*.json")
+    assert len(load_conversations(pattern, "train")) == 8
+    assert len(load_conversations(pattern, "train[:75%]")) == 6
+    assert "b3" in load_conversations(pattern, "train[-1:]")[0]["messages"]
+    assert len(list(load_conversations(pattern, "train", streaming=True))) == 8
+
+
+@pytest.mark.parametrize("name", ["rows.ndjson", "rows.JSONL", "rows.jsonl.gz", "rows.json.gz"])
+def test_other_names_of_json_files(tmp_path, name):
+    text = '{"messages": [{"content": 3.1622776601683795}]}\n'
+    data = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+    (tmp_path / name).write_bytes(data)
+    for streaming in (False, True):
+        (row,) = load_conversations(str(tmp_path / name), "train", streaming=streaming)
+        assert "3.1622776601683795" in row["messages"]
+
+
+def test_the_splits_of_a_folder(tmp_path):
+    for name, number in (("train-0", 2), ("train-1", 1), ("test", 4)):
+        rows = [{"messages": [{"a": [n] if n else 1}]} for n in range(number)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = str(tmp_path)
+    assert len(load_conversations(folder, "train")) == 3
+    assert load_conversations(folder, "test[-1:]")[0] == {"messages": '[{"a": [3]}]'}
+    assert len(list(load_conversations(folder, "test", streaming=True))) == 4
+    assert len(load_conversations(folder, "train[:1]+test[2:]")) == 3
+    with pytest.raises(ValueError, match=r"has no split 'dev': it has test, train\."):
+        load_conversations(folder, "dev")
+
+
+def test_other_folders_are_left_to_datasets(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "train.parquet")
+    assert load_conversations(str(tmp_path), "train").num_rows == len(ROWS)
+
+
+def test_what_datasets_cannot_read_is_named(tmp_path):
+    for name, text in (("train-0", "messages\nx\n"), ("train-1", "chats\nx\n")):
+        (tmp_path / f"{name}.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"dataset '{tmp_path}' can't be read: "):
+        load_conversations(str(tmp_path), "train")
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"messages": []}\n' * 100)[:-20])
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is cut off or damaged"):
+        load_conversations(str(path), "train")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"messages": []}\n')
+    assert load_conversations(str(path))[0] == {"messages": "[]"}
+
+
+def test_files_in_other_encodings_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"messages": "é"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl is not text in UTF-8"):
+        load_conversations(str(path), "train")
+
+
+def test_changed_files_are_read_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": []}\n')
+    assert len(load_conversations(str(path), "train")) == 1
+    path.write_text('{"messages": []}\n{"messages": []}\n')
+    assert len(load_conversations(str(path), "train")) == 2
+
+
+def test_parquet(tmp_path):
+    from datasets import Dataset
+
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list(ROWS).to_parquet(path)
+    assert len(load_conversations(str(path), "train[2:]")) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"messages": []}\n{"messages": [}\n', "line 2 is not JSON"),
+        ("[1, 2]\n", "line 1 must be a JSON object"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, text, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_conversations(str(path), "train")
+
+
+def test_empty_files_and_slices_are_errors(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("")
+    with pytest.raises(ValueError, match="holds no rows"):
+        load_conversations(str(path), "train")
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(ValueError, match="holds none of its 1 rows"):
+        load_conversations(str(path), "train[5:]")
+
+
+def test_a_local_file_has_no_configurations(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(ValueError, match="leave out config"):
+        load_conversations(str(path), "train", config="main")
