@@ -30,14 +30,15 @@ class OnePassCollator:
     Padding sees nothing but padding, is seen by nothing else and has no target, so no attention
     mask is needed. It goes in runs of 64 tokens: layers that carry state begin anew at each.
 
-    Returns a dict of tensors, all ``(batch, seq)`` but the last:
+    Returns a dict of tensors, all ``(batch, seq)`` but the last two:
 
     - ``input_ids``, ``position_ids``, ``shift_labels``: int64
     - ``weights``: float32
     - ``visible_end``: int32
     - ``num_passes``: int64; 0 on padding and fork copies
     - ``attention_mask``: int64; 0 on padding, for code that counts tokens
-    - ``num_turns``: ``(batch,)`` int64
+    - ``num_turns``, ``row_lengths`` (in tokens): int64, ``(batch, 1)``, or ``(1, num_rows)`` if
+      padding-free
 
     Args:
         pad_token_id: id of the padding tokens; any id of the vocabulary does.
@@ -69,10 +70,11 @@ class OnePassCollator:
     def __call__(self, rows: Sequence[Layout | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch of `rows`: layouts, or rows of a dataset with the same columns."""
         layouts = [row if isinstance(row, Layout) else _as_layout(row) for row in rows]
-        num_turns = torch.tensor([layout.num_turns for layout in layouts])
+        shape = (1, -1) if self.padding_free else (-1, 1)
+        num_turns = torch.tensor([layout.num_turns for layout in layouts]).view(shape)
+        row_lengths = torch.tensor([len(layout) for layout in layouts]).view(shape)
         if self.padding_free:
             layouts = [concatenate(layouts)]
-            num_turns = num_turns.sum(dim=0, keepdim=True)
         length = max(len(layout) for layout in layouts)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -88,9 +90,9 @@ class OnePassCollator:
             batch["visible_end"].numpy()[index, len(layout) :] = ends
             for name in TOKEN_COLUMNS:
                 batch[name].numpy()[index, : len(layout)] = getattr(layout, name)
-        lengths = torch.tensor([[len(layout)] for layout in layouts])
-        attention_mask = (torch.arange(length) < lengths).long()
-        return {**batch, "attention_mask": attention_mask, "num_turns": num_turns}
+        lengths = row_lengths.sum(dim=1, keepdim=True)
+        batch["attention_mask"] = (torch.arange(length) < lengths).long()
+        return {**batch, "num_turns": num_turns, "row_lengths": row_lengths}
 
 
 def _as_layout(row: Mapping[str, Any]) -> Layout:

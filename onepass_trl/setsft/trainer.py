@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from onepass_trl.data import Layout, build_tree, linearize, split_passes
@@ -330,14 +331,16 @@ class SetSFTTrainer(OnePassSFTTrainer):
         metrics["assignment_entropy"] = [matching.assignment_entropy(self._matched[mode])]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the metrics of training and of matching; the totals of an evaluation start anew."""
-        training = self.model.training
-        if training and self._metrics["train"] and self._seconds["step"]:
+        """Log the metrics of training and of matching."""
+        if self.model.training and self._metrics["train"] and self._seconds["step"]:
             share = self._seconds["matching"] / self._seconds["step"]
             self._metrics["train"]["matching_time_share"] = [share]
         super().log(logs, start_time)
-        if not training:
-            self._matched["eval"][:] = 0
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate; each evaluation has totals of its own."""
+        self._matched["eval"][:] = 0
+        return super().evaluation_loop(*args, **kwargs)
 
     def _time(self) -> float:
         """Return the time in seconds at which the accelerator has done what it was told so far."""

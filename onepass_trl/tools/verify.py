@@ -117,7 +117,7 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     def one_pass() -> float:
         outputs = loss.forward(model, {name: batch[name] for name in loss.INPUTS})
         weights = batch["weights"].to(outputs.log_probs.device)
-        mean = loss.weighted_loss(outputs.log_probs, weights, num_trained)
+        mean = loss.target_losses(outputs.log_probs, weights).sum() / num_trained
         mean.backward()
         return mean.item()
 

@@ -42,25 +42,18 @@ def forward(
         return forward_in_pieces(model, group, inputs, **options)
 
 
-def weighted_loss(
-    log_probs: torch.Tensor,
-    weights: torch.Tensor,
-    num_items: torch.Tensor | int,
-    *,
-    dft: bool = False,
+def target_losses(
+    log_probs: torch.Tensor, weights: torch.Tensor, *, dft: bool = False
 ) -> torch.Tensor:
-    """Return the sum of the targets' losses times their weights, by `num_items`.
+    """Return the loss of each target times its weight, ``(batch, seq)``.
 
     Args:
         log_probs: ``(batch, seq)``, of the targets.
         weights: ``(batch, seq)``, 0 where there is no target.
-        num_items: the sum of the weights over what the loss is the mean of.
         dft: weight each target by its probability too (arXiv 2508.05629).
     """
-    token_loss = -log_probs * weights
-    if dft:
-        token_loss = token_loss * log_probs.detach().exp()
-    return token_loss.sum() / torch.as_tensor(num_items, device=weights.device).clamp(min=1)
+    losses = -log_probs * weights
+    return losses * log_probs.detach().exp() if dft else losses
 
 
 @contextmanager

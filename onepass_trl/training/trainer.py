@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -17,6 +18,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
@@ -41,12 +43,13 @@ from onepass_trl.training.context_parallel import (
     check_context_parallel,
     gather_router_logits,
 )
-from onepass_trl.training.loss import check_head, forward, weighted_loss
+from onepass_trl.training.loss import check_head, forward, target_losses
 from onepass_trl.training.nulls import settle_null_arguments
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
-# What each batch adds to the totals of `_Totals`, beside the loss.
-_COUNTS = ("row_tokens", "npass_tokens", "trained_tokens", "turns")
+# The totals of training and of an evaluation that are logged, and what else is added up with them.
+_LOGGED_TOTALS = ("row_tokens", "npass_tokens", "trained_tokens", "turns")
+_TOTALS = (*_LOGGED_TOTALS, "loss", "entropy", "top1")
 
 
 class OnePassSFTTrainer(SFTTrainer):
@@ -180,7 +183,7 @@ class OnePassSFTTrainer(SFTTrainer):
             padding_free=self.padding_free,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
-        self._totals = {"train": torch.zeros(len(_COUNTS)), "eval": torch.zeros(len(_COUNTS))}
+        self._totals = {mode: dict.fromkeys(_TOTALS, 0.0) for mode in ("train", "eval")}
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and make it leave context parallelism to this trainer."""
@@ -286,9 +289,7 @@ class OnePassSFTTrainer(SFTTrainer):
         weights, num_passes, num_turns, attention_mask = (
             inputs.pop(key) for key in ("weights", "num_passes", "num_turns", "attention_mask")
         )
-        counted = inputs.pop("counted_rows", None)
-        if counted is None:
-            counted = self._num_counted(len(weights))
+        row_lengths, counted = inputs.pop("row_lengths"), inputs.pop("counted_rows", None)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
             # The router statistics are means over tokens. Counting each as often as N passes would
@@ -298,27 +299,45 @@ class OnePassSFTTrainer(SFTTrainer):
         outputs = self._forward(model, inputs)
 
         weights = weights.to(outputs.log_probs.device)
-        loss = weighted_loss(
-            outputs.log_probs,
-            weights,
-            weights.sum() if num_items_in_batch is None else num_items_in_batch,
-            dft=self.args.loss_type == "dft",
-        )
+        losses = target_losses(outputs.log_probs, weights, dft=self.args.loss_type == "dft")
+        num_items = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
         # As in SFTTrainer: `num_items_in_batch` counts the tokens of all processes and DDP averages
         # their gradients; the auxiliary loss is a mean per micro-batch.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self._processes_per_batch)
+        aux_loss = loss.new_zeros(())
         if self.aux_loss_enabled:
+            aux_loss = outputs.aux_loss
             steps = (
                 self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             )
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
 
-        counts = torch.stack(
-            [x[:counted].sum() for x in (attention_mask, num_passes, weights, num_turns)]
+        # In the order of `_TOTALS`.
+        per_token = (attention_mask, num_passes, weights)
+        per_target = (
+            losses.detach(),
+            outputs.entropy.detach() * weights,
+            outputs.is_top1 * weights,
         )
-        self._record(loss, outputs, weights[:counted], counts)
+        counted = self._num_counted(row_lengths.numel()) if counted is None else counted
+        part = self._counted_part(counted, row_lengths)
+        totals = [
+            *(x[part].sum() for x in per_token),
+            num_turns.flatten()[:counted].sum(),
+            *(x[part].sum() for x in per_target),
+        ]
+        self._record(loss.detach(), aux_loss.detach(), torch.stack([x.float() for x in totals]))
         return loss
+
+    def _counted_part(self, counted: int, row_lengths: torch.Tensor) -> tuple[slice, ...]:
+        """Return the part of a ``(batch, seq)`` tensor that the first `counted` rows are."""
+        if counted == row_lengths.numel():
+            return (slice(None),)
+        if self.padding_free:
+            return (slice(None), slice(int(row_lengths.flatten()[:counted].sum())))
+        return (slice(counted),)
 
     def _num_counted(self, num_rows: int) -> int:
         """Return how many rows of this process's batch count in the metrics: all in training.
@@ -328,7 +347,7 @@ class OnePassSFTTrainer(SFTTrainer):
         """
         state = self.accelerator.gradient_state
         last = state.end_of_dataloader and state.remainder > 0
-        if self.model.training or self.padding_free or not last:
+        if self.model.training or not last:
             return num_rows
         before = self.accelerator.process_index // self._processes_per_batch * num_rows
         return min(max(state.remainder - before, 0), num_rows)
@@ -345,42 +364,27 @@ class OnePassSFTTrainer(SFTTrainer):
             group=self._context_parallel_group,
         )
 
-    def _record(
-        self,
-        loss: torch.Tensor,
-        outputs: Any,
-        weights: torch.Tensor,
-        counts: torch.Tensor,
-    ) -> None:
+    def _record(self, loss: torch.Tensor, aux_loss: torch.Tensor, totals: torch.Tensor) -> None:
         """Gather the metrics of a batch over all processes, in one collective."""
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
-        aux_loss = outputs.aux_loss.detach() if self.aux_loss_enabled else loss.new_zeros(())
-        local = torch.stack(
-            [
-                loss.detach().float(),
-                aux_loss.float(),
-                (outputs.entropy.detach()[: len(weights)] * weights).sum().float(),
-                (outputs.is_top1[: len(weights)] * weights).sum().float(),
-            ]
-        )
-        gathered = (
-            self.accelerator.gather(torch.cat([local, counts.to(local)])[None]).double().cpu()
-        )
+        local = torch.cat([torch.stack([loss.float(), aux_loss.float()]), totals])
+        gathered = self.accelerator.gather(local[None]).double().cpu()
         self._check_finite("the loss", gathered[:, 0])
         if self.aux_loss_enabled:
             metrics["aux_loss"].append(gathered[:, 1].mean().item())
-        totals = gathered.sum(dim=0)
-        trained = totals[4 + _COUNTS.index("trained_tokens")].clamp(min=1)
-        metrics["entropy"].append((totals[2] / trained).item())
-        metrics["mean_token_accuracy"].append((totals[3] / trained).item())
+        batch = dict(zip(_TOTALS, gathered[:, 2:].sum(dim=0).tolist(), strict=True))
+        trained = max(batch["trained_tokens"], 1)
+        metrics["entropy"].append(batch["entropy"] / trained)
+        metrics["mean_token_accuracy"].append(batch["top1"] / trained)
 
-        self._totals[mode] = self._totals[mode] + totals[4:] / self._processes_per_batch
-        named = dict(zip(_COUNTS, self._totals[mode].tolist(), strict=True))
-        for name, total in named.items():
-            metrics[name] = [round(total)]
-        metrics["npass_ratio"] = [named["npass_tokens"] / max(named["row_tokens"], 1)]
-        self._total_train_tokens = round(self._totals["train"][0].item())
+        so_far = self._totals[mode]
+        for name, value in batch.items():
+            so_far[name] += value / self._processes_per_batch
+        for name in _LOGGED_TOTALS:
+            metrics[name] = [round(so_far[name])]
+        metrics["npass_ratio"] = [so_far["npass_tokens"] / max(so_far["row_tokens"], 1)]
+        self._total_train_tokens = round(self._totals["train"]["row_tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
 
     def _check_finite(self, what: str, of_processes: torch.Tensor) -> None:
@@ -393,11 +397,43 @@ class OnePassSFTTrainer(SFTTrainer):
             "fp16"
         )
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's metrics and this trainer's totals; those of an evaluation start anew."""
-        super().log(logs, start_time)
-        if not self.model.training:
-            self._totals["eval"].zero_()
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate; the loss is the mean over all targets, whatever the batches and processes.
+
+        transformers' own is a mean of the batches' means. The auxiliary loss of a mixture of
+        experts depends on what is in a batch and is logged as ``aux_loss`` only.
+        """
+        self._totals["eval"] = totals = dict.fromkeys(_TOTALS, 0.0)
+        output = super().evaluation_loop(
+            dataloader,
+            description,
+            prediction_loss_only=True,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+        )
+        loss = totals["loss"] / max(totals["trained_tokens"], 1)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
+    def predict(
+        self,
+        test_dataset: AnyDataset,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """Return the metrics of ``evaluate`` for `test_dataset`, and no predictions."""
+        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        rows = self._prepare_dataset(
+            test_dataset, self.processing_class, self.args, packing, None, metric_key_prefix
+        )
+        return super().predict(rows, ignore_keys, metric_key_prefix)
 
 
 class _Counted:

@@ -29,7 +29,9 @@ def test_padding_and_flattening_keep_every_row(first, second):
     flat = OnePassCollator(padding_free=True)(rows)
     check_visible_end(flat["visible_end"][0].numpy())
     assert flat["input_ids"].tolist() == [[*rows[0].input_ids, *rows[1].input_ids]]
-    assert flat["num_turns"].tolist() == [len(first) + len(second)]
+    assert flat["num_turns"].tolist() == [[len(first), len(second)]]
+    assert flat["row_lengths"].tolist() == [[len(row) for row in rows]]
+    assert padded["row_lengths"].tolist() == [[len(row)] for row in rows]
 
 
 def test_rows_of_a_dataset_give_the_same_batch():

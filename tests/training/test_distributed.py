@@ -142,8 +142,8 @@ def test_two_processes_equal_one(options, single, tmp_path):
 )
 def test_rows_in_pieces_equal_one_process(num_processes, options, single, tmp_path):
     """Context parallelism of two processes each."""
-    # With two batches at a time, the last of three is one alone.
-    evaluation = dict(evaluate=True, per_device_eval_batch_size=1)
+    # Two rows a batch, three rows: the last batches are partly or wholly rows evaluated already.
+    evaluation = dict(evaluate=True, per_device_eval_batch_size=2)
     run_ = run(tmp_path / "run", num_processes, cp_size=2, **evaluation, **options, **FSDP2)
     check_equal(run_, single, options)
     check_evaluation(run_, single)

@@ -140,6 +140,30 @@ def test_evaluation_on_one_and_several_sets(train):
     )
 
 
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_the_loss_of_an_evaluation_is_per_target(train, loss_type):
+    """transformers' mean of the batches' means depends on how the rows are batched."""
+
+    def evaluate(**options):
+        trainer = train(make_model("qwen3"), loss_type=loss_type, **options)
+        return trainer.evaluate(Dataset.from_list(ROWS))
+
+    losses = [
+        evaluate(per_device_eval_batch_size=1),
+        evaluate(per_device_eval_batch_size=4),
+        evaluate(per_device_eval_batch_size=4, padding_free=True),
+        evaluate(per_device_eval_batch_size=2, packing=True, max_length=300),
+    ]
+    expected = losses[0]["eval_loss"]
+    if loss_type == "nll":
+        model = make_model("qwen3").eval()
+        passes = [pass_ for conversation in CONVERSATIONS for pass_ in conversation]
+        assert expected == pytest.approx(n_pass_loss(model, passes).item(), rel=1e-6)
+    assert [metrics["eval_loss"] for metrics in losses] == pytest.approx([expected] * 4, rel=1e-6)
+    totals = ("eval_row_tokens", "eval_trained_tokens", "eval_turns", "eval_npass_tokens")
+    assert len({tuple(metrics[name] for name in totals) for metrics in losses}) == 1
+
+
 def test_streaming(train):
     def generate():
         yield from ROWS
@@ -319,10 +343,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(train):
         train(model=model).train()
 
 
-def test_predictions_with_logits_are_errors(train):
-    trainer = train(eval_dataset=Dataset.from_list(ROWS[:1]))
+def test_outputs_of_the_loss_are_errors(train):
+    trainer = train()
+    batch = next(iter(trainer.get_train_dataloader()))
     with pytest.raises(ValueError, match="computes no logits"):
-        trainer.predict(trainer.eval_dataset)
+        trainer.compute_loss(trainer.model, batch, return_outputs=True)
+
+
+def test_prediction_is_evaluation_without_predictions(train):
+    trainer = train()
+    output = trainer.predict(Dataset.from_list(ROWS[:3]))
+    assert output.predictions is None
+    expected = trainer.evaluate(Dataset.from_list(ROWS[:3]))
+    assert output.metrics["test_loss"] == expected["eval_loss"]
+    assert (
+        trainer.predict(trainer.train_dataset.select(range(3))).metrics["test_loss"]
+        == (expected["eval_loss"])
+    )
 
 
 def test_weights_and_fork_copies_reach_the_loss(train):
