@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -70,6 +70,10 @@ class DeferredMask:
     them keeps training free of ``(seq, seq)`` tensors.
     """
 
+    # `generate` hands the masks that it prepares for a static cache to the model. By the number of
+    # axes transformers tells them from masks of padding, which have two.
+    ndim = 4
+
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self.window: int | None = arguments.get("local_size")
@@ -111,7 +115,7 @@ class DeferredMask:
         return self._mask
 
     def contiguous(self) -> Tensor | None:
-        """Return the mask: `generate` with a static cache prepares masks ahead of the model."""
+        """Return the mask: before transformers 5.24, `generate` calls this for a static cache."""
         mask = self.materialize()
         return None if mask is None else mask.contiguous()
 
@@ -132,6 +136,9 @@ def onepass_mask(
     **kwargs: Any,
 ) -> DeferredMask | Tensor | None:
     """Return a `DeferredMask`, or with cached keys (so without a tree) the mask of "sdpa"."""
+    prepared = kwargs.get("attention_mask")
+    if isinstance(prepared, DeferredMask):
+        return prepared
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -260,10 +267,11 @@ def _before_mixer(
     if kwargs.get("visible_end") is None:
         _check_not_required(module)
         return None
-    if any(kwargs.get(name) is not None for name in ("cache_params", "past_key_values")):
+    # By its type: its name is "cache", and before transformers 5.24 one of several others.
+    if any(isinstance(argument, Cache) for argument in (*args, *kwargs.values())):
         raise ValueError(
             f"{layer_name(module)} got a cache: visible_end describes a whole row, so pass "
-            "use_cache=False and no past_key_values with it"
+            "use_cache=False and no cache with it"
         )
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
         if kwargs.get(name) is not None:
@@ -307,7 +315,7 @@ def _check_layer(
     if key.shape[2] != query.shape[2]:
         raise refuse(
             f"{key.shape[2]} keys for {query.shape[2]} queries: visible_end describes a whole row, "
-            "so pass no past_key_values with it, nor a number as logits_to_keep"
+            "so pass no cache (past_key_values) with it, nor a number as logits_to_keep"
         )
     if dropout > 0 and module.training:
         raise refuse(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from onepass_trl.attention.branching import Branching, is_mixer
 from onepass_trl.attention.transformers_backend import use_onepass_attention, visible_end_required
@@ -118,6 +119,20 @@ def test_a_cache_is_refused(name):
     ids, tree = inputs()
     with pytest.raises(ValueError, match=r"\(layer 0\) got a cache: .*use_cache=False"):
         model(ids, use_cache=True, **tree)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_cache_is_seen_by_whatever_name_it_comes(name):
+    model = make_model(name)
+    use_onepass_attention(model)
+    mixer = next(module for module in model.modules() if is_mixer(module))
+    hidden_states = torch.zeros(1, 4, model.config.hidden_size)
+    visible_end = torch.full((1, 4), 4, dtype=torch.int32)
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="got a cache"):
+        mixer(hidden_states, cache, visible_end=visible_end)
+    with pytest.raises(ValueError, match="got a cache"):
+        mixer(hidden_states=hidden_states, states_of_another_name=cache, visible_end=visible_end)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

@@ -54,7 +54,7 @@ def test_encoder_decoder_is_refused():
 
 
 def test_attention_outside_the_interface_is_refused():
-    config = CONFIG_MAPPING["codegen"](vocab_size=32, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    config = CONFIG_MAPPING["bloom"](vocab_size=32, hidden_size=32, n_layer=1, n_head=4)
     with pytest.raises(ValueError, match="does not go through transformers' AttentionInterface"):
         check_model(AutoModelForCausalLM.from_config(config))
 

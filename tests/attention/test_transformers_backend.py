@@ -2,6 +2,7 @@
 "sdpa".
 """
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import DynamicCache, LlamaModel, StaticCache
 
 from onepass_trl.attention import transformers_backend as backend
 from onepass_trl.attention.transformers_backend import use_onepass_attention
@@ -19,6 +20,8 @@ from .cases import random_visible_end, tree_positions
 
 WITHOUT_SDPA = ("gemma2", "gpt_oss")  # softcap, sinks
 SEQ = 30
+# Keyword of a cache, "past_key_values" before transformers 5.24.
+[CACHE] = {"cache", "past_key_values"} & inspect.signature(LlamaModel.forward).parameters.keys()
 
 
 def random_ids(batch: int = 2, seq: int = SEQ) -> torch.Tensor:
@@ -230,7 +233,7 @@ def deferred(**kwargs):
 
 
 BAD_CALLS = {
-    "cache": ({"keys": 6}, r"Layer \(layer 3\): 6 keys for 4 queries: .* no past_key_values"),
+    "cache": ({"keys": 6}, r"Layer \(layer 3\): 6 keys for 4 queries: .* no cache"),
     "dropout": ({"dropout": 0.1}, "dropout is 0.1, expected 0: set attention_dropout=0.0"),
     "causal": ({"is_causal": False}, "not causal"),
     "bias": ({"position_bias": torch.zeros(1)}, "position_bias changes the scores"),
@@ -258,9 +261,10 @@ def test_sliding_layer_that_passes_no_window_is_refused():
 def test_cached_keys_with_visible_end_are_refused():
     model, ids = make_model("mistral", sliding_window=WINDOW * 4), random_ids()
     use_onepass_attention(model)
-    cache = model(ids[:, :10]).past_key_values
-    with pytest.raises(ValueError, match="pass no past_key_values"):
-        model(ids[:, 10:14], past_key_values=cache, visible_end=torch.full((2, 4), 4).int())
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :10], **{CACHE: cache})
+    with pytest.raises(ValueError, match="pass no cache"):
+        model(ids[:, 10:14], **{CACHE: cache}, visible_end=torch.full((2, 4), 4).int())
     static = StaticCache(config=model.config, max_cache_len=SEQ)
-    with pytest.raises(ValueError, match="pass no past_key_values"):
-        model(ids[:, :9], past_key_values=static, visible_end=torch.full((2, 9), 9).int())
+    with pytest.raises(ValueError, match="pass no cache"):
+        model(ids[:, :9], **{CACHE: static}, visible_end=torch.full((2, 9), 9).int())
