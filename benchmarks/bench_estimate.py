@@ -25,14 +25,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from onepass_trl import Pass
+from onepass_trl.preparation.loading import load_conversations, read_row
+from onepass_trl.preparation.rows import PreparationOptions, passes_of, trees_of
 from onepass_trl.tools.bench.record import write
 from onepass_trl.tools.bench.step import N_PASS, ONE_PASS, make_trainers
 from onepass_trl.tools.bench.workload import labelled, random_model, small_config
 from onepass_trl.tools.estimation import estimate
 from onepass_trl.tools.flops import model_cost
 from onepass_trl.tools.step_time import choose_probes, measure, spread
-from onepass_trl.training.loading import load_conversations, read_row
-from onepass_trl.training.preparation import PreparationOptions, passes_of, trees_of
 
 FILES = ("maths_chat", "tool_chat", "agent_short", "agent_long")
 

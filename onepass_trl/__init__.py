@@ -21,7 +21,7 @@ _EXPORTS = {
     "linearize": "data",
     "OnePassCollator": "data.collator",
     "tree_attention": "attention",
-    "load_conversations": "training",
+    "load_conversations": "preparation.loading",
     "OnePassSFTConfig": "training",
     "OnePassSFTTrainer": "training",
     "SetSFTConfig": "setsft",

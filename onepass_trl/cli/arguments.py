@@ -118,7 +118,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 def trained_turns(text: str) -> Any:
     """Return what ``--train_on`` means, for argparse."""
-    from onepass_trl.training.config import parse_train_on
+    from onepass_trl.preparation.rows import parse_train_on
 
     try:
         return parse_train_on(text)

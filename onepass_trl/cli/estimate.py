@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from onepass_trl.preparation.rows import PreparationOptions
     from onepass_trl.tools.estimation import Estimate
     from onepass_trl.tools.step_time import StepTime
-    from onepass_trl.training.preparation import PreparationOptions
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -26,10 +26,10 @@ def main(argv: list[str]) -> int:
     import torch
 
     from onepass_trl.cli.arguments import fit_vocabulary, load_config, load_tokenizer
+    from onepass_trl.preparation.loading import read_row
     from onepass_trl.tools.estimation import estimate
     from onepass_trl.tools.estimation_report import as_json, report
     from onepass_trl.tools.flops import model_cost
-    from onepass_trl.training.loading import read_row
 
     tokenizer = load_tokenizer(options)
     config = load_config(options.model_name_or_path)
@@ -131,7 +131,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:
     """Return the dataset, and the rows to look at, in their order."""
-    from onepass_trl.training.loading import load_conversations
+    from onepass_trl.preparation.loading import load_conversations
 
     dataset = load_conversations(
         options.dataset, options.dataset_split, config=options.dataset_config
@@ -143,8 +143,8 @@ def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:
 
 
 def _preparation(options: argparse.Namespace, dataset: Any) -> PreparationOptions:
-    from onepass_trl.training.nulls import settle_null_arguments
-    from onepass_trl.training.preparation import PreparationOptions
+    from onepass_trl.preparation.nulls import settle_null_arguments
+    from onepass_trl.preparation.rows import PreparationOptions
 
     return PreparationOptions(
         max_length=options.max_length,
@@ -175,8 +175,8 @@ def _measure(
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, set_seed
 
+    from onepass_trl.preparation.loading import read_row
     from onepass_trl.tools.step_time import check_memory, choose_probes, measure, spread
-    from onepass_trl.training.loading import read_row
 
     chosen = spread(found.row_tokens)
     rows, passes = choose_probes(

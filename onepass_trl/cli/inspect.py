@@ -84,9 +84,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> Inspection:
     from onepass_trl.cli.arguments import load_tokenizer
+    from onepass_trl.preparation.loading import load_conversations, read_row
+    from onepass_trl.preparation.nulls import settle_null_arguments
     from onepass_trl.tools.inspection import inspect_row
-    from onepass_trl.training.loading import load_conversations, read_row
-    from onepass_trl.training.nulls import settle_null_arguments
 
     dataset = load_conversations(
         options.dataset, options.dataset_split, config=options.dataset_config

@@ -154,7 +154,7 @@ def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any
     """
     from trl import get_dataset
 
-    from onepass_trl.training.loading import load_conversations
+    from onepass_trl.preparation.loading import load_conversations
 
     if mixture.datasets:
         splits = get_dataset(mixture)

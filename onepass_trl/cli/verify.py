@@ -126,8 +126,8 @@ def load_passes(
 ) -> list[list[Pass]]:
     """Return the passes of the first conversations that the options name, cut to ``max_length``."""
     from onepass_trl.chat.rows import row_to_passes
-    from onepass_trl.training.loading import load_conversations, read_row
-    from onepass_trl.training.nulls import settle_null_arguments
+    from onepass_trl.preparation.loading import load_conversations, read_row
+    from onepass_trl.preparation.nulls import settle_null_arguments
 
     dataset = load_conversations(
         options.dataset_name, options.dataset_split, config=options.dataset_config

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from hashlib import sha256
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow.compute as compute
@@ -17,21 +14,20 @@ from transformers import PreTrainedTokenizerBase
 from onepass_trl.data import Overflow, build_tree, limit_passes, pack
 from onepass_trl.data.packing import PassTooLongError
 from onepass_trl.passes import Pass
-from onepass_trl.setsft.collator import SET_COLUMNS, from_row, to_row
-from onepass_trl.setsft.rendering import ForkingTokens, row_to_traces
-from onepass_trl.setsft.traces import Trace, TraceSet
-from onepass_trl.training.nulls import with_exact_nulls
-from onepass_trl.training.preparation import (
+from onepass_trl.preparation.datasets import (
     AnyDataset,
-    PreparationOptions,
     check_no_transform,
     check_not_text,
     has_tokens,
     pack_and_shuffle,
-    register_families,
     render_rows,
     report_unverified,
 )
+from onepass_trl.preparation.nulls import with_exact_nulls
+from onepass_trl.preparation.rows import PreparationOptions, register_families
+from onepass_trl.setsft.collator import SET_COLUMNS, from_row, to_row
+from onepass_trl.setsft.rendering import ForkingTokens, row_to_traces
+from onepass_trl.setsft.traces import Trace, TraceSet
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +55,6 @@ _REPORT_COLUMNS = tuple(asdict(Overflow()) | asdict(Report()))
 _RENDERED_FEATURES = {**_SET_FEATURES, **{name: Value("int64") for name in _REPORT_COLUMNS}}
 
 
-@cache
-def _code_digest() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
 @dataclass(frozen=True)
 class SetOptions:
     """How sets are made: see `SetSFTConfig` for each."""
@@ -72,8 +62,6 @@ class SetOptions:
     rows: PreparationOptions
     tokens: ForkingTokens
     excess_traces: str
-    code: str = field(default_factory=_code_digest)
-    """The cache of `datasets` must not outlive the code that made its rows."""
 
 
 def is_prepared(column_names: list[str]) -> bool:
@@ -113,8 +101,7 @@ def prepare_dataset(
     else:
         dataset = _render(dataset, column_names, tokenizer, options, name, described)
     dataset = dataset.select_columns(list(SET_COLUMNS))
-    rows = replace(options.rows, code=options.code)
-    return pack_and_shuffle(dataset, rows, _pack_batch, _SET_FEATURES, described("Packing"))
+    return pack_and_shuffle(dataset, options.rows, _pack_batch, _SET_FEATURES, described("Packing"))
 
 
 def _check_prepared(dataset: AnyDataset, options: SetOptions, name: str) -> None:
@@ -187,6 +174,7 @@ def make_sets(
         chat_template_kwargs=options.rows.chat_template_kwargs,
         null_arguments=options.rows.null_arguments,
         verify=options.rows.verifies(index),
+        known_templates=options.rows.known_templates,
     )
     num_tokens = len(options.tokens.ids)
     if len(traces) > num_tokens and options.excess_traces == "error":

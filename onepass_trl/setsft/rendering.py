@@ -20,6 +20,11 @@ from onepass_trl.chat.rendering import AnswerRenderer, TurnTexts
 from onepass_trl.chat.rows import NullArguments
 from onepass_trl.chat.template import Template
 from onepass_trl.passes import Pass
+from onepass_trl.preparation.round_trip import (
+    KnownTemplates,
+    check_round_trip,
+    no_response_template,
+)
 from onepass_trl.setsft.tokens import (
     DEFAULT_FORMAT,
     find_thinking_opener,
@@ -27,7 +32,6 @@ from onepass_trl.setsft.tokens import (
     forking_tokens,
 )
 from onepass_trl.setsft.traces import Trace
-from onepass_trl.training.round_trip import check_round_trip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +95,7 @@ def row_to_traces(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     null_arguments: NullArguments = "error",
     verify: bool = False,
+    known_templates: KnownTemplates = no_response_template,
 ) -> list[Trace]:
     """Return the traces of a dataset row, one for each of its completions.
 
@@ -105,7 +110,8 @@ def row_to_traces(
         tokens: the forking tokens.
         chat_template_kwargs: further arguments of the template; the row's own come first.
         null_arguments: as for `onepass_trl.chat.row_to_conversation`.
-        verify: also parse the messages back, see `onepass_trl.training.round_trip`.
+        verify: also parse the messages back, see `onepass_trl.preparation.round_trip`.
+        known_templates: how they are parsed, where the tokenizer doesn't say it.
 
     Raises:
         ChatFormatError: if the row can't be read or rendered, a completion has no thinking opener,
@@ -149,7 +155,8 @@ def row_to_traces(
                 turn = answers.render(answer)
                 if verify:
                     pass_ = encoder.encode(turn.context, turn.completion)
-                    check_round_trip(RenderedTurn(**vars(turn), rendered=pass_), tokenizer)
+                    rendered = RenderedTurn(**vars(turn), rendered=pass_)
+                    check_round_trip(rendered, tokenizer, known_templates)
                 parts = _split(turn.context, turn.completion, tokens.opener)
             traces.append(_to_trace(parts, number, tokens, encoder))
         except ChatFormatError as error:

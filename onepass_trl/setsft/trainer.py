@@ -23,6 +23,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from onepass_trl.data import Layout, build_tree, linearize, split_passes
 from onepass_trl.data.collator import OnePassCollator
+from onepass_trl.preparation.rows import PreparationOptions
 from onepass_trl.setsft import matching, preparation
 from onepass_trl.setsft.collator import SET_COLUMNS, SetCollator
 from onepass_trl.setsft.config import SetSFTConfig
@@ -31,7 +32,6 @@ from onepass_trl.setsft.tokens import add_forking_tokens
 from onepass_trl.setsft.traces import TraceSet
 from onepass_trl.training import OnePassSFTTrainer
 from onepass_trl.training.arguments import one_pass_model_kwargs, to_config
-from onepass_trl.training.preparation import PreparationOptions
 from onepass_trl.training.trainer import AnyDataset
 
 # A forward of the matching may have so many, however little a batch trains.

@@ -12,6 +12,13 @@ from numpy.typing import NDArray
 
 from onepass_trl.data import Layout, Overflow, linearize, pack
 from onepass_trl.passes import IGNORE_INDEX
+from onepass_trl.preparation.datasets import PACK_BATCH_SIZE
+from onepass_trl.preparation.rows import (
+    PreparationOptions,
+    describe_invalid,
+    passes_of,
+    trees_of,
+)
 from onepass_trl.tools.flops import (
     ATTENTION_FORWARDS,
     HEAD_FORWARDS,
@@ -19,13 +26,6 @@ from onepass_trl.tools.flops import (
     ModelCost,
 )
 from onepass_trl.tools.tiles import TILE, count_tiles
-from onepass_trl.training.preparation import (
-    PACK_BATCH_SIZE,
-    PreparationOptions,
-    describe_invalid,
-    passes_of,
-    trees_of,
-)
 from onepass_trl.visibility import causal_visible_end
 
 if TYPE_CHECKING:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onepass_trl.preparation.rows import describe_invalid
 from onepass_trl.tools.estimation import Estimate, Work, weighted_pairs
-from onepass_trl.tools.step_time import StepTime
-from onepass_trl.training.preparation import describe_invalid
+
+if TYPE_CHECKING:
+    from onepass_trl.tools.step_time import StepTime
 
 PARTS = {"linear": "linear", "attention": "attention", "head": "LM head"}  # of `StepFlops`
 _BAR = 30  # characters of the longest bar

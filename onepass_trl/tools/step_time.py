@@ -14,6 +14,7 @@ from scipy.optimize import nnls
 from onepass_trl.data import Layout, linearize
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.passes import Pass
+from onepass_trl.preparation.rows import PreparationOptions, passes_of, trees_of
 from onepass_trl.tools.bench.timing import seconds_of
 from onepass_trl.tools.bench.workload import labelled, missing_memory
 from onepass_trl.tools.estimation import (
@@ -22,7 +23,6 @@ from onepass_trl.tools.estimation import (
     work_of_pass,
     work_of_row,
 )
-from onepass_trl.training.preparation import PreparationOptions, passes_of, trees_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

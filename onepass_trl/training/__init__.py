@@ -5,7 +5,6 @@ from onepass_trl.training.versions import check_versions
 check_versions()
 
 from onepass_trl.training.config import OnePassSFTConfig  # noqa: E402 (older packages lack names)
-from onepass_trl.training.loading import load_conversations  # noqa: E402
 from onepass_trl.training.trainer import OnePassSFTTrainer  # noqa: E402
 
-__all__ = ["OnePassSFTConfig", "OnePassSFTTrainer", "load_conversations"]
+__all__ = ["OnePassSFTConfig", "OnePassSFTTrainer"]

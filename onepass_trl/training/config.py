@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -16,6 +15,7 @@ from onepass_trl.attention.api import Impl
 from onepass_trl.chat.rendering import TrainOn
 from onepass_trl.chat.rows import NullArguments
 from onepass_trl.data import packing
+from onepass_trl.preparation.rows import parse_train_on
 
 INVALID_POLICIES = ("error", "drop")
 NULL_ARGUMENTS = ("auto", *get_args(NullArguments))
@@ -191,29 +191,6 @@ class OnePassSFTConfig(SFTConfig):
                 "labels shifted along the row, which a tree of turns doesn't have. Set "
                 "label_smoothing_factor=0"
             )
-
-
-def parse_train_on(value: str | Sequence[int]) -> TrainOn:
-    """Return what ``train_on`` means: ``"all"``, ``"last"`` or the list of turn indices.
-
-    Raises:
-        ValueError: if it means none of these.
-    """
-    if value == "all":
-        return "all"
-    if value == "last":
-        return "last"
-    parsed: object = value
-    if isinstance(value, str):
-        try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError:
-            parsed = None
-    if isinstance(parsed, list) and all(type(index) is int for index in parsed):
-        return parsed
-    raise ValueError(
-        f"train_on must be 'all', 'last' or a list of turn indices such as [0, 2], got {value!r}"
-    )
 
 
 def check_parallelism(parallelism: ParallelismConfig | None) -> None:

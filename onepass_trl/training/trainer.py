@@ -26,7 +26,9 @@ from trl.trainer.utils import global_then_local_main_first
 from onepass_trl.attention.model_check import check_rotary_embedding
 from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
 from onepass_trl.data.collator import OnePassCollator
-from onepass_trl.training import preparation
+from onepass_trl.preparation.datasets import ROW_COLUMNS, prepare_dataset
+from onepass_trl.preparation.nulls import settle_null_arguments
+from onepass_trl.preparation.rows import PreparationOptions
 from onepass_trl.training.arguments import (
     check_not_empty,
     check_prepared,
@@ -44,7 +46,7 @@ from onepass_trl.training.context_parallel import (
     gather_router_logits,
 )
 from onepass_trl.training.loss import check_head, forward, target_losses
-from onepass_trl.training.nulls import settle_null_arguments
+from onepass_trl.training.response_templates import trl_response_template
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
 # The totals of training and of an evaluation that are logged, and what else is added up with them.
@@ -97,7 +99,7 @@ class OnePassSFTTrainer(SFTTrainer):
         "id": "2504.18246",
     }
 
-    _row_columns: tuple[str, ...] = preparation.ROW_COLUMNS
+    _row_columns: tuple[str, ...] = ROW_COLUMNS
     """Columns of a prepared dataset."""
 
     def __init__(
@@ -225,7 +227,7 @@ class OnePassSFTTrainer(SFTTrainer):
                 "packing fills rows up to max_length, which is None: set max_length, or "
                 "packing=False"
             )
-        options = preparation.PreparationOptions(
+        options = PreparationOptions(
             max_length=args.max_length,
             overflow=args.overflow,
             train_on=args.trained_turns,
@@ -236,6 +238,7 @@ class OnePassSFTTrainer(SFTTrainer):
             verify_rendering=args.verify_rendering,
             num_proc=args.dataset_num_proc,
             shuffle_seed=args.seed if args.shuffle_dataset else None,
+            known_templates=trl_response_template,
         )
         with global_then_local_main_first():
             return self._make_rows(dataset, column_names, options, dataset_name)
@@ -244,10 +247,10 @@ class OnePassSFTTrainer(SFTTrainer):
         self,
         dataset: AnyDataset,
         column_names: list[str],
-        options: preparation.PreparationOptions,
+        options: PreparationOptions,
         name: str,
     ) -> AnyDataset:
-        return preparation.prepare_dataset(dataset, column_names, self._tokenizer, options, name)
+        return prepare_dataset(dataset, column_names, self._tokenizer, options, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self._row_columns)

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat import ChatFormatError, RenderedTurn, render_turns
 from onepass_trl.data import build_tree, linearize
-from onepass_trl.training.round_trip import check_round_trip
+from onepass_trl.preparation.round_trip import check_round_trip
+from onepass_trl.training.response_templates import trl_response_template
 from tests.chat.families import CASES, Case
 from tests.chat.tokenizers import SHARED, make_real_tokenizer
 
@@ -112,7 +113,7 @@ def cover(
             coverage.stopped += int(item.token_ids[-1]) in ends
             coverage.npass_tokens += len(item)
             try:
-                if check_round_trip(turn, tokenizer):
+                if check_round_trip(turn, tokenizer, trl_response_template):
                     coverage.round_trips += 1
                 else:
                     coverage.misread[UNKNOWN_PROMPT] += 1

@@ -12,6 +12,8 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
+from onepass_trl.preparation.round_trip import check_round_trip
+from onepass_trl.preparation.rows import NUM_VERIFIED_ROWS
 from onepass_trl.setsft import (
     ForkingDiversityCallback,
     SetSFTConfig,
@@ -22,8 +24,6 @@ from onepass_trl.setsft import (
     rendering,
 )
 from onepass_trl.setsft.collator import SET_COLUMNS
-from onepass_trl.training.preparation import NUM_VERIFIED_ROWS
-from onepass_trl.training.round_trip import check_round_trip
 from tests.models import make_model
 from tests.setsft.sets import ROWS, random_set
 from tests.setsft.trainers import (
@@ -345,15 +345,15 @@ class TestOptions:
     )
     def test_completions_are_parsed_back(self, make, monkeypatch, choice, verified):
         turns = []
-        monkeypatch.setattr(rendering, "check_round_trip", lambda turn, _: turns.append(turn))
+        monkeypatch.setattr(rendering, "check_round_trip", lambda turn, *_: turns.append(turn))
         rows = [ROWS[0]] * 10
         make(rows, verify_rendering=choice)
         assert len(turns) == verified * len(ROWS[0]["completions"])
 
     def test_a_completion_that_is_parsed_as_another_is_an_error(self, make, monkeypatch):
-        def check_another(turn, tokenizer):
+        def check_another(turn, *arguments):
             another = replace(turn, message={**turn.message, "content": "another"})
-            return check_round_trip(another, tokenizer)
+            return check_round_trip(another, *arguments)
 
         monkeypatch.setattr(rendering, "check_round_trip", check_another)
         with pytest.raises(ValueError, match=r"row 0 .* completion 0 .*gives back another content"):

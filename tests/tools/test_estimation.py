@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from onepass_trl import Pass, build_tree, linearize
 from onepass_trl.data import split_passes
+from onepass_trl.preparation.rows import PreparationOptions, make_rows
 from onepass_trl.tools.estimation import estimate, work_of_pass, work_of_row
 from onepass_trl.tools.estimation_plot import draw
 from onepass_trl.tools.estimation_report import as_json, report, turn_bins
 from onepass_trl.tools.flops import AttentionLayers, ModelCost
-from onepass_trl.training.preparation import PreparationOptions, make_rows
 from onepass_trl.visibility import dense_mask
 from tests.chat.tokenizers import small_tokenizer
 from tests.conversations import as_row, forked_rollouts, random_chat

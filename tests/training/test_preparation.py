@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from onepass_trl.chat import ChatFormatError
-from onepass_trl.training.preparation import ROW_COLUMNS
+from onepass_trl.preparation.datasets import ROW_COLUMNS
 from tests.conversations import as_row, random_chat
 from tests.models import make_model
 from tests.training.conversations import CONVERSATIONS, ROWS, history
@@ -171,10 +171,10 @@ def test_invalid_turns_are_left_out_where_asked(train, streaming, caplog):
 
 
 def test_turns_that_are_read_otherwise_are_left_out_where_all_are_read(train, monkeypatch):
-    def check(turn, tokenizer):
+    def check(turn, tokenizer, known_templates):
         raise ChatFormatError(f"{turn.name}: parsing gives back another content")
 
-    monkeypatch.setattr("onepass_trl.training.preparation.check_round_trip", check)
+    monkeypatch.setattr("onepass_trl.preparation.rows.check_round_trip", check)
     dataset = Dataset.from_list([BAD_ROWS[2]] * 2)
     with pytest.raises(ValueError, match=r"row 0 of the train dataset: .*parsing gives back"):
         train(dataset=dataset, invalid_turns="drop")  # the rows behind the first aren't read
@@ -252,7 +252,7 @@ def test_train_on_chooses_among_given_passes(train):
 def test_fillers_next_to_json_are_not_taken_for_nulls(train):
     from datasets import Features, Json, LargeList, List, Value
 
-    from onepass_trl.training.nulls import settle_null_arguments
+    from onepass_trl.preparation.nulls import settle_null_arguments
 
     def settled(arguments, wrap=List):
         call = {"function": {"name": Value("string"), "arguments": arguments}}

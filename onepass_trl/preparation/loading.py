@@ -7,7 +7,6 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
-from onepass_trl.training.nulls import with_exact_nulls
+from onepass_trl.preparation.cache import code_digest
+from onepass_trl.preparation.nulls import with_exact_nulls
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
@@ -145,9 +145,9 @@ def _rows_of_json(name: str, files: list[str], streaming: bool) -> Any:
     arguments: dict[str, Any] = {"files": tuple(files), "columns": tuple(columns)}
     if streaming:
         return IterableDataset.from_generator(_text_rows, features=features, gen_kwargs=arguments)
-    # For the cache of `datasets`: it must not outlive the files' content, nor this code.
+    # For the cache of `datasets`: it must not outlive the files' content, nor the code.
     stamps = [(Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
-    version = (tuple(stamps), sha256(Path(__file__).read_bytes()).hexdigest())
+    version = (tuple(stamps), code_digest())
     try:
         return Dataset.from_generator(
             _text_rows, features=features, gen_kwargs={**arguments, "version": version}

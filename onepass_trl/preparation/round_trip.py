@@ -10,8 +10,7 @@ import functools
 import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -19,33 +18,36 @@ from transformers.utils.chat_parsing.response_templates import (
     ResponseTemplate,
     load_response_template,
 )
-from trl.chat_template_utils import add_response_schema
 
 from onepass_trl.chat import ChatFormatError, RenderedTurn
 
 # The parser reads so many characters of the context, to see what of the message the prompt holds.
 PROMPT_LENGTH = 200
 
+KnownTemplates: TypeAlias = Callable[[str], ResponseTemplate | None]
+"""Returns how answers to a chat template, by its Jinja source, are parsed; None if not known."""
+
 
 def response_template_of(
-    tokenizer: PreTrainedTokenizerBase, template: str
+    tokenizer: PreTrainedTokenizerBase, template: str, known: KnownTemplates
 ) -> ResponseTemplate | None:
-    """Return how answers to a chat template are parsed: the tokenizer's way, or TRL's.
+    """Return how answers to a chat template are parsed: the tokenizer's way, or a known one.
 
     Args:
         tokenizer: The tokenizer. Its ``response_template``, if it has one, is meant for its own
             chat template.
         template: The Jinja source of the chat template.
+        known: Asked where the tokenizer doesn't say it.
 
     Returns:
-        A response template of transformers, None if neither the tokenizer nor TRL has one.
+        A response template of transformers, None if there is none.
 
     Raises:
         ChatFormatError: if the tokenizer's isn't valid.
     """
     own = getattr(tokenizer, "response_template", None)
     if own is None or template != tokenizer.chat_template:
-        return _trl_response_template(template)
+        return known(template)
     try:
         return load_response_template(own)
     except (TypeError, ValueError) as error:
@@ -55,17 +57,13 @@ def response_template_of(
         ) from error
 
 
-@functools.lru_cache(maxsize=8)
-def _trl_response_template(template: str) -> ResponseTemplate | None:
-    # TRL knows templates by their text and sets the attribute; the user's tokenizer is left alone.
-    stand_in = SimpleNamespace(chat_template=template)
-    try:
-        return load_response_template(add_response_schema(stand_in).response_template)
-    except ValueError:
-        return None
+def no_response_template(template: str) -> None:
+    """Return None, whatever the chat template: only tokenizers say how answers are parsed."""
 
 
-def check_round_trip(turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase) -> bool:
+def check_round_trip(
+    turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase, known: KnownTemplates
+) -> bool:
     """Check that parsing the turn's completion gives its message back.
 
     White space around texts doesn't count, nor do the types of arguments: some templates write the
@@ -77,7 +75,7 @@ def check_round_trip(turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         ChatFormatError: if another message comes back, or none; it shows where they differ.
     """
-    response_template = response_template_of(tokenizer, turn.template)
+    response_template = response_template_of(tokenizer, turn.template, known)
     prompt = turn.context[-PROMPT_LENGTH:]
     if response_template is None or not response_template.start_anchor_re.search(prompt):
         return False

@@ -11,12 +11,10 @@ from datasets import Dataset
 
 from onepass_trl.chat import ChatFormatError, render_turns
 from onepass_trl.chat.families import Composable, registry
-from onepass_trl.training.preparation import (
-    NUM_VERIFIED_ROWS,
-    PreparationOptions,
-    prepare_dataset,
-)
-from onepass_trl.training.round_trip import check_round_trip
+from onepass_trl.preparation.datasets import prepare_dataset
+from onepass_trl.preparation.round_trip import check_round_trip
+from onepass_trl.preparation.rows import NUM_VERIFIED_ROWS, PreparationOptions
+from onepass_trl.training.response_templates import trl_response_template
 from tests.chat.tokenizers import small_tokenizer
 
 QUESTION = {"role": "user", "content": "2+2?"}
@@ -39,7 +37,7 @@ def test_turns_are_parsed_back():
     tokenizer = small_tokenizer("qwen3")
     for messages in (GOOD, calling(text='it\'s "4"', number=4, flag=True, nothing=None)):
         [turn] = render_turns(messages, tokenizer)
-        assert check_round_trip(turn, tokenizer)
+        assert check_round_trip(turn, tokenizer, trl_response_template)
     assert tokenizer.response_template is None
 
 
@@ -48,7 +46,7 @@ def test_turns_are_parsed_back():
 def test_types_of_arguments_do_not_count(template, value):
     tokenizer = small_tokenizer(template)
     [turn] = render_turns(calling(value=value), tokenizer)
-    assert check_round_trip(turn, tokenizer)
+    assert check_round_trip(turn, tokenizer, trl_response_template)
 
 
 def test_the_error_shows_where_both_differ():
@@ -56,7 +54,7 @@ def test_the_error_shows_where_both_differ():
     [turn] = render_turns(BAD, tokenizer)
     match = r"turn 0 .*gives back another .*from character \d+ on it has .*, the message has .*"
     with pytest.raises(ChatFormatError, match=match + "verify_rendering=False"):
-        check_round_trip(turn, tokenizer)
+        check_round_trip(turn, tokenizer, trl_response_template)
 
 
 def test_another_text_is_found():
@@ -72,7 +70,7 @@ def test_another_text_is_found():
     [turn] = render_turns([QUESTION, message], tokenizer)
     match = r"content: from character 12 on it has 'Four and the', .* has 'Four and the rest'"
     with pytest.raises(ChatFormatError, match=match):
-        check_round_trip(turn, tokenizer)
+        check_round_trip(turn, tokenizer, trl_response_template)
 
 
 def test_an_unparsable_completion_is_an_error():
@@ -83,10 +81,10 @@ def test_an_unparsable_completion_is_an_error():
     }
     [turn] = render_turns(GOOD, tokenizer)
     with pytest.raises(ChatFormatError, match="would learn to generate fails: "):
-        check_round_trip(turn, tokenizer)
+        check_round_trip(turn, tokenizer, trl_response_template)
     tokenizer.response_template = {"fields": {}}
     with pytest.raises(ChatFormatError, match=r"tokenizer\.response_template can't be used"):
-        check_round_trip(turn, tokenizer)
+        check_round_trip(turn, tokenizer, trl_response_template)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +112,12 @@ def prepared(rows, template, **options):
         [{name: json.dumps(row.get(name)) for name in names} for row in rows]
     )
     options = PreparationOptions(
-        max_length=None, overflow="error", train_on="all", packing=False, **options
+        max_length=None,
+        overflow="error",
+        train_on="all",
+        packing=False,
+        known_templates=trl_response_template,
+        **options,
     )
     try:
         prepare_dataset(dataset, names, small_tokenizer(template), options, "train")

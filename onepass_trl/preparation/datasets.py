@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
-from hashlib import sha256
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import pyarrow.compute as compute
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from onepass_trl.chat.errors import ChatFormatError
-from onepass_trl.chat.families import Family, register_family, registered_families
-from onepass_trl.chat.rendering import RenderedTurn, TrainOn
-from onepass_trl.chat.rows import NullArguments, numbered_passes, row_to_turns
-from onepass_trl.data import (
-    Layout,
-    Overflow,
-    TokenTree,
-    build_tree,
-    concatenate,
-    limit_passes,
-    linearize,
-    pack,
-    split_passes,
-)
+from onepass_trl.data import Layout, Overflow, TokenTree, concatenate, linearize, pack
 from onepass_trl.data.layout import TOKEN_COLUMNS
-from onepass_trl.passes import Pass
-from onepass_trl.training.nulls import with_exact_nulls
-from onepass_trl.training.round_trip import check_round_trip, response_template_of
+from onepass_trl.preparation.nulls import with_exact_nulls
+from onepass_trl.preparation.round_trip import response_template_of
+from onepass_trl.preparation.rows import (
+    PreparationOptions,
+    describe_invalid,
+    make_rows,
+    register_families,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +30,6 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 # packed.
 RENDER_BATCH_SIZE = 16
 PACK_BATCH_SIZE = 1000
-# So many rows of a dataset are parsed back unless `verify_rendering` says otherwise.
-NUM_VERIFIED_ROWS = 8
-_NUM_SHOWN = 5  # invalid turns whose errors are logged
 
 ROW_COLUMNS = (*TOKEN_COLUMNS, "num_turns")
 _ROW_FEATURES = {
@@ -60,42 +45,6 @@ _RENDERED_FEATURES = {
     "invalid": List(Value("string")),
     **{f"overflow_{name}": Value("int64") for name in _OVERFLOW_COLUMNS},
 }
-
-
-@cache
-def _code_digest() -> str:
-    """Return a digest of the modules that make rows."""
-    package = Path(__file__).parents[1]
-    files = [package / "passes.py", *sorted((package / "chat").rglob("*.py"))]
-    files += [*sorted((package / "data").glob("*.py")), Path(__file__)]
-    files += [Path(__file__).with_name(name) for name in ("nulls.py", "round_trip.py")]
-    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-@dataclass(frozen=True)
-class PreparationOptions:
-    """How rows are made: see `OnePassSFTConfig` for each."""
-
-    max_length: int | None
-    overflow: str
-    train_on: TrainOn
-    packing: bool
-    invalid_turns: str = "error"
-    null_arguments: NullArguments = "error"
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    verify_rendering: bool | None = None
-    num_proc: int | None = None
-    shuffle_seed: int | None = None
-    families: tuple[Family, ...] = field(default_factory=registered_families)
-    """The registered families: for the cache, and for processes that don't inherit them."""
-    code: str = field(default_factory=lambda: _code_digest())
-    """The cache of `datasets` must not outlive the code that made its rows."""
-
-    def verifies(self, index: int) -> bool:
-        """Return whether the row at `index` is parsed back after rendering."""
-        if self.verify_rendering is None:
-            return index < NUM_VERIFIED_ROWS
-        return self.verify_rendering
 
 
 def is_prepared(column_names: list[str]) -> bool:
@@ -268,8 +217,8 @@ def report_unverified(
     """Log why conversations aren't parsed back, if they are meant to be and aren't."""
     if options.verify_rendering is False:
         return
-    template = tokenizer.chat_template
-    if isinstance(template, str) and response_template_of(tokenizer, template) is None:
+    template, known = tokenizer.chat_template, options.known_templates
+    if isinstance(template, str) and response_template_of(tokenizer, template, known) is None:
         logger.log(
             logging.WARNING if options.verify_rendering else logging.INFO,
             "%s dataset: rendered turns aren't parsed back to compare them with their messages, "
@@ -277,80 +226,6 @@ def report_unverified(
             "To have them verified, set tokenizer.response_template",
             name,
         )
-
-
-def make_rows(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    options: PreparationOptions,
-    *,
-    verify: bool = False,
-) -> tuple[list[Layout], Overflow, list[str]]:
-    """Return the rows of one conversation, what an overflow policy took away, and why turns were
-    left out, see `passes_of`."""
-    passes, _, invalid = passes_of(row, tokenizer, options, verify=verify)
-    _, trees, lost = trees_of(passes, options)
-    return [linearize(tree) for tree in trees], lost, invalid
-
-
-def passes_of(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    options: PreparationOptions,
-    *,
-    verify: bool = False,
-) -> tuple[list[Pass], list[RenderedTurn] | None, list[str]]:
-    """Return the passes of a row, the turns that they are, and why other turns were left out.
-
-    The turns are None for a row of passes. With ``invalid_turns="error"`` none is left out, and
-    what is wrong is raised.
-    """
-    invalid: list[str] = []
-    drops = options.invalid_turns == "drop"
-
-    def leave_out(error: ChatFormatError) -> None:
-        invalid.append(str(error))
-
-    try:
-        if row.get("passes") is not None:
-            return list(numbered_passes(row["passes"], options.train_on).values()), None, invalid
-        turns = row_to_turns(
-            row,
-            tokenizer,
-            chat_template_kwargs=options.chat_template_kwargs,
-            train_on=options.train_on,
-            null_arguments=options.null_arguments,
-            on_error=leave_out if drops else None,
-        )
-    except ChatFormatError as error:
-        if not drops:
-            raise
-        leave_out(error)
-        return [], [], invalid
-    kept = []
-    for turn in turns:
-        try:
-            if verify:
-                check_round_trip(turn, tokenizer)
-        except ChatFormatError as error:
-            if not (drops and options.verify_rendering):
-                raise  # seen in a sample of the rows, it may be wrong with all of them
-            leave_out(error)
-        else:
-            kept.append(turn)
-    return [turn.rendered for turn in kept], kept, invalid
-
-
-def trees_of(
-    passes: list[Pass], options: PreparationOptions
-) -> tuple[list[Pass], list[TokenTree], Overflow]:
-    """Return the passes that ``max_length`` leaves, their trees, and what was taken away."""
-    if not passes:
-        return [], [], Overflow()
-    if options.max_length is None:
-        return passes, [build_tree(passes)], Overflow(longest=max(map(len, passes)))
-    passes, lost = limit_passes(passes, options.max_length, options.overflow)
-    return passes, split_passes(passes, options.max_length) if passes else [], lost
 
 
 def render_rows(
@@ -386,12 +261,6 @@ def render_rows(
         },
         **described,
     )
-
-
-def register_families(options: PreparationOptions) -> None:
-    """Register the families of user code, also in a process that didn't inherit them."""
-    for family in reversed(options.families):
-        register_family(family)
 
 
 def _render_batch(
@@ -466,16 +335,6 @@ def _report_lost(dataset: Dataset, options: PreparationOptions, name: str) -> bo
     if not num_turns.any():
         raise ValueError(f"the {name} dataset has no row left to train: {'. '.join(problems)}")
     return not num_turns.all()
-
-
-def describe_invalid(invalid: Sequence[str]) -> str:
-    """Return in words which turns, or rows without a readable turn, have been left out and why."""
-    shown = "".join(f"\n  {problem}" for problem in invalid[:_NUM_SHOWN])
-    rest = len(invalid) - _NUM_SHOWN
-    return (
-        f"no exact pass can be made of {len(invalid)} turns or rows, which are left out:{shown}"
-        + (f"\n  and {rest} others" if rest > 0 else "")
-    )
 
 
 def _describe(lost: Overflow, max_length: int | None, overflow: str) -> str:
