@@ -82,6 +82,7 @@ _SHARED_KEYS = dict(
 )
 OTHERWISE: dict[str, dict[str, Any]] = {
     "axk1": _ALL_HEADS,
+    "codegen": dict(rotary_dim=4),
     "cohere_compass_text": dict(layer_types=["full_attention", "sliding_attention"]),
     "deepseek_v2": _ALL_HEADS,
     "dots3_note_text": _ALL_HEADS,
@@ -89,9 +90,11 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": dict(**_SHARED_KEYS, head_dim=8, global_head_dim=8),
     "glm4_moe_lite": _ALL_HEADS,
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=WINDOW),
+    "gptj": dict(rotary_dim=4),
     "helium": dict(head_dim=8),
     "longcat_flash": dict(**_ALL_HEADS, ffn_hidden_size=48, expert_ffn_hidden_size=24),
     "minicpm3": _ALL_HEADS,
+    "sarvam_mla": _ALL_HEADS,
     "youtu": _ALL_HEADS,
     "zaya": dict(num_experts_per_tok=1),
 }
@@ -195,6 +198,7 @@ def reason(message: str) -> str:
         return f"layers of {kinds[0]}"
     for part, words in {
         "doesn't hand what it gets on": "attention that isn't handed visible_end",
+        "pass position_ids": "attention with a window that isn't handed position_ids",
         "AttentionInterface": "attention outside transformers' attention interface",
         "not causal": "attention that isn't causal",
         "encoder-decoder": "an encoder-decoder",
