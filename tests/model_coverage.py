@@ -29,9 +29,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, Pass
-from onepass_trl.attention.model_check import check_model
+from onepass_trl.attention.model_check import check_model, reference_attention
 from onepass_trl.tools.bench.workload import num_parameters
-from onepass_trl.tools.verify import compare, reference_attention
+from onepass_trl.tools.verify import compare
 from tests.chat.tokenizers import small_tokenizer
 from tests.conversations import as_row, random_chat
 from tests.models import COMMON, LATENT, MODELS, MOE, WINDOW, make_model, random_model

@@ -144,6 +144,13 @@ def _layer_list(layers: list[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
+def reference_attention(model: PreTrainedModel) -> str:
+    """Return the causal attention to compare with: SDPA, or eager where that can't softcap."""
+    config = model.config.get_text_config()
+    softcaps = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if model._supports_sdpa and not softcaps else "eager"
+
+
 def check_token_ids(name: str, largest: int, model: Any) -> None:
     """Raise ValueError if a model has no embedding for the largest token id of what `name` says."""
     embeddings = model.get_input_embeddings()

@@ -69,7 +69,7 @@ class OnePassCollator:
 
     def __call__(self, rows: Sequence[Layout | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch of `rows`: layouts, or rows of a dataset with the same columns."""
-        layouts = [row if isinstance(row, Layout) else _as_layout(row) for row in rows]
+        layouts = [row if isinstance(row, Layout) else as_layout(row) for row in rows]
         shape = (1, -1) if self.padding_free else (-1, 1)
         num_turns = torch.tensor([layout.num_turns for layout in layouts]).view(shape)
         row_lengths = torch.tensor([len(layout) for layout in layouts]).view(shape)
@@ -95,7 +95,12 @@ class OnePassCollator:
         return {**batch, "num_turns": num_turns, "row_lengths": row_lengths}
 
 
-def _as_layout(row: Mapping[str, Any]) -> Layout:
+def as_layout(row: Mapping[str, Any]) -> Layout:
+    """Return the layout of a prepared row, given its columns.
+
+    Raises:
+        ValueError: if a column is missing.
+    """
     missing = [name for name in (*TOKEN_COLUMNS, "num_turns") if name not in row]
     if missing:
         raise ValueError(

@@ -177,3 +177,47 @@ def concatenate(rows: Sequence[Layout]) -> Layout:
         [row.visible_end + np.int32(start) for row, start in zip(rows, starts, strict=True)]
     )
     return Layout(**arrays, num_turns=sum(row.num_turns for row in rows))
+
+
+def separate(row: Layout) -> Iterator[Layout]:
+    """Yield the trees of a row, each as a row of its own: `concatenate` reversed.
+
+    Turns aren't known of each, so ``num_turns`` is 0.
+
+    >>> from onepass_trl import Pass, build_tree
+    >>> row = linearize(build_tree([Pass([1, 2], [0, 1])]))
+    >>> [tree.visible_end.tolist() for tree in separate(concatenate([row, row]))]
+    [[2, 2], [2, 2]]
+    """
+    begin = 0
+    while begin < len(row):
+        # Its first token, or copies of that.
+        first = begin + int(np.argmax(row.num_passes[begin:] > 0))
+        end = int(row.visible_end[first])
+        arrays = {name: getattr(row, name)[begin:end] for name in TOKEN_COLUMNS}
+        arrays["visible_end"] = arrays["visible_end"] - np.int32(begin)
+        yield Layout(**arrays, num_turns=0)
+        begin = end
+
+
+def target_paths(row: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield the paths of a row that end in a target, and which targets each is the first to have.
+
+    A path is the indices of the tokens that its last one sees, ``(path_length,)``: alone in a row,
+    they are what a separate pass computes. Of its targets, ``(num_targets,)``, the numbers in the
+    path are yielded. Together the paths have each target of the row once.
+
+    >>> from onepass_trl import Pass, build_tree
+    >>> row = linearize(build_tree([Pass([1, 2, 3], [0, 0, 1]), Pass([1, 2, 4, 5], [0, 0, 1, 1])]))
+    >>> for path, targets in target_paths(row):
+    ...     print(path, targets)
+    [0 2 3] [1 2]
+    [0 1] [1]
+    """
+    waiting = row.weights > 0
+    while waiting.any():
+        last = int(np.flatnonzero(waiting)[-1])
+        path = np.flatnonzero(row.visible_end[: last + 1] > last)
+        targets = np.flatnonzero(waiting[path])
+        waiting[path] = False
+        yield path, targets

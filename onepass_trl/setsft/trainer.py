@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from onepass_trl.data import Layout, build_tree, linearize, split_passes
-from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.preparation.rows import PreparationOptions
 from onepass_trl.setsft import matching, preparation
-from onepass_trl.setsft.collator import SET_COLUMNS, SetCollator
+from onepass_trl.setsft.collator import SET_COLUMNS, SetCollator, from_row
 from onepass_trl.setsft.config import SetSFTConfig
 from onepass_trl.setsft.rendering import ForkingTokens
 from onepass_trl.setsft.tokens import add_forking_tokens
 from onepass_trl.setsft.traces import TraceSet
-from onepass_trl.training import OnePassSFTTrainer
+from onepass_trl.training import OnePassSFTTrainer, first_check
 from onepass_trl.training.arguments import one_pass_model_kwargs, to_config
 from onepass_trl.training.trainer import AnyDataset
 
@@ -176,6 +176,12 @@ class SetSFTTrainer(OnePassSFTTrainer):
             name,
         )
 
+    def _first_rows(self) -> Iterator[Layout]:
+        for record in islice(self.train_dataset, first_check.NUM_ROWS):
+            for set_ in from_row(record):
+                passes = set_.behind(self._token_ids[: len(set_.traces)])
+                yield linearize(build_tree(passes))
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the loss of a step of TRL's, whose time is taken."""
         begin = time.perf_counter()
@@ -279,16 +285,6 @@ class SetSFTTrainer(OnePassSFTTrainer):
         finally:
             model.train(was_training)
         return costs
-
-    def _log_probs(self, model: torch.nn.Module, row: Layout) -> NDArray[np.float32]:
-        """Return the log-probability of the target at each position of a row, ``(num_tokens,)``."""
-        collator = OnePassCollator(pad_to_multiple_of=self.args.pad_to_multiple_of)
-        batch = self._prepare_inputs(collator([row]))
-        names = ("input_ids", "position_ids", "shift_labels", "visible_end")
-        inputs = {name: batch[name] for name in names}
-        if self.aux_loss_enabled:
-            inputs["output_router_logits"] = False
-        return self._forward(model, inputs).log_probs[0].float().cpu().numpy()
 
     def _most_matching_tokens(self, sets: Sequence[TraceSet]) -> int | None:
         """Return how many tokens one forward of the matching may have; None for any number."""

@@ -156,8 +156,8 @@ def measure(
     """
     from trl.trainer.utils import add_fused_lm_head
 
+    from onepass_trl.attention.model_check import reference_attention
     from onepass_trl.attention.transformers_backend import use_onepass_attention
-    from onepass_trl.tools.verify import reference_attention
 
     use_onepass_attention(model)
     add_fused_lm_head(model)

@@ -93,7 +93,7 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
         ValueError: if no token of `passes` or no parameter is trained, the model has no embedding
             for a token, or it cannot be trained in one pass.
     """
-    from onepass_trl.attention.model_check import check_token_ids
+    from onepass_trl.attention.model_check import check_token_ids, reference_attention
     from onepass_trl.attention.transformers_backend import use_onepass_attention
     from onepass_trl.data.collator import OnePassCollator
     from onepass_trl.training import loss
@@ -145,13 +145,6 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
         n_pass_seconds=n_pass_seconds,
         one_pass_seconds=one_pass_seconds,
     )
-
-
-def reference_attention(model: PreTrainedModel) -> str:
-    """Return what N-pass attends with: SDPA, or eager attention where that can't softcap."""
-    config = model.config.get_text_config()
-    softcaps = getattr(config, "attn_logit_softcapping", None) is not None
-    return "sdpa" if model._supports_sdpa and not softcaps else "eager"
 
 
 def _measure(

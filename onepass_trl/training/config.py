@@ -55,6 +55,9 @@ class OnePassSFTConfig(SFTConfig):
             does it, and compared with the turn's message; a difference is an error. By default for
             the first 8 rows of a dataset, ``True`` for every row, ``False`` for none. It needs a
             response template: the tokenizer's own, or TRL's for known chat templates.
+        verify_model: whether a small row of the training set is computed in one pass and in N
+            passes before the first step, with this run's model, adapters, dtype and devices. Unless
+            they agree but for rounding, the run ends with an error.
         attention_impl: implementation of tree attention: ``"auto"``, ``"cuda"``, ``"cpu"``,
             ``"flex"`` or ``"dense"``. See `onepass_trl.tree_attention`.
 
@@ -109,6 +112,12 @@ class OnePassSFTConfig(SFTConfig):
         metadata={
             "help": "Parse what each turn generates and compare it with its message: for every "
             "row, for none, or by default for the first rows."
+        },
+    )
+    verify_model: bool = field(
+        default=True,
+        metadata={
+            "help": "Compare one pass with N passes on a row of the dataset before the first step."
         },
     )
     attention_impl: str = field(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import islice
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
@@ -23,12 +30,14 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
-from onepass_trl.attention.model_check import check_rotary_embedding
+from onepass_trl.attention.model_check import base_model, check_rotary_embedding
 from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
-from onepass_trl.data.collator import OnePassCollator
+from onepass_trl.data.collator import OnePassCollator, as_layout
+from onepass_trl.data.layout import Layout
 from onepass_trl.preparation.datasets import ROW_COLUMNS, prepare_dataset
 from onepass_trl.preparation.nulls import settle_null_arguments
 from onepass_trl.preparation.rows import PreparationOptions
+from onepass_trl.training import first_check
 from onepass_trl.training.arguments import (
     check_not_empty,
     check_prepared,
@@ -45,8 +54,10 @@ from onepass_trl.training.context_parallel import (
     check_context_parallel,
     gather_router_logits,
 )
-from onepass_trl.training.loss import check_head, forward, target_losses
+from onepass_trl.training.loss import INPUTS, check_head, forward, target_losses
 from onepass_trl.training.response_templates import trl_response_template
+
+logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
 # The totals of training and of an evaluation that are logged, and what else is added up with them.
@@ -185,6 +196,7 @@ class OnePassSFTTrainer(SFTTrainer):
             padding_free=self.padding_free,
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
+        self._verifies_model = args.verify_model
         self._totals = {mode: dict.fromkeys(_TOTALS, 0.0) for mode in ("train", "eval")}
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -263,6 +275,62 @@ class OnePassSFTTrainer(SFTTrainer):
         return super()._get_num_items_in_batch(
             [{"labels": labels, "shift_labels": labels} for labels in counted], device
         )
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss of a step of TRL's; before the first one, the model is verified."""
+        if self._verifies_model:
+            self._verifies_model = False
+            self._verify_model(model)
+        return super().training_step(model, *args, **kwargs)
+
+    @torch.no_grad()
+    def _verify_model(self, model: torch.nn.Module) -> None:
+        """Raise ValueError unless one pass gives what N passes give, on a row of the dataset."""
+        begin = time.perf_counter()
+        # Each process may have another part of a stream.
+        [row] = broadcast_object_list([first_check.choose_row(self._first_rows())])
+        if row is None:
+            logger.info("The model is not verified: the first rows are all too long for it")
+            return
+        base = base_model(self.model)
+        # Not compiled for the length of each pass.
+        causal = getattr(model, "_orig_mod", model)
+        model.eval()
+        try:
+            found = first_check.compare(
+                row,
+                one_pass=lambda row: self._log_probs(model, row),
+                n_pass=lambda row: first_check.causal_log_probs(base, row, causal),
+            )
+        finally:
+            model.train()
+        # All processes come to the same result, or some would wait for others that have raised.
+        own = torch.tensor([[found.one_pass, found.rounding]], device=self.accelerator.device)
+        one_pass, rounding = self.accelerator.gather(own).amax(dim=0).tolist()
+        found = replace(found, one_pass=one_pass, rounding=rounding)
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        found.check(base, autocast.get(self.accelerator.mixed_precision, base.dtype))
+        logger.info(
+            "One pass gives the log-probabilities of %d passes: on a row of %d tokens they differ "
+            "by %.2g on average (%.1f s)",
+            found.num_passes,
+            found.num_tokens,
+            found.one_pass,
+            time.perf_counter() - begin,
+        )
+
+    def _first_rows(self) -> Iterator[Layout]:
+        """Yield rows of the beginning of the dataset."""
+        yield from map(as_layout, islice(self.train_dataset, first_check.NUM_ROWS))
+
+    def _log_probs(self, model: torch.nn.Module, row: Layout) -> NDArray[np.float32]:
+        """Return the log-probability of the target at each position of a row, ``(num_tokens,)``."""
+        collator = OnePassCollator(pad_to_multiple_of=self.args.pad_to_multiple_of)
+        batch = self._prepare_inputs(collator([row]))
+        inputs = {name: batch[name] for name in INPUTS}
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = False
+        return self._forward(model, inputs).log_probs[0, : len(row)].float().cpu().numpy()
 
     def compute_loss(
         self,
