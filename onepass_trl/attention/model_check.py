@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from onepass_trl.attention.branching import MIXERS, is_mixer
+from onepass_trl.attention.branching.layers import MIXERS, is_mixer
 
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 # Not token mixers: configurations of hybrid models list these among their layers.
@@ -46,8 +46,8 @@ def check_model(model: nn.Module) -> None:
     """Raise ValueError, naming the layers and the reason, if `model` cannot be trained in one pass.
 
     Every token mixer must be causal attention, full or with a sliding window, that goes through
-    transformers' attention interface, or a layer of `branching.MIXERS`: only these can be told to
-    branch at the nodes of a tree.
+    transformers' attention interface, or a layer of `branching.layers.MIXERS`: only these can be
+    told to branch at the nodes of a tree.
     """
     base = base_model(model)
     config = base.config.get_text_config(decoder=True)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoConfig
 
-from onepass_trl.attention.branching import is_mixer
+from onepass_trl.attention.branching.layers import is_mixer
 from onepass_trl.tools.flops import model_cost
 from tests.models import MODELS, VOCAB_SIZE, make_model
 

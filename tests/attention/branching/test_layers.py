@@ -1,96 +1,18 @@
-"""Segments and seams of random trees against the dense mask, and what the layers make of them."""
+"""What models whose layers carry state make of trees, and which calls they refuse."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from onepass_trl.attention.branching import Branching, is_mixer
+from onepass_trl.attention.branching.layers import REPLACEMENTS, is_mixer
 from onepass_trl.attention.transformers_backend import use_onepass_attention, visible_end_required
-from onepass_trl.visibility import dense_mask
 from tests.attention.cases import random_visible_end
 from tests.models import VOCAB_SIZE, make_model
 
 HYBRIDS = ("qwen3_5", "kimi_linear", "nemotron_h", "lfm2")
-
-
-@st.composite
-def batches(draw):
-    seq, batch = draw(st.integers(1, 40)), draw(st.integers(1, 3))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    rows = [random_visible_end(seq, generator) for _ in range(batch)]
-    return torch.tensor(rows, dtype=torch.int32)
-
-
-def paths(visible_end):
-    """Return the tokens of each token's pass up to itself, counted over the batch."""
-    return [
-        np.flatnonzero(sees) + row * len(ends)
-        for row, ends in enumerate(visible_end.numpy())
-        for sees in dense_mask(ends)
-    ]
-
-
-@settings(deadline=None)
-@given(batches())
-def test_segments_are_the_paths(visible_end):
-    branching = Branching(visible_end)
-    before: dict[int, list[int]] = {}  # the path up to the end of each segment
-    seen = []
-    expected = paths(visible_end)
-    by_group = branching.order.split(branching.sizes)
-    for group, flat in zip(branching.groups, by_group, strict=True):
-        for at, tokens in enumerate(flat.unflatten(0, (-1, group.length)).tolist()):
-            assert tokens == list(range(group.begins[at], group.begins[at] + group.length))
-            path = list(before[group.parents[at]]) if group.parents else []
-            for token in tokens:
-                path.append(token)
-                assert path == expected[token].tolist()
-            before[token] = path
-            seen.append(token)
-    # Whoever has children says so.
-    handed_on = {parent for group in branching.groups for parent in group.parents}
-    for group in branching.groups:
-        assert group.has_children == any(
-            begin + group.length - 1 in handed_on for begin in group.begins
-        )
-    assert torch.equal(branching.order[branching.place], torch.arange(visible_end.numel()))
-
-
-@settings(deadline=None)
-@given(batches(), st.integers(1, 5))
-def test_seams_are_the_tokens_with_other_predecessors(visible_end, width):
-    seams = Branching(visible_end).seams(width)
-    seq = visible_end.shape[1]
-    actual = dict(zip(seams.tokens.tolist(), seams.predecessors.tolist(), strict=True))
-    for token, path in enumerate(paths(visible_end)):
-        last = [-1] * width + path.tolist()
-        in_row = [
-            t if t // seq == token // seq else -1 for t in range(token - width + 1, token + 1)
-        ]
-        assert (token in actual) == (last[-width:] != in_row)
-        if token in actual:
-            assert actual[token] == last[-width:]
-
-
-def test_a_row_without_branches_is_one_segment():
-    branching = Branching(torch.full((1, 9), 9))
-    assert [(group.begins, group.length) for group in branching.groups] == [((0,), 9)]
-    assert branching.seams(4).tokens.numel() == 0
-
-
-def test_equal_segments_run_as_one_batch():
-    """Three branches of two tokens on a trunk of three."""
-    (trunk, branches) = Branching(torch.tensor([[9, 9, 9, 5, 5, 7, 7, 9, 9]])).groups
-    assert (trunk.begins, trunk.length, trunk.has_children) == ((0,), 3, True)
-    assert branches.begins == (3, 5, 7)
-    assert branches.parents == (2, 2, 2)
-    assert not branches.has_children
 
 
 def inputs(seq=20):
@@ -180,11 +102,6 @@ def test_a_class_of_the_same_name_is_no_mixer():
     assert not is_mixer(kind())
 
 
-def test_what_is_no_tree_is_an_error():
-    with pytest.raises(ValueError, match="visible_end"):
-        Branching(torch.tensor([[2, 4, 4, 4]]))
-
-
 def test_rows_of_packed_sequences_are_refused():
     model = make_model("qwen3_5")
     use_onepass_attention(model)
@@ -233,3 +150,32 @@ def test_the_half_precision_of_a_model_is_kept():
     logits = model(ids, use_cache=False, **tree).logits
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
+
+
+class _Wrapped(torch.nn.Module):
+    """As transformers wraps functions where the package kernels is installed: without a name."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_functions_without_a_name_branch_too(name, monkeypatch):
+    model = make_model(name)
+    mixer = next(module for module in model.modules() if is_mixer(module))
+    modeling = sys.modules[type(mixer).__module__]
+    for function in REPLACEMENTS.keys() & vars(modeling).keys():
+        original = getattr(modeling, function)
+        while hasattr(original, "branches"):  # an earlier test may have switched the module
+            original = original.__wrapped__.__wrapped__
+        monkeypatch.setattr(modeling, function, _Wrapped(original))
+    ids, tree = inputs()
+    use_onepass_attention(model)
+    expected = model(ids, use_cache=False, **tree).logits
+    monkeypatch.undo()
+    use_onepass_attention(model)
+    assert torch.equal(model(ids, use_cache=False, **tree).logits, expected)
