@@ -52,3 +52,19 @@ def as_row(passes: list[Pass]) -> dict[str, list[dict[str, list[int]]]]:
             for pass_ in passes
         ]
     }
+
+
+def chat_passes(num_turns: int, user: int, reasoning: int, response: int) -> list[Pass]:
+    """Passes of a chat whose template drops the reasoning of earlier turns; all tokens differ."""
+    fresh = iter(range(10**6))
+    trunk: list[int] = []
+    passes = []
+    for _ in range(num_turns):
+        trunk += [next(fresh) for _ in range(user)]
+        thought = [next(fresh) for _ in range(reasoning)]
+        answer = [next(fresh) for _ in range(response)]
+        passes.append(
+            Pass([*trunk, *thought, *answer], [0] * len(trunk) + [1] * (reasoning + response))
+        )
+        trunk += answer
+    return passes

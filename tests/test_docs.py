@@ -21,7 +21,7 @@ import onepass_trl.setsft  # before TRL is changed below: it holds subclasses
 from onepass_trl.chat.families import registry
 from onepass_trl.cli import VERBS, main
 from onepass_trl.cli.sft import make_parser
-from tests.cli.test_cli import CHATS
+from tests.chats import CHATS
 from tests.conversations import as_row, random_chat
 from tests.model_coverage import EXACT, RECORD
 from tests.models import MODELS

@@ -11,24 +11,7 @@ from onepass_trl.chat import ChatFormatError, render_passes, render_turns
 from onepass_trl.chat.rendering import AnswerRenderer
 from tests.chat.families import trl_template
 from tests.chat.tokenizers import SMALL, small_tokenizer, texts
-
-TWO_TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "2+2?"},
-    {"role": "assistant", "reasoning_content": "Two and two.", "content": "4"},
-    {"role": "user", "content": "And 3+3?"},
-    {"role": "assistant", "reasoning_content": "Three and three.", "content": "6"},
-]
-CALL = {
-    "type": "function",
-    "function": {"name": "search", "arguments": {"query": "träge", "limit": 3}},
-}
-TOOL_TURNS = [
-    {"role": "user", "content": "Search."},
-    {"role": "assistant", "reasoning_content": "I search.", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "name": "search", "content": "found"},
-    {"role": "assistant", "reasoning_content": "It is there.", "content": "Found it."},
-]
+from tests.chats import CALL, TOOL_TURNS, TWO_TURNS
 
 
 def test_deepseek_prompt_without_opener():

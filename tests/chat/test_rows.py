@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from onepass_trl.chat import ChatFormatError, render_passes, row_to_conversation, row_to_passes
-from tests.chat.test_rendering import TOOL_TURNS, TWO_TURNS
 from tests.chat.tokenizers import small_tokenizer
+from tests.chats import TOOL_TURNS, TWO_TURNS
 
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
 CALLS = [{"function": {"name": "f", "arguments": {"a": None, "b": {"c": None, "d": 1}}}}]

@@ -3,8 +3,7 @@ import json
 import pytest
 
 from onepass_trl.cli import main
-
-from .test_cli import CHATS
+from tests.chats import CHATS
 
 CPU_ONLY = ["--peers", "onepass cpu", "sdpa causal"]  # what needs no compiler
 

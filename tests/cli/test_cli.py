@@ -11,24 +11,10 @@ from transformers import AutoTokenizer
 
 from onepass_trl.cli import main, report_errors
 from onepass_trl.cli.sft import train
+from tests.chats import CHATS
 from tests.training.sharding import ENVIRONMENT, SHARDED, needs_deepspeed
 
 ACCELERATE = Path(__file__).parents[2] / "examples" / "accelerate"
-CHATS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"What is {n} plus {n}?"},
-            {"role": "assistant", "reasoning_content": "Double it.", "content": f"{2 * n}."},
-            {"role": "user", "content": "And one more?"},
-            {
-                "role": "assistant",
-                "reasoning_content": f"{2 * n} and 1.",
-                "content": f"{2 * n + 1}.",
-            },
-        ]
-    }
-    for n in range(8)
-]
 ANSWER = {"role": "assistant", "content": "4."}
 
 

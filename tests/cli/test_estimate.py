@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from onepass_trl.cli import main
-
-from .test_cli import CHATS
+from tests.chats import CHATS
 
 
 @pytest.fixture

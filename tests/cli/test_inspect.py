@@ -5,9 +5,8 @@ import pytest
 from transformers import MambaConfig
 
 from onepass_trl.cli import main
+from tests.chats import CHATS
 from tests.models import make_model
-
-from .test_cli import CHATS
 
 
 @pytest.fixture

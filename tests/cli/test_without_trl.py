@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from .test_cli import CHATS
+from tests.chats import CHATS
 
 # An entry of None makes an import of the module fail.
 RUN = "import sys; sys.modules['trl'] = None; from onepass_trl.cli import main; sys.exit(main())"

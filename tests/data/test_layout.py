@@ -5,23 +5,8 @@ from hypothesis import given
 from onepass_trl import Pass, build_tree, linearize
 from onepass_trl.data import concatenate, linearize_with_targets
 from onepass_trl.visibility import check_visible_end, dense_mask
+from tests.conversations import chat_passes
 from tests.data.strategies import examples_of_passes, examples_of_row, pass_lists
-
-
-def chat_passes(num_turns: int, user: int, reasoning: int, response: int) -> list[Pass]:
-    """Passes of a chat whose template drops the reasoning of earlier turns; all tokens differ."""
-    fresh = iter(range(10**6))
-    trunk: list[int] = []
-    passes = []
-    for _ in range(num_turns):
-        trunk += [next(fresh) for _ in range(user)]
-        thought = [next(fresh) for _ in range(reasoning)]
-        answer = [next(fresh) for _ in range(response)]
-        passes.append(
-            Pass([*trunk, *thought, *answer], [0] * len(trunk) + [1] * (reasoning + response))
-        )
-        trunk += answer
-    return passes
 
 
 @given(pass_lists())

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from onepass_trl import Pass, linearize
 from onepass_trl.data import limit_passes, pack, split_passes
+from tests.conversations import chat_passes
 from tests.data.strategies import examples_of_passes, examples_of_row, pass_lists
-from tests.data.test_layout import chat_passes
 
 
 @given(pass_lists(), st.integers(9, 14))

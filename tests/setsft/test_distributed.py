@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.launching import FSDP2, run, zero
 from tests.setsft.trainers import NUM_TOKENS
 from tests.training.sharding import needs_deepspeed
-from tests.training.test_distributed import FSDP2, run, zero
 
 WORKER = "tests.setsft.distributed_worker"
 

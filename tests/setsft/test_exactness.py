@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.setsft.sets import ROWS
-from tests.setsft.trainers import NUM_TOKENS, batch_of, forking_model, make_trainer
-from tests.training.test_exactness import (
+from tests.n_pass import (
     LOSS_TOLERANCE,
     assert_same_gradients,
     gradients,
     n_pass_loss,
 )
+from tests.setsft.sets import ROWS
+from tests.setsft.trainers import NUM_TOKENS, batch_of, forking_model, make_trainer
 
 MODELS = ("llama", "qwen3", "gpt_oss", "qwen3_5")
 

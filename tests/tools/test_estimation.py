@@ -14,9 +14,8 @@ from onepass_trl.tools.estimation_report import as_json, report, turn_bins
 from onepass_trl.tools.flops import AttentionLayers, ModelCost
 from onepass_trl.visibility import dense_mask
 from tests.chat.tokenizers import small_tokenizer
+from tests.chats import CHAT
 from tests.conversations import as_row, forked_rollouts, random_chat
-
-from .test_inspection import CHAT
 
 OPTIONS = PreparationOptions(
     max_length=None, overflow="truncate", train_on="all", packing=False, null_arguments="keep"

@@ -10,14 +10,7 @@ from onepass_trl.tools.inspection import Branch, Segment, inspect_passes, inspec
 from onepass_trl.tools.transcript import message_starts
 from onepass_trl.visibility import dense_mask
 from tests.chat.tokenizers import small_tokenizer
-
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What is two plus two?"},
-    {"role": "assistant", "reasoning_content": "Let me think.", "content": "The answer is four."},
-    {"role": "user", "content": "And three more?"},
-    {"role": "assistant", "reasoning_content": "First, add.", "content": "It is seven."},
-]
+from tests.chats import CHAT
 
 
 def segments_of(branch):

@@ -10,8 +10,8 @@ import torch
 
 from onepass_trl.attention.context_parallel import ContextParallel
 from onepass_trl.training.context_parallel import check_context_parallel
+from tests.launching import launch
 from tests.models import MODELS
-from tests.training.test_distributed import launch
 
 
 @pytest.mark.slow

@@ -5,18 +5,21 @@ import functools
 
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 
-from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, Pass
 from onepass_trl.tools import verify
 from onepass_trl.tools.verify import compare
-from tests.conversations import as_row, forked_rollouts, random_chat
+from tests.conversations import forked_rollouts, random_chat
 from tests.data.strategies import pass_lists
 from tests.models import MODELS, make_model
-
-LOSS_TOLERANCE = 1e-6
-GRADIENT_TOLERANCE = 1e-4
+from tests.n_pass import (
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    assert_same_gradients,
+    gradients,
+    make_trainer,
+    n_pass_loss,
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -40,41 +43,6 @@ def test_one_pass_equals_n_passes_on_any_tree(name, passes):
     if any(pass_.num_trained for pass_ in passes):
         comparison = compare(cached_model(name), passes)
         assert comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE), comparison
-
-
-def n_pass_loss(model: torch.nn.Module, passes: list[Pass], dft: bool = False) -> torch.Tensor:
-    """The mean loss of the trained tokens, one plain causal forward for each pass."""
-    total, count = torch.zeros(()), 0
-    for pass_ in passes:
-        ids = torch.from_numpy(pass_.token_ids).long()[None]
-        log_probs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-        chosen = log_probs.gather(1, ids[0, 1:, None])[:, 0][torch.from_numpy(pass_.trained[1:])]
-        total = total - (chosen * chosen.detach().exp() if dft else chosen).sum()
-        count += chosen.numel()
-    return total / count
-
-
-def make_trainer(model, conversations, output_dir, tokenizer, **options) -> OnePassSFTTrainer:
-    settings = dict(
-        max_length=None, report_to="none", bf16=False, activation_checkpointing=False, use_cpu=True
-    )
-    return OnePassSFTTrainer(
-        model,
-        OnePassSFTConfig(str(output_dir), **{**settings, **options}),
-        train_dataset=Dataset.from_list([as_row(passes) for passes in conversations]),
-        processing_class=tokenizer,
-    )
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        difference = torch.linalg.vector_norm(actual[name] - gradient)
-        assert difference <= GRADIENT_TOLERANCE * torch.linalg.vector_norm(gradient), name
 
 
 CONVERSATIONS = [

@@ -10,7 +10,7 @@ from onepass_trl.training.loss import check_head, fused_lm_head, target_losses
 from tests.conversations import random_chat
 from tests.model_coverage import make_tiny_model
 from tests.models import MODELS, make_model
-from tests.training.test_exactness import make_trainer
+from tests.n_pass import make_trainer
 
 REFUSED = {
     "modernbert-decoder": r"it has lm_head\.dense\.weight, lm_head\.norm\.weight.* beside its back",

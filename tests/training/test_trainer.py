@@ -16,8 +16,8 @@ from trl import SFTConfig
 from onepass_trl import OnePassSFTConfig
 from tests.conversations import as_row, forked_rollouts
 from tests.models import make_model
+from tests.n_pass import n_pass_loss
 from tests.training.conversations import CONVERSATIONS, ROWS, history
-from tests.training.test_exactness import n_pass_loss
 
 
 def test_what_n_pass_would_have_computed_is_logged(train):
