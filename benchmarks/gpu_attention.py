@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onepass_trl.attention import cuda_library, tree_attention
-from onepass_trl.attention.flex import build_block_mask
+from onepass_trl.attention.implementations.flex import build_block_mask
 from onepass_trl.attention.reference import visibility_mask
 from onepass_trl.tools.bench.timing import reason
 

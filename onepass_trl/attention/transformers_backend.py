@@ -23,9 +23,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from onepass_trl.attention.api import Impl, tree_attention
+from onepass_trl.attention.api import tree_attention
 from onepass_trl.attention.branching.layers import branch_states, layer_name
 from onepass_trl.attention.context_parallel import ContextParallel
+from onepass_trl.attention.implementations.registry import Impl
 from onepass_trl.attention.model_check import base_model, carries_state, check_model
 from onepass_trl.attention.remembered import Remembered
 

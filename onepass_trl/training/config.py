@@ -11,7 +11,7 @@ import torch
 from accelerate.parallelism_config import ParallelismConfig
 from trl import SFTConfig
 
-from onepass_trl.attention.api import Impl
+from onepass_trl.attention.implementations.registry import Impl
 from onepass_trl.chat.rendering import TrainOn
 from onepass_trl.chat.rows import NullArguments
 from onepass_trl.data import packing

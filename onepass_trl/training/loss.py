@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
-from onepass_trl.attention.api import Impl
+from onepass_trl.attention.implementations.registry import Impl
 from onepass_trl.attention.model_check import base_model
 from onepass_trl.attention.transformers_backend import visible_end_required
 from onepass_trl.training.context_parallel import forward_in_pieces

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 
 from onepass_trl.attention import available_impls, tree_attention
+from onepass_trl.attention.implementations.registry import IMPLEMENTATIONS, Impl
 from onepass_trl.visibility import VisibilityError, check_visible_end
 
 Q = torch.zeros(2, 4, 6, 8)
@@ -102,6 +104,10 @@ def test_the_op_checks_what_memory_safety_needs():
             arguments[index] = value
         with pytest.raises(ValueError, match=message):
             op(*arguments)
+
+
+def test_every_name_is_an_implementation():
+    assert ("auto", *(implementation.name for implementation in IMPLEMENTATIONS)) == get_args(Impl)
 
 
 def test_impls_say_where_they_run():

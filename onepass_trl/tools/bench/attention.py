@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onepass_trl.attention import available_impls, tree_attention
-from onepass_trl.attention.api import Impl
-from onepass_trl.attention.flex import build_block_mask
+from onepass_trl.attention.implementations.flex import build_block_mask
+from onepass_trl.attention.implementations.registry import Impl
 from onepass_trl.attention.reference import visibility_mask
 from onepass_trl.tools.bench.timing import available_bytes, min_and_median, reason, synchronize
 from onepass_trl.tools.bench.workload import AttentionShape

@@ -7,10 +7,11 @@ import gc
 import pytest
 import torch
 
-from onepass_trl.attention import flex, tree_attention
+from onepass_trl.attention import tree_attention
+from onepass_trl.attention.implementations import flex
 from onepass_trl.attention.reference import visibility_mask
 
-from .cases import Shape, error, make_case
+from ..cases import Shape, error, make_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 

@@ -15,44 +15,49 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from onepass_trl.attention.implementations.base import Call, Implementation, ImplStatus, check_dtype
 from onepass_trl.attention.remembered import Remembered
 
 BLOCK = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # All layers of a forward pass share their block masks.
 _block_masks: Remembered[BlockMask] = Remembered()
 
 
-def flex_tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible_end: Tensor,
-    *,
-    scale: float,
-    positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return `(out, lse)` as `dense_tree_attention` does, from the same arguments."""
-    batch, heads, seq, _ = q.shape
-    if 0 in (batch, heads, seq):
-        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=torch.float32)
-    run: Callable[..., Any] = flex_attention
+def _status() -> ImplStatus:
+    if torch.cuda.is_available():
+        return ImplStatus("flex", True, ("cuda",), "compiled FlexAttention")
+    return ImplStatus("flex", True, (), "torch sees no CUDA device")
+
+
+def _suits(call: Call) -> bool:
+    return call.q.device.type == "cuda"
+
+
+def _check(call: Call) -> None:
+    check_dtype("flex", call, DTYPES)
+
+
+def _run(call: Call) -> tuple[Tensor, Tensor]:
+    q, k, v = call.q, call.k, call.v
+    if 0 in q.shape[:3]:
+        lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
+        return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+    compute: Callable[..., Any] = flex_attention
     if q.device.type == "cuda":
-        run = _compiled_flex_attention()
-    out, aux = run(
+        compute = _compiled_flex_attention()
+    out, aux = compute(
         q,
         k,
         v,
-        score_mod=None if softcap is None else _softcap_mod(softcap),
-        block_mask=_remembered_block_mask(visible_end, positions, window),
-        scale=scale,
+        score_mod=None if call.softcap is None else _softcap_mod(call.softcap),
+        block_mask=_remembered_block_mask(call.visible_end, call.positions, call.window),
+        scale=call.scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    return (out, aux.lse) if sinks is None else add_sinks(out, aux.lse, sinks)
+    return (out, aux.lse) if call.sinks is None else add_sinks(out, aux.lse, call.sinks)
 
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,3 +155,6 @@ def _block_list(visited: Tensor) -> tuple[Tensor, Tensor]:
     counts = visited.sum(-1, dtype=torch.int32)
     order = torch.argsort(visited.to(torch.int8), dim=-1, descending=True, stable=True)
     return counts[:, None], order[:, None].to(torch.int32)
+
+
+FLEX = Implementation("flex", _status, _check, _run, _suits)
