@@ -1,17 +1,21 @@
-# `make demo` and `make test` need python3 >= 3.10 with venv and a C++ compiler, nothing else: they set up .venv first.
+# `make demo` and `make test` need python3 >= 3.11 with venv and a C++ compiler, nothing else: they set up .venv first.
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+# The versions in .venv; CONSTRAINTS=/dev/null takes the newest that pyproject.toml allows, TORCH='torch==..' one of them.
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch
+INSTALL = $(BIN)/python -m pip install -c $(CONSTRAINTS)
 BIN := .venv/bin
 BUILD_INPUTS := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 BENCHMARKS := $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py))
 # What runs on a GPU machine needs no more than torch, transformers, pytest and the built library.
 GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 
-.PHONY: help venv demo test check format cuda check-cuda test-gpu wheel bench bench-gpu docs plots clean
+.PHONY: help venv lock demo test check format cuda check-cuda test-gpu wheel bench bench-gpu docs plots clean
 
 help:
-	@echo "make venv        set up .venv and build the package into it ($(TORCH); override with TORCH=...)"
+	@echo "make venv        set up .venv with the versions of constraints.txt and build the package into it"
+	@echo "make lock        set it up with the newest versions, and write these into constraints.txt"
 	@echo "make demo        train a small model on examples/conversations.jsonl and compare with N-pass (3 minutes)"
 	@echo "make test        run the tests"
 	@echo "make check       formatting, lint, types, layers"
@@ -29,16 +33,24 @@ help:
 venv: .venv/installed
 
 # Torch comes first, by itself: the package is built against the torch that is installed.
-.venv/torch:
+.venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install '$(TORCH)'
-	$(BIN)/python -m pip install setuptools wheel ninja pybind11 numpy
+	$(INSTALL) --upgrade pip
+	$(INSTALL) '$(TORCH)'
+	$(INSTALL) setuptools wheel ninja pybind11 numpy
 	touch $@
 
 .venv/installed: .venv/torch $(BUILD_INPUTS)
-	ONEPASS_CUDA=0 $(BIN)/python -m pip install --no-build-isolation -e '.[dev]'
+	ONEPASS_CUDA=0 $(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
+
+# Without the labels of torch's builds (+cpu, +cu130), so that each machine finds its own.
+lock:
+	rm -rf .venv
+	$(MAKE) venv .venv/docs .venv/cute CONSTRAINTS=/dev/null
+	echo '# What `make` installs. Written by `make lock`.' > constraints.txt
+	$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/+.*//' >> constraints.txt
+	touch .venv/torch .venv/installed .venv/docs .venv/cute
 
 # Threads that wait sleep instead of spinning. It costs a few percent on an idle machine and is several
 # times faster on one that is busy with something else too.
@@ -65,7 +77,7 @@ format: venv
 
 # The headers of CuTe alone: the package's dependencies are for other uses of it.
 .venv/cute: .venv/installed
-	$(BIN)/python -m pip install --no-deps nvidia-cutlass
+	$(INSTALL) --no-deps nvidia-cutlass
 	touch $@
 
 cuda: venv .venv/cute
@@ -94,7 +106,7 @@ bench-gpu:
 
 # The package is installed: this adds what its extra asks for and builds nothing.
 .venv/docs: .venv/installed
-	$(BIN)/python -m pip install 'onepass-trl[docs]'
+	$(INSTALL) 'onepass-trl[docs]'
 	touch $@
 
 # Strict: a link or an anchor that leads nowhere is an error.

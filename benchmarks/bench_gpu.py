@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     device = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
     done: dict[str, list[dict[str, Any]]] = {}
     args.results.mkdir(parents=True, exist_ok=True)
     for part, module in PARTS.items():

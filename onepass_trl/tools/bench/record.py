@@ -91,7 +91,7 @@ def write(
         "machine": machine(),
         "versions": versions,
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "results": results,
     }
     Path(path).write_text(json.dumps(record, indent=2) + "\n")
