@@ -25,8 +25,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from onepass_trl import Pass
-from onepass_trl.preparation.loading import load_conversations, read_row
-from onepass_trl.preparation.rows import PreparationOptions, passes_of, trees_of
+from onepass_trl.preparation.loading import load_conversations
+from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.preparation.rows import lay_out, render_record
 from onepass_trl.tools.bench.record import write
 from onepass_trl.tools.bench.step import N_PASS, ONE_PASS, make_trainers
 from onepass_trl.tools.bench.workload import labelled, random_model, small_config
@@ -48,8 +49,8 @@ def read_passes(
     chats: list[list[Pass]] = []
     total = 0
     for index in range(len(dataset)):
-        passes = passes_of(read_row(dataset, index), tokenizer, options)[0]
-        if left := trees_of(passes, options)[0]:
+        record = render_record(dataset[index], tokenizer, options, features=dataset.features)
+        if left := lay_out(record.passes, options)[0]:
             chats.append(left)
         total += sum(map(len, left))
         if total >= max_tokens:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onepass_trl.tools import mask_picture
-from onepass_trl.tools.inspection import inspect_row
+from onepass_trl.tools.inspection import inspect_record
 from onepass_trl.tools.plots import N_PASS, ONE_PASS, PEER, check_png, new_figure, save
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def mask_of_a_conversation() -> Figure:
 
     conversations = read_conversations()
     tokenizer = make_tokenizer(conversations)
-    inspected = (inspect_row(conversation, tokenizer) for conversation in conversations)
+    inspected = (inspect_record(conversation, tokenizer) for conversation in conversations)
     longest = max(inspected, key=lambda found: len(found.pass_lengths) * 10**6 + len(found.row))
     return mask_picture.draw(longest, "A conversation of examples/conversations.jsonl")
 

@@ -2,17 +2,25 @@
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.families import register_family
-from onepass_trl.chat.rendering import RenderedTurn, render_passes, render_turns
-from onepass_trl.chat.rows import Conversation, row_to_conversation, row_to_passes, row_to_turns
+from onepass_trl.chat.rendering import (
+    RenderedTurn,
+    render_answers,
+    render_each_turn,
+    render_passes,
+    render_turns,
+)
+from onepass_trl.chat.rows import Conversation, read_conversation
+from onepass_trl.chat.turns import InvalidTurn
 
 __all__ = [
     "ChatFormatError",
     "Conversation",
+    "InvalidTurn",
     "RenderedTurn",
+    "read_conversation",
     "register_family",
+    "render_answers",
+    "render_each_turn",
     "render_passes",
     "render_turns",
-    "row_to_conversation",
-    "row_to_passes",
-    "row_to_turns",
 ]

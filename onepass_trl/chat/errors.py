@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ChatFormatError(ValueError):
     """A conversation, a dataset row or a chat template from which exact passes can't be made."""
@@ -13,3 +16,18 @@ class TurnError(Exception):
 
 class TemplateRefusal(TurnError):
     """The error that a template raises for the messages up to a turn."""
+
+
+@contextmanager
+def errors_named(name: str) -> Iterator[None]:
+    """Put a name before the texts of errors about what is done here: what they are about.
+
+    >>> with errors_named("completion 1 of 2"):
+    ...     raise ChatFormatError("it is empty")
+    Traceback (most recent call last):
+    onepass_trl.chat.errors.ChatFormatError: completion 1 of 2: it is empty
+    """
+    try:
+        yield
+    except ChatFormatError as error:
+        raise ChatFormatError(f"{name}: {error}") from error

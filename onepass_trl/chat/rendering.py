@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onepass_trl.chat.checks import (
-    check_generable,
-    check_stand_ins,
-    end_of_turn,
-    with_stand_ins,
-)
 from onepass_trl.chat.encoding import (
     AddedTokens,
-    added_tokens,
     encode_alone,
     encode_behind,
     encode_views,
 )
-from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
-from onepass_trl.chat.families import Family, Turn, family_of
-from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
-from onepass_trl.chat.template import Template
-from onepass_trl.chat.unread import check_keys, report_left_out
+from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.turns import InvalidTurn, TrainOn, TurnContext, TurnRenderer, TurnTexts
 from onepass_trl.passes import Pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TrainOn = Literal["all", "last"] | Sequence[int]
-OnError = Callable[[ChatFormatError], None]
 
 
 def render_passes(
@@ -78,30 +65,6 @@ def render_passes(
 
 
 @dataclass(frozen=True)
-class TurnTexts:
-    """A trained turn as text, and what it was rendered from.
-
-    Attributes:
-        message: The turn's message in its normal form, see
-            :func:`onepass_trl.chat.messages.normalize_messages`.
-        index: Index of that message in the conversation.
-        context: What inference would feed before the turn.
-        completion: What the model must generate behind it.
-        name: What to call the turn in messages.
-        template: The Jinja source of the chat template.
-        tools: The tools, or None.
-    """
-
-    message: Message
-    index: int
-    context: str
-    completion: str
-    name: str
-    template: str
-    tools: Sequence[Any] | None
-
-
-@dataclass(frozen=True)
 class RenderedTurn(TurnTexts):
     """A trained turn as text and as the pass that this is, tokenized.
 
@@ -119,17 +82,92 @@ def render_turns(
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     train_on: TrainOn = "all",
-    on_error: OnError | None = None,
 ) -> list[RenderedTurn]:
     """Return the passes of :func:`render_passes`, each with the message that it was made from.
 
-    Arguments and errors are those of :func:`render_passes`. Given `on_error`, it is called with the
-    error of each turn from which no pass can be made, and the turn is left out.
+    Arguments and errors are those of :func:`render_passes`.
     """
-    added = added_tokens(tokenizer)
-    template = Template(tokenizer, tools, chat_template_kwargs)
-    conversation, trained = _read(messages, template, added, train_on)
-    turns = conversation.turns(trained, on_error)
+    turns = []
+    for turn in render_each_turn(
+        messages,
+        tokenizer,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        train_on=train_on,
+    ):
+        if isinstance(turn, InvalidTurn):
+            raise turn.error
+        turns.append(turn)
+    return turns
+
+
+def render_each_turn(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: TrainOn = "all",
+) -> list[RenderedTurn | InvalidTurn]:
+    """Return each trained turn as :func:`render_turns` does, or why no pass can be made of it.
+
+    Raises:
+        ChatFormatError: for what concerns all turns: none is left to train, or a message can't be
+            understood.
+    """
+    renderer = TurnRenderer(tokenizer, tools, chat_template_kwargs)
+    normal, trained = renderer.read(messages, train_on)
+    whole = renderer.context(normal)
+    contexts = [whole.up_to(index) for _, index in trained]
+    turns = [
+        renderer.turn(context, normal[index], number)
+        for context, (number, index) in zip(contexts, trained, strict=True)
+    ]
+    valid = [turn for turn in turns if isinstance(turn, TurnTexts)]
+    if valid:
+        whole.up_to(valid[-1].index).report_left_out()
+    passes = iter(_passes(valid, tokenizer, renderer.added))
+    return [
+        RenderedTurn(**vars(turn), rendered=next(passes)) if isinstance(turn, TurnTexts) else turn
+        for turn in turns
+    ]
+
+
+def render_answers(
+    messages: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[TurnTexts | InvalidTurn]:
+    """Return the turn of each answer to the messages, or why no exact pass can be made of it.
+
+    Each is the last turn of ``[*messages, answer]``; what comes before it is rendered once.
+
+    Raises:
+        ChatFormatError: for what doesn't depend on the messages, such as a missing template.
+    """
+    renderer = TurnRenderer(tokenizer, tools, chat_template_kwargs)
+    context: TurnContext | None = None
+    turns: list[TurnTexts | InvalidTurn] = []
+    for answer in answers:
+        try:
+            normal, [(number, index)] = renderer.read([*messages, answer], "last")
+        except ChatFormatError as error:
+            turns.append(InvalidTurn(error))
+            continue
+        context = context or renderer.context(normal[:index])
+        turns.append(renderer.turn(context, normal[index], number))
+    if context and any(isinstance(turn, TurnTexts) for turn in turns):
+        context.report_left_out()
+    return turns
+
+
+def _passes(
+    turns: Sequence[TurnTexts], tokenizer: PreTrainedTokenizerBase, added: AddedTokens
+) -> list[Pass]:
+    """Return the pass of each turn of a conversation, tokenized."""
     if not turns:
         return []
     contexts = [turn.context for turn in turns]
@@ -147,245 +185,6 @@ def render_turns(
     if not np.array_equal(context_ids[0], first_ids):
         raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")
     return [
-        RenderedTurn(
-            **vars(turn),
-            rendered=Pass(
-                np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts])
-            ),
-        )
-        for turn, *parts in zip(turns, context_ids, completion_ids, strict=True)
+        Pass(np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts]))
+        for parts in zip(context_ids, completion_ids, strict=True)
     ]
-
-
-class AnswerRenderer:
-    """Renders several answers to the same messages, and the messages only once.
-
-    Args:
-        messages: The messages before the answers.
-        tokenizer: As for `render_turns`, like the other arguments.
-        tools: The tools.
-        chat_template_kwargs: Further arguments of the template.
-    """
-
-    def __init__(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        tools: Sequence[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._messages = list(messages)
-        self._added = added_tokens(tokenizer)
-        self._template = Template(tokenizer, tools, chat_template_kwargs)
-        self._first: _Conversation | None = None
-
-    def render(self, answer: Mapping[str, Any]) -> TurnTexts:
-        """Return the turn of an assistant's message behind the messages.
-
-        Raises:
-            ChatFormatError: as `render_turns` does.
-        """
-        messages = [*self._messages, answer]
-        conversation, trained = _read(messages, self._template, self._added, "last")
-        if self._first is None:
-            self._first = conversation
-        else:
-            conversation.share(self._first)
-        [turn] = conversation.turns(trained)
-        return turn
-
-
-def _read(
-    messages: Sequence[Mapping[str, Any]],
-    template: Template,
-    added: AddedTokens,
-    train_on: TrainOn,
-) -> tuple[_Conversation, list[tuple[int, int]]]:
-    """Return the conversation, and number and message index of each turn to train."""
-    family = family_of(template.text)
-    normal = normalize_messages(messages, inline_reasoning=family.reads_reasoning(template.text))
-    trained = _trained_turns(normal, train_on)
-    return _Conversation(template, family, added, normal), trained
-
-
-def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple[int, int]]:
-    """Return number and message index of each turn to train; takes out the ``train`` flags."""
-    flags = [message.pop("train", True) for message in messages]
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise ChatFormatError(
-            f"none of the {len(messages)} messages is from the assistant, so there is nothing to "
-            "train; remove the conversation or add an assistant message"
-        )
-    chosen = chosen_turns(train_on, len(turns))
-    trained = [
-        (number, index) for number, index in enumerate(turns) if number in chosen and flags[index]
-    ]
-    if not trained:
-        raise ChatFormatError(
-            f"train_on={train_on!r} and the messages' 'train' flags leave none of the {len(turns)} "
-            "assistant turns to train; remove the conversation or change them"
-        )
-    return trained
-
-
-def chosen_turns(train_on: TrainOn, num_turns: int) -> set[int]:
-    """Return the numbers, from 0, of the turns that `train_on` means.
-
-    Raises:
-        ChatFormatError: if it is none of the accepted forms, or lists a turn that isn't there.
-    """
-    if train_on == "all":
-        return set(range(num_turns))
-    if train_on == "last":
-        return {num_turns - 1}
-    if isinstance(train_on, (str, bytes)) or not isinstance(train_on, Iterable):
-        raise ChatFormatError(
-            f"train_on must be 'all', 'last' or a list of turn numbers, got {train_on!r}"
-        )
-    for number in train_on:
-        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-            raise ChatFormatError(f"train_on must list whole turn numbers, got {number!r}")
-        if not -num_turns <= number < num_turns:
-            raise ChatFormatError(
-                f"train_on lists turn {number}, but the conversation has {num_turns} assistant "
-                f"turns, {-num_turns}..{num_turns - 1}"
-            )
-    return {int(number) % num_turns for number in train_on}
-
-
-class _Conversation:
-    """The texts of a conversation's turns, from messages in their normal and in prepared form."""
-
-    def __init__(
-        self, template: Template, family: Family, added: AddedTokens, messages: Sequence[Message]
-    ) -> None:
-        self.template = template
-        self._family = family
-        self._added = added
-        self.messages = messages
-        self._prepared = [self._prepare(message) for message in messages]
-        self._contexts: dict[int, str] = {}
-        self._checked: set[tuple[str, bool, bool, int]] = set()
-
-    def share(self, other: _Conversation) -> None:
-        """Take over what is known of a conversation that differs in its last message only."""
-        self._contexts, self._checked = other._contexts, other._checked
-
-    def _prepare(self, message: Message) -> Message:
-        """Return the message as the template takes it."""
-        if "tool_calls" in message and self.template.takes_text_arguments:
-            return with_text_arguments(message)
-        return message
-
-    def turns(
-        self, trained: Sequence[tuple[int, int]], on_error: OnError | None = None
-    ) -> list[TurnTexts]:
-        """Return turns as text, checked, each through its end-of-turn token.
-
-        Args:
-            trained: Number and message index of each turn, in order.
-            on_error: As for `render_turns`.
-        """
-        check_keys(self.template, self.messages)
-        turns = []
-        for number, index in trained:
-            try:
-                turns.append(self._turn(number, index))
-            except ChatFormatError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-        if turns:
-            last = turns[-1]
-            before = (self.messages[: last.index], self._prepared[: last.index])
-            report_left_out(self.template, *before, last.context)
-        return turns
-
-    def _turn(self, number: int, index: int) -> TurnTexts:
-        name = f"assistant turn {number} (message {index}, template family {self._family.name})"
-        try:
-            self._check_message(index)
-            context, completion = self._rendered(index)
-        except TurnError as error:
-            raise ChatFormatError(f"{name}: {error}") from error
-        return TurnTexts(
-            message=self.messages[index],
-            index=index,
-            context=context,
-            completion=completion,
-            name=name,
-            template=self.template.text,
-            tools=self.template.tools,
-        )
-
-    def _rendered(self, index: int) -> tuple[str, str]:
-        try:
-            return self._texts(index)
-        except TemplateRefusal as refusal:
-            problem = f"the template refuses the messages up to it: {refusal}"
-            for part, remedy in self._family.remedies.items():
-                if part in problem:
-                    problem += f" ({remedy})"
-        except TurnError as error:
-            problem = str(error)
-        if self.messages[index - 1]["role"] == "assistant":
-            problem += (
-                "; the message before it is from the assistant too, which most templates can't "
-                "continue: join the two, or put a user or tool message between them"
-            )
-        raise TurnError(problem)
-
-    def _check_message(self, index: int) -> None:
-        """Check what doesn't take the template to see."""
-        message = self.messages[index]
-        check_generable(
-            message,
-            self._added.special,
-            self.template.text,
-            reads_reasoning=self._family.reads_reasoning(self.template.text),
-        )
-        if not (message["content"] or message.keys() & {"reasoning_content", "tool_calls"}):
-            raise TurnError(
-                "it is empty: no reasoning, content or tool call, so the model would learn to "
-                "answer nothing; remove it, or switch it off with 'train': false"
-            )
-        if index == 0:
-            raise TurnError(_NOTHING_BEFORE)
-
-    def _texts(self, index: int) -> tuple[str, str]:
-        message = self.messages[index]
-        context = self._contexts.get(index)
-        if context is None:
-            context = self.template.render(self._prepared[:index], prompt=True)
-            self._contexts[index] = context
-        if not context:
-            raise TurnError(_NOTHING_BEFORE)
-        turn = Turn(self.template, self._prepared[: index + 1], context)
-        completion = self._family.completion(turn)
-        end = end_of_turn(completion, message, self._added.special)
-        self._check_shape(index, context)
-        return context, completion[:end]
-
-    def _check_shape(self, index: int, context: str) -> None:
-        """Check that the template writes each field of such a turn, once for turns alike."""
-        message = self.messages[index]
-        shape = (
-            self.messages[index - 1]["role"],
-            "reasoning_content" in message,
-            bool(message["content"]),
-            len(message.get("tool_calls", ())),
-        )
-        if shape in self._checked:
-            return
-        other, texts = with_stand_ins(message)
-        messages = [*self._prepared[:index], self._prepare(other)]
-        check_stand_ins(self._family.completion(Turn(self.template, messages, context)), texts)
-        self._checked.add(shape)
-
-
-_NOTHING_BEFORE = (
-    "nothing stands before it, so there is no context from which it could be generated; put a "
-    "system or user message before it, or switch it off with 'train': false"
-)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from onepass_trl.chat.rows import NullArguments
+from onepass_trl.preparation.options import NullArguments, PreparationOptions, parse_train_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -45,10 +45,20 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--null_arguments",
-        choices=("auto", *get_args(NullArguments)),
+        choices=get_args(NullArguments),
         default="auto",
         help="what a null among a tool call's arguments is: a value to 'keep', a filler to 'drop', "
         "an 'error'; 'auto' keeps it in columns that hold JSON, else it is an error",
+    )
+
+
+def preparation_options(options: argparse.Namespace, **further: Any) -> PreparationOptions:
+    """Return how records become rows: as the reading arguments say, and `further` options."""
+    return PreparationOptions(
+        train_on=options.train_on,
+        null_arguments=options.null_arguments,
+        chat_template_kwargs=options.chat_template_kwargs,
+        **further,
     )
 
 
@@ -118,8 +128,6 @@ def json_object(text: str) -> dict[str, Any]:
 
 def trained_turns(text: str) -> Any:
     """Return what ``--train_on`` means, for argparse."""
-    from onepass_trl.preparation.rows import parse_train_on
-
     try:
         return parse_train_on(text)
     except ValueError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from onepass_trl.preparation.rows import PreparationOptions
+    from onepass_trl.preparation.options import PreparationOptions
     from onepass_trl.tools.estimation import Estimate
     from onepass_trl.tools.step_time import StepTime
 
@@ -25,8 +25,12 @@ def main(argv: list[str]) -> int:
     _check_outputs(options)
     import torch
 
-    from onepass_trl.cli.arguments import fit_vocabulary, load_config, load_tokenizer
-    from onepass_trl.preparation.loading import read_row
+    from onepass_trl.cli.arguments import (
+        fit_vocabulary,
+        load_config,
+        load_tokenizer,
+        preparation_options,
+    )
     from onepass_trl.tools.estimation import estimate
     from onepass_trl.tools.estimation_report import as_json, report
     from onepass_trl.tools.flops import model_cost
@@ -41,9 +45,12 @@ def main(argv: list[str]) -> int:
     if config is not None:
         fit_vocabulary(config, tokenizer)
     dataset, indices = _load(options)
-    preparation = _preparation(options, dataset)
-    rows = ((index, read_row(dataset, index)) for index in _with_progress(indices))
-    found = estimate(rows, tokenizer, preparation, model_cost(config) if config else None)
+    preparation = preparation_options(
+        options, max_length=options.max_length, overflow=options.overflow, invalid_turns="drop"
+    )
+    records = ((index, dataset[index]) for index in _with_progress(indices))
+    cost = model_cost(config) if config else None
+    found = estimate(records, tokenizer, preparation, cost, features=dataset.features)
     times = None
     if options.measure:
         assert config is not None
@@ -142,21 +149,6 @@ def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:
     return dataset, sorted(random.Random(options.seed).sample(range(len(dataset)), number))
 
 
-def _preparation(options: argparse.Namespace, dataset: Any) -> PreparationOptions:
-    from onepass_trl.preparation.nulls import settle_null_arguments
-    from onepass_trl.preparation.rows import PreparationOptions
-
-    return PreparationOptions(
-        max_length=options.max_length,
-        overflow=options.overflow,
-        train_on=options.train_on,
-        packing=options.max_length is not None,
-        invalid_turns="drop",
-        null_arguments=settle_null_arguments(dataset, options.null_arguments),
-        chat_template_kwargs=options.chat_template_kwargs,
-    )
-
-
 def _with_progress(indices: list[int]) -> Iterator[int]:
     from tqdm import tqdm
 
@@ -175,12 +167,14 @@ def _measure(
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, set_seed
 
-    from onepass_trl.preparation.loading import read_row
     from onepass_trl.tools.step_time import check_memory, choose_probes, measure, spread
 
     chosen = spread(found.row_tokens)
     rows, passes = choose_probes(
-        [read_row(dataset, int(found.indices[at])) for at in chosen], tokenizer, preparation
+        [dataset[int(found.indices[at])] for at in chosen],
+        tokenizer,
+        preparation,
+        features=dataset.features,
     )
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")

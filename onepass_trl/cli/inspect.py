@@ -83,10 +83,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> Inspection:
-    from onepass_trl.cli.arguments import load_tokenizer
-    from onepass_trl.preparation.loading import load_conversations, read_row
-    from onepass_trl.preparation.nulls import settle_null_arguments
-    from onepass_trl.tools.inspection import inspect_row
+    from onepass_trl.cli.arguments import load_tokenizer, preparation_options
+    from onepass_trl.preparation.loading import load_conversations
+    from onepass_trl.tools.inspection import inspect_record
 
     dataset = load_conversations(
         options.dataset, options.dataset_split, config=options.dataset_config
@@ -98,12 +97,11 @@ def _inspect(options: argparse.Namespace) -> Inspection:
         )
     tokenizer = load_tokenizer(options)
     try:
-        return inspect_row(
-            read_row(dataset, options.row),
+        return inspect_record(
+            dataset[options.row],
             tokenizer,
-            chat_template_kwargs=options.chat_template_kwargs,
-            train_on=options.train_on,
-            null_arguments=settle_null_arguments(dataset, options.null_arguments),
+            preparation_options(options),
+            features=dataset.features,
         )
     except ValueError as error:
         raise ValueError(f"row {options.row} of the dataset: {error}") from error

@@ -125,24 +125,20 @@ def load_passes(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[Pass]]:
     """Return the passes of the first conversations that the options name, cut to ``max_length``."""
-    from onepass_trl.chat.rows import row_to_passes
-    from onepass_trl.preparation.loading import load_conversations, read_row
-    from onepass_trl.preparation.nulls import settle_null_arguments
+    from onepass_trl.cli.arguments import preparation_options
+    from onepass_trl.preparation.loading import load_conversations
+    from onepass_trl.preparation.rows import render_record
 
     dataset = load_conversations(
         options.dataset_name, options.dataset_split, config=options.dataset_config
     )
-    null_arguments = settle_null_arguments(dataset, options.null_arguments)
+    preparation = preparation_options(options)
     conversations = []
     for index in range(min(options.num_conversations, len(dataset))):
         try:
-            passes = row_to_passes(
-                read_row(dataset, index),
-                tokenizer,
-                train_on=options.train_on,
-                chat_template_kwargs=options.chat_template_kwargs,
-                null_arguments=null_arguments,
-            )
+            passes = render_record(
+                dataset[index], tokenizer, preparation, features=dataset.features
+            ).passes
         except ValueError as error:
             raise ValueError(f"row {index} of the dataset: {error}") from error
         conversations.append(limit_length(passes, options.max_length, f"conversation {index}"))

@@ -13,14 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.data import Layout, Overflow, TokenTree, concatenate, linearize, pack
 from onepass_trl.data.layout import TOKEN_COLUMNS
-from onepass_trl.preparation.nulls import with_exact_nulls
+from onepass_trl.preparation.options import PreparationOptions, register_families
 from onepass_trl.preparation.round_trip import response_template_of
-from onepass_trl.preparation.rows import (
-    PreparationOptions,
-    describe_invalid,
-    make_rows,
-    register_families,
-)
+from onepass_trl.preparation.rows import describe_invalid, lay_out, render_record
 
 logger = logging.getLogger(__name__)
 
@@ -275,11 +270,12 @@ def _render_batch(
     register_families(options)
     output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
     for position, index in enumerate(indices):
-        row = {column: values[position] for column, values in batch.items()}
-        row = with_exact_nulls(row, features)
+        record = {column: values[position] for column, values in batch.items()}
         try:
-            verify = options.verifies(index)
-            layouts, lost, invalid = make_rows(row, tokenizer, options, verify=verify)
+            rendered = render_record(
+                record, tokenizer, options, features=features, verify=options.verifies(index)
+            )
+            _, layouts, lost = lay_out(rendered.passes, options)
         except ValueError as error:
             raise ValueError(f"row {index} of the {name} dataset: {error}") from error
         if warn and lost.num_passes:
@@ -289,7 +285,7 @@ def _render_batch(
                 name,
                 _describe(lost, options.max_length, options.overflow),
             )
-        invalid = [f"row {index}: {problem}" for problem in invalid]
+        invalid = [f"row {index}: {problem}" for problem in rendered.invalid]
         if warn and invalid:
             logger.warning("%s dataset: %s", name, describe_invalid(invalid))
         for number, layout in enumerate(layouts or [linearize(TokenTree())]):

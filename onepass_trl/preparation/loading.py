@@ -23,7 +23,6 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from onepass_trl.preparation.cache import code_digest
-from onepass_trl.preparation.nulls import with_exact_nulls
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
@@ -73,11 +72,6 @@ def load_conversations(
         source = {"path": "parquet", "data_files": {"train": files}}
         return _load_split(name, split, source, streaming)
     return _load_json(name, {"train": files}, split, streaming)
-
-
-def read_row(dataset: Any, index: int) -> dict[str, Any]:
-    """Return a row as training reads it: without what a struct column fills up with nulls."""
-    return with_exact_nulls(dataset[index], dataset.features)
 
 
 def _suffix(name: str) -> str | None:

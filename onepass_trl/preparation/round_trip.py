@@ -29,7 +29,7 @@ KnownTemplates: TypeAlias = Callable[[str], ResponseTemplate | None]
 
 
 def response_template_of(
-    tokenizer: PreTrainedTokenizerBase, template: str, known: KnownTemplates
+    tokenizer: PreTrainedTokenizerBase, template: str, known: KnownTemplates | None
 ) -> ResponseTemplate | None:
     """Return how answers to a chat template are parsed: the tokenizer's way, or a known one.
 
@@ -37,7 +37,7 @@ def response_template_of(
         tokenizer: The tokenizer. Its ``response_template``, if it has one, is meant for its own
             chat template.
         template: The Jinja source of the chat template.
-        known: Asked where the tokenizer doesn't say it.
+        known: Asked where the tokenizer doesn't say it; None: nothing is known.
 
     Returns:
         A response template of transformers, None if there is none.
@@ -47,7 +47,7 @@ def response_template_of(
     """
     own = getattr(tokenizer, "response_template", None)
     if own is None or template != tokenizer.chat_template:
-        return known(template)
+        return None if known is None else known(template)
     try:
         return load_response_template(own)
     except (TypeError, ValueError) as error:
@@ -57,12 +57,8 @@ def response_template_of(
         ) from error
 
 
-def no_response_template(template: str) -> None:
-    """Return None, whatever the chat template: only tokenizers say how answers are parsed."""
-
-
 def check_round_trip(
-    turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase, known: KnownTemplates
+    turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase, known: KnownTemplates | None = None
 ) -> bool:
     """Check that parsing the turn's completion gives its message back.
 

@@ -2,146 +2,153 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from onepass_trl.chat.errors import ChatFormatError
-from onepass_trl.chat.families import Family, register_family, registered_families
-from onepass_trl.chat.rendering import RenderedTurn, TrainOn
-from onepass_trl.chat.rows import NullArguments, numbered_passes, row_to_turns
+from onepass_trl.chat.messages import Message
+from onepass_trl.chat.rendering import RenderedTurn, render_each_turn
+from onepass_trl.chat.rows import read_conversation
+from onepass_trl.chat.turns import InvalidTurn
 from onepass_trl.data import (
     Layout,
     Overflow,
-    TokenTree,
     build_tree,
     limit_passes,
     linearize,
     split_passes,
 )
 from onepass_trl.passes import Pass
-from onepass_trl.preparation.cache import code_digest
-from onepass_trl.preparation.round_trip import (
-    KnownTemplates,
-    check_round_trip,
-    no_response_template,
-)
+from onepass_trl.preparation.given_passes import numbered_passes
+from onepass_trl.preparation.nulls import read_record
+from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.preparation.round_trip import check_round_trip
 
 if TYPE_CHECKING:
+    from datasets import Features
     from transformers import PreTrainedTokenizerBase
 
-# So many rows of a dataset are parsed back unless `verify_rendering` says otherwise.
-NUM_VERIFIED_ROWS = 8
 _NUM_SHOWN = 5  # invalid turns whose errors are logged
 
 
-@dataclass(frozen=True)
-class PreparationOptions:
-    """How rows are made: see `OnePassSFTConfig` for each."""
+@dataclass(frozen=True, eq=False)
+class RenderedRecord:
+    """The passes of a record, and why further ones were left out.
 
-    max_length: int | None
-    overflow: str
-    train_on: TrainOn
-    packing: bool
-    invalid_turns: str = "error"
-    null_arguments: NullArguments = "error"
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    verify_rendering: bool | None = None
-    num_proc: int | None = None
-    shuffle_seed: int | None = None
-    known_templates: KnownTemplates = no_response_template
-    """How answers to a chat template are parsed, where the tokenizer doesn't say it."""
-    families: tuple[Family, ...] = field(default_factory=registered_families)
-    """The registered families: for the cache, and for processes that don't inherit them."""
-    code: str = field(default_factory=code_digest)
-    """The cache of `datasets` must not outlive the code that made its rows."""
-
-    def verifies(self, index: int) -> bool:
-        """Return whether the row at `index` is parsed back after rendering."""
-        if self.verify_rendering is None:
-            return index < NUM_VERIFIED_ROWS
-        return self.verify_rendering
-
-
-def register_families(options: PreparationOptions) -> None:
-    """Register the families of user code, also in a process that didn't inherit them."""
-    for family in reversed(options.families):
-        register_family(family)
-
-
-def make_rows(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    options: PreparationOptions,
-    *,
-    verify: bool = False,
-) -> tuple[list[Layout], Overflow, list[str]]:
-    """Return the rows of one conversation, what an overflow policy took away, and why turns were
-    left out, see `passes_of`."""
-    passes, _, invalid = passes_of(row, tokenizer, options, verify=verify)
-    _, trees, lost = trees_of(passes, options)
-    return [linearize(tree) for tree in trees], lost, invalid
-
-
-def passes_of(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    options: PreparationOptions,
-    *,
-    verify: bool = False,
-) -> tuple[list[Pass], list[RenderedTurn] | None, list[str]]:
-    """Return the passes of a row, the turns that they are, and why other turns were left out.
-
-    The turns are None for a row of passes. With ``invalid_turns="error"`` none is left out, and
-    what is wrong is raised.
+    Attributes:
+        passes: one for each trained turn.
+        numbers: which of the record's turns, or of its given passes, these are, from 0.
+        turns: what the passes were rendered from; none for a record of passes.
+        messages: the messages of the conversation, as they are stored; none for a record of passes.
+        invalid: why no exact pass can be made of further turns, or of the record.
     """
-    invalid: list[str] = []
+
+    passes: list[Pass]
+    numbers: list[int]
+    turns: list[RenderedTurn] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    invalid: list[str] = field(default_factory=list)
+
+    @property
+    def has_reasoning(self) -> bool | None:
+        """Whether a trained turn has reasoning; None where turns aren't known."""
+        if not self.turns:
+            return None
+        return any("reasoning_content" in turn.message for turn in self.turns)
+
+
+def render_record(
+    record: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions | None = None,
+    *,
+    features: Features | None = None,
+    verify: bool = False,
+) -> RenderedRecord:
+    """Return the passes of a record: a conversation in any form, or passes that are given.
+
+    Args:
+        record: a line of a dataset.
+        tokenizer: with a chat template.
+        options: how it is rendered, and whether turns that can't be are left out; the defaults
+            if None.
+        features: of the dataset, see `onepass_trl.preparation.nulls.read_record`.
+        verify: also parse the turns back, see `onepass_trl.preparation.round_trip`.
+
+    Raises:
+        ChatFormatError: for what is not left out. What a sample of the records shows to be parsed
+            otherwise isn't, as it may be wrong with all of them.
+    """
+    options = options or PreparationOptions()
     drops = options.invalid_turns == "drop"
-
-    def leave_out(error: ChatFormatError) -> None:
-        invalid.append(str(error))
-
+    messages: list[Message] = []
+    turns: Sequence[RenderedTurn | InvalidTurn]
     try:
-        if row.get("passes") is not None:
-            return list(numbered_passes(row["passes"], options.train_on).values()), None, invalid
-        turns = row_to_turns(
-            row,
+        record = read_record(record, features, options.null_arguments)
+        if record.get("passes") is not None:
+            numbered = numbered_passes(record["passes"], options.train_on)
+            return RenderedRecord(list(numbered.values()), list(numbered))
+        conversation = read_conversation(record)
+        messages = conversation.messages
+        turns = render_each_turn(
+            messages,
             tokenizer,
-            chat_template_kwargs=options.chat_template_kwargs,
-            train_on=options.train_on,
-            null_arguments=options.null_arguments,
-            on_error=leave_out if drops else None,
+            tools=conversation.tools,
+            chat_template_kwargs={
+                **(options.chat_template_kwargs or {}),
+                **conversation.chat_template_kwargs,
+            },
+            train_on=conversation.trained(options.train_on),
         )
     except ChatFormatError as error:
-        if not drops:
-            raise
-        leave_out(error)
-        return [], [], invalid
-    kept = []
+        turns = [InvalidTurn(error)]
+    kept, invalid = _parted(turns, drops)
+    if verify:
+        read = [_parsed_back(turn, tokenizer, options) for turn in kept]
+        kept, misread = _parted(read, drops and options.verify_rendering is True)
+        invalid += misread
+    return RenderedRecord(
+        [turn.rendered for turn in kept], [turn.number for turn in kept], kept, messages, invalid
+    )
+
+
+def _parted(
+    turns: Sequence[RenderedTurn | InvalidTurn], drops: bool
+) -> tuple[list[RenderedTurn], list[str]]:
+    """Return the turns less the invalid ones, and why these are; raise the first unless `drops`."""
+    kept, invalid = [], []
     for turn in turns:
-        try:
-            if verify:
-                check_round_trip(turn, tokenizer, options.known_templates)
-        except ChatFormatError as error:
-            if not (drops and options.verify_rendering):
-                raise  # seen in a sample of the rows, it may be wrong with all of them
-            leave_out(error)
-        else:
+        if isinstance(turn, RenderedTurn):
             kept.append(turn)
-    return [turn.rendered for turn in kept], kept, invalid
+        elif drops:
+            invalid.append(str(turn.error))
+        else:
+            raise turn.error
+    return kept, invalid
 
 
-def trees_of(
+def _parsed_back(
+    turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
+) -> RenderedTurn | InvalidTurn:
+    try:
+        check_round_trip(turn, tokenizer, options.known_templates)
+    except ChatFormatError as error:
+        return InvalidTurn(error)
+    return turn
+
+
+def lay_out(
     passes: list[Pass], options: PreparationOptions
-) -> tuple[list[Pass], list[TokenTree], Overflow]:
-    """Return the passes that ``max_length`` leaves, their trees, and what was taken away."""
+) -> tuple[list[Pass], list[Layout], Overflow]:
+    """Return the passes that ``max_length`` leaves, their rows, and what was taken away."""
     if not passes:
         return [], [], Overflow()
     if options.max_length is None:
-        return passes, [build_tree(passes)], Overflow(longest=max(map(len, passes)))
+        return passes, [linearize(build_tree(passes))], Overflow(longest=max(map(len, passes)))
     passes, lost = limit_passes(passes, options.max_length, options.overflow)
-    return passes, split_passes(passes, options.max_length) if passes else [], lost
+    trees = split_passes(passes, options.max_length) if passes else []
+    return passes, [linearize(tree) for tree in trees], lost
 
 
 def describe_invalid(invalid: Sequence[str]) -> str:
@@ -151,27 +158,4 @@ def describe_invalid(invalid: Sequence[str]) -> str:
     return (
         f"no exact pass can be made of {len(invalid)} turns or rows, which are left out:{shown}"
         + (f"\n  and {rest} others" if rest > 0 else "")
-    )
-
-
-def parse_train_on(value: str | Sequence[int]) -> TrainOn:
-    """Return what ``train_on`` means: ``"all"``, ``"last"`` or the list of turn indices.
-
-    Raises:
-        ValueError: if it means none of these.
-    """
-    if value == "all":
-        return "all"
-    if value == "last":
-        return "last"
-    parsed: object = value
-    if isinstance(value, str):
-        try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError:
-            parsed = None
-    if isinstance(parsed, list) and all(type(index) is int for index in parsed):
-        return parsed
-    raise ValueError(
-        f"train_on must be 'all', 'last' or a list of turn indices such as [0, 2], got {value!r}"
     )

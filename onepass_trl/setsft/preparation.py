@@ -23,10 +23,9 @@ from onepass_trl.preparation.datasets import (
     render_rows,
     report_unverified,
 )
-from onepass_trl.preparation.nulls import with_exact_nulls
-from onepass_trl.preparation.rows import PreparationOptions, register_families
+from onepass_trl.preparation.options import PreparationOptions, register_families
 from onepass_trl.setsft.collator import SET_COLUMNS, from_row, to_row
-from onepass_trl.setsft.rendering import ForkingTokens, row_to_traces
+from onepass_trl.setsft.rendering import ForkingTokens, render_traces
 from onepass_trl.setsft.traces import Trace, TraceSet
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ def prepare_dataset(
     """Return `dataset` as rows of `SET_COLUMNS`, one question each, or several where packed.
 
     Args:
-        dataset: questions with completions, see `row_to_traces`, or rows of such columns.
+        dataset: questions with completions, see `render_traces`, or rows of such columns.
         column_names: its columns; they are removed.
         name: what to call the dataset in messages and progress bars.
 
@@ -160,21 +159,24 @@ def _render(
 
 
 def make_sets(
-    row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, options: SetOptions
+    record: Mapping[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    options: SetOptions,
+    features: Features | None = None,
 ) -> tuple[list[TraceSet], Overflow, Report]:
     """Return the sets of one row, what an overflow policy took away, and what is to be reported.
 
     Raises:
         ValueError: if there are more traces than forking tokens, and the policy is ``"error"``.
     """
-    traces = row_to_traces(
-        row,
+    traces = render_traces(
+        record,
         tokenizer,
         options.tokens,
-        chat_template_kwargs=options.rows.chat_template_kwargs,
-        null_arguments=options.rows.null_arguments,
+        options.rows,
+        features=features,
         verify=options.rows.verifies(index),
-        known_templates=options.rows.known_templates,
     )
     num_tokens = len(options.tokens.ids)
     if len(traces) > num_tokens and options.excess_traces == "error":
@@ -224,11 +226,9 @@ def _render_batch(
     register_families(options.rows)
     output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
     for position, index in enumerate(indices):
-        row = {column: values[position] for column, values in batch.items()}
+        record = {column: values[position] for column, values in batch.items()}
         try:
-            sets, lost, report = make_sets(
-                with_exact_nulls(row, features), index, tokenizer, options
-            )
+            sets, lost, report = make_sets(record, index, tokenizer, options, features)
         except ValueError as error:
             raise ValueError(f"row {index} of the {name} dataset: {error}") from error
         counts = asdict(lost) | asdict(report)

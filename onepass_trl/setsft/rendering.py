@@ -6,25 +6,23 @@ prompt (DeepSeek-R1) or at the begin of the completion (Qwen3).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onepass_trl.chat import ChatFormatError, RenderedTurn, row_to_conversation
 from onepass_trl.chat.encoding import Ids, added_tokens, encode_alone, encode_behind
+from onepass_trl.chat.errors import ChatFormatError, errors_named
 from onepass_trl.chat.families import family_of
-from onepass_trl.chat.rendering import AnswerRenderer, TurnTexts
-from onepass_trl.chat.rows import NullArguments
+from onepass_trl.chat.rendering import RenderedTurn, render_answers
+from onepass_trl.chat.rows import QUESTIONS, read_question
 from onepass_trl.chat.template import Template
+from onepass_trl.chat.turns import InvalidTurn, TurnTexts
 from onepass_trl.passes import Pass
-from onepass_trl.preparation.round_trip import (
-    KnownTemplates,
-    check_round_trip,
-    no_response_template,
-)
+from onepass_trl.preparation.nulls import read_record
+from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.preparation.round_trip import check_round_trip
 from onepass_trl.setsft.tokens import (
     DEFAULT_FORMAT,
     find_thinking_opener,
@@ -34,9 +32,8 @@ from onepass_trl.setsft.tokens import (
 from onepass_trl.setsft.traces import Trace
 
 if TYPE_CHECKING:
+    from datasets import Features
     from transformers import PreTrainedTokenizerBase
-
-_COLUMNS = ("prompt", "completions")
 
 
 @dataclass(frozen=True)
@@ -87,81 +84,65 @@ class _Parts:
     completion: str
 
 
-def row_to_traces(
-    row: Mapping[str, Any],
+def render_traces(
+    record: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     tokens: ForkingTokens,
+    options: PreparationOptions,
     *,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    null_arguments: NullArguments = "error",
+    features: Features | None = None,
     verify: bool = False,
-    known_templates: KnownTemplates = no_response_template,
 ) -> list[Trace]:
-    """Return the traces of a dataset row, one for each of its completions.
+    """Return the traces of a dataset's record, one for each of its completions.
 
     Args:
-        row: ``prompt``, a list of messages or text, and ``completions``, a list of assistant
-            messages with reasoning (each as itself or as a list of one), or of strings. With a
-            prompt of messages a string is the content of an assistant message; with a text prompt
-            it is the text itself, behind which the end-of-sequence token is added if it doesn't
-            stand there. ``system`` (beside messages), ``tools`` and ``chat_template_kwargs`` may
-            stand beside them. Lists may be given as JSON text.
+        record: a question and its completions, see `onepass_trl.chat.rows.read_question`. To a
+            completion of a text prompt the end-of-sequence token is added if it doesn't end in it.
         tokenizer: the tokenizer, with the forking tokens.
         tokens: the forking tokens.
-        chat_template_kwargs: further arguments of the template; the row's own come first.
-        null_arguments: as for `onepass_trl.chat.row_to_conversation`.
+        options: how messages are rendered.
+        features: of the dataset, see `onepass_trl.preparation.nulls.read_record`.
         verify: also parse the messages back, see `onepass_trl.preparation.round_trip`.
-        known_templates: how they are parsed, where the tokenizer doesn't say it.
 
     Raises:
-        ChatFormatError: if the row can't be read or rendered, a completion has no thinking opener,
-            or parsing gives another message; the message names the completion.
+        ChatFormatError: if the record can't be read or rendered, a completion has no thinking
+            opener, or parsing gives another message; the message names the completion.
     """
-    missing = [column for column in _COLUMNS if row.get(column) is None]
-    if missing:
-        given = [repr(name) for name, value in row.items() if value is not None]
-        raise ChatFormatError(
-            "a row for set fine-tuning needs 'prompt' (messages or text) and 'completions' (a list "
-            f"of assistant messages or strings); this one has no {' and no '.join(missing)}, only "
-            f"{', '.join(given) or 'nothing'}. Rename or convert the columns"
+    record = read_record(record, features, options.null_arguments, forms=QUESTIONS)
+    question = read_question(record)
+    turns: Sequence[TurnTexts | InvalidTurn] = ()
+    if not isinstance(question.prompt, str):
+        turns = render_answers(
+            question.prompt,
+            question.completions,
+            tokenizer,
+            tools=question.tools,
+            chat_template_kwargs={
+                **(options.chat_template_kwargs or {}),
+                **question.chat_template_kwargs,
+            },
         )
-    prompt, completions = (_from_json_text(row[column]) for column in _COLUMNS)
-    if isinstance(row["prompt"], str) and not all(isinstance(m, Mapping) for m in prompt):
-        prompt = row["prompt"]  # text that happens to be a JSON list
-    if isinstance(prompt, str) and row.get("system"):
-        raise ChatFormatError(
-            "the row has a 'system' column, and a prompt of text has no place for it: write it "
-            "into the prompt, or give the prompt as a list of messages"
-        )
-    if not isinstance(completions, (list, tuple)) or not completions:
-        raise ChatFormatError(
-            "'completions' must be a list with at least one assistant message or string, got "
-            f"{str(completions)[:80]!r}: give the row a trace, or remove it"
-        )
-    settings = {name: row.get(name) for name in ("system", "tools", "chat_template_kwargs")}
-    answers = _Answers(
-        {**settings, "prompt": row["prompt"]}, tokenizer, chat_template_kwargs, null_arguments
-    )
-    encoder = _Encoder(tokenizer, isinstance(prompt, str))
+    encoder = _Encoder(tokenizer, isinstance(question.prompt, str))
     traces = []
-    for number, completion in enumerate(completions):
-        try:
-            if isinstance(prompt, str):
-                parts = _text_parts(prompt, completion, tokenizer, tokens.opener)
+    for number, completion in enumerate(question.completions):
+        with errors_named(f"completion {number} of {len(question.completions)}"):
+            if isinstance(question.prompt, str):
+                parts = _text_parts(question.prompt, completion, tokenizer, tokens.opener)
             else:
-                answer: Any = [_as_message(completion)]
-                if isinstance(row["completions"], str):
-                    answer = json.dumps(answer)  # in JSON text, nulls are real
-                turn = answers.render(answer)
+                turn = _valid(turns[number])
                 if verify:
                     pass_ = encoder.encode(turn.context, turn.completion)
                     rendered = RenderedTurn(**vars(turn), rendered=pass_)
-                    check_round_trip(rendered, tokenizer, known_templates)
+                    check_round_trip(rendered, tokenizer, options.known_templates)
                 parts = _split(turn.context, turn.completion, tokens.opener)
             traces.append(_to_trace(parts, number, tokens, encoder))
-        except ChatFormatError as error:
-            raise ChatFormatError(f"completion {number} of {len(completions)}: {error}") from error
     return traces
+
+
+def _valid(turn: TurnTexts | InvalidTurn) -> TurnTexts:
+    if isinstance(turn, InvalidTurn):
+        raise turn.error
+    return turn
 
 
 def forking_prompts(
@@ -197,8 +178,10 @@ def forking_prompts(
         parts = _text_parts(prompt, tokens.opener + "x", tokenizer, tokens.opener)
     else:
         answer = _any_answer(tokenizer, tools, chat_template_kwargs, tokens.opener)
-        row = {"prompt": prompt, "tools": tools}
-        turn = _Answers(row, tokenizer, chat_template_kwargs, "keep").render([answer])
+        [turn] = render_answers(
+            prompt, [answer], tokenizer, tools=tools, chat_template_kwargs=chat_template_kwargs
+        )
+        turn = _valid(turn)
         parts = _split(turn.context, turn.completion, tokens.opener)
     _refuse_forking_tokens(parts, tokens)
     texts = [parts.before + name + parts.between for name in tokens.names]
@@ -219,61 +202,6 @@ def _any_answer(
     if opener and family_of(template).reads_reasoning(template):
         return {**answer, "reasoning_content": "x"}
     return {**answer, "content": opener + "x"}
-
-
-def _from_json_text(value: Any) -> Any:
-    """Return the list that a column holds as JSON text, or the value itself."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except ValueError:
-            pass  # text that begins with a bracket
-    return value
-
-
-def _as_message(completion: Any) -> Mapping[str, Any]:
-    if isinstance(completion, (list, tuple)) and len(completion) == 1:
-        completion = completion[0]
-    if isinstance(completion, str):
-        return {"role": "assistant", "content": completion}
-    if isinstance(completion, Mapping) and completion.get("role") == "assistant":
-        return completion
-    raise ChatFormatError(
-        f"it must be one assistant message or a string, got {str(completion)[:80]!r}: earlier "
-        "turns belong into 'prompt'"
-    )
-
-
-class _Answers:
-    """Renders the completions of a row with a prompt of messages, and the prompt only once."""
-
-    def __init__(
-        self,
-        row: Mapping[str, Any],
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template_kwargs: Mapping[str, Any] | None,
-        null_arguments: NullArguments,
-    ) -> None:
-        self._row = row
-        self._tokenizer = tokenizer
-        self._kwargs = chat_template_kwargs or {}
-        self._null_arguments = null_arguments
-        self._renderer: AnswerRenderer | None = None
-
-    def render(self, completion: Any) -> TurnTexts:
-        """Return the turn of a completion: a list of one message, or the JSON text of one."""
-        conversation = row_to_conversation(
-            {**self._row, "completion": completion}, null_arguments=self._null_arguments
-        )
-        *before, answer = conversation.messages
-        if self._renderer is None:
-            self._renderer = AnswerRenderer(
-                before,
-                self._tokenizer,
-                tools=conversation.tools,
-                chat_template_kwargs={**self._kwargs, **conversation.chat_template_kwargs},
-            )
-        return self._renderer.render(answer)
 
 
 def _text_parts(

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from onepass_trl.data import Layout, build_tree, linearize, split_passes
-from onepass_trl.preparation.rows import PreparationOptions
+from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.setsft import matching, preparation
 from onepass_trl.setsft.collator import SET_COLUMNS, SetCollator, from_row
 from onepass_trl.setsft.config import SetSFTConfig

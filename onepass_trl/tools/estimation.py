@@ -10,15 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onepass_trl.data import Layout, Overflow, linearize, pack
+from onepass_trl.data import Layout, Overflow, pack
 from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.preparation.datasets import PACK_BATCH_SIZE
-from onepass_trl.preparation.rows import (
-    PreparationOptions,
-    describe_invalid,
-    passes_of,
-    trees_of,
-)
+from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.preparation.rows import describe_invalid, lay_out, render_record
 from onepass_trl.tools.flops import (
     ATTENTION_FORWARDS,
     HEAD_FORWARDS,
@@ -29,6 +25,7 @@ from onepass_trl.tools.tiles import TILE, count_tiles
 from onepass_trl.visibility import causal_visible_end
 
 if TYPE_CHECKING:
+    from datasets import Features
     from transformers import PreTrainedTokenizerBase
 
 
@@ -170,27 +167,33 @@ class Estimate:
 
 
 def estimate(
-    rows: Iterable[tuple[int, Mapping[str, Any]]],
+    records: Iterable[tuple[int, Mapping[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,
     options: PreparationOptions,
     cost: ModelCost | None = None,
+    *,
+    features: Features | None = None,
 ) -> Estimate:
-    """Return what one pass and N-pass would compute on the conversations of `rows`.
+    """Return what one pass and N-pass would compute on the conversations of `records`.
 
     N-pass is taken to have a row for each turn, without padding.
 
     Args:
-        rows: of a dataset, in any form that `onepass_trl.chat.rows` reads, each after its index.
+        records: of a dataset, in any form that `render_record` reads, each after its index.
         tokenizer: with a chat template.
         options: how rows are made of conversations.
         cost: of the model, see `model_cost`.
+        features: of the dataset.
 
     Raises:
-        ValueError: if there are no rows, one can't be read or rendered (the message names it) and
-            the options don't leave it out, or nothing is left to train.
+        ValueError: if there are no records, nothing is left to train, or a record can't be read or
+            rendered (the message names it) and the options don't leave it out.
     """
     windows: set[int | None] = {layers.window for layers in cost.attention} if cost else set()
-    counts = [_count(index, row, tokenizer, options, windows | {None}) for index, row in rows]
+    counts = [
+        _count(index, record, tokenizer, options, features, windows | {None})
+        for index, record in records
+    ]
     if not counts:
         raise ValueError("there is no conversation to estimate: the dataset has no rows")
     one_pass, n_pass, lost = Work(), Work(), Overflow()
@@ -243,20 +246,19 @@ class _Count:
 
 def _count(
     index: int,
-    row: Mapping[str, Any],
+    record: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     options: PreparationOptions,
+    features: Features | None,
     windows: set[int | None],
 ) -> _Count:
     try:
-        passes, turns, invalid = passes_of(row, tokenizer, options, verify=options.verifies(index))
-        passes, trees, lost = trees_of(passes, options)
+        rendered = render_record(
+            record, tokenizer, options, features=features, verify=options.verifies(index)
+        )
+        passes, layouts, lost = lay_out(rendered.passes, options)
     except ValueError as error:
         raise ValueError(f"row {index} of the dataset: {error}") from error
-    has_reasoning = None
-    if turns is not None:
-        has_reasoning = any(turn.message.get("reasoning_content") for turn in turns)
-    layouts = [linearize(tree) for tree in trees]
     one_pass, n_pass = Work(), Work()
     for layout in layouts:
         one_pass.add(work_of_row(layout, windows))
@@ -268,8 +270,8 @@ def _count(
         n_pass=n_pass,
         lengths=[len(layout) for layout in layouts],
         overflow=lost,
-        has_reasoning=has_reasoning,
-        invalid=[f"row {index}: {problem}" for problem in invalid],
+        has_reasoning=rendered.has_reasoning,
+        invalid=[f"row {index}: {problem}" for problem in rendered.invalid],
         branches=len(passes) > 1 and one_pass.tokens > max(map(len, passes)),
     )
 

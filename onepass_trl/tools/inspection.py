@@ -13,21 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onepass_trl.chat.messages import normalize_messages
-from onepass_trl.chat.rendering import RenderedTurn, TrainOn
-from onepass_trl.chat.rows import (
-    NullArguments,
-    numbered_passes,
-    row_to_conversation,
-    row_to_turns,
-)
+from onepass_trl.chat.rendering import RenderedTurn
 from onepass_trl.data.layout import Layout, linearize
 from onepass_trl.data.tree import ROOT, TokenTree
 from onepass_trl.passes import Pass
+from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.preparation.rows import render_record
 from onepass_trl.tools.tiles import count_tiles
 from onepass_trl.tools.transcript import message_starts, token_texts
 from onepass_trl.visibility import num_visible_pairs
 
 if TYPE_CHECKING:
+    from datasets import Features
     from transformers import PreTrainedTokenizerBase
 
 
@@ -141,33 +138,20 @@ class Inspection:
         return len(self.row) == max(self.pass_lengths)
 
 
-def inspect_row(
-    row: Mapping[str, Any],
+def inspect_record(
+    record: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
+    options: PreparationOptions | None = None,
     *,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    train_on: TrainOn = "all",
-    null_arguments: NullArguments = "error",
+    features: Features | None = None,
 ) -> Inspection:
-    """Return what becomes of a dataset row; arguments and errors are those of `row_to_passes`."""
-    if row.get("passes") is not None:
-        numbered = numbered_passes(row["passes"], train_on)
-        return inspect_passes(list(numbered.values()), tokenizer, numbers=list(numbered))
-    turns = row_to_turns(
-        row,
-        tokenizer,
-        chat_template_kwargs=chat_template_kwargs,
-        train_on=train_on,
-        null_arguments=null_arguments,
-    )
-    conversation = row_to_conversation(row, null_arguments=null_arguments)
-    messages = normalize_messages(conversation.messages, inline_reasoning=True)
-    for turn in turns:
+    """Return what becomes of a dataset's record; arguments and errors are those of
+    `onepass_trl.preparation.rows.render_record`."""
+    found = render_record(record, tokenizer, options, features=features)
+    messages = normalize_messages(found.messages, inline_reasoning=True)
+    for turn in found.turns:
         messages[turn.index] = turn.message
-    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    numbers = [spoken.index(turn.index) for turn in turns]
-    passes = [turn.rendered for turn in turns]
-    return inspect_passes(passes, tokenizer, turns, messages, numbers=numbers)
+    return inspect_passes(found.passes, tokenizer, found.turns, messages, numbers=found.numbers)
 
 
 def inspect_passes(

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from onepass_trl.data import Layout, linearize
+from onepass_trl.data import Layout
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.passes import Pass
-from onepass_trl.preparation.rows import PreparationOptions, passes_of, trees_of
+from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.preparation.rows import lay_out, render_record
 from onepass_trl.tools.bench.timing import seconds_of
 from onepass_trl.tools.bench.workload import labelled, missing_memory
 from onepass_trl.tools.estimation import (
@@ -25,6 +26,7 @@ from onepass_trl.tools.estimation import (
 )
 
 if TYPE_CHECKING:
+    from datasets import Features
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_PROBES = 6
@@ -99,9 +101,11 @@ def spread(lengths: NDArray[np.int64], number: int = NUM_PROBES) -> list[int]:
 
 
 def choose_probes(
-    rows: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     options: PreparationOptions,
+    *,
+    features: Features | None = None,
 ) -> tuple[list[Layout], list[Pass]]:
     """Return rows of one pass and of N-pass to run, of all lengths that these conversations have.
 
@@ -114,14 +118,15 @@ def choose_probes(
     options = replace(options, max_length=length, overflow="truncate")
     layouts: list[Layout] = []
     passes: list[Pass] = []
-    for row in rows:
-        left, trees, _ = trees_of(passes_of(row, tokenizer, options)[0], options)
-        layouts += [linearize(tree) for tree in trees]
+    for record in records:
+        rendered = render_record(record, tokenizer, options, features=features)
+        left, rows, _ = lay_out(rendered.passes, options)
+        layouts += rows
         passes += left
     if not passes:
         raise ValueError(
-            f"nothing to measure: of {len(rows)} conversations, no trained token stands within the "
-            f"first {length:,} tokens of its turn with its context"
+            f"nothing to measure: of {len(records)} conversations, no trained token stands within "
+            f"the first {length:,} tokens of its turn with its context"
         )
     chosen = spread(np.array([len(layout) for layout in layouts]))
     chosen_passes = spread(np.array([len(pass_) for pass_ in passes]))

@@ -12,13 +12,11 @@ from accelerate.parallelism_config import ParallelismConfig
 from trl import SFTConfig
 
 from onepass_trl.attention.implementations.registry import Impl
-from onepass_trl.chat.rendering import TrainOn
-from onepass_trl.chat.rows import NullArguments
+from onepass_trl.chat.turns import TrainOn
 from onepass_trl.data import packing
-from onepass_trl.preparation.rows import parse_train_on
+from onepass_trl.preparation.options import NullArguments, parse_train_on
 
 INVALID_POLICIES = ("error", "drop")
-NULL_ARGUMENTS = ("auto", *get_args(NullArguments))
 
 
 @dataclass
@@ -98,7 +96,7 @@ class OnePassSFTConfig(SFTConfig):
         metadata={
             "help": "What a null among a tool call's arguments is: a value to 'keep', a filler "
             "to 'drop', an 'error'. 'auto' keeps it in columns that hold JSON, else raises.",
-            "choices": list(NULL_ARGUMENTS),
+            "choices": list(get_args(NullArguments)),
         },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(

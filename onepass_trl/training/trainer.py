@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -35,8 +35,7 @@ from onepass_trl.attention.transformers_backend import check_model, use_onepass_
 from onepass_trl.data.collator import OnePassCollator, as_layout
 from onepass_trl.data.layout import Layout
 from onepass_trl.preparation.datasets import ROW_COLUMNS, prepare_dataset
-from onepass_trl.preparation.nulls import settle_null_arguments
-from onepass_trl.preparation.rows import PreparationOptions
+from onepass_trl.preparation.options import NullArguments, PreparationOptions
 from onepass_trl.training import first_check
 from onepass_trl.training.arguments import (
     check_not_empty,
@@ -245,7 +244,7 @@ class OnePassSFTTrainer(SFTTrainer):
             train_on=args.trained_turns,
             packing=packing,
             invalid_turns=args.invalid_turns,
-            null_arguments=settle_null_arguments(dataset, args.null_arguments),
+            null_arguments=cast(NullArguments, args.null_arguments),
             chat_template_kwargs=args.template_arguments,
             verify_rendering=args.verify_rendering,
             num_proc=args.dataset_num_proc,

@@ -7,8 +7,14 @@ import copy
 import numpy as np
 import pytest
 
-from onepass_trl.chat import ChatFormatError, render_passes, render_turns
-from onepass_trl.chat.rendering import AnswerRenderer
+from onepass_trl.chat import (
+    ChatFormatError,
+    InvalidTurn,
+    render_answers,
+    render_each_turn,
+    render_passes,
+    render_turns,
+)
 from tests.chat.families import trl_template
 from tests.chat.tokenizers import SMALL, small_tokenizer, texts
 from tests.chats import CALL, TOOL_TURNS, TWO_TURNS
@@ -252,10 +258,10 @@ def test_answers_to_the_same_messages_are_the_turns_of_conversations_of_their_ow
     answers = [{"role": "assistant", "content": "four"}, {"role": "assistant", "content": ">"}]
     if template not in ("llama3_1", "phi3"):
         answers += [TWO_TURNS[-1], TOOL_TURNS[1]]
-    renderer = AnswerRenderer(TWO_TURNS[:-1], tokenizer)
-    for answer in answers:
+    texts = render_answers(TWO_TURNS[:-1], answers, tokenizer)
+    for answer, text in zip(answers, texts, strict=True):
         [turn] = render_turns([*TWO_TURNS[:-1], answer], tokenizer, train_on="last")
-        assert vars(turn) == {**vars(renderer.render(answer)), "rendered": turn.rendered}
+        assert vars(turn) == {**vars(text), "rendered": turn.rendered}
 
 
 def test_each_answer_to_the_same_messages_is_checked():
@@ -266,8 +272,27 @@ def test_each_answer_to_the_same_messages_is_checked():
         "{{ m.content if not m.reasoning_content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     )
-    renderer = AnswerRenderer([{"role": "user", "content": "2+2?"}], tokenizer)
-    assert renderer.render({"role": "assistant", "content": "4"}).completion == "4<|im_end|>"
-    both = {"role": "assistant", "reasoning_content": "4 > 3, so 4", "content": "4"}
-    with pytest.raises(ChatFormatError, match="its content"):
-        renderer.render(both)
+    answer = {"role": "assistant", "content": "4"}
+    both = {**answer, "reasoning_content": "4 > 3, so 4"}
+    question = {"role": "user", "content": "2+2?"}
+    first, second, third = render_answers([question], [answer, both, {"role": "user"}], tokenizer)
+    assert first.completion == "4<|im_end|>"
+    assert "its content" in str(second.error)
+    assert "none of the 2 messages is from the assistant" in str(third.error)
+
+
+def test_invalid_turns_are_values():
+    tokenizer = small_tokenizer("qwen3")
+    question = {"role": "user", "content": "2+2?"}
+    messages = [question, {"role": "assistant", "content": ""}, *TWO_TURNS]
+    invalid, *turns = render_each_turn(messages, tokenizer)
+    assert isinstance(invalid, InvalidTurn)
+    assert "assistant turn 0 (message 1, template family" in str(invalid.error)
+    assert [turn.number for turn in turns] == [1, 2]
+    assert [messages[turn.index]["content"] for turn in turns] == [
+        message["content"] for message in TWO_TURNS if message["role"] == "assistant"
+    ]
+    with pytest.raises(ChatFormatError, match="it is empty"):
+        render_turns(messages, tokenizer)
+    with pytest.raises(ChatFormatError, match="none of the 1 messages"):
+        render_each_turn([question], tokenizer)

@@ -12,8 +12,8 @@ from datasets import Dataset
 from onepass_trl.chat import ChatFormatError, render_turns
 from onepass_trl.chat.families import Composable, registry
 from onepass_trl.preparation.datasets import prepare_dataset
+from onepass_trl.preparation.options import NUM_VERIFIED_ROWS, PreparationOptions
 from onepass_trl.preparation.round_trip import check_round_trip
-from onepass_trl.preparation.rows import NUM_VERIFIED_ROWS, PreparationOptions
 from onepass_trl.training.response_templates import trl_response_template
 from tests.chat.tokenizers import small_tokenizer
 

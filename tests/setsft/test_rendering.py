@@ -9,8 +9,9 @@ from onepass_trl.chat import ChatFormatError
 from onepass_trl.chat.encoding import encode_alone
 from onepass_trl.chat.rendering import render_turns
 from onepass_trl.chat.template import Template
+from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.setsft import forking_prompts
-from onepass_trl.setsft.rendering import ForkingTokens, row_to_traces
+from onepass_trl.setsft.rendering import ForkingTokens, render_traces
 from onepass_trl.setsft.tokens import _add_to_tokenizer, forking_tokens
 from tests.chat.tokenizers import SHARED, SHARED_REASON
 from tests.setsft.sets import random_set
@@ -34,9 +35,13 @@ def with_tokens(tokenizer, opener=None):
     return tokenizer, ForkingTokens.of(tokenizer, K, thinking_opener=opener)
 
 
+def traces_of(record, tokenizer, tokens, *, verify=False):
+    return render_traces(record, tokenizer, tokens, PreparationOptions(), verify=verify)
+
+
 def check_traces(row, tokenizer, tokens, opener):
     """Each trace is the turn with a forking token for the opener, behind inference's prompt."""
-    traces = row_to_traces(row, tokenizer, tokens)
+    traces = traces_of(row, tokenizer, tokens)
     prompts = forking_prompts(row["prompt"], tokenizer, K, tools=row.get("tools"))
     texts = forking_prompts(row["prompt"], tokenizer, K, tools=row.get("tools"), tokenize=False)
     assert len(traces) == len(row["completions"])
@@ -85,7 +90,7 @@ def test_the_prompt_is_rendered_and_encoded_once_for_all_traces(family, verify, 
     if family != "gptoss":  # which writes no opener without reasoning
         row["completions"][2] = {"role": "assistant", "content": "four"}
     single = [
-        row_to_traces({**row, "completions": [completion]}, tokenizer, tokens, verify=verify)[0]
+        traces_of({**row, "completions": [completion]}, tokenizer, tokens, verify=verify)[0]
         for completion in row["completions"]
     ]
     contexts, encoded, render = [], [], Template.render
@@ -101,7 +106,7 @@ def test_the_prompt_is_rendered_and_encoded_once_for_all_traces(family, verify, 
 
     monkeypatch.setattr(Template, "render", counting)
     monkeypatch.setattr("onepass_trl.setsft.rendering.encode_alone", encoding)
-    traces = row_to_traces(row, tokenizer, tokens, verify=verify)
+    traces = traces_of(row, tokenizer, tokens, verify=verify)
     assert len(contexts) == 1
     assert sum(row["prompt"][-1]["content"] in text for text in encoded) == 1 + verify
     for number, (trace, expected) in enumerate(zip(traces, single, strict=True)):
@@ -114,7 +119,7 @@ def test_columns_of_json_text_are_read(tmp_path):
     tokenizer, tokens = with_tokens(fresh_tokenizer())
     row = random_set(1, 2)
     text = {name: json.dumps(value) for name, value in row.items()}
-    for a, b in zip(*(row_to_traces(r, tokenizer, tokens) for r in (row, text)), strict=True):
+    for a, b in zip(*(traces_of(r, tokenizer, tokens) for r in (row, text)), strict=True):
         assert a.pass_.token_ids.tolist() == b.pass_.token_ids.tolist()
 
 
@@ -124,7 +129,7 @@ def test_completions_may_be_strings_and_lists_of_one_message():
     [message] = row["completions"]
     string = f"<think>{message['reasoning_content']}</think>{message['content']}"
     row["completions"] = [message, [message], string]
-    first, *others = (t.pass_.token_ids.tolist() for t in row_to_traces(row, tokenizer, tokens))
+    first, *others = (t.pass_.token_ids.tolist() for t in traces_of(row, tokenizer, tokens))
     assert others == [first, first]
 
 
@@ -132,7 +137,7 @@ def test_completions_may_be_strings_and_lists_of_one_message():
 def test_a_trace_without_reasoning_has_an_empty_one(family):
     tokenizer, tokens = with_tokens(fresh_tokenizer(family))
     row = {**random_set(1, 1), "completions": [{"role": "assistant", "content": "four"}]}
-    [trace] = row_to_traces(row, tokenizer, tokens)
+    [trace] = traces_of(row, tokenizer, tokens)
     trained = trace.pass_.token_ids[trace.pass_.trained]
     assert tokenizer.decode(trained).lstrip().startswith("</think>\n\nfour")
 
@@ -142,7 +147,7 @@ def test_without_an_opener_the_token_stands_between_prompt_and_completion():
     for family in ("llama3_1", "phi3", "gptoss"):
         tokenizer, tokens = with_tokens(fresh_tokenizer(family), opener="")
         row = {**random_set(1, 1), "completions": [{"role": "assistant", "content": "four"}]}
-        [trace] = row_to_traces(row, tokenizer, tokens)
+        [trace] = traces_of(row, tokenizer, tokens)
         [turn] = render_turns([*row["prompt"], *row["completions"]], tokenizer)
         decoded = tokenizer.decode(trace.behind(tokens.ids[2]).token_ids)
         assert decoded == f"{turn.context}<think3>{turn.completion}"
@@ -154,7 +159,7 @@ def test_an_opener_that_is_ordinary_text_is_replaced():
     tokenizer, tokens = with_tokens(fresh_tokenizer("llama3_1"), opener="<think>")
     completion = {"role": "assistant", "content": "<think>two and two</think>four"}
     row = {**random_set(1, 1), "completions": [completion]}
-    [trace] = row_to_traces(row, tokenizer, tokens)
+    [trace] = traces_of(row, tokenizer, tokens)
     decoded = tokenizer.decode(trace.behind(tokens.ids[0]).token_ids)
     assert decoded.endswith("<think1>two and two</think>four<|eot_id|>")
     prompts = forking_prompts(row["prompt"], tokenizer, K, thinking_opener="<think>")
@@ -179,7 +184,7 @@ class TestText:
     ):
         tokenizer, tokens = with_tokens(fresh_tokenizer())
         row = {"prompt": prompt, "completions": [completion]}
-        [trace] = row_to_traces(row, tokenizer, tokens)
+        [trace] = traces_of(row, tokenizer, tokens)
         pass_ = trace.behind(tokens.ids[1])
         assert tokenizer.decode(pass_.token_ids) == expected
         context = pass_.token_ids[~pass_.trained].tolist()
@@ -193,13 +198,13 @@ class TestText:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
         )
-        [trace] = row_to_traces({"prompt": "two", "completions": ["four"]}, tokenizer, tokens)
+        [trace] = traces_of({"prompt": "two", "completions": ["four"]}, tokenizer, tokens)
         text = tokenizer.decode(trace.behind(tokens.ids[0]).token_ids)
         assert text == f"{bos}two<think1>four<|eot_id|>"
 
     def test_a_prompt_that_happens_to_be_a_json_list_is_text(self):
         tokenizer, tokens = with_tokens(fresh_tokenizer("llama3_1"), opener="")
-        [trace] = row_to_traces({"prompt": "[1, 2]", "completions": ["b"]}, tokenizer, tokens)
+        [trace] = traces_of({"prompt": "[1, 2]", "completions": ["b"]}, tokenizer, tokens)
         text = tokenizer.decode(trace.behind(tokens.ids[0]).token_ids)
         assert text == "[1, 2]<think1>b<|eot_id|>"
 
@@ -241,7 +246,7 @@ PROMPT = [{"role": "user", "content": "two?"}]
 def test_rows_that_cannot_be_traces_are_errors(row, message):
     tokenizer, tokens = with_tokens(fresh_tokenizer())
     with pytest.raises(ChatFormatError, match=message):
-        row_to_traces(row, tokenizer, tokens)
+        traces_of(row, tokenizer, tokens)
 
 
 def test_a_missing_opener_is_an_error():
@@ -249,7 +254,7 @@ def test_a_missing_opener_is_an_error():
     tokenizer, tokens = with_tokens(fresh_tokenizer("gptoss"))
     row = {"prompt": PROMPT, "completions": [{"role": "assistant", "content": "four"}]}
     with pytest.raises(ChatFormatError, match=r"completion 0 of 1: the thinking opener.*neither"):
-        row_to_traces(row, tokenizer, tokens)
+        traces_of(row, tokenizer, tokens)
     with pytest.raises(ValueError, match=r"has no thinking opener '<think>'.*or to ''"):
         with_tokens(fresh_tokenizer("llama3_1"))
 

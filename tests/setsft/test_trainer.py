@@ -12,8 +12,8 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
+from onepass_trl.preparation.options import NUM_VERIFIED_ROWS
 from onepass_trl.preparation.round_trip import check_round_trip
-from onepass_trl.preparation.rows import NUM_VERIFIED_ROWS
 from onepass_trl.setsft import (
     ForkingDiversityCallback,
     SetSFTConfig,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from onepass_trl import Pass, build_tree, linearize
 from onepass_trl.data import split_passes
-from onepass_trl.preparation.rows import PreparationOptions, make_rows
+from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.preparation.rows import lay_out, render_record
 from onepass_trl.tools.estimation import estimate, work_of_pass, work_of_row
 from onepass_trl.tools.estimation_plot import draw
 from onepass_trl.tools.estimation_report import as_json, report, turn_bins
@@ -57,7 +58,10 @@ def test_estimate_counts_what_training_would(max_length, tiny_tokenizer):
     options = dataclasses.replace(OPTIONS, max_length=max_length)
     rows = chats()
     found = estimate(rows, tiny_tokenizer, options, COST)
-    layouts = [make_rows(row, tiny_tokenizer, options)[0] for _, row in rows]
+    laid_out = [
+        lay_out(render_record(row, tiny_tokenizer, options).passes, options) for _, row in rows
+    ]
+    layouts = [own for _, own, _ in laid_out]
     assert found.row_tokens.tolist() == [sum(map(len, own)) for own in layouts]
     assert found.n_pass_tokens.tolist() == [
         sum(int(row.num_passes.sum()) for row in own) for own in layouts
@@ -66,8 +70,8 @@ def test_estimate_counts_what_training_would(max_length, tiny_tokenizer):
     assert found.one_pass.rows == sum(map(len, layouts))
     assert found.num_split == sum(len(own) > 1 for own in layouts)
     assert found.n_pass.scored == sum(float(row.weights.sum()) for own in layouts for row in own)
-    lost = [make_rows(row, tiny_tokenizer, options)[1] for _, row in rows]
-    assert found.overflow.num_lost_tokens == sum(part.num_lost_tokens for part in lost)
+    lost = sum(part.num_lost_tokens for _, _, part in laid_out)
+    assert found.overflow.num_lost_tokens == lost
     assert (found.overflow.num_lost_tokens > 0) == (max_length == 25)
     if max_length == 60:
         assert found.packed_rows < found.one_pass.rows

@@ -6,7 +6,7 @@ import pytest
 from onepass_trl import Pass
 from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.tools.figures import figures, remarks
-from onepass_trl.tools.inspection import Branch, Segment, inspect_passes, inspect_row
+from onepass_trl.tools.inspection import Branch, Segment, inspect_passes, inspect_record
 from onepass_trl.tools.transcript import message_starts
 from onepass_trl.visibility import dense_mask
 from tests.chat.tokenizers import small_tokenizer
@@ -27,7 +27,7 @@ def text_of(found, segment):
 
 @pytest.mark.parametrize("template", ["qwen3", "deepseekv3", "gptoss"])
 def test_segments_cover_the_row_once_and_hold_their_message(template):
-    found = inspect_row({"messages": CHAT}, small_tokenizer(template))
+    found = inspect_record({"messages": CHAT}, small_tokenizer(template))
     segments = sorted(segments_of(found.trunk), key=lambda segment: segment.begin)
     borders = [(segment.begin, segment.end) for segment in segments]
     assert np.array_equal(
@@ -45,7 +45,7 @@ def test_segments_cover_the_row_once_and_hold_their_message(template):
 
 
 def test_trunk_and_branches_of_a_chat(tiny_tokenizer):
-    found = inspect_row({"messages": CHAT}, tiny_tokenizer)
+    found = inspect_record({"messages": CHAT}, tiny_tokenizer)
     trunk = [item for item in found.trunk.items if isinstance(item, Segment)]
     branches = [item for item in found.trunk.items if isinstance(item, Branch)]
     assert not any(segment.trained for segment in trunk)
@@ -60,7 +60,7 @@ def test_trunk_and_branches_of_a_chat(tiny_tokenizer):
 
 
 def test_figures_are_those_of_the_dense_mask(tiny_tokenizer):
-    found = inspect_row({"messages": CHAT}, tiny_tokenizer)
+    found = inspect_record({"messages": CHAT}, tiny_tokenizer)
     assert found.pairs == dense_mask(found.row.visible_end).sum()
     assert found.n_pass_tokens == found.row.num_passes.sum()
     side = -(-len(found.row) // 64)
@@ -83,7 +83,7 @@ def test_fork_copies_belong_to_the_segment_of_their_token(tiny_tokenizer):
 
 def test_a_template_that_keeps_everything_needs_no_duplication():
     chat = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in CHAT]
-    found = inspect_row({"messages": chat}, small_tokenizer("llama3_1"))
+    found = inspect_record({"messages": chat}, small_tokenizer("llama3_1"))
     assert found.is_chain
     said = " ".join(remarks(found))
     assert "no duplication is needed" in said
@@ -91,7 +91,7 @@ def test_a_template_that_keeps_everything_needs_no_duplication():
 
 
 def test_one_turn_saves_nothing(tiny_tokenizer):
-    found = inspect_row({"messages": CHAT[:3]}, tiny_tokenizer)
+    found = inspect_record({"messages": CHAT[:3]}, tiny_tokenizer)
     assert list(remarks(found)) == [
         "Only one turn is trained, so one pass is what N-pass computes."
     ]
@@ -104,7 +104,7 @@ def test_rows_of_passes(tiny_tokenizer):
             {"input_ids": [5, 6, 8], "labels": [-100, -100, 8]},
         ]
     }
-    found = inspect_row(row, tiny_tokenizer)
+    found = inspect_record(row, tiny_tokenizer)
     assert {segment.role for segment in segments_of(found.trunk)} == {"context", "completion"}
 
 
@@ -117,7 +117,7 @@ def test_tool_calls_and_results_have_their_roles(template):
         {"role": "tool", "name": "add", "content": '{"sum": "4"}'},
         {"role": "assistant", "content": "It is four."},
     ]
-    found = inspect_row({"messages": chat}, small_tokenizer(template))
+    found = inspect_record({"messages": chat}, small_tokenizer(template))
     segments = list(segments_of(found.trunk))
     results = [segment for segment in segments if segment.role == "tool"]
     assert "sum" in "".join(text_of(found, segment) for segment in results)

@@ -8,7 +8,7 @@ import pytest
 
 from onepass_trl import Pass
 from onepass_trl.tools.flops import AttentionLayers
-from onepass_trl.tools.inspection import inspect_passes, inspect_row
+from onepass_trl.tools.inspection import inspect_passes, inspect_record
 from onepass_trl.tools.page import to_html
 from onepass_trl.tools.tiles import count_tiles
 from onepass_trl.visibility import dense_mask
@@ -74,7 +74,7 @@ def seen(found, index, window=None):
 def test_hovering_a_token_of_a_branch_lights_its_trunk_prefix_and_its_branch(
     open_page, tiny_tokenizer
 ):
-    found = inspect_row({"messages": CHAT}, tiny_tokenizer)
+    found = inspect_record({"messages": CHAT}, tiny_tokenizer)
     page = open_page(found)
     first_turn = np.flatnonzero(found.trained & (found.row.visible_end == len(found.row)))[0]
     index = int(first_turn + 3)
@@ -101,7 +101,7 @@ def test_every_token_of_a_row_with_fork_copies_and_long_runs(open_page, tiny_tok
 
 @in_browser
 def test_the_keyboard_is_enough(open_page, tiny_tokenizer):
-    found = inspect_row({"messages": CHAT}, tiny_tokenizer)
+    found = inspect_record({"messages": CHAT}, tiny_tokenizer)
     page = open_page(found)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "tokens"
@@ -119,7 +119,7 @@ def test_the_keyboard_is_enough(open_page, tiny_tokenizer):
 @in_browser
 def test_a_hostile_conversation_is_text_and_runs_nothing(open_page, tiny_tokenizer):
     chat = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": HOSTILE}]
-    page = open_page(inspect_row({"messages": chat}, tiny_tokenizer), title=HOSTILE)
+    page = open_page(inspect_record({"messages": chat}, tiny_tokenizer), title=HOSTILE)
     assert page.evaluate("window.ran") is None
     assert page.evaluate("document.querySelectorAll('script').length") == 2
     assert page.evaluate("document.querySelectorAll('img').length") == 0
@@ -134,7 +134,7 @@ def test_tiles_of_the_picture_are_those_of_the_plan_and_a_phone_is_wide_enough(
     open_page, tiny_tokenizer
 ):
     chat = [dict(m, content=m["content"] * 40) for m in CHAT]
-    found = inspect_row({"messages": chat}, tiny_tokenizer)
+    found = inspect_record({"messages": chat}, tiny_tokenizer)
     page = open_page(found)
     legend = page.evaluate("document.querySelector('.legend').textContent")
     assert tuple(map(int, re.findall(r"(\d+) (?:skipped|partial|full)", legend))) == found.tiles
@@ -145,7 +145,7 @@ def test_tiles_of_the_picture_are_those_of_the_plan_and_a_phone_is_wide_enough(
 @in_browser
 def test_layers_with_a_window_light_what_it_leaves(open_page, tiny_tokenizer):
     chat = [dict(m, content=m["content"] * 20) for m in CHAT]
-    found = inspect_row({"messages": chat}, tiny_tokenizer)
+    found = inspect_record({"messages": chat}, tiny_tokenizer)
     layers = [AttentionLayers(2, None, 8), AttentionLayers(2, 70, 8), AttentionLayers(1, 3, 8)]
     page = open_page(found, layers=layers)
     names = page.evaluate("[...document.querySelectorAll('#layer option')].map(o => o.text)")
@@ -169,7 +169,7 @@ def test_layers_with_a_window_light_what_it_leaves(open_page, tiny_tokenizer):
 
 @in_browser
 def test_a_model_without_windows_offers_no_choice(open_page, tiny_tokenizer):
-    page = open_page(inspect_row({"messages": CHAT}, tiny_tokenizer))
+    page = open_page(inspect_record({"messages": CHAT}, tiny_tokenizer))
     assert page.evaluate("getComputedStyle(document.getElementById('layer')).display") == "none"
 
 
@@ -183,7 +183,7 @@ def test_the_page_grows_with_the_tokens_and_not_with_their_pairs(tiny_tokenizer)
 
 def test_the_data_means_nothing_to_html(tiny_tokenizer):
     chat = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": "Yes."}]
-    page = to_html(inspect_row({"messages": chat}, tiny_tokenizer), HOSTILE)
+    page = to_html(inspect_record({"messages": chat}, tiny_tokenizer), HOSTILE)
     data = re.search(r'id="data">(.*?)</script>', page)[1]
     assert not set(data) & set("<>&")
     assert data.isascii()

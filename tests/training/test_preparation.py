@@ -247,20 +247,3 @@ def test_train_on_chooses_among_given_passes(train):
     assert {int(row["num_turns"]) for row in train(train_on="last").train_dataset} == {1}
     with pytest.raises(ValueError, match="lists turn 7"):
         train(train_on="[7]")
-
-
-def test_fillers_next_to_json_are_not_taken_for_nulls(train):
-    from datasets import Features, Json, LargeList, List, Value
-
-    from onepass_trl.preparation.nulls import settle_null_arguments
-
-    def settled(arguments, wrap=List):
-        call = {"function": {"name": Value("string"), "arguments": arguments}}
-        message = {"role": Value("string"), "metadata": Json(), "tool_calls": wrap(call)}
-        dataset = Dataset.from_dict(
-            {"messages": []}, features=Features({"messages": wrap(message)})
-        )
-        return settle_null_arguments(dataset, "auto")
-
-    assert settled(Json()) == settled(Value("string")) == settled(Json(), LargeList) == "keep"
-    assert settled({"a": Value("int64")}) == settled({"a": Value("int64")}, LargeList) == "error"

@@ -1,0 +1,253 @@
+"""Turns of conversations as text, checked: what inference sees and the model must generate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from onepass_trl.chat.checks import (
+    check_generable,
+    check_stand_ins,
+    end_of_turn,
+    with_stand_ins,
+)
+from onepass_trl.chat.encoding import added_tokens
+from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
+from onepass_trl.chat.families import Turn, family_of
+from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
+from onepass_trl.chat.template import Template
+from onepass_trl.chat.unread import check_keys, report_left_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn: TypeAlias = Literal["all", "last"] | Sequence[int]
+
+_NOTHING_BEFORE = (
+    "nothing stands before it, so there is no context from which it could be generated; put a "
+    "system or user message before it, or switch it off with 'train': false"
+)
+
+
+@dataclass(frozen=True)
+class TurnTexts:
+    """A trained turn as text, and what it was rendered from.
+
+    Attributes:
+        message: The turn's message in its normal form, see
+            :func:`onepass_trl.chat.messages.normalize_messages`.
+        number: The turn's number among the assistant turns of the conversation, from 0.
+        index: Index of its message in the conversation.
+        context: What inference would feed before the turn.
+        completion: What the model must generate after it.
+        name: What to call the turn in messages.
+        template: The Jinja source of the chat template.
+        tools: The tools, or None.
+    """
+
+    message: Message
+    number: int
+    index: int
+    context: str
+    completion: str
+    name: str
+    template: str
+    tools: Sequence[Any] | None
+
+
+@dataclass(frozen=True)
+class InvalidTurn:
+    """A turn from which no exact pass can be made.
+
+    Attributes:
+        error: Says which turn it is, and why.
+    """
+
+    error: ChatFormatError
+
+
+@dataclass
+class TurnContext:
+    """Messages before a turn, in their normal form and as the template takes them."""
+
+    template: Template
+    messages: Sequence[Message]
+    prepared: Sequence[Message]
+
+    def up_to(self, index: int) -> TurnContext:
+        """Return the context that the first `index` messages are."""
+        return TurnContext(self.template, self.messages[:index], self.prepared[:index])
+
+    @cached_property
+    def text(self) -> str:
+        """What inference would feed before the turn.
+
+        Raises:
+            TemplateRefusal: if the template raises an error for these messages.
+        """
+        return self.template.render(self.prepared, prompt=True)
+
+    def report_left_out(self) -> None:
+        """Log what of the messages the template leaves out."""
+        report_left_out(self.template, self.messages, self.prepared, self.text)
+
+
+class TurnRenderer:
+    """Turns as text, checked; what turns of the same shape have in common is checked once."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[Any] | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        self.added = added_tokens(tokenizer)
+        self._template = Template(tokenizer, tools, chat_template_kwargs)
+        self._family = family_of(self._template.text)
+        self._reads_reasoning = self._family.reads_reasoning(self._template.text)
+        self._checked: set[tuple[str, bool, bool, int]] = set()
+
+    def read(
+        self, messages: Sequence[Mapping[str, Any]], train_on: TrainOn
+    ) -> tuple[list[Message], list[tuple[int, int]]]:
+        """Return the messages in their normal form, and number and index of each turn to train."""
+        normal = normalize_messages(messages, inline_reasoning=self._reads_reasoning)
+        trained = _trained_turns(normal, train_on)
+        check_keys(self._template, normal)
+        return normal, trained
+
+    def context(self, messages: Sequence[Message]) -> TurnContext:
+        """Return messages in their normal form as a context."""
+        return TurnContext(self._template, messages, [self._prepare(m) for m in messages])
+
+    def _prepare(self, message: Message) -> Message:
+        """Return the message as the template takes it."""
+        if "tool_calls" in message and self._template.takes_text_arguments:
+            return with_text_arguments(message)
+        return message
+
+    def turn(self, context: TurnContext, message: Message, number: int) -> TurnTexts | InvalidTurn:
+        """Return the turn of a message after its context, through its end-of-turn token."""
+        index = len(context.messages)
+        name = f"assistant turn {number} (message {index}, template family {self._family.name})"
+        try:
+            completion = self._checked_completion(context, message)
+        except TurnError as error:
+            invalid = ChatFormatError(f"{name}: {error}")
+            invalid.__cause__ = error
+            return InvalidTurn(invalid)
+        return TurnTexts(
+            message=message,
+            number=number,
+            index=index,
+            context=context.text,
+            completion=completion,
+            name=name,
+            template=self._template.text,
+            tools=self._template.tools,
+        )
+
+    def _checked_completion(self, context: TurnContext, message: Message) -> str:
+        # What doesn't take the template to see is checked first.
+        check_generable(
+            message, self.added.special, self._template.text, reads_reasoning=self._reads_reasoning
+        )
+        if not (message["content"] or message.keys() & {"reasoning_content", "tool_calls"}):
+            raise TurnError(
+                "it is empty: no reasoning, content or tool call, so the model would learn to "
+                "answer nothing; remove it, or switch it off with 'train': false"
+            )
+        if not context.messages:
+            raise TurnError(_NOTHING_BEFORE)
+        try:
+            return self._completion(context, message)
+        except TemplateRefusal as refusal:
+            problem = f"the template refuses the messages up to it: {refusal}"
+            for part, remedy in self._family.remedies.items():
+                if part in problem:
+                    problem += f" ({remedy})"
+        except TurnError as error:
+            problem = str(error)
+        if context.messages[-1]["role"] == "assistant":
+            problem += (
+                "; the message before it is from the assistant too, which most templates can't "
+                "continue: join the two, or put a user or tool message between them"
+            )
+        raise TurnError(problem)
+
+    def _completion(self, context: TurnContext, message: Message) -> str:
+        if not context.text:
+            raise TurnError(_NOTHING_BEFORE)
+        completion = self._written(context, message)
+        end = end_of_turn(completion, message, self.added.special)
+        self._check_shape(context, message)
+        return completion[:end]
+
+    def _written(self, context: TurnContext, message: Message) -> str:
+        """Return what the template writes for a message after its context."""
+        messages = [*context.prepared, self._prepare(message)]
+        return self._family.completion(Turn(self._template, messages, context.text))
+
+    def _check_shape(self, context: TurnContext, message: Message) -> None:
+        """Check that the template writes each field of such a turn, once for turns alike."""
+        shape = (
+            context.messages[-1]["role"],
+            "reasoning_content" in message,
+            bool(message["content"]),
+            len(message.get("tool_calls", ())),
+        )
+        if shape in self._checked:
+            return
+        other, texts = with_stand_ins(message)
+        check_stand_ins(self._written(context, other), texts)
+        self._checked.add(shape)
+
+
+def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple[int, int]]:
+    """Return number and message index of each turn to train; takes out the ``train`` flags."""
+    flags = [message.pop("train", True) for message in messages]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise ChatFormatError(
+            f"none of the {len(messages)} messages is from the assistant, so there is nothing to "
+            "train; remove the conversation or add an assistant message"
+        )
+    chosen = chosen_turns(train_on, len(turns))
+    trained = [
+        (number, index) for number, index in enumerate(turns) if number in chosen and flags[index]
+    ]
+    if not trained:
+        raise ChatFormatError(
+            f"train_on={train_on!r} and the messages' 'train' flags leave none of the {len(turns)} "
+            "assistant turns to train; remove the conversation or change them"
+        )
+    return trained
+
+
+def chosen_turns(train_on: TrainOn, num_turns: int) -> set[int]:
+    """Return the numbers, from 0, of the turns that `train_on` means.
+
+    Raises:
+        ChatFormatError: if it is none of the accepted forms, or lists a turn that isn't there.
+    """
+    if train_on == "all":
+        return set(range(num_turns))
+    if train_on == "last":
+        return {num_turns - 1}
+    if isinstance(train_on, (str, bytes)) or not isinstance(train_on, Iterable):
+        raise ChatFormatError(
+            f"train_on must be 'all', 'last' or a list of turn numbers, got {train_on!r}"
+        )
+    for number in train_on:
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+            raise ChatFormatError(f"train_on must list whole turn numbers, got {number!r}")
+        if not -num_turns <= number < num_turns:
+            raise ChatFormatError(
+                f"train_on lists turn {number}, but the conversation has {num_turns} assistant "
+                f"turns, {-num_turns}..{num_turns - 1}"
+            )
+    return {int(number) % num_turns for number in train_on}

@@ -1,0 +1,70 @@
+"""Records that hold token ids: passes that are given, not rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.turns import TrainOn, chosen_turns
+from onepass_trl.passes import IGNORE_INDEX, Pass
+
+
+def numbered_passes(passes: Any, train_on: TrainOn = "all") -> dict[int, Pass]:
+    """Return the passes of a record's ``passes`` that `train_on` chooses and that train something.
+
+    The keys are their numbers in the record.
+
+    Raises:
+        ChatFormatError: if a pass can't be read, or none is left.
+    """
+    given = _given_passes(passes)
+    chosen = chosen_turns(train_on, len(given))
+    trained = {n: pass_ for n, pass_ in enumerate(given) if n in chosen and pass_.num_trained}
+    if not trained:
+        raise ChatFormatError(
+            f"no label of the passes that train_on={train_on!r} chooses is trained: all are "
+            f"{IGNORE_INDEX}; choose others, or remove the row"
+        )
+    return trained
+
+
+def _given_passes(passes: Any) -> list[Pass]:
+    if not isinstance(passes, (list, tuple)) or not passes:
+        raise ChatFormatError(
+            f"'passes' must be a non-empty list of {{'input_ids', 'labels'}}, got "
+            f"{str(passes)[:80]!r}"
+        )
+    return [_given_pass(given, number) for number, given in enumerate(passes)]
+
+
+def _given_pass(given: Any, number: int) -> Pass:
+    keys = ("input_ids", "labels")
+    if not isinstance(given, Mapping) or any(given.get(key) is None for key in keys):
+        raise ChatFormatError(
+            f"pass {number} must be a dict with 'input_ids' and 'labels', got {str(given)[:80]}"
+        )
+    ids, labels = (np.asarray(given[key]) for key in keys)
+    if (
+        ids.ndim != 1
+        or ids.shape != labels.shape
+        or not all(a.dtype.kind in "iu" for a in (ids, labels))
+    ):
+        raise ChatFormatError(
+            f"pass {number} needs lists of whole numbers of one length, got input_ids {ids.dtype} "
+            f"{ids.shape} and labels {labels.dtype} {labels.shape}"
+        )
+    trained = labels != IGNORE_INDEX
+    wrong = np.flatnonzero(trained & (labels != ids))
+    if wrong.size:
+        at = int(wrong[0])
+        raise ChatFormatError(
+            f"pass {number} has label {labels[at]} at index {at}, expected {IGNORE_INDEX} or the "
+            f"id there, {ids[at]}: labels stand at their own token, not shifted"
+        )
+    try:
+        return Pass(ids, trained)
+    except ValueError as error:
+        raise ChatFormatError(f"pass {number}: {error}") from error
