@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,20 @@ def test_the_launcher_configurations_are_accelerates(path):
     assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
 
 
+def test_one_step_has_the_loss_and_gradients_of_n_passes():
+    n_passes, one_pass, gradients = run(["one_step.py"]).splitlines()
+    tokens, losses = zip(
+        *(
+            re.search(r"(\d+) tokens, loss ([\d.]+)", line).groups()
+            for line in (n_passes, one_pass)
+        ),
+        strict=True,
+    )
+    assert int(tokens[0]) > int(tokens[1])
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+    assert float(gradients.split()[-1]) < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
@@ -110,3 +125,4 @@ def run(command):
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
