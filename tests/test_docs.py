@@ -286,7 +286,7 @@ class TestNames:
             assert getattr(onepass_trl, name) in documented, name
 
     def test_every_option_in_the_table_exists(self):
-        table = README.split("### Options of its own")[1].split("\n\n")[1]
+        table = README.split("### Additional options")[1].split("\n\n")[1]
         options = re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)
         flags = make_parser().format_help()
         assert options == [
