@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_rows import Row, causal_row, chat_row, executed_pairs, useful_pairs
+from gpu_rows import Row, causal_row, chat_row
 from gpu_timing import median_ms, peak_mib
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,6 +25,7 @@ from onepass_trl.attention import cuda_library, tree_attention
 from onepass_trl.attention.implementations.flex import build_block_mask
 from onepass_trl.attention.reference import visibility_mask
 from onepass_trl.tools.bench.timing import reason
+from onepass_trl.visibility import num_executed_pairs, num_visible_pairs
 
 
 class Case(NamedTuple):
@@ -181,7 +182,7 @@ def measure_peer(case: Case, row: Row, x: Inputs, peer: Peer, args: Any) -> dict
     timing = {"device": args.device, "repeats": args.repeats, "budget_s": args.budget}
     build_ms = None if peer.prepare is None else median_ms(peer.prepare, **timing)
     causal_pairs = case.seq * (case.seq + 1) // 2
-    pairs = causal_pairs if peer.is_causal else useful_pairs(row, case.window)
+    pairs = causal_pairs if peer.is_causal else num_visible_pairs(*row, case.window)
     flop = 4 * case.d * case.heads * pairs
     leaves = (x.q, x.k, x.v)
 
@@ -209,16 +210,19 @@ def measure_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any
     """Yield one flat row of results per peer; a peer that cannot run says why."""
     row = case.row(case.seq)
     x = make_inputs(case, row, args.device)
-    useful = useful_pairs(row, case.window)
-    tiles = our_tiles(args.device)
+    useful = num_visible_pairs(*row, case.window)
+    executed = {
+        way: num_executed_pairs(*row, case.window, query_tile=queries, key_tile=keys)
+        for way, (queries, keys) in our_tiles(args.device)._asdict().items()
+    }
     shape = {
         "case": case.name,
         "seq": case.seq,
         "heads": f"{case.heads}:{case.kv_heads}",
         "d": case.d,
         "useful_share_of_causal": useful / (case.seq * (case.seq + 1) / 2),
-        "executed_over_useful_forward": executed_pairs(row, case.window, *tiles.forward) / useful,
-        "executed_over_useful_backward": executed_pairs(row, case.window, *tiles.backward) / useful,
+        "executed_over_useful_forward": executed["forward"] / useful,
+        "executed_over_useful_backward": executed["backward"] / useful,
     }
     for name, peer in make_peers(case, x, args.device).items():
         columns = dict.fromkeys(

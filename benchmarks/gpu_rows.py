@@ -1,8 +1,7 @@
-"""Rows of random conversations for the GPU benchmarks, and how much work is in them."""
+"""Rows of random conversations for the GPU benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from onepass_trl import Pass
 from onepass_trl.data import Layout, build_tree, concatenate, linearize
+from onepass_trl.visibility import causal_visible_end
 
 Ints = NDArray[np.int32]
 
@@ -68,29 +68,4 @@ def chat_row(seq: int, turns: int, low: int, high: int) -> Row:
 
 def causal_row(seq: int) -> Row:
     """Return the row of a single document."""
-    return Row(np.full(seq, seq, dtype=np.int32), np.arange(seq, dtype=np.int32))
-
-
-def useful_pairs(row: Row, window: int | None) -> int:
-    """Return how many pairs of a query and a key that it sees there are in a row."""
-    seen = row.positions.astype(np.int64) + 1  # a token sees its own pass up to itself
-    return int((seen if window is None else np.minimum(seen, window)).sum())
-
-
-def executed_pairs(row: Row, window: int | None, query_tile: int, key_tile: int) -> int:
-    """Return how many pairs the tiles hold that a kernel with tiles of such sizes computes."""
-    ends, seq = row.visible_end, len(row.visible_end)
-    first = np.arange(0, seq, query_tile)
-    last = np.minimum(first + query_tile, seq) - 1
-    key_first = np.arange(0, seq, key_tile)
-
-    def over(tile: int, x: Ints, reduce: Callable[..., Ints]) -> Ints:
-        return reduce(x, np.arange(0, seq, tile))
-
-    visited = key_first[None, :] <= last[:, None]
-    visited &= over(key_tile, ends, np.maximum.reduceat)[None, :] > first[:, None]
-    if window is not None:
-        nearest = over(query_tile, row.positions, np.minimum.reduceat)[:, None]
-        furthest = over(key_tile, row.positions, np.maximum.reduceat)[None, :]
-        visited &= nearest - furthest < window
-    return int(visited.sum()) * query_tile * key_tile
+    return Row(causal_visible_end(seq), np.arange(seq, dtype=np.int32))

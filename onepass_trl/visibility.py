@@ -7,8 +7,17 @@ trees are all this rule. ARCHITECTURE.md names its copies, for code that can't c
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+TILE = 64
+"""Queries and keys of a tile in the kernels for CPUs, by which the tools count."""
+
+_STRIP = 1024  # tiles of queries that are covered at a time, for rows of any length
+_NO_POSITIONS = "a window is measured in positions: pass `positions` too"
 
 
 class VisibilityError(ValueError):
@@ -79,15 +88,139 @@ def dense_mask(
     mask = (index[None, :] <= index[:, None]) & (index[:, None] < visible_end[None, :])
     if window is not None:
         if positions is None:
-            raise ValueError("a window is measured in positions: pass `positions` too")
+            raise ValueError(_NO_POSITIONS)
         mask &= positions[:, None] - positions[None, :] < window
     return mask
 
 
-def num_visible_pairs(visible_end: NDArray[np.int32]) -> int:
-    """Return how many (query, key) pairs a row without a window has: the useful work.
+def num_visible_pairs(
+    visible_end: NDArray[np.int32],
+    positions: NDArray[np.int32] | None = None,
+    window: int | None = None,
+) -> int:
+    """Return how many (query, key) pairs see each other: the useful work.
+
+    Args:
+        visible_end: ``(num_tokens,)`` int32.
+        positions: ``(num_tokens,)`` int32, needed with a window: the token's index in its own pass.
+        window: of the layer, None for none.
 
     >>> num_visible_pairs(causal_visible_end(4))
     10
+    >>> num_visible_pairs(causal_visible_end(4), np.arange(4, dtype=np.int32), window=2)
+    7
     """
-    return int((visible_end.astype(np.int64) - np.arange(visible_end.size)).sum())
+    if window is None:
+        return int((visible_end.astype(np.int64) - np.arange(visible_end.size)).sum())
+    if positions is None:
+        raise ValueError(_NO_POSITIONS)
+    return int(np.minimum(positions.astype(np.int64) + 1, window).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Runs of consecutive tokens and ranges over each: ``(.., num_tiles)``, numpy or torch.
+
+    Attributes:
+        first: index of the first token.
+        last: index of the last.
+        min_end: the least `visible_end`.
+        max_end: the largest.
+        min_position: the least position; needed with a window, like the next.
+        max_position: the largest.
+    """
+
+    first: Any
+    last: Any
+    min_end: Any
+    max_end: Any
+    min_position: Any = None
+    max_position: Any = None
+
+    def __getitem__(self, index: Any) -> Tiles:
+        """Return the tiles of an index, for instance a slice."""
+        ranges = (getattr(self, column.name) for column in fields(self))
+        return Tiles(*(None if x is None else x[index] for x in ranges))
+
+
+def cut_into_tiles(
+    visible_end: NDArray[np.int32], positions: NDArray[np.int32] | None, size: int
+) -> Tiles:
+    """Return the tiles of `size` tokens of a row, the last of which may be shorter."""
+    first = np.arange(0, visible_end.size, size)
+    last = np.minimum(first + size, visible_end.size) - 1
+    ranges = [
+        reduce.reduceat(x, first)
+        for x in (visible_end, positions)
+        if x is not None
+        for reduce in (np.minimum, np.maximum)
+    ]
+    return Tiles(first, last, *ranges)
+
+
+def coverage(queries: Tiles, keys: Tiles, window: int | None = None) -> tuple[Any, Any]:
+    """Return ``(visited, full)``, ``(.., query_tiles, key_tiles)`` bool each: the rule for tiles.
+
+    Attention skips a tile that isn't visited, in which no query sees a key, and needs no mask in a
+    full one, in which each query sees every key. Without a window both are exact. With one, a tile
+    that is visited may hold no pair and one that isn't full may have all.
+    """
+    q, k = queries[..., :, None], keys[..., None, :]
+    visited = (k.first <= q.last) & (q.first < k.max_end)
+    full = (k.last <= q.first) & (q.last < k.min_end)
+    if window is not None:
+        visited &= q.min_position - k.max_position < window
+        full &= q.max_position - k.min_position < window
+    return visited, full
+
+
+def count_tiles(
+    visible_end: NDArray[np.int32],
+    positions: NDArray[np.int32] | None = None,
+    window: int | None = None,
+    *,
+    query_tile: int = TILE,
+    key_tile: int = TILE,
+) -> tuple[int, int, int]:
+    """Return how many tiles on or below the diagonal are skipped, partial and full.
+
+    Args:
+        visible_end: ``(num_tokens,)`` int32.
+        positions: ``(num_tokens,)`` int32, needed with a window.
+        window: of the layer, None for none.
+        query_tile: queries of a tile.
+        key_tile: keys of a tile.
+
+    >>> count_tiles(causal_visible_end(256))
+    (0, 4, 6)
+    """
+    if window is not None and positions is None:
+        raise ValueError(_NO_POSITIONS)
+    queries, keys = (cut_into_tiles(visible_end, positions, n) for n in (query_tile, key_tile))
+    num_causal = num_visited = num_full = 0
+    for begin in range(0, queries.first.size, _STRIP):
+        strip = queries[begin : begin + _STRIP]
+        visited, full = coverage(strip, keys, window)
+        num_causal += int(np.searchsorted(keys.first, strip.last, side="right").sum())
+        num_visited += int(visited.sum())
+        num_full += int(full.sum())
+    return num_causal - num_visited, num_visited - num_full, num_full
+
+
+def num_executed_pairs(
+    visible_end: NDArray[np.int32],
+    positions: NDArray[np.int32] | None = None,
+    window: int | None = None,
+    *,
+    query_tile: int = TILE,
+    key_tile: int = TILE,
+) -> int:
+    """Return how many pairs are in the tiles that attention visits; arguments of `count_tiles`.
+
+    >>> num_executed_pairs(causal_visible_end(256))  # where 32,896 are useful
+    40960
+    """
+    _, partial, full = count_tiles(
+        visible_end, positions, window, query_tile=query_tile, key_tile=key_tile
+    )
+    return (partial + full) * query_tile * key_tile

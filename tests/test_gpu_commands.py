@@ -10,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from onepass_trl import _C
-from onepass_trl.visibility import check_visible_end, dense_mask
+from onepass_trl.visibility import (
+    check_visible_end,
+    dense_mask,
+    num_executed_pairs,
+    num_visible_pairs,
+)
 from tests.gpu.record_validation import merge
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from gpu_rows import causal_row, chat_row, executed_pairs, useful_pairs  # noqa: E402
+from gpu_rows import causal_row, chat_row  # noqa: E402
 
 ENTRY = [[9, 0], "bfloat16", [64, 64]]
 
@@ -67,12 +70,10 @@ def test_the_work_that_benchmarks_count(row):
     check_visible_end(row.visible_end)
     for window in (None, 40):
         mask = dense_mask(row.visible_end, row.positions, window)
-        assert useful_pairs(row, window) == mask.sum()
-        assert useful_pairs(row, window) <= executed_pairs(row, window, 64, 128)
-    for tile in (64, 128):
-        _, partial, full = _C.tile_counts(torch.from_numpy(row.visible_end), tile, 64)
-        assert executed_pairs(row, None, tile, 64) == (partial + full) * tile * 64
-    assert executed_pairs(row, 40, 64, 64) < executed_pairs(row, None, 64, 64)
+        useful = num_visible_pairs(*row, window)
+        assert useful == mask.sum()
+        assert useful <= num_executed_pairs(*row, window, query_tile=64, key_tile=128)
+    assert num_executed_pairs(*row, 40) < num_executed_pairs(*row)
 
 
 @pytest.mark.slow

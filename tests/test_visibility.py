@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,9 +8,14 @@ from onepass_trl.visibility import (
     VisibilityError,
     causal_visible_end,
     check_visible_end,
+    count_tiles,
+    coverage,
+    cut_into_tiles,
     dense_mask,
+    num_executed_pairs,
     num_visible_pairs,
 )
+from tests.attention.cases import random_visible_end, tree_positions
 
 
 def nests(visible_end: list[int]) -> bool:
@@ -46,3 +52,46 @@ def test_a_window_is_measured_in_positions():
 
 def test_visible_pairs_of_a_causal_row():
     assert num_visible_pairs(causal_visible_end(5)) == dense_mask(causal_visible_end(5)).sum() == 15
+
+
+@given(
+    st.integers(0, 70),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.none() | st.integers(1, 40),
+    st.integers(0, 2**31),
+)
+def test_tiles_cover_what_the_dense_mask_has(seq, query_tile, key_tile, window, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.tensor([random_visible_end(seq, generator)], dtype=torch.int32)
+    row, positions = ends[0].numpy(), tree_positions(ends)[0].numpy()
+    mask = dense_mask(row, positions, window)
+    queries, keys = (cut_into_tiles(row, positions, size) for size in (query_tile, key_tile))
+    visited, full = coverage(queries, keys, window)
+    assert visited.shape == full.shape == (-(-seq // query_tile), -(-seq // key_tile))
+    num_causal = 0
+    for (query, key), is_visited in np.ndenumerate(visited):
+        tile = mask[query * query_tile :, key * key_tile :][:query_tile, :key_tile]
+        if window is None or window > positions.max():
+            assert (is_visited, full[query, key]) == (tile.any(), tile.all())
+        assert is_visited >= tile.any() >= tile.all() >= full[query, key]
+        num_causal += key * key_tile < min((query + 1) * query_tile, seq)
+    counts = count_tiles(row, positions, window, query_tile=query_tile, key_tile=key_tile)
+    num_visited, num_full = visited.sum(), full.sum()
+    assert counts == (num_causal - num_visited, num_visited - num_full, num_full)
+    assert num_visible_pairs(row, positions, window) == mask.sum()
+
+
+def test_a_window_skips_what_is_far_away_in_a_causal_row():
+    row, positions = causal_visible_end(256), np.arange(256, dtype=np.int32)
+    assert count_tiles(row, positions, 64) == (3, 7, 0)
+    assert count_tiles(row, positions, 128) == (1, 6, 3)
+    assert num_executed_pairs(row, positions, 128) == 9 * 64**2
+    with pytest.raises(ValueError, match="pass `positions` too"):
+        count_tiles(row, window=64)
+
+
+def test_long_rows_are_counted_in_strips():
+    num_tiles = 2500
+    counts = count_tiles(causal_visible_end(64 * num_tiles))
+    assert counts == (0, num_tiles, num_tiles * (num_tiles - 1) // 2)

@@ -21,8 +21,12 @@ from onepass_trl.tools.flops import (
     LINEAR_FORWARDS,
     ModelCost,
 )
-from onepass_trl.tools.tiles import TILE, count_tiles
-from onepass_trl.visibility import causal_visible_end
+from onepass_trl.visibility import (
+    TILE,
+    causal_visible_end,
+    num_executed_pairs,
+    num_visible_pairs,
+)
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -277,15 +281,14 @@ def _count(
 
 
 def work_of_row(row: Layout, windows: Iterable[int | None]) -> Work:
-    """Return what one pass computes for a row. A token sees its whole path, window permitting."""
-    seen = row.position_ids.astype(np.int64) + 1
+    """Return what one pass computes for a row."""
+    arrays = row.visible_end, row.position_ids
     work = Work(
         rows=1, tokens=len(row), scored=int(np.count_nonzero(row.shift_labels != IGNORE_INDEX))
     )
     for window in windows:
-        work.pairs[window] = int((seen if window is None else np.minimum(seen, window)).sum())
-        _, partial, full = count_tiles(row.visible_end, row.position_ids, window)
-        work.executed[window] = (partial + full) * TILE**2
+        work.pairs[window] = num_visible_pairs(*arrays, window)
+        work.executed[window] = num_executed_pairs(*arrays, window)
     return work
 
 
@@ -301,8 +304,7 @@ def work_of_pass(num_tokens: int, num_trained: int, windows: Iterable[int | None
         else:
             positions = np.arange(num_tokens, dtype=np.int32)
             ends = causal_visible_end(num_tokens)
-            _, partial, full = count_tiles(ends, positions, window)
-            work.executed[window] = (partial + full) * TILE**2
+            work.executed[window] = num_executed_pairs(ends, positions, window)
     return work
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from onepass_trl.tools.estimation import Work, work_of_pass, work_of_row
 from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import Branch, Inspection
-from onepass_trl.tools.tiles import TILE
+from onepass_trl.visibility import TILE
 
 
 def name_of(branch: Branch) -> str:

@@ -19,9 +19,8 @@ from onepass_trl.data.tree import ROOT, TokenTree
 from onepass_trl.passes import Pass
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import render_record
-from onepass_trl.tools.tiles import count_tiles
 from onepass_trl.tools.transcript import message_starts, token_texts
-from onepass_trl.visibility import num_visible_pairs
+from onepass_trl.visibility import count_tiles, num_visible_pairs
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -125,11 +124,7 @@ class Inspection:
 
     @cached_property
     def tiles(self) -> tuple[int, int, int]:
-        """Tiles of 64 x 64 on or below the diagonal: skipped, partial and full.
-
-        Raises:
-            ExtensionNotBuiltError: if the compiled extension is missing.
-        """
+        """Tiles of 64 x 64 on or below the diagonal: skipped, partial and full."""
         return count_tiles(self.row.visible_end)
 
     @property

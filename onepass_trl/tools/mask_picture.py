@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onepass_trl.tools.inspection import Branch, Inspection
 from onepass_trl.tools.plots import ONE_PASS, new_figure
-from onepass_trl.tools.tiles import TILE
+from onepass_trl.visibility import TILE, coverage, cut_into_tiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,6 @@ class Raster:
             in full tiles, where every pair is seen.
         partial: which share lies in partial tiles.
         seen: which share is seen.
-        tiles: tiles of 64 x 64 on or below the diagonal: skipped, partial and full.
     """
 
     num_tokens: int
@@ -43,7 +42,6 @@ class Raster:
     full: NDArray[np.float32]
     partial: NDArray[np.float32]
     seen: NDArray[np.float32]
-    tiles: tuple[int, int, int]
 
 
 def rasterize(visible_end: NDArray[np.int32], max_cells: int = CELLS) -> Raster:
@@ -62,21 +60,16 @@ def rasterize(visible_end: NDArray[np.int32], max_cells: int = CELLS) -> Raster:
     per_tile, per_cell = TILE // step, cell // step
     bounds = np.append(np.arange(0, num_tokens, step, dtype=np.int32), np.int32(num_tokens))
     shares: list[list[NDArray[np.float32]]] = [[], [], []]
-    counts = np.zeros(3, dtype=np.int64)
+    tiles = cut_into_tiles(visible_end, None, TILE)
     for begin in range(0, num_tokens, strip):
         rows = bounds[begin // step : (begin + strip) // step + 1]
         area = np.diff(rows)[:, None] * np.diff(bounds)[None, :]
         seen = _seen_pairs(visible_end, rows, step)
-        in_tile, of_tile = _add_blocks(seen, per_tile), _add_blocks(area, per_tile)
-        is_full, is_visited = in_tile == of_tile, in_tile > 0
-        below = np.arange(is_full.shape[1]) <= begin // TILE + np.arange(len(is_full))[:, None]
-        counts += [(below & ~is_visited).sum(), (is_visited & ~is_full).sum(), is_full.sum()]
-        parts = (_spread(is_full, per_tile, area), _spread(is_visited & ~is_full, per_tile, area))
+        visited, full = coverage(tiles[begin // TILE : (begin + strip) // TILE], tiles)
+        parts = (_spread(full, per_tile, area), _spread(visited & ~full, per_tile, area))
         for share, pairs in zip(shares, (*parts, seen), strict=True):
             share.append((_add_blocks(pairs, per_cell) / _add_blocks(area, per_cell)).astype("f4"))
-    skipped, partial, full = counts.tolist()
-    in_full, in_partial, in_seen = map(np.concatenate, shares)
-    return Raster(num_tokens, cell, in_full, in_partial, in_seen, (skipped, partial, full))
+    return Raster(num_tokens, cell, *map(np.concatenate, shares))
 
 
 def _seen_pairs(
@@ -142,7 +135,7 @@ def draw(found: Inspection, title: str) -> Figure:
     for spine in axes.spines.values():
         spine.set(color="#9ca3af", linewidth=0.6)
     _draw_bands(axes, found)
-    _describe(figure, axes, found, raster, title)
+    _describe(figure, axes, found, title)
     return figure
 
 
@@ -194,11 +187,11 @@ def _rectangle(corner: tuple[float, float], width: float, height: float, **style
     return Rectangle(corner, width, height, **style)
 
 
-def _describe(figure: Figure, axes: Axes, found: Inspection, raster: Raster, title: str) -> None:
+def _describe(figure: Figure, axes: Axes, found: Inspection, title: str) -> None:
     """Write title, figures and legend."""
     from matplotlib.patches import Patch
 
-    skipped, partial, full = raster.tiles
+    skipped, partial, full = found.tiles
     executed = (partial + full) * TILE**2
     turns = len(found.pass_lengths)
     figure.suptitle(title, fontsize=12, fontweight="bold")

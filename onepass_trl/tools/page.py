@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from onepass_trl.tools.figures import figures, name_of, remarks
 from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import Branch, Inspection
-from onepass_trl.tools.tiles import TILE
 from onepass_trl.tools.transcript import visible_text
+from onepass_trl.visibility import TILE, coverage, cut_into_tiles
+
+_MOST_TILES = 256  # on a side of the picture
 
 
 def to_html(found: Inspection, title: str, layers: Sequence[AttentionLayers] = ()) -> str:
@@ -48,21 +52,37 @@ def _as_script_data(value: Any) -> str:
 def _data(found: Inspection, layers: Sequence[AttentionLayers]) -> dict[str, Any]:
     row = found.row
     segments: list[dict[str, Any]] = []
+    windows = sorted({layer.window for layer in layers if layer.window is not None})
     return {
-        "tile": TILE,
         "ids": row.input_ids.tolist(),
         "texts": [visible_text(text) for text in found.texts],
         "positions": row.position_ids.tolist(),
         "labels": row.shift_labels.tolist(),
         "weights": row.weights.tolist(),
         "visibleEnd": row.visible_end.tolist(),
-        "windows": sorted({layer.window for layer in layers if layer.window is not None}),
+        "layers": [_tiles(found, window) for window in (None, *windows)],
         "trained": found.trained.astype(int).tolist(),
         "copies": found.is_copy.nonzero()[0].tolist(),
         "outline": _outline(found.trunk, "trunk", segments),
         "segments": sorted(segments, key=lambda segment: segment["begin"]),
         "figures": [*figures(found, layers), *remarks(found)],
     }
+
+
+def _tiles(found: Inspection, window: int | None) -> dict[str, Any]:
+    """Return the picture of who sees whom in layers with a window, or without: what tiles are.
+
+    Tiles are those of the kernels, or larger where that would be more than a picture can show.
+    `kinds` has a digit per tile on or below the diagonal, queries in order: 0 for skipped, 1 for
+    partial, 2 for full.
+    """
+    row, tile = found.row, TILE
+    while len(row) > tile * _MOST_TILES:
+        tile *= 2
+    tiles = cut_into_tiles(row.visible_end, row.position_ids, tile)
+    visited, full = coverage(tiles, tiles, window)
+    kinds = (visited.astype(int) + full)[np.tril_indices(len(full))]
+    return {"window": window, "tile": tile, "kinds": "".join(map(str, kinds.tolist()))}
 
 
 def _outline(branch: Branch, name: str, segments: list[dict[str, Any]]) -> dict[str, Any]:

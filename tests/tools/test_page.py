@@ -10,8 +10,7 @@ from onepass_trl import Pass
 from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import inspect_passes, inspect_record
 from onepass_trl.tools.page import to_html
-from onepass_trl.tools.tiles import count_tiles
-from onepass_trl.visibility import dense_mask
+from onepass_trl.visibility import count_tiles, dense_mask
 from tests.browser import CHROMIUM, NO_CHROMIUM, chromium
 from tests.chats import CHAT
 

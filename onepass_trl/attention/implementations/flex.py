@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from onepass_trl.attention.implementations.base import Call, Implementation, ImplStatus, check_dtype
 from onepass_trl.attention.remembered import Remembered
+from onepass_trl.visibility import Tiles, coverage
 
 BLOCK = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,18 +126,14 @@ def build_block_mask(
     num_blocks = (seq + BLOCK - 1) // BLOCK
     first = torch.arange(num_blocks, device=visible_end.device) * BLOCK
     last = torch.clamp(first + BLOCK, max=seq) - 1
-    min_end, max_end = _block_ranges(visible_end, num_blocks)
-    query_first, query_last = first[:, None], last[:, None]
-    seen = (first <= query_last) & (query_first < max_end[:, None, :])
-    full = (last <= query_first) & (query_last < min_end[:, None, :])
-    if window is not None:
-        assert positions is not None
-        min_position, max_position = _block_ranges(positions, num_blocks)
-        seen &= min_position[:, :, None] - max_position[:, None, :] < window
-        full &= max_position[:, :, None] - min_position[:, None, :] < window
+    ranges: tuple[Tensor, ...] = _block_ranges(visible_end, num_blocks)
+    if positions is not None:
+        ranges += _block_ranges(positions, num_blocks)
+    blocks = Tiles(first, last, *ranges)
+    visited, full = coverage(blocks, blocks, window)
     return BlockMask.from_kv_blocks(
-        *_block_list(seen & ~full),
-        *_block_list(seen & full),
+        *_block_list(visited & ~full),
+        *_block_list(full),
         BLOCK_SIZE=BLOCK,
         mask_mod=_mask_mod(visible_end, positions, window),
         seq_lengths=(seq, seq),

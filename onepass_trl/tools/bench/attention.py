@@ -20,8 +20,7 @@ from onepass_trl.attention.implementations.registry import Impl
 from onepass_trl.attention.reference import visibility_mask
 from onepass_trl.tools.bench.timing import available_bytes, min_and_median, reason, synchronize
 from onepass_trl.tools.bench.workload import AttentionShape
-from onepass_trl.tools.tiles import TILE, count_tiles
-from onepass_trl.visibility import num_visible_pairs
+from onepass_trl.visibility import num_executed_pairs, num_visible_pairs
 
 DENSE_MASK, CAUSAL, FLEX = "sdpa dense mask", "sdpa causal", "flex"
 CAUSAL_NOTE = "computes something else: every token sees all before it"
@@ -268,7 +267,6 @@ def _shape_columns(
     visible_end: NDArray[np.int32], shape: AttentionShape, dtype: torch.dtype
 ) -> dict[str, Any]:
     seq, useful = visible_end.size, num_visible_pairs(visible_end)
-    _, partial_tiles, full_tiles = count_tiles(visible_end)
     return {
         "seq": seq,
         "heads": shape.heads,
@@ -276,5 +274,5 @@ def _shape_columns(
         "head_dim": shape.d_qk,
         "dtype": str(dtype).removeprefix("torch."),
         "useful_share_of_causal": useful / (seq * (seq + 1) / 2),
-        "executed_over_useful": (partial_tiles + full_tiles) * TILE**2 / useful,
+        "executed_over_useful": num_executed_pairs(visible_end) / useful,
     }

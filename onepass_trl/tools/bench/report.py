@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onepass_trl.tools.tiles import TILE
+from onepass_trl.visibility import TILE
 
 _TIMES = ("forward", "backward", "total")
 

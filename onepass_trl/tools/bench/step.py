@@ -21,9 +21,8 @@ from onepass_trl.data import build_tree, linearize
 from onepass_trl.passes import Pass
 from onepass_trl.tools.bench.timing import min_and_median, reason, seconds_of
 from onepass_trl.tools.bench.workload import labelled, missing_memory
-from onepass_trl.tools.tiles import TILE, count_tiles
 from onepass_trl.training import OnePassSFTConfig, OnePassSFTTrainer
-from onepass_trl.visibility import num_visible_pairs
+from onepass_trl.visibility import num_executed_pairs, num_visible_pairs
 
 ONE_PASS, N_PASS = "one pass", "N-pass"
 
@@ -183,7 +182,7 @@ def _time_step(way: Way) -> tuple[float, float]:
 
 def _counts(conversations: Sequence[Sequence[Pass]]) -> dict[str, Any]:
     rows = [linearize(build_tree(passes)).visible_end for passes in conversations]
-    executed = sum(sum(count_tiles(row)[1:]) for row in rows) * TILE**2
+    useful, executed = sum(map(num_visible_pairs, rows)), sum(map(num_executed_pairs, rows))
     n_pass = sum(len(pass_) for passes in conversations for pass_ in passes)
     one_pass = sum(row.size for row in rows)
     return {
@@ -192,7 +191,7 @@ def _counts(conversations: Sequence[Sequence[Pass]]) -> dict[str, Any]:
         "n_pass_tokens": n_pass,
         "one_pass_tokens": one_pass,
         "token_ratio": n_pass / one_pass,
-        "executed_over_useful": executed / sum(map(num_visible_pairs, rows)),
+        "executed_over_useful": executed / useful,
     }
 
 
