@@ -38,12 +38,12 @@ LONG_PROMPT = 50_000
 # Why a turn can't be rendered, by a part of the error; each is the template's own doing.
 REFUSALS = {
     "tool calls, of which the gpt-oss template writes only the first": "parallel calls",
-    "both content and thinking": "reasoning and text beside a call",
+    "both content and thinking": "reasoning and text with a call",
     "single tool-calls at once": "parallel calls",
     "System role not supported": "system messages",
     "roles must alternate": "tool messages",
     "of its tool call": "tool calls",
-    "its content": "text beside a call",
+    "its content": "text with a call",
 }
 # Why a turn isn't parsed back, by a part of the error.
 UNKNOWN_PROMPT = "the prompt isn't one that the parser knows"

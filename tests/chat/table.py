@@ -20,13 +20,13 @@ from tests.chat.tokenizers import make_small_tokenizer
 from tests.pages import with_part
 
 PAGE = Path(__file__).parents[2] / "docs" / "chat_formats.md"
-# Template arguments that decide what of the reasoning later contexts hold.
+# Template arguments that decide which reasoning later contexts hold.
 _HISTORY_SWITCHES = {"preserve_thinking": True, "truncate_history_thinking": False}
 _TOKENIZERS = {"qwen3": "Qwen3", "deepseek-r1": "DeepSeek-R1", "gpt-oss": "gpt-oss"}
 
 
 def kept_reasoning(case: Case, tokenizer: Any, **switches: Any) -> str:
-    """Return whose reasoning is in the context of a later turn: a probe, not a reading."""
+    """Return whose reasoning is in the context of a later turn, found by rendering probes."""
     _, earlier, question, _ = CONVERSATIONS["two turns"]
     step, result = CONVERSATIONS["a tool"][1:3]
     messages = [CONVERSATIONS["two turns"][0], earlier, question]
@@ -64,7 +64,7 @@ def _history(case: Case) -> str:
 
 
 def _twice(case: Case) -> str:
-    """Return what stands twice in a row: completions that no later pass goes on from."""
+    """Return what occurs twice in a row: completions that no later pass continues."""
     twice = []
     tokenizer = make_small_tokenizer(case)
     for name, what in (("two turns", "answers"), ("a tool", "tool steps")):
@@ -83,7 +83,7 @@ def _twice(case: Case) -> str:
 def families_table() -> Iterator[str]:
     """Yield the lines of the table of families."""
     record = json.loads(RECORD.read_text("utf-8"))
-    columns = ["family", "rendered by", "reasoning in later contexts", "twice in a row"]
+    columns = ["family", "rendered by", "reasoning in later contexts", "occurs twice"]
     columns += ["turns rendered", "contexts equal", "parsed back", "N-pass / one pass", "tokenizer"]
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---|" * len(columns)
@@ -106,7 +106,7 @@ def families_table() -> Iterator[str]:
 
 
 def exceptions_table() -> Iterator[str]:
-    """Yield the lines of the table of turns that aren't rendered, or not parsed back."""
+    """Yield the lines of the table of turns that aren't rendered or aren't parsed back."""
     record = json.loads(RECORD.read_text("utf-8"))
     yield "| family | turns refused, for what the template doesn't write | turns not parsed back |"
     yield "|---|---|---|"
