@@ -14,6 +14,7 @@ import re
 import resource
 import signal
 import sys
+import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -230,7 +231,7 @@ def _classified(model_type: str) -> tuple[str, tuple[str, str]]:
 
 
 def cover() -> dict[str, Any]:
-    """Return the record: of each model type what it is, and why."""
+    """Return the record: what each model type is, and why."""
     types = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     results = {}
     with get_context("spawn").Pool(2, _prepare_worker, maxtasksperchild=10) as pool:
@@ -248,11 +249,11 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
     exact = by_kind[EXACT][""]
     yield f"transformers {record['transformers']}, {len(record['models'])} model types."
     yield ""
-    yield f"**{len(exact)} equal N-pass:** {', '.join(exact)}"
+    yield _wrapped(f"**{len(exact)} equal N-pass:** {', '.join(exact)}")
     yield ""
     refused = by_kind[REFUSED]
     number = sum(map(len, refused.values()))
-    yield f"**{number} are refused**, by a message before training or in its first step:"
+    yield f"**{number} are refused**, with an error before training or in its first step:"
     yield ""
     yield "| for | model types |"
     yield "|---|---|"
@@ -261,12 +262,16 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
     yield ""
     untried = sorted(name for names in by_kind[UNTRIED].values() for name in names)
     yield f"**{len(untried)} were not tried**: no tiny model could be made that runs by itself."
-    yield ", ".join(untried)
+    yield _wrapped(", ".join(untried))
     assert not by_kind[DIFFERS], by_kind[DIFFERS]
 
 
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
 def page_with_tables(page: str) -> str:
-    """Return the page with what the record says now."""
+    """Return the page with the tables of the record."""
     text = "\n".join(tables(json.loads(RECORD.read_text("utf-8"))))
     return with_part(page, "models", f"\n{text}\n")
 
