@@ -29,11 +29,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from onepass_trl import OnePassCollator, build_tree, linearize
 from onepass_trl.attention.transformers_backend import use_onepass_attention
+from onepass_trl.data.collator import MODEL_INPUTS
 from onepass_trl.tools.bench.record import write
 from onepass_trl.tools.bench.workload import chat_passes, random_model, small_config
 from onepass_trl.training.context_parallel import forward_in_pieces
 
-INPUTS = ("input_ids", "position_ids", "shift_labels", "visible_end")
 OUTPUTS = ("log_probs", "entropy", "is_top1")
 VOCAB_SIZE = 512  # the head computes in tiles whose size doesn't depend on the row's
 TURN = {"user": 60, "reasoning": 260, "response": 150, "vocab_size": VOCAB_SIZE}
@@ -74,7 +74,7 @@ def step(model: torch.nn.Module, num_turns: int) -> tuple[int, float]:
     """Go forward and backward over a chat; return the row's length and the loss."""
     row = linearize(build_tree(chat_passes(num_turns, **TURN)))
     batch = OnePassCollator()([row])
-    inputs = {name: batch[name] for name in INPUTS}
+    inputs = {name: batch[name] for name in MODEL_INPUTS}
     options = {"use_cache": False, "fused_lm_head": True}
     if dist.get_world_size() == 1:
         outputs = model(**inputs, **options)

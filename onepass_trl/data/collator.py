@@ -12,6 +12,9 @@ import torch
 from onepass_trl.data.layout import TOKEN_COLUMNS, Layout, concatenate
 from onepass_trl.passes import IGNORE_INDEX
 
+MODEL_INPUTS = ("input_ids", "position_ids", "shift_labels", "visible_end")
+"""What of a batch a model gets that computes log-probabilities of targets in one pass."""
+
 _PADDING_RUN = 64  # tokens
 _DTYPES = {
     "input_ids": torch.int64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +84,7 @@ def linearize(tree: TokenTree) -> Layout:
         num_passes=np.empty(length, dtype=np.int32),
         num_turns=tree.num_passes,
     )
-    for index, depth, _, begin, end in _spans(tree):
+    for index, depth, _, begin, end in node_spans(tree):
         node = tree.nodes[index]
         num_tokens = node.token_ids.size
         body = slice(begin, begin + num_tokens - 1)
@@ -119,30 +120,40 @@ def linearize_with_targets(passes: Sequence[Pass]) -> tuple[Layout, list[NDArray
     """
     tree = TokenTree()
     last_nodes = [tree.insert(pass_) for pass_ in passes]
-    parents = {
-        child: index for index, node in enumerate(tree.nodes) for child in node.children.values()
-    }
     positions = _target_positions(tree)
     targets = []
-    for pass_, index in zip(passes, last_nodes, strict=True):
-        path = [index]
-        while parents[path[-1]] != ROOT:
-            path.append(parents[path[-1]])
-        along = np.concatenate([positions[index] for index in reversed(path)])
+    for pass_, path in zip(passes, tree.paths(last_nodes), strict=True):
+        along = np.concatenate([positions[index] for index in path])
         targets.append(along[pass_.trained])
     return linearize(tree), targets
 
 
-def _spans(tree: TokenTree) -> Iterator[tuple[int, int, list[int], int, int]]:
-    """Yield (node index, tokens above it, its ordered children, begin, end) in the row's order.
+class Span(NamedTuple):
+    """Where the tokens of a node are in the row."""
 
-    The node's tokens and the copies of its last one stand at ``[begin, end)`` of the row.
+    node: int
+    depth: int
+    """Tokens above the node."""
+    children: list[int]
+    """In the row's order."""
+    begin: int
+    end: int
+    """Exclusive; the copies of the node's last token come right before that one."""
+
+
+def node_spans(tree: TokenTree) -> Iterator[Span]:
+    """Yield the spans of a tree's nodes in the row's order, without the root, which has no tokens.
+
+    >>> from onepass_trl import Pass, build_tree
+    >>> tree = build_tree([Pass([1, 2, 3], [0, 0, 1]), Pass([1, 2, 4, 5], [0, 0, 1, 1])])
+    >>> [(span.depth, span.begin, span.end) for span in node_spans(tree)]
+    [(0, 0, 3), (2, 3, 5), (2, 5, 6)]
     """
     begin = 0
     for index, depth, children in tree.depth_first():
         if index != ROOT:
             end = begin + tree.nodes[index].token_ids.size + tree.num_fork_copies(index)
-            yield index, depth, children, begin, end
+            yield Span(index, depth, children, begin, end)
             begin = end
 
 
@@ -152,7 +163,7 @@ def _target_positions(tree: TokenTree) -> list[NDArray[np.int64]]:
     A token that no pass trains is predicted nowhere.
     """
     positions = [np.full(node.token_ids.size, -1, dtype=np.int64) for node in tree.nodes]
-    for index, _, children, begin, end in _spans(tree):
+    for index, _, children, begin, end in node_spans(tree):
         is_inner = tree.nodes[index].weights[1:] > 0
         positions[index][1:][is_inner] = begin + np.flatnonzero(is_inner)
         trained = [child for child in children if tree.nodes[child].weights[0]]

@@ -76,6 +76,21 @@ class TokenTree:
         self.nodes[parent].children[int(upper.token_ids[0])] = len(self.nodes) - 1
         return len(self.nodes) - 1
 
+    def paths(self, ends: Sequence[int]) -> list[list[int]]:
+        """Return the nodes of each path from the first below the root to one of `ends`."""
+        parents = {
+            child: index
+            for index, node in enumerate(self.nodes)
+            for child in node.children.values()
+        }
+        paths = []
+        for index in ends:
+            path = [index]
+            while parents[path[-1]] != ROOT:
+                path.append(parents[path[-1]])
+            paths.append(path[::-1])
+        return paths
+
     def num_fork_copies(self, index: int) -> int:
         """Return how often a node's last token is copied: once per trained child but the first."""
         node = self.nodes[index]

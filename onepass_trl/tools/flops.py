@@ -120,7 +120,7 @@ def _attention_layers(
             continue
         # Mistral's and Phi-3's layers read it from the configuration.
         window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-        kind = window, 2 * config.num_attention_heads * sum(_head_sizes(module, config))
+        kind = window, 2 * config.num_attention_heads * sum(head_sizes(module, config))
         counts[kind] = counts.get(kind, 0) + 1
     if not counts:
         raise ValueError(f"{type(model).__name__}: found no attention layer in it")
@@ -133,9 +133,19 @@ def _is_attention(module: nn.Module) -> bool:
     return bool(getattr(module, "is_causal", False)) and hasattr(module, "layer_idx")
 
 
-def _head_sizes(module: nn.Module, config: Any) -> tuple[int, int]:
-    """Return the head sizes of queries and values."""
-    if (nope := getattr(module, "qk_nope_head_dim", None)) is not None:
-        return nope + module.qk_rope_head_dim, module.v_head_dim  # type: ignore[return-value]
-    size = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def head_sizes(holder: Any, config: Any) -> tuple[int, int]:
+    """Return the sizes of a head of queries and of values.
+
+    Args:
+        holder: an attention layer, or a model's text configuration.
+        config: the text configuration.
+    """
+    if has_latent_keys(holder):
+        return holder.qk_nope_head_dim + holder.qk_rope_head_dim, holder.v_head_dim
+    size = getattr(holder, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return size, size
+
+
+def has_latent_keys(holder: Any) -> bool:
+    """Whether attention is multi-head latent attention, in which every query head has own keys."""
+    return bool(getattr(holder, "qk_nope_head_dim", None))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from onepass_trl.chat.messages import normalize_messages
 from onepass_trl.chat.rendering import RenderedTurn
-from onepass_trl.data.layout import Layout, linearize
+from onepass_trl.data.layout import Layout, linearize, node_spans
 from onepass_trl.data.tree import ROOT, TokenTree
 from onepass_trl.passes import Pass
 from onepass_trl.preparation.options import PreparationOptions
@@ -169,7 +169,7 @@ def inspect_passes(
     tree = TokenTree()
     ends = [tree.insert(pass_) for pass_ in passes]
     view = _View(tree, tokenizer)
-    paths = view.paths(ends)
+    paths = tree.paths(ends)
     if turns:
         view.find_messages(turns, messages, paths)
     reasoning = any(turn.message.get("reasoning_content") for turn in turns) if turns else None
@@ -197,33 +197,19 @@ class _View:
         self.trained = np.zeros(num_tokens, dtype=np.bool_)
         self.is_copy = self.row.num_passes == 0
         self.message = np.full(num_tokens, -1, dtype=np.int64)
-        self.spans = [(0, 0)] * len(tree.nodes)
-        self.children: list[list[int]] = [[] for _ in tree.nodes]
-        begin = 0
-        for index, _, children in tree.depth_first():
-            self.children[index] = children
-            if index == ROOT:
-                continue
-            node, copies = tree.nodes[index], tree.num_fork_copies(index)
-            end = begin + node.token_ids.size + copies
-            self.spans[index] = begin, end
-            before = int(self.row.input_ids[begin - 1]) if begin else None
+        self.spans = {span.node: span for span in node_spans(tree)}
+        for index, span in self.spans.items():
+            node, tokens = tree.nodes[index], slice(span.begin, span.end)
+            copies = span.end - span.begin - node.token_ids.size
+            before = int(self.row.input_ids[span.begin - 1]) if span.begin else None
             texts = token_texts(node.token_ids, tokenizer, before)
-            self.texts[begin:end] = [*texts[:-1], *texts[-1:] * (copies + 1)]
+            self.texts[tokens] = [*texts[:-1], *texts[-1:] * (copies + 1)]
             trained = node.weights > 0
-            self.trained[begin:end] = [*trained[:-1], *trained[-1:].repeat(copies + 1)]
-            begin = end
+            self.trained[tokens] = [*trained[:-1], *trained[-1:].repeat(copies + 1)]
 
-    def paths(self, ends: Sequence[int]) -> list[list[int]]:
-        """Return the nodes of each pass, from the first, given the one in which it ends."""
-        parents = {child: index for index, below in enumerate(self.children) for child in below}
-        paths = []
-        for index in ends:
-            path = [index]
-            while parents[path[-1]] != ROOT:
-                path.append(parents[path[-1]])
-            paths.append(path[::-1])
-        return paths
+    def tokens(self, index: int) -> NDArray[np.int64]:
+        """Return the places of a node's tokens, fork copies included."""
+        return np.arange(self.spans[index].begin, self.spans[index].end)
 
     def find_messages(
         self,
@@ -238,9 +224,7 @@ class _View:
             if names
             else None
         )
-        tokens = [
-            np.concatenate([np.arange(*self.spans[index]) for index in path]) for path in paths
-        ]
+        tokens = [np.concatenate([self.tokens(index) for index in path]) for path in paths]
         tokens = [where[~self.is_copy[where]] for where in tokens]
         ends = {self.texts[where[-1]] for where in tokens}
         # The last pass first: a token keeps what the context that has most around it says.
@@ -262,9 +246,7 @@ class _View:
 
     def segments(self, index: int, roles: Sequence[str]) -> list[Segment]:
         """Return the segments of a node."""
-        begin, end = self.spans[index]
-        if begin == end:
-            return []
+        *_, begin, end = self.spans[index]
         keys = np.stack([self.message[begin:end], self.trained[begin:end]])
         cuts = begin + 1 + np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0))
         borders = [begin, *cuts.tolist(), end]
@@ -300,17 +282,17 @@ class _View:
         last_turn = {index: turn for turn, path in paths.items() for index in path}
         last_turn[ROOT] = max(paths)
 
-        def branch_from(index: int) -> Branch:
+        def branch_of(index: int, following: list[int]) -> Branch:
             branch = Branch(self.tree.nodes[index].num_passes, last_turn[index])
-            below = [index]
-            while below:
-                branch.items += self.segments(below[0], roles)
-                ordered = self.children[below[0]]
-                below = sorted(ordered, key=lambda child: -last_turn[child])[:1]
-                branch.items += [branch_from(child) for child in ordered if child not in below]
+            while following:
+                last = max(following, key=lambda node: last_turn[node])
+                branch.items += [branch_of(node, [node]) for node in following if node != last]
+                branch.items += self.segments(last, roles)
+                following = self.spans[last].children
             return branch
 
-        trunk = branch_from(ROOT)
+        first = [span.node for span in self.spans.values() if span.depth == 0]
+        trunk = branch_of(ROOT, first)
         # What the last turn generates is its branch, like that of every turn before it.
         tail = len(trunk.items)
         while tail and _is_generated_once(trunk.items[tail - 1]):

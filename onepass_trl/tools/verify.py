@@ -95,7 +95,7 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     """
     from onepass_trl.attention.model_check import check_token_ids, reference_attention
     from onepass_trl.attention.transformers_backend import use_onepass_attention
-    from onepass_trl.data.collator import OnePassCollator
+    from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator
     from onepass_trl.training import loss
 
     num_trained = sum(pass_.num_trained for pass_ in passes)
@@ -115,7 +115,7 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     batch = {name: x.to(model.device) for name, x in OnePassCollator()([row]).items()}
 
     def one_pass() -> float:
-        outputs = loss.forward(model, {name: batch[name] for name in loss.INPUTS})
+        outputs = loss.forward(model, {name: batch[name] for name in MODEL_INPUTS})
         weights = batch["weights"].to(outputs.log_probs.device)
         mean = loss.target_losses(outputs.log_probs, weights).sum() / num_trained
         mean.backward()

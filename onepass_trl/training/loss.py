@@ -16,9 +16,6 @@ from onepass_trl.attention.model_check import base_model
 from onepass_trl.attention.transformers_backend import visible_end_required
 from onepass_trl.training.context_parallel import forward_in_pieces
 
-INPUTS = ("input_ids", "position_ids", "shift_labels", "visible_end")
-"""What of a batch of `OnePassCollator` the model gets."""
-
 
 def forward(
     model: nn.Module,
@@ -31,7 +28,7 @@ def forward(
 
     Args:
         model: a model with one-pass attention and TRL's fused LM head.
-        inputs: `INPUTS`, and what else the model should get.
+        inputs: `MODEL_INPUTS` of a batch, and what else the model should get.
         attention_impl: implementation of `tree_attention`.
         group: processes that compute a piece of the rows each; None for whole rows.
     """

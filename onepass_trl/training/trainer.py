@@ -32,7 +32,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from onepass_trl.attention.model_check import base_model, check_rotary_embedding
 from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
-from onepass_trl.data.collator import OnePassCollator, as_layout
+from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator, as_layout
 from onepass_trl.data.layout import Layout
 from onepass_trl.preparation.datasets import ROW_COLUMNS, prepare_dataset
 from onepass_trl.preparation.options import NullArguments, PreparationOptions
@@ -53,7 +53,7 @@ from onepass_trl.training.context_parallel import (
     check_context_parallel,
     gather_router_logits,
 )
-from onepass_trl.training.loss import INPUTS, check_head, forward, target_losses
+from onepass_trl.training.loss import check_head, forward, target_losses
 from onepass_trl.training.response_templates import trl_response_template
 
 logger = logging.getLogger(__name__)
@@ -326,7 +326,7 @@ class OnePassSFTTrainer(SFTTrainer):
         """Return the log-probability of the target at each position of a row, ``(num_tokens,)``."""
         collator = OnePassCollator(pad_to_multiple_of=self.args.pad_to_multiple_of)
         batch = self._prepare_inputs(collator([row]))
-        inputs = {name: batch[name] for name in INPUTS}
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = False
         return self._forward(model, inputs).log_probs[0, : len(row)].float().cpu().numpy()

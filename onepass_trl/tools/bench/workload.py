@@ -10,6 +10,7 @@ import torch
 
 from onepass_trl.passes import IGNORE_INDEX, Pass
 from onepass_trl.tools.bench.timing import available_bytes
+from onepass_trl.tools.flops import has_latent_keys, head_sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -101,11 +102,9 @@ def attention_shape(config: PretrainedConfig) -> AttentionShape:
     """Return the shape of a model's attention layers."""
     text: Any = config.get_text_config()
     heads = text.num_attention_heads
-    d = getattr(text, "head_dim", None) or text.hidden_size // heads
-    if getattr(text, "qk_nope_head_dim", None):  # multi-head latent attention
-        d_qk, d_v = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
-        return AttentionShape(heads, heads, d_qk, d_v)
-    return AttentionShape(heads, getattr(text, "num_key_value_heads", None) or heads, d, d)
+    own_keys = has_latent_keys(text) or not getattr(text, "num_key_value_heads", None)
+    kv_heads = heads if own_keys else text.num_key_value_heads
+    return AttentionShape(heads, kv_heads, *head_sizes(text, text))
 
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
