@@ -1,21 +1,22 @@
-"""Datasets of conversations to datasets of rows, with `datasets`."""
+"""Datasets of records to datasets of rows, with `datasets`: the same for every maker of rows."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
+import pyarrow
 import pyarrow.compute as compute
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from onepass_trl.data import Layout, Overflow, TokenTree, concatenate, linearize, pack
-from onepass_trl.data.layout import TOKEN_COLUMNS
+from onepass_trl.data import pack
 from onepass_trl.preparation.options import PreparationOptions, register_families
+from onepass_trl.preparation.report import Report
 from onepass_trl.preparation.round_trip import response_template_of
-from onepass_trl.preparation.rows import describe_invalid, lay_out, render_record
 
 logger = logging.getLogger(__name__)
 
@@ -26,194 +27,176 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 RENDER_BATCH_SIZE = 16
 PACK_BATCH_SIZE = 1000
 
-ROW_COLUMNS = (*TOKEN_COLUMNS, "num_turns")
-_ROW_FEATURES = {
-    **{name: List(Value("int32")) for name in TOKEN_COLUMNS},
-    "weights": List(Value("float32")),
-    "num_turns": Value("int32"),
-}
-# What was lost of a conversation, and why turns are invalid, stands in its first row. A
-# conversation of which nothing is left still has one, empty row until it is counted.
-_OVERFLOW_COLUMNS = tuple(asdict(Overflow()))
-_RENDERED_FEATURES = {
-    **_ROW_FEATURES,
-    "invalid": List(Value("string")),
-    **{f"overflow_{name}": Value("int64") for name in _OVERFLOW_COLUMNS},
-}
 
+@dataclass(frozen=True)
+class Maker(ABC):
+    """How rows are made of the records of a dataset, and of rows longer ones.
 
-def is_prepared(column_names: list[str]) -> bool:
-    """Return whether a dataset with these columns already consists of rows."""
-    return set(ROW_COLUMNS) <= set(column_names)
+    A row is a mapping from the columns to their values, one of them the list ``input_ids``.
+
+    Attributes:
+        tokenizer: with a chat template.
+        options: how rows are made.
+    """
+
+    features: ClassVar[Mapping[str, Any]]
+    """The columns of a row, and their types."""
+    checked: ClassVar[tuple[str, ...]]
+    """The columns that `check_prepared` looks at."""
+    report: ClassVar[type[Report]] = Report
+
+    tokenizer: PreTrainedTokenizerBase
+    options: PreparationOptions
+
+    @abstractmethod
+    def make(
+        self, record: Mapping[str, Any], index: int, features: Features | None
+    ) -> tuple[list[Mapping[str, Any]], Report]:
+        """Return the rows of a record, and what is to be said of it besides.
+
+        Args:
+            record: a line of the dataset.
+            index: of the record.
+            features: of the dataset.
+
+        Raises:
+            ValueError: if rows can't be made of it.
+        """
+
+    @abstractmethod
+    def length(self, row: Mapping[str, Any]) -> int:
+        """Return the tokens of a row, at most ``options.max_length``."""
+
+    @abstractmethod
+    def join(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return one row that holds several, an empty one for none."""
+
+    @abstractmethod
+    def check_prepared(self, columns: pyarrow.Table, name: str) -> None:
+        """Raise ValueError for rows that don't suit the options: they can't be changed any more."""
 
 
 def prepare_dataset(
-    dataset: AnyDataset,
-    column_names: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    options: PreparationOptions,
-    name: str,
+    dataset: AnyDataset, column_names: Sequence[str], maker: Maker, name: str
 ) -> AnyDataset:
-    """Return `dataset` as rows of `Layout` columns, at most ``options.max_length`` tokens each.
+    """Return `dataset` as the rows that the maker makes, packed and shuffled as its options say.
 
     Args:
-        dataset: conversations in any form that `onepass_trl.chat.rows` accepts, or rows.
+        dataset: records, or rows of the maker's columns.
         column_names: its columns; they are removed.
+        maker: makes the rows.
         name: what to call the dataset in messages and progress bars ("train", "eval" ..).
 
     Raises:
-        ValueError: if a conversation can't be rendered, or a given row is too long; the message
-            names its row. If nothing is left to train.
+        ValueError: if no rows can be made of a record, or a given row is too long; the message
+            names its record. If nothing is left to train.
     """
-    check_no_transform(dataset, name)
-    streaming = isinstance(dataset, IterableDataset)
-    dataset = dataset.with_format(None)
-
-    def described(text: str) -> dict[str, Any]:
-        return {} if streaming else {"num_proc": options.num_proc, "desc": f"{text} {name} dataset"}
-
-    if is_prepared(column_names):
-        check_not_text(dataset, ROW_COLUMNS, name)
-        dataset = _with_checked_lengths(dataset, options.max_length, name)
-    else:
-        dataset = _render(dataset, column_names, tokenizer, options, name, described)
-    dataset = dataset.select_columns(list(ROW_COLUMNS))
-    return pack_and_shuffle(dataset, options, _pack_batch, _ROW_FEATURES, described("Packing"))
-
-
-def pack_and_shuffle(
-    dataset: AnyDataset,
-    options: PreparationOptions,
-    pack_batch: Callable[..., dict[str, list[Any]]],
-    features: Mapping[str, Any],
-    described: Mapping[str, Any],
-) -> AnyDataset:
-    """Return the rows in numpy format, packed and shuffled as the options say.
-
-    Args:
-        dataset: the rows.
-        options: their ``packing``, ``max_length`` and ``shuffle_seed``.
-        pack_batch: packs a batch of columns, given `max_length` and the code's digest.
-        features: of the packed rows.
-        described: further arguments of ``Dataset.map``.
-    """
-    if options.packing:
-        if options.shuffle_seed is not None:
-            dataset = dataset.shuffle(seed=options.shuffle_seed)
-        dataset = dataset.with_format("numpy").map(
-            pack_batch,
-            batched=True,
-            batch_size=PACK_BATCH_SIZE,
-            features=Features(features),
-            fn_kwargs={"max_length": options.max_length, "code": options.code},
-            **described,
-        )
-    if options.shuffle_seed is not None:
-        dataset = dataset.shuffle(seed=options.shuffle_seed)
-    return dataset.with_format("numpy")
-
-
-def check_no_transform(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Raise ValueError for a dataset whose rows are made when they are read."""
-    if not isinstance(dataset, IterableDataset) and dataset.format["type"] == "custom":
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
             f"the {name} dataset has a transform (Dataset.with_transform), and preparing it would "
             "bake the transform's present output into the rows. Apply it with Dataset.map first"
         )
+    dataset = dataset.with_format(None)
+    if maker.features.keys() <= set(column_names):
+        dataset = _checked(dataset, maker, name)
+    else:
+        dataset = _made(dataset, column_names, maker, name)
+    dataset = dataset.select_columns(list(maker.features))
+    return _packed_and_shuffled(dataset, maker, name)
 
 
-def check_not_text(dataset: Dataset | IterableDataset, columns: Sequence[str], name: str) -> None:
-    """Raise ValueError for prepared rows whose numbers have become text in a file of JSON."""
-    for column in columns:
-        if (dataset.features or {}).get(column) == Value("string"):
-            raise ValueError(
-                f"column {column!r} of the prepared {name} dataset is text, as a file of JSON "
-                "gives it. Save prepared rows with Dataset.to_parquet, which keeps their types"
-            )
-
-
-def _render(
-    dataset: AnyDataset,
-    column_names: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    options: PreparationOptions,
-    name: str,
-    described: Callable[[str], dict[str, Any]],
-) -> AnyDataset:
-    """Return the rows of all conversations; what an overflow policy took away is reported."""
-    if "passes" not in column_names:
-        report_unverified(tokenizer, options, name)
-    dataset = render_rows(
-        dataset,
-        column_names,
-        _render_batch,
-        _RENDERED_FEATURES,
-        described("Rendering"),
-        tokenizer=tokenizer,
-        options=options,
-        name=name,
-    )
-    if isinstance(dataset, Dataset):
-        if _report_lost(dataset, options, name):
-            dataset = dataset.filter(
-                has_tokens, input_columns="input_ids", **described("Dropping empty rows of")
-            )
-        return dataset
-    dataset = dataset.filter(has_tokens, input_columns="input_ids")
-    if next(iter(dataset), None) is None:
-        too_long = f", or longer than max_length={options.max_length}: raise it"
-        raise ValueError(
-            f"the {name} dataset has no row left to train: all turns are invalid"
-            f"{'' if options.max_length is None else too_long}"
-        )
-    return dataset
-
-
-def token_ids(dataset: Dataset) -> Any:
-    """Return the ``input_ids`` of a prepared dataset, its own rows only, as an Arrow array of
-    lists."""
-    if dataset._indices is None:
-        return dataset.data["input_ids"]
-    return dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-
-
-def _with_checked_lengths(dataset: AnyDataset, max_length: int | None, name: str) -> AnyDataset:
-    """Return a prepared dataset, having raised for a row that is too long, or, if it is a stream,
-    raising once it comes: a tree can't be cut afterwards."""
-    if max_length is None:
-        return dataset
+def _described(dataset: Any, maker: Maker, text: str) -> dict[str, Any]:
+    """Return the arguments of ``Dataset.map`` that streams don't have."""
     if isinstance(dataset, IterableDataset):
-        return dataset.map(
-            _checked_row,
-            features=dataset.features,
-            fn_kwargs={"max_length": max_length, "name": name},
+        return {}
+    return {"num_proc": maker.options.num_proc, "desc": text}
+
+
+def _made(dataset: AnyDataset, column_names: Sequence[str], maker: Maker, name: str) -> AnyDataset:
+    """Return the rows of all records; what was lost of them is reported."""
+    if "passes" not in column_names:
+        _report_unverified(maker, name)
+    streaming = isinstance(dataset, IterableDataset)
+    rows = dataset.map(
+        _make_batch,
+        batched=True,
+        batch_size=RENDER_BATCH_SIZE,
+        with_indices=True,
+        remove_columns=list(column_names),
+        features=Features({**maker.features, "report": Value("string")}),
+        # Of a stream nothing is counted: what is lost is said at once.
+        fn_kwargs={"maker": maker, "name": name, "features": dataset.features, "warn": streaming},
+        **_described(dataset, maker, f"Rendering {name} dataset"),
+    )
+    problems = []
+    if isinstance(rows, Dataset):
+        report = maker.report()
+        for text in rows.data["report"].drop_null().to_pylist():
+            report.add(maker.report.from_json(text))
+        problems = list(report.lines(maker.options))
+        for problem in problems:
+            logger.warning("%s dataset: %s", name, problem)
+        if compute.min(compute.list_value_length(rows.data["input_ids"])).as_py():
+            return rows
+    rows = rows.filter(
+        _has_tokens,
+        input_columns="input_ids",
+        **_described(rows, maker, f"Dropping empty rows of {name} dataset"),
+    )
+    if next(iter(rows), None) is None:
+        longer = f", or longer than max_length={maker.options.max_length}: raise it"
+        reason = ". ".join(problems) or (
+            f"all {maker.report.turns} are invalid"
+            f"{'' if maker.options.max_length is None else longer}"
         )
-    longest = compute.max(compute.list_value_length(token_ids(dataset))).as_py() or 0
-    _check_length(longest, max_length, name)
-    return dataset
+        raise ValueError(f"the {name} dataset has no {maker.report.row} left to train: {reason}")
+    return rows
 
 
-def _checked_row(row: dict[str, Any], max_length: int, name: str) -> dict[str, Any]:
-    _check_length(len(row["input_ids"]), max_length, name)
-    return row
+def _make_batch(
+    batch: Mapping[str, list[Any]],
+    indices: list[int],
+    maker: Maker,
+    name: str,
+    features: Features | None,
+    warn: bool,
+) -> dict[str, list[Any]]:
+    """Return the rows of some records, and in the first of each what is to be reported of it.
+
+    A record of which nothing is left has an empty row until that is reported.
+    """
+    register_families(maker.options)
+    output: dict[str, list[Any]] = {column: [] for column in (*maker.features, "report")}
+    for position, index in enumerate(indices):
+        record = {column: values[position] for column, values in batch.items()}
+        try:
+            rows, report = maker.make(record, index, features)
+        except ValueError as error:
+            raise ValueError(f"row {index} of the {name} dataset: {error}") from error
+        problems = list(report.lines(maker.options))
+        for problem in problems if warn else ():
+            logger.warning("row %d of the %s dataset: %s", index, name, problem)
+        text = report.to_json() if problems else None
+        for row in rows or [maker.join([])]:
+            for column in maker.features:
+                output[column].append(row[column])
+            output["report"].append(text)
+            text = None
+    return output
 
 
-def _check_length(length: int, max_length: int, name: str) -> None:
-    if length > max_length:
-        raise ValueError(
-            f"a row of the prepared {name} dataset has {length} tokens, but max_length is "
-            f"{max_length}: prepare the conversations with this max_length, or raise it"
-        )
+def _has_tokens(input_ids: Any) -> bool:
+    """Return whether a row isn't that of a record of which nothing is left."""
+    return len(input_ids) > 0
 
 
-def report_unverified(
-    tokenizer: PreTrainedTokenizerBase, options: PreparationOptions, name: str
-) -> None:
-    """Log why conversations aren't parsed back, if they are meant to be and aren't."""
-    if options.verify_rendering is False:
+def _report_unverified(maker: Maker, name: str) -> None:
+    """Log why turns aren't parsed back, if they are meant to be and aren't."""
+    tokenizer, options = maker.tokenizer, maker.options
+    if options.verify_rendering is False or not isinstance(tokenizer.chat_template, str):
         return
-    template, known = tokenizer.chat_template, options.known_templates
-    if isinstance(template, str) and response_template_of(tokenizer, template, known) is None:
+    known = options.known_templates
+    if response_template_of(tokenizer, tokenizer.chat_template, known) is None:
         logger.log(
             logging.WARNING if options.verify_rendering else logging.INFO,
             "%s dataset: rendered turns aren't parsed back to compare them with their messages, "
@@ -223,120 +206,52 @@ def report_unverified(
         )
 
 
-def render_rows(
-    dataset: AnyDataset,
-    column_names: list[str],
-    render_batch: Callable[..., dict[str, list[Any]]],
-    features: Mapping[str, Any],
-    described: Mapping[str, Any],
-    **arguments: Any,
-) -> AnyDataset:
-    """Return what `render_batch` makes of the rows of a dataset.
-
-    Args:
-        dataset: the rows.
-        column_names: its columns; they are removed.
-        render_batch: renders a batch of columns, given the rows' indices, `arguments`, the
-            dataset's features, and whether to warn at once, as nothing is counted in a stream.
-        features: of what it makes.
-        described: further arguments of ``Dataset.map``.
-        arguments: further arguments of `render_batch`.
-    """
-    return dataset.map(
-        render_batch,
-        batched=True,
-        batch_size=RENDER_BATCH_SIZE,
-        with_indices=True,
-        remove_columns=column_names,
-        features=Features(features),
-        fn_kwargs={
-            **arguments,
-            "warn": isinstance(dataset, IterableDataset),
-            "features": dataset.features,
-        },
-        **described,
-    )
-
-
-def _render_batch(
-    batch: dict[str, list[Any]],
-    indices: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    options: PreparationOptions,
-    name: str,
-    warn: bool,
-    features: Features | None,
-) -> dict[str, list[Any]]:
-    register_families(options)
-    output: dict[str, list[Any]] = {column: [] for column in _RENDERED_FEATURES}
-    for position, index in enumerate(indices):
-        record = {column: values[position] for column, values in batch.items()}
-        try:
-            rendered = render_record(
-                record, tokenizer, options, features=features, verify=options.verifies(index)
+def _checked(dataset: AnyDataset, maker: Maker, name: str) -> AnyDataset:
+    """Return prepared rows, having raised for those that don't suit the options; those of a stream
+    are checked as they are read."""
+    for column in maker.features:
+        if (dataset.features or {}).get(column) == Value("string"):
+            raise ValueError(
+                f"column {column!r} of the prepared {name} dataset is text, as a file of JSON "
+                "gives it. Save prepared rows with Dataset.to_parquet, which keeps their types"
             )
-            _, layouts, lost = lay_out(rendered.passes, options)
-        except ValueError as error:
-            raise ValueError(f"row {index} of the {name} dataset: {error}") from error
-        if warn and lost.num_passes:
-            logger.warning(
-                "row %d of the %s dataset: %s",
-                index,
-                name,
-                _describe(lost, options.max_length, options.overflow),
-            )
-        invalid = [f"row {index}: {problem}" for problem in rendered.invalid]
-        if warn and invalid:
-            logger.warning("%s dataset: %s", name, describe_invalid(invalid))
-        for number, layout in enumerate(layouts or [linearize(TokenTree())]):
-            for column in ROW_COLUMNS:
-                output[column].append(getattr(layout, column))
-            output["invalid"].append(invalid if number == 0 else [])
-            for column, count in asdict(lost if number == 0 else Overflow()).items():
-                output[f"overflow_{column}"].append(count)
-    return output
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(
+            _checked_row, features=dataset.features, fn_kwargs={"maker": maker, "name": name}
+        )
+    columns = dataset.select_columns(list(maker.checked)).with_format("arrow")[:]
+    maker.check_prepared(columns, name)
+    return dataset
 
 
-def _pack_batch(batch: dict[str, list[Any]], max_length: int, code: str) -> dict[str, list[Any]]:
-    rows = [Layout(*values) for values in zip(*(batch[name] for name in ROW_COLUMNS), strict=True)]
-    packed = [
-        concatenate([rows[index] for index in group])
-        for group in pack([len(row) for row in rows], max_length)
-    ]
-    return {name: [getattr(row, name) for row in packed] for name in ROW_COLUMNS}
+def _checked_row(row: dict[str, Any], maker: Maker, name: str) -> dict[str, Any]:
+    maker.check_prepared(pyarrow.table({column: [row[column]] for column in maker.checked}), name)
+    return row
 
 
-def has_tokens(input_ids: Any) -> bool:
-    """Return whether a row isn't that of a conversation of which nothing is left."""
-    return len(input_ids) > 0
+def _packed_and_shuffled(dataset: AnyDataset, maker: Maker, name: str) -> AnyDataset:
+    """Return the rows in numpy format, packed and shuffled as the options say."""
+    seed = maker.options.shuffle_seed
+    if maker.options.packing:
+        if seed is not None:
+            dataset = dataset.shuffle(seed=seed)
+        dataset = dataset.with_format("numpy").map(
+            _pack_batch,
+            batched=True,
+            batch_size=PACK_BATCH_SIZE,
+            features=Features(maker.features),
+            fn_kwargs={"maker": maker},
+            **_described(dataset, maker, f"Packing {name} dataset"),
+        )
+    if seed is not None:
+        dataset = dataset.shuffle(seed=seed)
+    return dataset.with_format("numpy")
 
 
-def _report_lost(dataset: Dataset, options: PreparationOptions, name: str) -> bool:
-    """Log what the dataset lost; return whether some conversations have no row left."""
-    table = dataset.data
-    totals = {column: table[f"overflow_{column}"].to_numpy() for column in _OVERFLOW_COLUMNS}
-    lost = Overflow(
-        num_passes=int(totals["num_passes"].sum()),
-        num_lost_turns=int(totals["num_lost_turns"].sum()),
-        num_lost_tokens=int(totals["num_lost_tokens"].sum()),
-        longest=int(totals["longest"].max(initial=0)),
-    )
-    invalid = compute.list_flatten(table["invalid"]).to_pylist()
-    problems = [describe_invalid(invalid)] if invalid else []
-    if lost.num_passes:
-        problems.append(_describe(lost, options.max_length, options.overflow))
-    for problem in problems:
-        logger.warning("%s dataset: %s", name, problem)
-    num_turns = table["num_turns"].to_numpy()
-    if not num_turns.any():
-        raise ValueError(f"the {name} dataset has no row left to train: {'. '.join(problems)}")
-    return not num_turns.all()
-
-
-def _describe(lost: Overflow, max_length: int | None, overflow: str) -> str:
-    return (
-        f"{lost.num_passes} turns are longer than max_length={max_length} (the longest with its "
-        f"context: {lost.longest} tokens); overflow={overflow!r} lost {lost.num_lost_tokens} "
-        f"trained tokens, {lost.num_lost_turns} turns whole. Raise max_length to {lost.longest} to "
-        "keep them all"
-    )
+def _pack_batch(batch: Mapping[str, list[Any]], maker: Maker) -> dict[str, list[Any]]:
+    columns = [batch[column] for column in maker.features]
+    rows = [dict(zip(maker.features, values, strict=True)) for values in zip(*columns, strict=True)]
+    assert maker.options.max_length is not None  # the trainer has seen to it
+    groups = pack(list(map(maker.length, rows)), maker.options.max_length)
+    packed = [maker.join([rows[index] for index in group]) for group in groups]
+    return {column: [row[column] for row in packed] for column in maker.features}

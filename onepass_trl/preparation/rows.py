@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow
+import pyarrow.compute as compute
+from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.messages import Message
@@ -14,22 +19,28 @@ from onepass_trl.chat.turns import InvalidTurn
 from onepass_trl.data import (
     Layout,
     Overflow,
+    TokenTree,
     build_tree,
+    concatenate,
     limit_passes,
     linearize,
     split_passes,
 )
+from onepass_trl.data.layout import TOKEN_COLUMNS
 from onepass_trl.passes import Pass
+from onepass_trl.preparation.datasets import Maker
 from onepass_trl.preparation.given_passes import numbered_passes
 from onepass_trl.preparation.nulls import read_record
 from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.preparation.report import Report
 from onepass_trl.preparation.round_trip import check_round_trip
 
-if TYPE_CHECKING:
-    from datasets import Features
-    from transformers import PreTrainedTokenizerBase
-
-_NUM_SHOWN = 5  # invalid turns whose errors are logged
+ROW_FEATURES = {
+    **{name: List(Value("int32")) for name in TOKEN_COLUMNS},
+    "weights": List(Value("float32")),
+    "num_turns": Value("int32"),
+}
+ROW_COLUMNS = tuple(ROW_FEATURES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +162,43 @@ def lay_out(
     return passes, [linearize(tree) for tree in trees], lost
 
 
-def describe_invalid(invalid: Sequence[str]) -> str:
-    """Return in words which turns, or rows without a readable turn, have been left out and why."""
-    shown = "".join(f"\n  {problem}" for problem in invalid[:_NUM_SHOWN])
-    rest = len(invalid) - _NUM_SHOWN
-    return (
-        f"no exact pass can be made of {len(invalid)} turns or rows, which are left out:{shown}"
-        + (f"\n  and {rest} others" if rest > 0 else "")
-    )
+@dataclass(frozen=True)
+class RowMaker(Maker):
+    """Makes the rows of conversations: those of their prefix trees, in the columns of `Layout`."""
+
+    features = ROW_FEATURES
+    checked = ("input_ids",)
+
+    def make(
+        self, record: Mapping[str, Any], index: int, features: Features | None
+    ) -> tuple[list[Mapping[str, Any]], Report]:
+        """Return the rows of a record, and what was lost of it."""
+        rendered = render_record(
+            record,
+            self.tokenizer,
+            self.options,
+            features=features,
+            verify=self.options.verifies(index),
+        )
+        _, layouts, lost = lay_out(rendered.passes, self.options)
+        invalid = [f"row {index}: {problem}" for problem in rendered.invalid]
+        return [vars(layout) for layout in layouts], Report(lost, invalid)
+
+    def length(self, row: Mapping[str, Any]) -> int:
+        """Return the tokens of a row."""
+        return len(row["input_ids"])
+
+    def join(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return one row that holds several, which don't see each other."""
+        layouts = [Layout(**row) for row in rows]
+        return vars(concatenate(layouts or [linearize(TokenTree())]))
+
+    def check_prepared(self, columns: pyarrow.Table, name: str) -> None:
+        """Raise ValueError for a row that is too long: a tree can't be cut afterwards."""
+        length = compute.max(compute.list_value_length(columns["input_ids"])).as_py() or 0
+        max_length = self.options.max_length
+        if max_length is not None and length > max_length:
+            raise ValueError(
+                f"a row of the prepared {name} dataset has {length} tokens, but max_length is "
+                f"{max_length}: prepare the conversations with this max_length, or raise it"
+            )

@@ -24,9 +24,10 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from onepass_trl.data import Layout, build_tree, linearize, split_passes
 from onepass_trl.preparation.options import PreparationOptions
-from onepass_trl.setsft import matching, preparation
+from onepass_trl.setsft import matching
 from onepass_trl.setsft.collator import SET_COLUMNS, SetCollator, from_row
 from onepass_trl.setsft.config import SetSFTConfig
+from onepass_trl.setsft.preparation import SetMaker
 from onepass_trl.setsft.rendering import ForkingTokens
 from onepass_trl.setsft.tokens import add_forking_tokens
 from onepass_trl.setsft.traces import TraceSet
@@ -161,20 +162,8 @@ class SetSFTTrainer(OnePassSFTTrainer):
             args.thinking_opener,
         )
 
-    def _make_rows(
-        self,
-        dataset: AnyDataset,
-        column_names: list[str],
-        options: PreparationOptions,
-        name: str,
-    ) -> AnyDataset:
-        return preparation.prepare_dataset(
-            dataset,
-            column_names,
-            self._tokenizer,
-            preparation.SetOptions(options, self.forking_tokens(), self.args.excess_traces),
-            name,
-        )
+    def _maker(self, options: PreparationOptions) -> SetMaker:
+        return SetMaker(self._tokenizer, options, self.forking_tokens(), self.args.excess_traces)
 
     def _first_rows(self) -> Iterator[Layout]:
         for record in islice(self.train_dataset, first_check.NUM_ROWS):

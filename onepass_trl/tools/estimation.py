@@ -14,7 +14,8 @@ from onepass_trl.data import Layout, Overflow, pack
 from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.preparation.datasets import PACK_BATCH_SIZE
 from onepass_trl.preparation.options import PreparationOptions
-from onepass_trl.preparation.rows import describe_invalid, lay_out, render_record
+from onepass_trl.preparation.report import describe_invalid
+from onepass_trl.preparation.rows import lay_out, render_record
 from onepass_trl.tools.flops import (
     ATTENTION_FORWARDS,
     HEAD_FORWARDS,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onepass_trl.preparation.rows import describe_invalid
+from onepass_trl.preparation.report import describe_invalid
 from onepass_trl.tools.estimation import Estimate, Work, weighted_pairs
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from onepass_trl.attention.model_check import check_token_ids
-from onepass_trl.preparation.datasets import token_ids
 from onepass_trl.training.config import OnePassSFTConfig
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,8 @@ def check_prepared(train_dataset: Any, eval_dataset: Any, row_columns: tuple[str
 def check_vocabulary(name: str, dataset: Any, model: Any) -> None:
     """Raise for a token id that the model has no embedding for."""
     if isinstance(dataset, Dataset):
-        largest = compute.max(compute.list_flatten(token_ids(dataset))).as_py()
+        columns = dataset.select_columns("input_ids").with_format("arrow")[:]
+        largest = compute.max(compute.list_flatten(columns["input_ids"])).as_py()
         check_token_ids(f"the {name} dataset", largest or 0, model)
 
 

@@ -34,8 +34,9 @@ from onepass_trl.attention.model_check import base_model, check_rotary_embedding
 from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
 from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator, as_layout
 from onepass_trl.data.layout import Layout
-from onepass_trl.preparation.datasets import ROW_COLUMNS, prepare_dataset
+from onepass_trl.preparation.datasets import Maker, prepare_dataset
 from onepass_trl.preparation.options import NullArguments, PreparationOptions
+from onepass_trl.preparation.rows import ROW_COLUMNS, RowMaker
 from onepass_trl.training import first_check
 from onepass_trl.training.arguments import (
     check_not_empty,
@@ -252,16 +253,11 @@ class OnePassSFTTrainer(SFTTrainer):
             known_templates=trl_response_template,
         )
         with global_then_local_main_first():
-            return self._make_rows(dataset, column_names, options, dataset_name)
+            return prepare_dataset(dataset, column_names, self._maker(options), dataset_name)
 
-    def _make_rows(
-        self,
-        dataset: AnyDataset,
-        column_names: list[str],
-        options: PreparationOptions,
-        name: str,
-    ) -> AnyDataset:
-        return prepare_dataset(dataset, column_names, self._tokenizer, options, name)
+    def _maker(self, options: PreparationOptions) -> Maker:
+        """Return what makes the rows of a dataset's records."""
+        return RowMaker(self._tokenizer, options)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self._row_columns)

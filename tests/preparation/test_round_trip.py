@@ -14,6 +14,7 @@ from onepass_trl.chat.families import Composable, registry
 from onepass_trl.preparation.datasets import prepare_dataset
 from onepass_trl.preparation.options import NUM_VERIFIED_ROWS, PreparationOptions
 from onepass_trl.preparation.round_trip import check_round_trip
+from onepass_trl.preparation.rows import RowMaker
 from onepass_trl.training.response_templates import trl_response_template
 from tests.chat.tokenizers import small_tokenizer
 
@@ -120,7 +121,7 @@ def prepared(rows, template, **options):
         **options,
     )
     try:
-        prepare_dataset(dataset, names, small_tokenizer(template), options, "train")
+        prepare_dataset(dataset, names, RowMaker(small_tokenizer(template), options), "train")
     except ValueError as error:
         return str(error)
     return None
@@ -170,6 +171,6 @@ def test_registered_families_reach_other_processes(monkeypatch):
     )
     monkeypatch.setattr(registry, "_registered", [])  # a process that starts anew
     dataset = Dataset.from_list([{"messages": json.dumps(GOOD)}])
-    rows = prepare_dataset(dataset, ["messages"], tokenizer, options, "train")
+    rows = prepare_dataset(dataset, ["messages"], RowMaker(tokenizer, options), "train")
     targets = rows[0]["shift_labels"]
     assert targets[targets >= 0][-1] == tokenizer.convert_tokens_to_ids("<|endoftext|>")

@@ -1,0 +1,70 @@
+"""What is to be said of the records of a dataset, besides the rows that they became."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar, Self
+
+from onepass_trl.data import Overflow
+from onepass_trl.preparation.options import PreparationOptions
+
+_NUM_SHOWN = 5  # invalid turns whose errors are shown
+
+
+@dataclass
+class Report:
+    """What was lost of a record, or of several.
+
+    Attributes:
+        overflow: what an overflow policy took away.
+        invalid: why no exact pass can be made of turns, or of a record, each with its record.
+    """
+
+    row: ClassVar[str] = "row"
+    """What there is none left of where all is lost."""
+    turns: ClassVar[str] = "turns"
+    context: ClassVar[str] = "context"
+
+    overflow: Overflow = field(default_factory=Overflow)
+    invalid: list[str] = field(default_factory=list)
+
+    def add(self, other: Self) -> None:
+        """Add what was lost of other records."""
+        self.overflow.add(other.overflow)
+        self.invalid += other.invalid
+
+    def lines(self, options: PreparationOptions) -> Iterator[str]:
+        """Yield in words what was lost, nothing if nothing was."""
+        if self.invalid:
+            yield describe_invalid(self.invalid)
+        lost = self.overflow
+        if lost.num_passes:
+            yield (
+                f"{lost.num_passes} {self.turns} are longer than max_length={options.max_length} "
+                f"(the longest with its {self.context}: {lost.longest} tokens); "
+                f"overflow={options.overflow!r} lost {lost.num_lost_tokens} trained tokens, "
+                f"{lost.num_lost_turns} {self.turns} whole. Raise max_length to {lost.longest} to "
+                "keep them all"
+            )
+
+    def to_json(self) -> str:
+        """Return the report as text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the report that `to_json` wrote."""
+        values = json.loads(text)
+        return cls(Overflow(**values.pop("overflow")), **values)
+
+
+def describe_invalid(invalid: Sequence[str]) -> str:
+    """Return in words which turns, or records without a readable turn, are left out and why."""
+    shown = "".join(f"\n  {problem}" for problem in invalid[:_NUM_SHOWN])
+    rest = len(invalid) - _NUM_SHOWN
+    return (
+        f"no exact pass can be made of {len(invalid)} turns or rows, which are left out:{shown}"
+        + (f"\n  and {rest} others" if rest > 0 else "")
+    )

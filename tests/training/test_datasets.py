@@ -1,0 +1,123 @@
+"""Which datasets the trainer takes, and that its options reach their preparation."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from tests.models import make_model
+from tests.training.conversations import ROWS, history
+
+
+def test_nothing_is_cut_by_default(train):
+    answer = {"role": "assistant", "content": "word " * 2000}
+    record = {"messages": [{"role": "user", "content": "Talk."}, answer]}
+    [prepared] = train(dataset=Dataset.from_list([record])).train_dataset
+    assert (prepared["shift_labels"] >= 0).sum() > 2000
+
+
+def test_template_arguments_reach_every_conversation(train):
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    lengths = []
+    for kwargs in (None, '{"enable_thinking": false}', {"enable_thinking": False}):
+        trainer = train(
+            dataset=Dataset.from_list([{"messages": messages}]),
+            chat_template_kwargs=kwargs,
+            verify_rendering=True,
+        )
+        row = trainer.train_dataset[0]
+        lengths.append(int((row["weights"] > 0).sum()))
+    # With thinking off, the prompt holds the empty reasoning.
+    assert lengths[0] > lengths[1] == lengths[2]
+
+
+def test_records_with_images_are_refused(train):
+    record = {"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}
+    with pytest.raises(ValueError, match="the train dataset has the column 'image'"):
+        train(dataset=Dataset.from_list([record]))
+
+
+def test_empty_datasets_are_errors(train):
+    with pytest.raises(ValueError, match="train dataset is empty"):
+        train(dataset=Dataset.from_dict({"messages": []}))
+    with pytest.raises(ValueError, match="eval dataset is empty"):
+        train(eval_dataset=Dataset.from_dict({"messages": []}))
+
+
+def test_chats_are_rendered_with_the_tokenizer(train, tiny_tokenizer):
+    messages = [
+        {"role": "user", "content": "Two plus two?"},
+        {"role": "assistant", "reasoning_content": "Add them.", "content": "Four."},
+        {"role": "user", "content": "Plus one?"},
+        {"role": "assistant", "reasoning_content": "Four and one.", "content": "Five."},
+    ]
+    model = make_model("qwen3", vocab_size=len(tiny_tokenizer))
+    forms = [
+        [{"messages": messages}],
+        [{"prompt": messages[:3], "completion": messages[3:]}],
+        [
+            {
+                "messages": messages,
+                "tools": json.dumps([]),
+                "chat_template_kwargs": {"enable_thinking": True},
+            }
+        ],
+    ]
+    turns = [
+        int(train(model=model, dataset=Dataset.from_list(records)).train_dataset[0]["num_turns"])
+        for records in forms
+    ]
+    assert turns == [2, 1, 2]
+    last = train(model=model, dataset=Dataset.from_list(forms[0]), train_on="last")
+    assert last.train_dataset[0]["num_turns"] == 1
+
+
+def test_a_stream_of_prepared_rows_is_checked_as_it_is_read(train):
+    stream = train().train_dataset.to_iterable_dataset()
+    trainer = train(dataset=stream, max_length=300, max_steps=2)
+    trainer.train()
+    assert len(history(trainer, "loss")) == 2
+    with pytest.raises(ValueError, match=r"prepared train dataset has .* max_length is 8"):
+        train(dataset=stream, max_length=8, max_steps=2).train()
+
+
+def test_skipping_preparation_of_conversations_is_an_error(train):
+    with pytest.raises(ValueError, match="the train dataset has the columns passes and lacks inp"):
+        train(dataset_kwargs={"skip_prepare_dataset": True})
+
+
+def test_ids_without_an_embedding_are_errors(train):
+    record = {"passes": [{"input_ids": [1, 99999], "labels": [-100, 99999]}]}
+    dataset = Dataset.from_list([record])
+    with pytest.raises(ValueError, match="train dataset has the token id 99999, but the model has"):
+        train(dataset=dataset)
+    for eval_dataset, name in ((dataset, "eval"), ({"held out": dataset}, "held out")):
+        with pytest.raises(ValueError, match=f"the {name} dataset has the token id 99999"):
+            train(eval_dataset=eval_dataset)
+
+
+def test_what_is_reported_and_left_out_is_the_users_choice(train):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<|im_end|>"}]
+    dataset = Dataset.from_list([{"messages": messages}])
+    with pytest.raises(ValueError, match="row 0 of the train dataset: assistant turn 0"):
+        train(dataset=dataset)
+    with pytest.raises(ValueError, match="no row left to train: no exact pass can be made of 1 "):
+        train(dataset=dataset, invalid_turns="drop")
+    with pytest.raises(ValueError, match="no row left to train: 18 turns are longer"):
+        train(max_length=2, overflow="drop")
+
+
+def test_train_on_chooses_among_given_passes(train):
+    assert {int(row["num_turns"]) for row in train(train_on="last").train_dataset} == {1}
+    with pytest.raises(ValueError, match="lists turn 7"):
+        train(train_on="[7]")
+
+
+def test_rows_are_shuffled_where_asked(train):
+    ids = [
+        [row["input_ids"].tolist() for row in train(shuffle_dataset=shuffle).train_dataset]
+        for shuffle in (False, True)
+    ]
+    assert ids[0] != ids[1]
+    assert sorted(ids[0]) == sorted(ids[1])
+    assert len(ids[0]) == len(ROWS)
