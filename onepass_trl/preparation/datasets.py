@@ -128,9 +128,9 @@ def _made(dataset: AnyDataset, column_names: Sequence[str], maker: Maker, name: 
         fn_kwargs={"maker": maker, "name": name, "features": dataset.features, "warn": streaming},
         **_described(dataset, maker, f"Rendering {name} dataset"),
     )
+    report = maker.report()
     problems = []
     if isinstance(rows, Dataset):
-        report = maker.report()
         for text in rows.data["report"].drop_null().to_pylist():
             report.add(maker.report.from_json(text))
         problems = list(report.lines(maker.options))
@@ -146,10 +146,9 @@ def _made(dataset: AnyDataset, column_names: Sequence[str], maker: Maker, name: 
     if next(iter(rows), None) is None:
         longer = f", or longer than max_length={maker.options.max_length}: raise it"
         reason = ". ".join(problems) or (
-            f"all {maker.report.turns} are invalid"
-            f"{'' if maker.options.max_length is None else longer}"
+            f"all {report.turns} are invalid{'' if maker.options.max_length is None else longer}"
         )
-        raise ValueError(f"the {name} dataset has no {maker.report.row} left to train: {reason}")
+        raise ValueError(f"{report.nothing_left(name)}: {reason}")
     return rows
 
 

@@ -22,9 +22,8 @@ class Report:
         invalid: why no exact pass can be made of turns, or of a record, each with its record.
     """
 
-    row: ClassVar[str] = "row"
-    """What there is none left of where all is lost."""
     turns: ClassVar[str] = "turns"
+    too_long: ClassVar[str] = "turns are longer than max_length="
     context: ClassVar[str] = "context"
 
     overflow: Overflow = field(default_factory=Overflow)
@@ -42,12 +41,15 @@ class Report:
         lost = self.overflow
         if lost.num_passes:
             yield (
-                f"{lost.num_passes} {self.turns} are longer than max_length={options.max_length} "
-                f"(the longest with its {self.context}: {lost.longest} tokens); "
-                f"overflow={options.overflow!r} lost {lost.num_lost_tokens} trained tokens, "
-                f"{lost.num_lost_turns} {self.turns} whole. Raise max_length to {lost.longest} to "
-                "keep them all"
+                f"{lost.num_passes} {self.too_long}{options.max_length} (the longest with its "
+                f"{self.context}: {lost.longest} tokens); overflow={options.overflow!r} lost "
+                f"{lost.num_lost_tokens} trained tokens, {lost.num_lost_turns} {self.turns} whole. "
+                f"Raise max_length to {lost.longest} to keep them all"
             )
+
+    def nothing_left(self, name: str) -> str:
+        """Return in words that everything was lost of the dataset of this name."""
+        return f"the {name} dataset has no row left to train"
 
     def to_json(self) -> str:
         """Return the report as text."""

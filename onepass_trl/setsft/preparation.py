@@ -16,9 +16,8 @@ from onepass_trl.passes import Pass
 from onepass_trl.preparation.datasets import Maker
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.report import Report
-from onepass_trl.setsft.collator import SET_COLUMNS, from_row, to_row
 from onepass_trl.setsft.rendering import ForkingTokens, render_traces
-from onepass_trl.setsft.traces import Trace, TraceSet
+from onepass_trl.setsft.traces import SET_COLUMNS, Trace, TraceSet, from_row, to_row
 
 EXCESS_POLICIES = ("error", "split")
 
@@ -37,8 +36,8 @@ class SetReport(Report):
         num_split: questions whose traces were split into several sets.
     """
 
-    row = "trace"
     turns = "traces"
+    too_long = "traces are longer than max_length="
     context = "prompt"
 
     num_repeated: int = 0
@@ -64,6 +63,10 @@ class SetReport(Report):
                 "behind a token of its own, which then learns the same. Remove them if that isn't "
                 "meant"
             )
+
+    def nothing_left(self, name: str) -> str:
+        """Return in words that everything was lost of the dataset of this name."""
+        return f"the {name} dataset has no trace left to train"
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,30 @@
-"""A trace: a pass in which one place is left for a forking token."""
+"""Traces: passes in which one place is left for a forking token; and rows of sets of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from onepass_trl.passes import Pass
+
+SET_COLUMNS = (
+    "input_ids",
+    "trained",
+    "trace_lengths",
+    "forks",
+    "trace_numbers",
+    "set_sizes",
+    "set_indices",
+)
+"""Columns of a prepared row, which holds one set, or several where sets are packed.
+
+- ``input_ids`` (int32) and ``trained`` (bool): the tokens of all traces, one after another
+- ``trace_lengths``, ``forks``, ``trace_numbers``: int32, one value for each trace
+- ``set_sizes`` (traces) and ``set_indices``: int32, one value for each set
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,3 +84,48 @@ class TraceSet:
     def behind(self, token_ids: Sequence[int]) -> list[Pass]:
         """Return the pass of each trace behind its own forking token."""
         return [trace.behind(token) for trace, token in zip(self.traces, token_ids, strict=True)]
+
+
+def to_row(sets: Sequence[TraceSet]) -> dict[str, Any]:
+    """Return the sets as the columns of a row."""
+    traces = [trace for set_ in sets for trace in set_.traces]
+    ids = [np.empty(0, dtype=np.int32), *(trace.pass_.token_ids for trace in traces)]
+    trained = [np.empty(0, dtype=np.bool_), *(trace.pass_.trained for trace in traces)]
+    return {
+        "input_ids": np.concatenate(ids),
+        "trained": np.concatenate(trained),
+        "trace_lengths": [len(trace.pass_) for trace in traces],
+        "forks": [trace.fork for trace in traces],
+        "trace_numbers": [trace.number for trace in traces],
+        "set_sizes": [len(set_.traces) for set_ in sets],
+        "set_indices": [set_.index for set_ in sets],
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> list[TraceSet]:
+    """Return the sets of a row.
+
+    Raises:
+        ValueError: if columns are missing.
+    """
+    missing = [name for name in SET_COLUMNS if name not in row]
+    if missing:
+        raise ValueError(
+            f"a row of sets lacks the columns {', '.join(missing)}; got: {', '.join(row)}. Let "
+            "SetSFTTrainer prepare the dataset"
+        )
+    columns = {name: np.asarray(row[name]) for name in SET_COLUMNS}
+    ends = np.cumsum(columns["trace_lengths"])
+    ids = np.split(columns["input_ids"], ends[:-1])
+    trained = np.split(columns["trained"], ends[:-1])
+    traces = [
+        Trace(Pass(*pass_), int(fork), int(number))
+        for *pass_, fork, number in zip(
+            ids, trained, columns["forks"], columns["trace_numbers"], strict=True
+        )
+    ]
+    ends = np.cumsum(columns["set_sizes"])
+    return [
+        TraceSet(tuple(traces[end - size : end]), int(index))
+        for end, size, index in zip(ends, columns["set_sizes"], columns["set_indices"], strict=True)
+    ]

@@ -25,12 +25,12 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from onepass_trl.data import Layout, build_tree, linearize, split_passes
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.setsft import matching
-from onepass_trl.setsft.collator import SET_COLUMNS, SetCollator, from_row
+from onepass_trl.setsft.collator import SetCollator
 from onepass_trl.setsft.config import SetSFTConfig
 from onepass_trl.setsft.preparation import SetMaker
 from onepass_trl.setsft.rendering import ForkingTokens
 from onepass_trl.setsft.tokens import add_forking_tokens
-from onepass_trl.setsft.traces import TraceSet
+from onepass_trl.setsft.traces import SET_COLUMNS, TraceSet, from_row
 from onepass_trl.training import OnePassSFTTrainer, first_check
 from onepass_trl.training.arguments import one_pass_model_kwargs, to_config
 from onepass_trl.training.trainer import AnyDataset

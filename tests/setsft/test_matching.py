@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onepass_trl import Pass, build_tree
-from onepass_trl.setsft.collator import from_row, to_row
 from onepass_trl.setsft.matching import (
     assignment_entropy,
     match,
@@ -17,7 +16,7 @@ from onepass_trl.setsft.matching import (
     plan_costs,
     random_cost,
 )
-from onepass_trl.setsft.traces import Trace, TraceSet
+from onepass_trl.setsft.traces import Trace, TraceSet, from_row, to_row
 
 MATRICES = st.integers(1, 5).flatmap(
     lambda k: st.integers(1, k).flatmap(

@@ -23,7 +23,7 @@ from onepass_trl.setsft import (
     mutual_information,
     rendering,
 )
-from onepass_trl.setsft.collator import SET_COLUMNS
+from onepass_trl.setsft.traces import SET_COLUMNS
 from tests.models import make_model
 from tests.setsft.sets import ROWS, random_set
 from tests.setsft.trainers import (
