@@ -7,6 +7,7 @@ comparing it with the other implementations.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -19,8 +20,17 @@ from onepass_trl.attention.implementations.base import Call, Implementation, Imp
 from onepass_trl.attention.remembered import Remembered
 from onepass_trl.visibility import Tiles, coverage
 
+logger = logging.getLogger(__name__)
+
 BLOCK = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Of the compiled function. A model has a handful: see `_compiled`.
+MAX_VARIANTS = 64
+# Bytes a block of threads needs for the default tiles of heads of 256. Smaller chips (8.6, 8.9,
+# 12.0) have 99 KiB.
+_MEMORY_OF_DEFAULT_TILES = 160 * 1024
+_TILE_OPTIONS = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
 
 # All layers of a forward pass share their block masks.
 _block_masks: Remembered[BlockMask] = Remembered()
@@ -47,7 +57,7 @@ def _run(call: Call) -> tuple[Tensor, Tensor]:
         return q.new_zeros(*q.shape[:3], v.shape[3]), lse
     compute: Callable[..., Any] = flex_attention
     if q.device.type == "cuda":
-        compute = _compiled_flex_attention()
+        compute = partial(_compiled, kernel_options=_kernel_options(call))
     out, aux = compute(
         q,
         k,
@@ -75,8 +85,41 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+def _flex_attention(backend: str = "inductor") -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend)
+
+
+def _compiled(*args: Any, **kwargs: Any) -> Any:
+    """Call FlexAttention compiled: an error, never eager, which would materialize all scores.
+
+    Variants compile for themselves: with a window, a softcap, gradients, several rows, few keys.
+    torch gives up after 8, and runs eagerly after that unless the graph has to be whole.
+    """
+    if torch.compiler.is_compiling():
+        return flex_attention(*args, **kwargs)
+    with torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS):
+        return _flex_attention()(*args, **kwargs)
+
+
+def _kernel_options(call: Call) -> dict[str, Any]:
+    """Return what the kernels can't know: each query sees itself, and what memory there is."""
+    if call.q.dtype == torch.float32:
+        _warn_of_float32()
+    options: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True}
+    properties = torch.cuda.get_device_properties(call.q.device)
+    # Only NVIDIA's have it; tiles of AMD's kernels are chosen otherwise.
+    memory = getattr(properties, "shared_memory_per_block_optin", _MEMORY_OF_DEFAULT_TILES)
+    if max(call.q.shape[3], call.v.shape[3]) > 128 and memory < _MEMORY_OF_DEFAULT_TILES:
+        options |= dict.fromkeys(_TILE_OPTIONS, 32) | {"num_stages": 1}
+    return options
+
+
+@cache
+def _warn_of_float32() -> None:
+    logger.warning(
+        "FlexAttention is slow in float32 (its backward works on tiles of 16 x 16): train in "
+        "bfloat16, with bf16=True"
+    )
 
 
 def _softcap_mod(softcap: float) -> Callable[..., Tensor]:

@@ -3,12 +3,16 @@ needs a GPU.
 """
 
 import gc
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from onepass_trl.attention import tree_attention
 from onepass_trl.attention.implementations import flex
+from onepass_trl.attention.implementations.base import Call
 from onepass_trl.attention.reference import visibility_mask
 
 from ..cases import Shape, error, make_case
@@ -93,3 +97,67 @@ def test_layers_share_block_masks_until_the_row_goes():
     del ends, first
     gc.collect()
     assert len(flex._block_masks._known) == held
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Count compilations of FlexAttention, by a backend that runs what it is given."""
+    counter = CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    flex._flex_attention.cache_clear()
+    monkeypatch.setattr(flex, "_flex_attention", partial(flex._flex_attention, counter))
+    yield counter
+    torch.compiler.reset()
+
+
+def compiled(seq: int, window: int | None = None, softcap: float | None = None, batch: int = 1):
+    shape = Shape(batch=batch, heads=2, kv_heads=1, seq=seq, d_qk=16, d_v=16)
+    case = make_case(shape, window=window, softcap=softcap, dtype=torch.float32)
+    q, k, v = (case.inputs[name].float() for name in "qkv")
+    return flex._compiled(
+        q,
+        k,
+        v,
+        score_mod=None if softcap is None else flex._softcap_mod(softcap),
+        block_mask=flex.build_block_mask(case.visible_end, case.options["positions"], window),
+        enable_gqa=True,
+    )
+
+
+def test_more_variants_than_torch_compiles_by_itself(compilations):
+    for batch in (1, 2):
+        for seq in (100, 300, 500):
+            for window in (None, 5, 40):
+                compiled(seq, window, softcap=2.0, batch=batch)
+                compiled(seq, window, batch=batch)
+    assert torch._dynamo.config.recompile_limit < compilations.frame_count <= 16
+
+
+def test_too_many_variants_are_an_error_and_never_eager(compilations, monkeypatch):
+    monkeypatch.setattr(flex, "MAX_VARIANTS", 2)
+    compiled(100)
+    compiled(100, window=5)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        compiled(100, softcap=2.0)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kib", "smaller"), [(256, 99, True), (256, 227, False), (128, 99, False)]
+)
+def test_tiles_fit_into_shared_memory(monkeypatch, head_dim, kib, smaller):
+    properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    q = torch.empty(1, 1, 4, head_dim, dtype=torch.bfloat16)
+    options = flex._kernel_options(Call(q, q, q, torch.empty(0), 1.0, None, None, None, None))
+    assert options["ROWS_GUARANTEED_SAFE"]
+    assert (options.get("BLOCK_M") == 32) is smaller
+
+
+def test_float32_is_said_to_be_slow_once(monkeypatch, caplog):
+    properties = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    flex._warn_of_float32.cache_clear()
+    x = torch.empty(1, 1, 4, 64)
+    for _ in range(2):
+        flex._kernel_options(Call(x, x, x, torch.empty(0), 1.0, None, None, None, None))
+    assert caplog.text.count("FlexAttention is slow in float32") == 1
