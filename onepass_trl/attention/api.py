@@ -45,9 +45,11 @@ def tree_attention(
         sinks: ``(heads,)`` floating, one more logit per head that takes probability and gives no
             value.
         impl: "auto" takes "cpu" for CPU tensors; for CUDA tensors "cuda" where it is built and
-            validated for the device, dtype and head size, else "flex". Any other name is used or
-            refused.
+            validated for the device, dtype and head size, else "varlen" (FlashAttention of torch:
+            bfloat16 and float16, head sizes up to 256, no softcap, not under torch.compile), else
+            "flex". Any other name is used or refused.
         return_lse: also return the natural logarithm of the softmax's denominator, sink included.
+            "varlen" has no gradient through it.
 
     Returns:
         ``out`` ``(batch, heads, seq, d_v)`` in the dtype of q, or ``(out, lse)`` with ``lse``

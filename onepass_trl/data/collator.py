@@ -91,6 +91,9 @@ class OnePassCollator:
             padding = np.arange(length - len(layout)) // _PADDING_RUN + 1
             ends = np.minimum(len(layout) + padding * _PADDING_RUN, length)
             batch["visible_end"].numpy()[index, len(layout) :] = ends
+            batch["position_ids"].numpy()[index, len(layout) :] = (
+                np.arange(length - len(layout)) % _PADDING_RUN
+            )
             for name in TOKEN_COLUMNS:
                 batch[name].numpy()[index, : len(layout)] = getattr(layout, name)
         lengths = row_lengths.sum(dim=1, keepdim=True)

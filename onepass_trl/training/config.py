@@ -57,7 +57,7 @@ class OnePassSFTConfig(SFTConfig):
             passes before the first step, with this run's model, adapters, dtype and devices. Unless
             they agree but for rounding, the run ends with an error.
         attention_impl: implementation of tree attention: ``"auto"``, ``"cuda"``, ``"cpu"``,
-            ``"flex"`` or ``"dense"``. See `onepass_trl.tree_attention`.
+            ``"varlen"``, ``"flex"`` or ``"dense"``. See `onepass_trl.tree_attention`.
 
     Raises:
         ValueError: for an option of ``SFTConfig`` that one-pass training can't honour.
@@ -172,6 +172,16 @@ class OnePassSFTConfig(SFTConfig):
             raise ValueError(
                 "attention_impl='flex' can't train on a CPU: FlexAttention has no backward there. "
                 "Use 'auto'"
+            )
+        if self.attention_impl == "varlen" and self.device.type == "cpu":
+            raise ValueError(
+                "attention_impl='varlen' can't train on a CPU: torch has variable-length attention "
+                "for CUDA devices only. Use 'auto'"
+            )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "fp16=True needs an accelerator, which scales the loss; this run uses the CPU. Use "
+                "bf16=True, or neither"
             )
         if self.packing and self.packing_strategy != "bfd":
             raise ValueError(

@@ -124,11 +124,14 @@ def forward_in_pieces(
     padding = -seq % group.size()
     ends = inputs["visible_end"].new_full((batch, padding), seq + padding)  # a tree of its own
     visible_end = torch.cat([inputs["visible_end"], ends], dim=1)
-    pieces = ContextParallel(group, pad(inputs["position_ids"], (0, padding)))
+    steps = torch.arange(padding, device=ends.device).expand(batch, -1)
+    position_ids = torch.cat([inputs["position_ids"], steps], dim=1)
+    pieces = ContextParallel(group, position_ids)
     own = {
         name: pieces.own_piece(pad(inputs[name], (0, padding), value=fill))
-        for name, fill in (("input_ids", 0), ("position_ids", 0), ("shift_labels", IGNORE_INDEX))
+        for name, fill in (("input_ids", 0), ("shift_labels", IGNORE_INDEX))
     }
+    own["position_ids"] = pieces.own_piece(position_ids)
     # Of whole rows: what attention sees, and what the auxiliary loss counts.
     own["visible_end"] = visible_end
     if "attention_mask" in inputs:

@@ -42,7 +42,7 @@ def _status() -> ImplStatus:
         True,
         ("cuda",),
         f"{built}; {validated} of {total} pairs of dtype and head size validated on this "
-        "device: 'auto' takes those, and 'flex' for the others",
+        "device: 'auto' takes those, and 'varlen' or 'flex' for the others",
     )
 
 

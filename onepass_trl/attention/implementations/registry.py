@@ -9,10 +9,11 @@ from onepass_trl.attention.implementations.cpu import CPU
 from onepass_trl.attention.implementations.cuda import CUDA
 from onepass_trl.attention.implementations.dense import DENSE
 from onepass_trl.attention.implementations.flex import FLEX
+from onepass_trl.attention.implementations.varlen import VARLEN
 
-Impl = Literal["auto", "cuda", "cpu", "flex", "dense"]
+Impl = Literal["auto", "cuda", "cpu", "varlen", "flex", "dense"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (CUDA, CPU, FLEX, DENSE)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (CUDA, CPU, VARLEN, FLEX, DENSE)
 """Best first: "auto" takes the first that suits a call."""
 
 

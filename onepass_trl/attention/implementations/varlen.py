@@ -24,13 +24,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from onepass_trl.attention.implementations.base import Call, Implementation, ImplStatus
 from onepass_trl.attention.remembered import Remembered
 
+OLDEST_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
+# "auto" leaves rows whose chains gather more than this to FlexAttention, for the memory.
+MAX_KEYS_PER_TOKEN = 8
 DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 8  # of head sizes
 
 Indices = NDArray[np.int64]
+
+
+class PositionsError(ValueError):
+    """Positions in which a window isn't a number of tokens along the pass."""
 
 
 class Chains(NamedTuple):
@@ -64,7 +72,7 @@ def chains_of(visible_end: NDArray[np.int32], positions: NDArray[np.int32] | Non
         positions: ``(batch, seq)``, given for a window, which counts steps along a chain.
 
     Raises:
-        ValueError: a position is not one more than that of the token before it in its pass.
+        PositionsError: a position is not one more than that of the token before it in its pass.
 
     >>> chains = chains_of(np.array([[6, 2, 6, 5, 5, 6]], dtype=np.int32))
     >>> for name, value in chains._asdict().items():
@@ -95,7 +103,7 @@ def chains_of(visible_end: NDArray[np.int32], positions: NDArray[np.int32] | Non
 
 def _check_steps(positions: NDArray[np.int32], row: int) -> None:
     if (np.diff(positions) != 1).any():
-        raise ValueError(
+        raise PositionsError(
             f"impl='varlen' counts a window in tokens along a pass, and the positions of row {row} "
             "don't go up by one from token to token: use impl='flex'"
         )
@@ -156,7 +164,14 @@ class _Sequences(NamedTuple):
 _sequences: Remembered[_Sequences] = Remembered()
 
 
-def _sequences_of(visible_end: Tensor, positions: Tensor | None) -> _Sequences:
+def _sequences_of(call: Call) -> _Sequences:
+    """Return the sequences of a call's rows.
+
+    Raises:
+        PositionsError: the window of the kernels can't be that of the positions.
+    """
+    visible_end, positions = call.visible_end.detach(), call.positions
+
     def make() -> _Sequences:
         chains = chains_of(
             visible_end.cpu().numpy(), None if positions is None else positions.cpu().numpy()
@@ -178,37 +193,64 @@ def _sequences_of(visible_end: Tensor, positions: Tensor | None) -> _Sequences:
         )
 
     others = () if positions is None else (positions,)
-    return _sequences.get(visible_end, others, "varlen", make)
+    return _sequences.get(call.visible_end, others, None, make)
 
 
-@torch.compiler.disable(reason="the sequences of a row are found on the host")
-def varlen_tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible_end: Tensor,
-    *,
-    scale: float,
-    positions: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return `(out, lse)` as `dense_tree_attention` does, from the same arguments.
+def _status() -> ImplStatus:
+    if not torch.cuda.is_available():
+        return ImplStatus("varlen", True, (), "torch sees no CUDA device")
+    if torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+        return ImplStatus("varlen", True, (), "FlashAttention needs compute capability 8.0")
+    detail = f"torch's variable-length FlashAttention, up to {MAX_KEYS_PER_TOKEN} keys a token"
+    return ImplStatus("varlen", True, ("cuda",), detail)
 
-    No gradient flows through lse.
 
-    Raises:
-        ValueError: for a softcap, or positions that a window can't be measured in.
-    """
-    if softcap is not None:
+def _suits(call: Call) -> bool:
+    if call.q.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    if _unsupported(call) is not None:
+        return False
+    try:
+        sequences = _sequences_of(call)
+    except PositionsError:
+        return False
+    return sequences.keys.numel() <= MAX_KEYS_PER_TOKEN * sequences.queries.numel()
+
+
+def _check(call: Call) -> None:
+    if call.q.device.type != "cuda":
         raise ValueError(
-            f"impl='varlen' has no softcap and got {softcap}: use impl='flex', or leave it at None"
+            f"impl='varlen' and q is on {call.q.device}: torch has these kernels for CUDA devices. "
+            "Use impl='auto'"
         )
+    reason = _unsupported(call)
+    if reason is not None:
+        raise ValueError(f"impl='varlen': {reason}; use impl='flex'")
+
+
+def _unsupported(call: Call) -> str | None:
+    """Return why torch's kernels can't run a call on a CUDA device; None if they can."""
+    if torch.cuda.get_device_capability(call.q.device) < OLDEST_CAPABILITY:
+        return "FlashAttention needs compute capability 8.0"
+    if call.q.dtype not in DTYPES:
+        return f"q is {call.q.dtype}, expected {' or '.join(map(str, DTYPES))}"
+    if max(call.q.shape[3], call.v.shape[3]) > MAX_HEAD_DIM:
+        return f"head sizes go up to {MAX_HEAD_DIM}, got {call.q.shape[3]} and {call.v.shape[3]}"
+    if call.v.shape[3] > call.q.shape[3]:
+        return f"d_v is {call.v.shape[3]}, expected at most d_qk, {call.q.shape[3]}"
+    if call.softcap is not None:
+        return f"it has no softcap and got {call.softcap}"
+    return None
+
+
+@torch.compiler.disable(reason="the chains of a row are found on the host: use impl='flex'")
+def _run(call: Call) -> tuple[Tensor, Tensor]:
+    q, k, v = call.q, call.k, call.v
     if 0 in q.shape[:3]:
-        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=torch.float32)
-    sequences = _sequences_of(visible_end, None if window is None else positions)
-    return _VarlenAttention.apply(q, k, v, sinks, sequences, scale, window)
+        lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
+        return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+    sequences = _sequences_of(call)
+    return _VarlenAttention.apply(q, k, v, call.sinks, sequences, call.scale, call.window)
 
 
 class _VarlenAttention(torch.autograd.Function):
@@ -240,17 +282,22 @@ class _VarlenAttention(torch.autograd.Function):
             lse = torch.logaddexp(lse, sinks[:, None])
         ctx.save_for_backward(q, k, v, sinks, out, lse, *state[:2])
         ctx.sequences, ctx.scale, ctx.window = sequences, scale, window
+        ctx.set_materialize_grads(False)
         in_rows = torch.empty_like(out[..., : v.shape[3]])
         in_rows[sequences.queries] = out[..., : v.shape[3]]
         lse_in_rows = torch.empty_like(lse.T)
         lse_in_rows[sequences.queries] = lse.T
         lse_in_rows = lse_in_rows.unflatten(0, (batch, seq)).transpose(1, 2)
-        ctx.mark_non_differentiable(lse_in_rows)
         return in_rows.unflatten(0, (batch, seq)).transpose(1, 2), lse_in_rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dlse is not None:
+            raise RuntimeError(
+                "torch's variable-length kernels have no gradient through lse: use impl='flex'"
+            )
+        assert dout is not None
         q, k, v, sinks, out, lse, *state = ctx.saved_tensors
         sequences: _Sequences = ctx.sequences
         dout = _tokens(dout, out.shape[-1])[sequences.queries]
@@ -317,3 +364,6 @@ def _like(gradient: Tensor, x: Tensor) -> Tensor:
     batch, _, seq, head_dim = x.shape
     rows = gradient[..., :head_dim].to(x.dtype).unflatten(0, (batch, seq))
     return rows.transpose(1, 2)
+
+
+VARLEN = Implementation("varlen", _status, _check, _run, _suits)

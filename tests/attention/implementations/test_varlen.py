@@ -5,15 +5,17 @@ import pytest
 import torch
 from hypothesis import given
 
-from onepass_trl import build_tree, linearize
-from onepass_trl.attention import varlen
+from onepass_trl import OnePassCollator, build_tree, linearize
+from onepass_trl.attention import tree_attention
+from onepass_trl.attention.implementations import registry, varlen
+from onepass_trl.attention.implementations.base import Call
+from onepass_trl.attention.implementations.varlen import VARLEN, chains_of
 from onepass_trl.attention.reference import dense_tree_attention
-from onepass_trl.attention.varlen import chains_of, varlen_tree_attention
 from onepass_trl.data.layout import concatenate
 from onepass_trl.visibility import dense_mask
 from tests.attention.cases import Shape, error, make_case
 from tests.attention.flash import flash_attention_on_cpu
-from tests.conversations import forked_rollouts, random_chat
+from tests.conversations import random_chat
 from tests.data.strategies import pass_lists
 
 
@@ -71,6 +73,14 @@ def test_an_empty_row_has_no_chain():
     assert chains_of(np.zeros((2, 0), dtype=np.int32)).query_ends.size == 0
 
 
+def varlen_tree_attention(
+    q, k, v, visible_end, *, scale, positions=None, window=None, softcap=None, sinks=None
+):
+    """The implementation past its check of the device, from arguments of the reference."""
+    positions = None if window is None else positions
+    return VARLEN.run(Call(q, k, v, visible_end, scale, positions, window, softcap, sinks))
+
+
 def run(case, attention, dtype=torch.float64) -> dict[str, torch.Tensor]:
     """Output, lse and gradients; lse has none in variable-length kernels."""
     leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in case.inputs.items()}
@@ -117,16 +127,11 @@ def test_half_precision_keeps_its_dtype():
     assert leaves["sinks"].grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("passes", [random_chat(3), forked_rollouts(3)])
-def test_layers_share_their_sequences(passes):
-    row = linearize(build_tree(passes))
-    ends = torch.from_numpy(row.visible_end)[None]
-    x = torch.randn(1, 2, len(row), 8, dtype=torch.float64)
-    assert varlen._sequences_of(ends, None) is varlen._sequences_of(ends, None)
-    with flash_attention_on_cpu():
-        out, _ = varlen_tree_attention(x, x, x, ends, scale=1.0)
-    expected, _ = dense_tree_attention(x, x, x, ends, scale=1.0)
-    assert error(out, expected) < 1e-12
+def test_layers_share_their_sequences():
+    ends = torch.from_numpy(linearize(build_tree(random_chat(3))).visible_end)[None]
+    x = torch.empty(1, 2, ends.shape[1], 8)
+    call = Call(x, x, x, ends, 1.0, None, None, None, None)
+    assert varlen._sequences_of(call) is varlen._sequences_of(call)
 
 
 def test_nothing_to_attend():
@@ -135,17 +140,88 @@ def test_nothing_to_attend():
     assert (out.shape, lse.shape) == ((2, 3, 0, 8), (2, 3, 0))
 
 
-def test_what_the_kernels_cannot_do_is_an_error():
+def test_windows_need_steps_along_the_pass():
     case = make_case(Shape())
-    inputs = dict(case.inputs, visible_end=case.visible_end, scale=1.0)
-    with pytest.raises(ValueError, match=r"has no softcap and got 2\.0"):
-        varlen_tree_attention(**inputs, softcap=2.0)
     positions = case.options["positions"] * 2
     with pytest.raises(ValueError, match=r"positions of row 0 don't go up by one.*impl='flex'"):
-        varlen_tree_attention(**inputs, positions=positions, window=4)
+        varlen_tree_attention(
+            **case.inputs, visible_end=case.visible_end, scale=1.0, positions=positions, window=4
+        )
+
+
+def test_padding_of_the_collator_has_positions_for_windows():
+    rows = [linearize(build_tree(random_chat(turns))) for turns in (1, 3)]
+    batch = OnePassCollator(pad_to_multiple_of=300)(rows)
+    chains_of(batch["visible_end"].numpy(), batch["position_ids"].int().numpy())
+
+
+def test_gradients_that_the_kernels_do_not_have_are_errors():
+    case = make_case(Shape())
     q = case.inputs["q"].clone().requires_grad_()
+    inputs = {**case.inputs, "q": q, "visible_end": case.visible_end, "scale": 1.0}
     with flash_attention_on_cpu():
-        out, _ = varlen_tree_attention(**{**inputs, "q": q})
+        out, lse = varlen_tree_attention(**inputs)
+        with pytest.raises(RuntimeError, match=r"no gradient through lse: use impl='flex'"):
+            lse.sum().backward()
+        out, _ = varlen_tree_attention(**inputs)
         [grad] = torch.autograd.grad((out**2).sum(), q, create_graph=True)
         with pytest.raises(RuntimeError):  # not twice
             torch.autograd.grad(grad.sum(), q)
+
+
+class OnAnAmpere:
+    """Tensors that say they are on a CUDA device, to try what is chosen there."""
+
+    def __init__(self, *shape, dtype=torch.bfloat16):
+        self.shape, self.dtype, self.device = shape, dtype, torch.device("cuda")
+
+
+@pytest.fixture
+def ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
+
+    def call(d_qk=64, d_v=64, dtype=torch.bfloat16, softcap=None, ends=None, positions=None):
+        ends = torch.tensor([[4, 2, 4, 4]], dtype=torch.int32) if ends is None else ends
+        q = OnAnAmpere(1, 2, ends.shape[1], d_qk, dtype=dtype)
+        v = OnAnAmpere(1, 2, ends.shape[1], d_v, dtype=dtype)
+        window = None if positions is None else 5
+        return Call(q, q, v, ends, 1.0, positions, window, softcap, None)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(dtype=torch.float32), r"q is torch\.float32, expected torch\.bfloat16 or"),
+        (dict(d_qk=320, d_v=320), r"head sizes go up to 256, got 320 and 320"),
+        (dict(d_qk=64, d_v=128), r"d_v is 128, expected at most d_qk, 64"),
+        (dict(softcap=2.0), r"it has no softcap and got 2\.0"),
+    ],
+)
+def test_what_the_kernels_cannot_do_goes_to_flex(ampere, options, message):
+    call = ampere(**options)
+    assert registry.choose("auto", call).name == "flex"
+    with pytest.raises(ValueError, match=message + r".*use impl='flex'"):
+        registry.choose("varlen", call)
+
+
+def test_auto_takes_it_for_what_it_can_do(ampere, monkeypatch):
+    assert registry.choose("auto", ampere()).name == "varlen"
+    steps = torch.tensor([[0, 1, 1, 2]], dtype=torch.int32)
+    assert registry.choose("auto", ampere(positions=steps)).name == "varlen"
+    assert registry.choose("auto", ampere(positions=steps * 2)).name == "flex"
+    branches = torch.tensor([[40, *range(2, 41)]], dtype=torch.int32)
+    assert registry.choose("auto", ampere(ends=branches)).name == "varlen"
+    monkeypatch.setattr(varlen, "MAX_KEYS_PER_TOKEN", 1)
+    assert registry.choose("auto", ampere(ends=branches)).name == "flex"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    assert registry.choose("auto", ampere()).name == "flex"
+    with pytest.raises(ValueError, match=r"needs compute capability 8\.0"):
+        registry.choose("varlen", ampere())
+
+
+def test_a_cpu_has_no_such_kernels():
+    case = make_case(Shape())
+    with pytest.raises(ValueError, match=r"impl='varlen' and q is on cpu"):
+        tree_attention(**case.inputs, visible_end=case.visible_end, impl="varlen")
