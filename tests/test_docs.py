@@ -277,6 +277,18 @@ class TestNames:
         for path in paths_of(page):
             assert any(list((REPOSITORY / base).glob(path.rstrip("/"))) for base in bases), path
 
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+    def test_lines_are_at_most_100_columns_wide(self, page):
+        """Except for what can't be wrapped: tables, headings, images, code, generated parts."""
+        text = re.sub(
+            r"^<!-- (?!not run).*? -->$.*?^<!-- end.*? -->$",
+            "",
+            prose_of(page),
+            flags=re.DOTALL | re.MULTILINE,
+        )
+        wide = [line for line in text.splitlines() if len(line) > 100]
+        assert not [line for line in wide if not re.match(r"\||#|!\[|    ", line)]
+
     def test_the_python_page_has_every_public_name(self):
         documented = []
         for path in named_in(API_PAGE.read_text("utf-8"), "api"):
