@@ -22,7 +22,7 @@ _DTYPES = {
     "shift_labels": torch.int64,
     "weights": torch.float32,
     "visible_end": torch.int32,
-    "num_passes": torch.int64,
+    "multiplicity": torch.int64,
 }
 
 
@@ -38,7 +38,7 @@ class OnePassCollator:
     - ``input_ids``, ``position_ids``, ``shift_labels``: int64
     - ``weights``: float32
     - ``visible_end``: int32
-    - ``num_passes``: int64; 0 on padding and fork copies
+    - ``multiplicity``: int64; 0 on padding and fork copies
     - ``attention_mask``: int64; 0 on padding, for code that counts tokens
     - ``num_turns``, ``row_lengths`` (in tokens): int64, ``(batch, 1)``, or ``(1, num_rows)`` if
       padding-free

@@ -27,7 +27,7 @@ class Layout:
         weights: float32, in how many passes that target is trained; 0 where there is none.
         visible_end: int32, see `onepass_trl.visibility`: the end of the subtree that sees this
             token.
-        num_passes: int32, how many passes hold this token; 0 for fork copies. Its sum is what
+        multiplicity: int32, how many passes hold this token; 0 for fork copies. Its sum is what
             N-pass would compute.
         num_turns: how many passes the row trains.
     """
@@ -37,7 +37,7 @@ class Layout:
     shift_labels: NDArray[np.int32]
     weights: NDArray[np.float32]
     visible_end: NDArray[np.int32]
-    num_passes: NDArray[np.int32]
+    multiplicity: NDArray[np.int32]
     num_turns: int
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ TOKEN_COLUMNS = (
     "shift_labels",
     "weights",
     "visible_end",
-    "num_passes",
+    "multiplicity",
 )
 
 
@@ -81,7 +81,7 @@ def linearize(tree: TokenTree) -> Layout:
         shift_labels=np.full(length, IGNORE_INDEX, dtype=np.int32),
         weights=np.zeros(length, dtype=np.float32),
         visible_end=np.empty(length, dtype=np.int32),
-        num_passes=np.empty(length, dtype=np.int32),
+        multiplicity=np.empty(length, dtype=np.int32),
         num_turns=tree.num_passes,
     )
     for index, depth, _, begin, end in node_spans(tree):
@@ -98,8 +98,8 @@ def linearize(tree: TokenTree) -> Layout:
         row.position_ids[copies.start : end] = depth + num_tokens - 1
         row.visible_end[begin:end] = begin + sizes[index]
         row.visible_end[copies] = np.arange(copies.start + 1, copies.stop + 1)
-        row.num_passes[begin:end] = node.num_passes
-        row.num_passes[copies] = 0
+        row.multiplicity[begin:end] = node.multiplicity
+        row.multiplicity[copies] = 0
     for node, positions in zip(tree.nodes, _target_positions(tree), strict=True):
         is_target = positions >= 0
         row.shift_labels[positions[is_target]] = node.token_ids[is_target]
@@ -203,7 +203,7 @@ def separate(row: Layout) -> Iterator[Layout]:
     begin = 0
     while begin < len(row):
         # Its first token, or copies of that.
-        first = begin + int(np.argmax(row.num_passes[begin:] > 0))
+        first = begin + int(np.argmax(row.multiplicity[begin:] > 0))
         end = int(row.visible_end[first])
         arrays = {name: getattr(row, name)[begin:end] for name in TOKEN_COLUMNS}
         arrays["visible_end"] = arrays["visible_end"] - np.int32(begin)

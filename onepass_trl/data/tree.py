@@ -20,13 +20,13 @@ class Node:
     Attributes:
         token_ids: ``(num_tokens,)`` int32; empty for the root only.
         weights: ``(num_tokens,)`` int32, in how many passes each token is trained.
-        num_passes: how many passes go through this node.
+        multiplicity: how many passes go through this node.
         children: index of each child node by its first token.
     """
 
     token_ids: NDArray[np.int32]
     weights: NDArray[np.int32]
-    num_passes: int
+    multiplicity: int
     children: dict[int, int] = field(default_factory=dict)
 
 
@@ -50,7 +50,7 @@ class TokenTree:
         """
         nodes, ids, trained = self.nodes, pass_.token_ids, pass_.trained
         self.num_passes += 1
-        nodes[ROOT].num_passes += 1
+        nodes[ROOT].multiplicity += 1
         index, offset = ROOT, 0
         while offset < ids.size:
             child = nodes[index].children.get(int(ids[offset]))
@@ -62,14 +62,14 @@ class TokenTree:
             if shared < nodes[child].token_ids.size:
                 child = self._split(index, child, shared)
             nodes[child].weights += trained[offset : offset + shared]
-            nodes[child].num_passes += 1
+            nodes[child].multiplicity += 1
             index, offset = child, offset + shared
         return index
 
     def _split(self, parent: int, index: int, length: int) -> int:
         """Move a node's first `length` tokens into a new node above it; return the new index."""
         node = self.nodes[index]
-        upper = Node(node.token_ids[:length], node.weights[:length].copy(), node.num_passes)
+        upper = Node(node.token_ids[:length], node.weights[:length].copy(), node.multiplicity)
         node.token_ids, node.weights = node.token_ids[length:], node.weights[length:].copy()
         upper.children[int(node.token_ids[0])] = index
         self.nodes.append(upper)

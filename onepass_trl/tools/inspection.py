@@ -39,7 +39,7 @@ class Segment:
         role: of the message; ``"context"`` or ``"completion"`` where the message isn't known.
         message: index of the message, or -1.
         trained: whether its tokens are targets of the loss.
-        num_passes: in how many passes it stands.
+        multiplicity: in how many passes it stands.
         num_copies: fork copies among its tokens.
     """
 
@@ -50,7 +50,7 @@ class Segment:
     role: str
     message: int
     trained: bool
-    num_passes: int
+    multiplicity: int
     num_copies: int
 
     @property
@@ -195,7 +195,7 @@ class _View:
         num_tokens = len(self.row)
         self.texts = [""] * num_tokens
         self.trained = np.zeros(num_tokens, dtype=np.bool_)
-        self.is_copy = self.row.num_passes == 0
+        self.is_copy = self.row.multiplicity == 0
         self.message = np.full(num_tokens, -1, dtype=np.int64)
         self.spans = {span.node: span for span in node_spans(tree)}
         for index, span in self.spans.items():
@@ -268,7 +268,7 @@ class _View:
             role=role,
             message=message,
             trained=trained,
-            num_passes=self.tree.nodes[index].num_passes,
+            multiplicity=self.tree.nodes[index].multiplicity,
             num_copies=int(self.is_copy[begin:end].sum()),
         )
 
@@ -283,7 +283,7 @@ class _View:
         last_turn[ROOT] = max(paths)
 
         def branch_of(index: int, following: list[int]) -> Branch:
-            branch = Branch(self.tree.nodes[index].num_passes, last_turn[index])
+            branch = Branch(self.tree.nodes[index].multiplicity, last_turn[index])
             while following:
                 last = max(following, key=lambda node: last_turn[node])
                 branch.items += [branch_of(node, [node]) for node in following if node != last]
@@ -303,4 +303,4 @@ class _View:
 
 
 def _is_generated_once(item: Segment | Branch) -> bool:
-    return isinstance(item, Segment) and item.trained and item.num_passes == 1
+    return isinstance(item, Segment) and item.trained and item.multiplicity == 1

@@ -115,7 +115,7 @@ def _pass_alone(row: Layout, path: NDArray[np.int64], targets: NDArray[np.int64]
         shift_labels=shift_labels,
         weights=(shift_labels != IGNORE_INDEX).astype(np.float32),
         visible_end=np.full(length, length, dtype=np.int32),
-        num_passes=np.ones(length, dtype=np.int32),
+        multiplicity=np.ones(length, dtype=np.int32),
         num_turns=1,
     )
 

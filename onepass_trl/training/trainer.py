@@ -352,8 +352,8 @@ class OnePassSFTTrainer(SFTTrainer):
                 "prediction_loss_only=True, or generate"
             )
         inputs = dict(inputs)
-        weights, num_passes, num_turns, attention_mask = (
-            inputs.pop(key) for key in ("weights", "num_passes", "num_turns", "attention_mask")
+        weights, multiplicity, num_turns, attention_mask = (
+            inputs.pop(key) for key in ("weights", "multiplicity", "num_turns", "attention_mask")
         )
         row_lengths, counted = inputs.pop("row_lengths"), inputs.pop("counted_rows", None)
         if self.aux_loss_enabled:
@@ -361,7 +361,7 @@ class OnePassSFTTrainer(SFTTrainer):
             # The router statistics are means over tokens. Counting each as often as N passes would
             # see it makes them (and so the auxiliary loss) the ones of N passes; padding and fork
             # copies count nothing.
-            inputs["attention_mask"] = num_passes
+            inputs["attention_mask"] = multiplicity
         outputs = self._forward(model, inputs)
 
         weights = weights.to(outputs.log_probs.device)
@@ -381,7 +381,7 @@ class OnePassSFTTrainer(SFTTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
 
         # In the order of `_TOTALS`.
-        per_token = (attention_mask, num_passes, weights)
+        per_token = (attention_mask, multiplicity, weights)
         per_target = (
             losses.detach(),
             outputs.entropy.detach() * weights,

@@ -31,7 +31,7 @@ def test_each_target_is_found_behind_its_own_prefix(passes):
 def test_visible_end_is_a_tree_and_counts_add_up(passes):
     row = linearize(build_tree(passes))
     check_visible_end(row.visible_end)
-    assert row.num_passes.sum() == sum(map(len, passes))
+    assert row.multiplicity.sum() == sum(map(len, passes))
     assert row.weights.sum() == sum(pass_.num_trained for pass_ in passes)
     assert ((row.weights > 0) == (row.shift_labels != -100)).all()
     assert row.num_turns == len(passes)
@@ -48,7 +48,7 @@ def test_the_trunk_of_a_chat_is_contiguous():
     """h1 r1 h2 r2 h3 t3 r3, then the branches of the earlier turns, the latest first."""
     row = linearize(build_tree(chat_passes(3, user=2, reasoning=2, response=1)))
     trunk_and_last_branch = [0, 1, 4, 5, 6, 9, 10, 11, 12, 13, 14]
-    kept = row.num_passes > 0
+    kept = row.multiplicity > 0
     assert row.input_ids[kept].tolist() == [*trunk_and_last_branch, 7, 8, 9, 2, 3, 4]
 
 
@@ -57,7 +57,7 @@ def test_responses_stand_twice_and_reasoning_once():
     row = linearize(build_tree(chat_passes(num_turns, user, reasoning, response)))
     assert len(row) == num_turns * (user + reasoning + response) + (num_turns - 1) * response
     assert (
-        (row.input_ids[row.num_passes == 0]).size == 0
+        (row.input_ids[row.multiplicity == 0]).size == 0
     )  # the trunk's next token is context, so no fork copies
 
 
@@ -67,7 +67,7 @@ def test_a_second_trained_child_gets_a_copy_of_the_last_token_of_its_prefix():
     assert row.position_ids.tolist() == [0, 1, 1, 2, 2]
     assert row.visible_end.tolist() == [5, 2, 5, 4, 5]
     assert row.shift_labels.tolist() == [-100, 2, 1, -100, -100]
-    assert row.num_passes.tolist() == [2, 0, 2, 1, 1]
+    assert row.multiplicity.tolist() == [2, 0, 2, 1, 1]
 
 
 def test_a_token_trained_in_several_passes_weighs_as_many():

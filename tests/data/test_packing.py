@@ -15,7 +15,7 @@ def test_split_trees_fit_and_train_everything_once(passes, max_length):
     rows = [linearize(tree) for tree in split_passes(passes, max_length)]
     assert all(len(row) <= max_length for row in rows)
     assert sum((examples_of_row(row) for row in rows), Counter()) == examples_of_passes(passes)
-    assert sum(row.num_passes.sum() for row in rows) == sum(map(len, passes))
+    assert sum(row.multiplicity.sum() for row in rows) == sum(map(len, passes))
     assert sum(row.num_turns for row in rows) == len(passes)
 
 

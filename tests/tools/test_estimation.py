@@ -64,7 +64,7 @@ def test_estimate_counts_what_training_would(max_length, tiny_tokenizer):
     layouts = [own for _, own, _ in laid_out]
     assert found.row_tokens.tolist() == [sum(map(len, own)) for own in layouts]
     assert found.n_pass_tokens.tolist() == [
-        sum(int(row.num_passes.sum()) for row in own) for own in layouts
+        sum(int(row.multiplicity.sum()) for row in own) for own in layouts
     ]
     assert found.num_turns.tolist() == [sum(row.num_turns for row in own) for own in layouts]
     assert found.one_pass.rows == sum(map(len, layouts))

@@ -62,7 +62,7 @@ def test_trunk_and_branches_of_a_chat(tiny_tokenizer):
 def test_figures_are_those_of_the_dense_mask(tiny_tokenizer):
     found = inspect_record({"messages": CHAT}, tiny_tokenizer)
     assert found.pairs == dense_mask(found.row.visible_end).sum()
-    assert found.n_pass_tokens == found.row.num_passes.sum()
+    assert found.n_pass_tokens == found.row.multiplicity.sum()
     side = -(-len(found.row) // 64)
     assert sum(found.tiles) == side * (side + 1) // 2
     assert f"one pass {len(found.row):,}, N-pass {found.n_pass_tokens:,}" in "\n".join(

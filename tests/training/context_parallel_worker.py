@@ -54,7 +54,7 @@ def compare(name: str, group: dist.ProcessGroup) -> dict[str, float]:
             key: batch[key] for key in ("input_ids", "position_ids", "shift_labels", "visible_end")
         }
         if has_aux_loss:
-            inputs |= {"attention_mask": batch["num_passes"], "output_router_logits": True}
+            inputs |= {"attention_mask": batch["multiplicity"], "output_router_logits": True}
         whole = model(**inputs, **OPTIONS)
         expected = gradients(model, whole, batch["weights"])
         pieces = forward_in_pieces(model, group, inputs, **OPTIONS)

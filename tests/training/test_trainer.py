@@ -370,7 +370,7 @@ def test_weights_and_fork_copies_reach_the_loss(train):
     )
     row = trainer.train_dataset[0]
     assert row["weights"].max() == 2
-    assert (row["num_passes"] == 0).sum() == 2
+    assert (row["multiplicity"] == 0).sum() == 2
     trainer.train()
     assert history(trainer, "trained_tokens")[0] == 28
 

@@ -60,11 +60,11 @@ def test_a_chat_has_a_chain_for_each_turn_and_the_trunk_is_one():
     row = linearize(build_tree(passes))
     chains = chains_of(row.visible_end[None])
     lengths = np.diff(np.concatenate([[0], chains.query_ends]))
-    num_copies = int((row.num_passes == 0).sum())
+    num_copies = int((row.multiplicity == 0).sum())
     assert len(lengths) == len(passes) + num_copies
     assert lengths.max() == len(passes[-1])
     assert chains.keys.size == sum(map(len, passes)) + sum(
-        row.position_ids[row.num_passes == 0] + 1
+        row.position_ids[row.multiplicity == 0] + 1
     )
     assert chains.keys_per_token == chains.keys.size / len(row)
 
