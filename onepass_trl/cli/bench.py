@@ -80,11 +80,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     options = parser.parse_args(argv)
     given = [name for name in _TURN if name in options]
-    if options.dataset_name is not None and given:
+    if options.dataset is not None and given:
         parser.error(f"--{given[0]} shapes a chat of random tokens, but a dataset is given too")
-    if options.dataset_name is not None and options.model_name_or_path is None:
+    if options.dataset is not None and options.model_name_or_path is None:
         parser.error("a dataset needs --model_name_or_path, whose tokenizer renders it")
-    if options.dataset_name is None:
+    if options.dataset is None:
         for name in ("train_on", "chat_template_kwargs", "chat_template_path", "null_arguments"):
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--{name} is about a dataset, but none is given")
@@ -97,7 +97,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what is measured: conversations and model."""
     from onepass_trl.cli.arguments import DATASET_HELP, add_reading_arguments
 
-    parser.add_argument("dataset_name", metavar="dataset", nargs="?", help=DATASET_HELP)
+    parser.add_argument("dataset", nargs="?", help=DATASET_HELP)
     parser.add_argument(
         "--model_name_or_path",
         help="model of the Hub, or a folder: its config, and for a dataset its tokenizer",
@@ -157,10 +157,10 @@ def _load_config(options: argparse.Namespace) -> PretrainedConfig:
 
 def _load_passes(options: argparse.Namespace, config: PretrainedConfig) -> list[list[Pass]]:
     from onepass_trl.cli.arguments import fit_vocabulary, load_tokenizer
-    from onepass_trl.cli.verify import limit_length, load_passes
+    from onepass_trl.cli.conversations import limit_length, load_passes
     from onepass_trl.tools.bench.workload import chat_passes
 
-    if options.dataset_name is not None:
+    if options.dataset is not None:
         tokenizer = load_tokenizer(options)
         fit_vocabulary(config, tokenizer)
         return load_passes(options, tokenizer)
@@ -186,12 +186,12 @@ def _describe(
     """Return what is measured, in words."""
     text = config.get_text_config()
     name = options.model_name_or_path or "a small Qwen3"
-    if options.dataset_name is None:
+    if options.dataset is None:
         turn = ", ".join(f"{getattr(options, name)} of {name}" for name in list(_TURN)[1:])
         what = f"a chat of random tokens, {options.turns} turns (tokens of a turn: {turn})"
     else:
         number = len(conversations)
-        what = f"{number} conversation{'s' * (number > 1)} of {options.dataset_name}"
+        what = f"{number} conversation{'s' * (number > 1)} of {options.dataset}"
     return (
         f"conversations: {what}\n"
         f"model: {name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "

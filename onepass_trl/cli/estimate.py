@@ -138,11 +138,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:
     """Return the dataset, and the rows to look at, in their order."""
-    from onepass_trl.preparation.loading import load_conversations
+    from onepass_trl.cli.conversations import open_dataset
 
-    dataset = load_conversations(
-        options.dataset, options.dataset_split, config=options.dataset_config
-    )
+    dataset = open_dataset(options)
     number = options.num_conversations
     if number == 0 or number >= len(dataset):
         return dataset, list(range(len(dataset)))

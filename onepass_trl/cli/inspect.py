@@ -84,27 +84,21 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> Inspection:
     from onepass_trl.cli.arguments import load_tokenizer, preparation_options
-    from onepass_trl.preparation.loading import load_conversations
+    from onepass_trl.cli.conversations import naming_row, open_dataset
     from onepass_trl.tools.inspection import inspect_record
 
-    dataset = load_conversations(
-        options.dataset, options.dataset_split, config=options.dataset_config
-    )
+    dataset = open_dataset(options)
     if not 0 <= options.row < len(dataset):
         raise ValueError(
             f"--row {options.row} is out of range: split {options.dataset_split!r} of "
             f"{options.dataset!r} has {len(dataset)} rows, 0..{len(dataset) - 1}"
         )
     tokenizer = load_tokenizer(options)
-    try:
+    preparation = preparation_options(options)
+    with naming_row(options.row):
         return inspect_record(
-            dataset[options.row],
-            tokenizer,
-            preparation_options(options),
-            features=dataset.features,
+            dataset[options.row], tokenizer, preparation, features=dataset.features
         )
-    except ValueError as error:
-        raise ValueError(f"row {options.row} of the dataset: {error}") from error
 
 
 def _layers(model: str) -> tuple[Sequence[AttentionLayers], list[str]]:

@@ -34,7 +34,7 @@ def launch(argv: list[str], parser: Any, module: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    argv = _with_config_apart(argv)
+    argv = _as_flags(argv)
     # Parsed here too, so that wrong flags are reported once and before any process starts. What the
     # parser doesn't know is accelerate's: --num_processes, --accelerate_config ..
     _, training_args, *_, from_config, from_argv = parser.parse_args_and_config(
@@ -101,7 +101,7 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     from trl import get_peft_config, get_quantization_config
 
     script_args, training_args, model_args, mixture = parser.parse_args_and_config(
-        _with_config_apart(argv), fail_with_unknown_args=False
+        _as_flags(argv), fail_with_unknown_args=False
     )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != training_args.world_size:
@@ -184,14 +184,19 @@ def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any
     return load(script_args.dataset_train_split), test
 
 
-def _with_config_apart(arguments: list[str]) -> list[str]:
-    """Return `arguments` with ``--config=FILE`` as two of them: `TrlParser` knows no other way."""
+def _as_flags(arguments: list[str]) -> list[str]:
+    """Return `arguments` as `TrlParser` knows them.
+
+    A dataset that comes first becomes ``--dataset_name``, and ``--config=FILE`` two arguments.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--dataset_name", *arguments]
     parts = (text.split("=", 1) if text.startswith("--config=") else [text] for text in arguments)
-    apart = [part for pair in parts for part in pair]
-    for flag, file in pairwise(apart):
+    flags = [part for pair in parts for part in pair]
+    for flag, file in pairwise(flags):
         if flag == "--config":
             _check_config(file)
-    return apart
+    return flags
 
 
 def _check_config(file: str) -> None:

@@ -6,9 +6,6 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from onepass_trl.passes import Pass
     from onepass_trl.tools.verify import Comparison
 
 _HEADER = (
@@ -24,6 +21,7 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     from onepass_trl.cli.arguments import load_tokenizer
+    from onepass_trl.cli.conversations import load_passes
     from onepass_trl.tools.verify import compare
 
     tokenizer = load_tokenizer(options)
@@ -87,13 +85,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "differ beyond tolerance.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("dataset", nargs="?", help=DATASET_HELP)
+    parser.add_argument("--dataset_name", help="another way to name the dataset")
     parser.add_argument("--model_name_or_path", required=True, help="model of the Hub, or a folder")
     parser.add_argument(
         "--model_from_config",
         action="store_true",
         help="take random weights, so that the folder needs no more than config and tokenizer",
     )
-    parser.add_argument("--dataset_name", required=True, help=DATASET_HELP)
     add_reading_arguments(parser)
     parser.add_argument(
         "-k",
@@ -116,55 +115,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="largest difference of a parameter's gradient, relative in norm",
     )
     options = parser.parse_args(argv)
+    if (options.dataset is None) == (options.dataset_name is None):
+        parser.error("name one dataset: as the first argument, or with --dataset_name")
+    options.dataset = options.dataset or options.dataset_name
     if options.num_conversations < 1:
         parser.error(f"--num_conversations must be at least 1, got {options.num_conversations}")
     return options
-
-
-def load_passes(
-    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> list[list[Pass]]:
-    """Return the passes of the first conversations that the options name, cut to ``max_length``."""
-    from onepass_trl.cli.arguments import preparation_options
-    from onepass_trl.preparation.loading import load_conversations
-    from onepass_trl.preparation.rows import render_record
-
-    dataset = load_conversations(
-        options.dataset_name, options.dataset_split, config=options.dataset_config
-    )
-    preparation = preparation_options(options)
-    conversations = []
-    for index in range(min(options.num_conversations, len(dataset))):
-        try:
-            passes = render_record(
-                dataset[index], tokenizer, preparation, features=dataset.features
-            ).passes
-        except ValueError as error:
-            raise ValueError(f"row {index} of the dataset: {error}") from error
-        conversations.append(limit_length(passes, options.max_length, f"conversation {index}"))
-    if not conversations:
-        raise ValueError(f"split {options.dataset_split!r} of {options.dataset_name!r} has no rows")
-    return conversations
-
-
-def limit_length(passes: list[Pass], max_length: int | None, name: str) -> list[Pass]:
-    """Return the passes cut to their first `max_length` tokens; print what that takes away."""
-    from onepass_trl.data import limit_passes
-
-    if max_length is None:
-        return passes
-    passes, overflow = limit_passes(passes, max_length, "truncate")
-    if overflow.num_passes:
-        print(
-            f"{name}: {overflow.num_passes} passes cut to {max_length} tokens (the longest has "
-            f"{overflow.longest}), {overflow.num_lost_turns} of them left out"
-        )
-    if not passes:
-        raise ValueError(
-            f"{name} has no trained token within --max_length {max_length}: its longest pass has "
-            f"{overflow.longest} tokens; raise --max_length"
-        )
-    return passes
 
 
 def _load_model(options: argparse.Namespace, num_tokens: int) -> Any:

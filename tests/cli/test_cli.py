@@ -28,8 +28,8 @@ def chats(tmp_path):
 @pytest.fixture
 def sft_flags(tiny_model_dir, chats, tmp_path):
     return [
+        str(chats),
         f"--model_name_or_path={tiny_model_dir}",
-        f"--dataset_name={chats}",
         f"--output_dir={tmp_path / 'out'}",
         "--max_steps=2",
         "--logging_steps=1",
@@ -152,7 +152,6 @@ def test_a_file_of_no_flags_is_an_error(tmp_path, text, message, capsys):
 def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats, flag):
     options = dict(flag.removeprefix("--").split("=") for flag in sft_flags if "=" in flag)
     options = {key: yaml.safe_load(value) for key, value in options.items()}
-    del options["dataset_name"]
     options["datasets"] = [{"path": "json", "data_files": str(chats)}]
     config = tmp_path / "sft.yaml"
     options |= {"use_cpu": True, "packing": True, "max_length": 256}
@@ -203,8 +202,16 @@ def test_verify_agrees_and_says_so(tiny_model_dir, chats, capsys):
     assert main(["verify", *flags, "--model_from_config"]) == 0
 
 
+def test_verify_takes_one_dataset(tiny_model_dir, chats, capsys):
+    model = f"--model_name_or_path={tiny_model_dir}"
+    for datasets in ([], [str(chats), f"--dataset_name={chats}"]):
+        with pytest.raises(SystemExit):
+            main(["verify", *datasets, model])
+        assert "name one dataset: as the first argument, or" in capsys.readouterr().err
+
+
 def test_verify_takes_template_arguments(tiny_model_dir, chats, capsys):
-    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
+    flags = [str(chats), f"--model_name_or_path={tiny_model_dir}", "-k", "1"]
     assert main(["verify", *flags, '--chat_template_kwargs={"enable_thinking": false}']) == 2
     assert "set chat_template_kwargs to {'enable_thinking': True}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -213,7 +220,7 @@ def test_verify_takes_template_arguments(tiny_model_dir, chats, capsys):
 
 
 def test_verify_trains_the_turns_that_are_chosen(tiny_model_dir, chats, capsys):
-    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
+    flags = [str(chats), f"--model_name_or_path={tiny_model_dir}", "-k", "1"]
     assert main(["verify", *flags, "--train_on=last"]) == 0
     conversation, turns = capsys.readouterr().out.splitlines()[2].split()[:2]
     assert (conversation, turns) == ("0", "1")
@@ -222,7 +229,7 @@ def test_verify_trains_the_turns_that_are_chosen(tiny_model_dir, chats, capsys):
 
 
 def test_verify_renders_with_another_template(tiny_model_dir, chats, tmp_path, capsys):
-    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
+    flags = [str(chats), f"--model_name_or_path={tiny_model_dir}", "-k", "1"]
     other = AutoTokenizer.from_pretrained(tiny_model_dir)
     template = "{% for m in messages %}{{ '<|turn|>' + m.content + eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ '<|turn|>' }}{% endif %}"
@@ -244,7 +251,7 @@ def test_verify_renders_with_another_template(tiny_model_dir, chats, tmp_path, c
 def test_verify_takes_what_nulls_mean(tiny_model_dir, chats, capsys):
     from datasets import Dataset
 
-    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}.parquet"]
+    flags = [f"{chats}.parquet", f"--model_name_or_path={tiny_model_dir}"]
     calls = [{"name": "f", "arguments": {"a": 1, "b": None}}]
     Dataset.from_list(
         [{"messages": [CHATS[0]["messages"][0], {**ANSWER, "tool_calls": calls}]}]
@@ -256,20 +263,20 @@ def test_verify_takes_what_nulls_mean(tiny_model_dir, chats, capsys):
 
 
 def test_verify_ends_with_one_if_they_differ(tiny_model_dir, chats, capsys):
-    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={chats}", "-k", "1"]
+    flags = [str(chats), f"--model_name_or_path={tiny_model_dir}", "-k", "1"]
     assert main(["verify", *flags, "--gradient_tolerance=1e-30"]) == 1
     assert "One pass differs from N-pass" in capsys.readouterr().out
 
 
 def test_verify_names_what_is_missing(tiny_model_dir, tmp_path, capsys):
-    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={tmp_path / 'no.jsonl'}"]
+    flags = [str(tmp_path / "no.jsonl"), f"--model_name_or_path={tiny_model_dir}"]
     assert main(["verify", *flags]) == 2
     assert "there is no such file" in capsys.readouterr().err
 
 
 def test_verify_names_the_row_and_an_id_without_an_embedding(tiny_model_dir, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    flags = [f"--model_name_or_path={tiny_model_dir}", f"--dataset_name={path}"]
+    flags = [str(path), f"--model_name_or_path={tiny_model_dir}"]
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
     assert main(["verify", *flags]) == 2
     assert "row 0 of the dataset: none of the 1 messages" in capsys.readouterr().err

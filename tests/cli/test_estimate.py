@@ -88,7 +88,7 @@ def test_a_cuda_build_of_torch_without_a_gpu_uses_the_cpu(
     path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS[:2]))
     verb, *rest = flags
     model = f"--model_name_or_path={tiny_model_dir}"
-    named = {"estimate": [str(path), model], "verify": [f"--dataset_name={path}", model]}
+    named = {"estimate": [str(path), model], "verify": [str(path), model]}
     assert main([verb, *named.get(verb, []), *rest]) == 0
     out = capsys.readouterr().out
     assert {"estimate": "every position", "verify": "agrees", "env": "devices: cpu"}[verb] in out
