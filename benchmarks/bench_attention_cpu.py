@@ -16,8 +16,8 @@ import torch
 
 from onepass_trl import build_tree, linearize
 from onepass_trl.tools.bench.attention import CAUSAL, DENSE_MASK, measure_attention
-from onepass_trl.tools.bench.record import write
 from onepass_trl.tools.bench.report import attention_table
+from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.workload import AttentionShape, chat_passes
 
 

@@ -30,7 +30,7 @@ from trl.trainer.utils import add_fused_lm_head
 from onepass_trl import OnePassCollator, build_tree, linearize
 from onepass_trl.attention.transformers_backend import use_onepass_attention
 from onepass_trl.data.collator import MODEL_INPUTS
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.workload import chat_passes, random_model, small_config
 from onepass_trl.training.context_parallel import forward_in_pieces
 

@@ -28,7 +28,7 @@ from onepass_trl import Pass
 from onepass_trl.preparation.loading import load_conversations
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import lay_out, render_record
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.step import N_PASS, ONE_PASS, make_trainers
 from onepass_trl.tools.bench.workload import labelled, random_model, small_config
 from onepass_trl.tools.estimation import estimate

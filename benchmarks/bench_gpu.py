@@ -26,7 +26,7 @@ import gpu_attention  # noqa: E402
 import gpu_steps  # noqa: E402
 import torch  # noqa: E402
 
-from onepass_trl.tools.bench.record import commit, write  # noqa: E402
+from onepass_trl.tools.bench.results import commit, write  # noqa: E402
 
 PARTS: dict[str, Any] = {"attention": gpu_attention, "steps": gpu_steps}
 

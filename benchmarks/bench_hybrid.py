@@ -19,7 +19,7 @@ from bench_step import add_turns
 from bench_turns import COLUMNS, print_speedup
 from transformers import AutoConfig
 
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.step import measure_step
 from onepass_trl.tools.bench.workload import chat_passes, random_model
 

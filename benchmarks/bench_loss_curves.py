@@ -22,7 +22,7 @@ import transformers
 from trl import SFTTrainer
 
 from onepass_trl import render_passes
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.step import N_PASS, ONE_PASS, make_trainers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -30,7 +30,7 @@ from onepass_trl.tools.bench.attention import (
     make_peers,
     time_once,
 )
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.timing import reason
 from onepass_trl.tools.bench.workload import AttentionShape, chat_passes
 

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qw
 from trl import SFTConfig, SFTTrainer
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 
 FILES = ("maths_chat", "tool_chat", "agent_short", "agent_long")
 

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from onepass_trl.chat import render_passes
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 
 SHARED = Path(__file__).parents[2] / "shared"
 

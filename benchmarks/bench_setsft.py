@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from onepass_trl import Pass, SetSFTConfig, SetSFTTrainer
 from onepass_trl.setsft.matching import match, plan_costs
 from onepass_trl.setsft.traces import Trace, TraceSet
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 
 
 def random_set(args: argparse.Namespace, question: int) -> TraceSet:

@@ -15,7 +15,7 @@ import argparse
 import torch
 from transformers import PreTrainedModel
 
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.step import measure_step
 from onepass_trl.tools.bench.workload import chat_passes, random_model, small_config
 

@@ -14,7 +14,7 @@ import datasets
 import torch
 from bench_step import add_shape, measure
 
-from onepass_trl.tools.bench.record import write
+from onepass_trl.tools.bench.results import write
 
 COLUMNS = (
     "turns",

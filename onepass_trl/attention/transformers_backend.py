@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from onepass_trl.attention.api import tree_attention
 from onepass_trl.attention.branching.layers import branch_states, layer_name
-from onepass_trl.attention.context_parallel import ContextParallel
+from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.attention.implementations.registry import Impl
 from onepass_trl.attention.model_check import base_model, carries_state, check_model
 from onepass_trl.attention.remembered import Remembered

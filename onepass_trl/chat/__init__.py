@@ -2,6 +2,7 @@
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.families import register_family
+from onepass_trl.chat.records import Conversation, read_conversation
 from onepass_trl.chat.rendering import (
     RenderedTurn,
     render_answers,
@@ -9,7 +10,6 @@ from onepass_trl.chat.rendering import (
     render_passes,
     render_turns,
 )
-from onepass_trl.chat.rows import Conversation, read_conversation
 from onepass_trl.chat.turns import InvalidTurn
 
 __all__ = [

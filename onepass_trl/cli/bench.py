@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from onepass_trl.cli.arguments import check_folder
-    from onepass_trl.tools.bench.record import write
+    from onepass_trl.tools.bench.results import write
 
     check_folder("--json", options.json)
     if options.threads is not None:
@@ -172,7 +172,7 @@ def _load_passes(options: argparse.Namespace, config: PretrainedConfig) -> list[
 
 
 def _device_name(device: torch.device) -> str:
-    from onepass_trl.tools.bench.record import machine
+    from onepass_trl.tools.bench.results import machine
 
     facts = machine()
     if device.type == "cpu":

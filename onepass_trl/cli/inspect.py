@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     _check_outputs(options)
     from rich.console import Console
 
-    from onepass_trl.tools.figures import figures, remarks
+    from onepass_trl.tools.inspection_report import figures, remarks
 
     found = _inspect(options)
     layers, problem = _layers(options.model_name_or_path)
@@ -118,8 +118,8 @@ def as_tree(found: Inspection) -> Tree:
     from rich.text import Text
     from rich.tree import Tree
 
-    from onepass_trl.tools.figures import name_of
     from onepass_trl.tools.inspection import Branch
+    from onepass_trl.tools.inspection_report import name_of
 
     root = Tree(Text("trunk", style="bold"))
     waiting = [(root, found.trunk)]

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from datasets import Features, LargeList, List
 
 from onepass_trl.chat.errors import ChatFormatError, errors_named
-from onepass_trl.chat.rows import CONVERSATIONS, Form, form_of
+from onepass_trl.chat.records import CONVERSATIONS, Form, form_of
 from onepass_trl.preparation.options import NullArguments
 
 _ARROW_LISTS = (List, LargeList)

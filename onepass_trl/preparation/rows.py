@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.messages import Message
+from onepass_trl.chat.records import read_conversation
 from onepass_trl.chat.rendering import RenderedTurn, render_each_turn
-from onepass_trl.chat.rows import read_conversation
 from onepass_trl.chat.turns import InvalidTurn
 from onepass_trl.data import (
     Layout,

@@ -15,8 +15,8 @@ import numpy as np
 from onepass_trl.chat.encoding import Ids, added_tokens, encode_alone, encode_behind
 from onepass_trl.chat.errors import ChatFormatError, errors_named
 from onepass_trl.chat.families import family_of
+from onepass_trl.chat.records import QUESTIONS, read_question
 from onepass_trl.chat.rendering import RenderedTurn, render_answers
-from onepass_trl.chat.rows import QUESTIONS, read_question
 from onepass_trl.chat.template import Template
 from onepass_trl.chat.turns import InvalidTurn, TurnTexts
 from onepass_trl.passes import Pass
@@ -96,7 +96,7 @@ def render_traces(
     """Return the traces of a dataset's record, one for each of its completions.
 
     Args:
-        record: a question and its completions, see `onepass_trl.chat.rows.read_question`. To a
+        record: a question and its completions, see `onepass_trl.chat.records.read_question`. To a
             completion of a text prompt the end-of-sequence token is added if it doesn't end in it.
         tokenizer: the tokenizer, with the forking tokens.
         tokens: the forking tokens.

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from onepass_trl.tools.figures import figures, name_of, remarks
 from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import Branch, Inspection
+from onepass_trl.tools.inspection_report import figures, name_of, remarks
 from onepass_trl.tools.transcript import visible_text
 from onepass_trl.visibility import TILE, coverage, cut_into_tiles
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from onepass_trl.attention.context_parallel import ContextParallel
+from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.attention.model_check import base_model
 from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.training.config import OnePassSFTConfig

@@ -9,7 +9,7 @@ import pytest
 from datasets import Features, Json, LargeList, List, Value
 
 from onepass_trl.chat import ChatFormatError
-from onepass_trl.chat.rows import QUESTIONS
+from onepass_trl.chat.records import QUESTIONS
 from onepass_trl.preparation.nulls import read_record
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

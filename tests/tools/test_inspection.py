@@ -5,8 +5,8 @@ import pytest
 
 from onepass_trl import Pass
 from onepass_trl.passes import IGNORE_INDEX
-from onepass_trl.tools.figures import figures, remarks
 from onepass_trl.tools.inspection import Branch, Segment, inspect_passes, inspect_record
+from onepass_trl.tools.inspection_report import figures, remarks
 from onepass_trl.tools.transcript import message_starts
 from onepass_trl.visibility import dense_mask
 from tests.chat.tokenizers import small_tokenizer

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from onepass_trl.attention.context_parallel import ContextParallel
+from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.training.context_parallel import check_context_parallel
 from tests.launching import launch
 from tests.models import MODELS

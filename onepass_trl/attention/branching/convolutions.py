@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from onepass_trl.attention.branching.segments import Segments, segments_of
-from onepass_trl.attention.context_parallel import ContextParallel
+from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.attention.remembered import Remembered
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from onepass_trl.attention.branching.recurrences import along_tree
-from onepass_trl.attention.context_parallel import ContextParallel
+from onepass_trl.attention.head_exchange import ContextParallel
 
 
 def chunk_scan(scan: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from onepass_trl.attention.branching.segments import Segments, segments_of
-from onepass_trl.attention.context_parallel import ContextParallel
+from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.attention.remembered import Remembered
 
 

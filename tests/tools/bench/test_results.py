@@ -2,12 +2,12 @@ import subprocess
 
 import pytest
 
-from onepass_trl.tools.bench import record
+from onepass_trl.tools.bench import results
 
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "_REPOSITORY", tmp_path)
+    monkeypatch.setattr(results, "_REPOSITORY", tmp_path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     for name in ("code.py", "benchmarks/results/step.json"):
         (tmp_path / name).write_text("before")
@@ -18,14 +18,14 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_a_commit_is_dirty_if_anything_but_results_has_changed(repository):
-    clean = record.commit()
+    clean = results.commit()
     assert clean.isalnum()
     (repository / "benchmarks" / "results" / "step.json").write_text("after")
-    assert record.commit() == clean
+    assert results.commit() == clean
     (repository / "code.py").write_text("after")
-    assert record.commit() == f"{clean}-dirty"
+    assert results.commit() == f"{clean}-dirty"
 
 
 def test_the_commit_of_an_installed_package_is_unknown(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "_REPOSITORY", tmp_path)
-    assert record.commit() == "unknown"
+    monkeypatch.setattr(results, "_REPOSITORY", tmp_path)
+    assert results.commit() == "unknown"

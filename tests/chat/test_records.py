@@ -7,7 +7,7 @@ import json
 import pytest
 
 from onepass_trl.chat import ChatFormatError, read_conversation
-from onepass_trl.chat.rows import read_question
+from onepass_trl.chat.records import read_question
 from tests.chats import TWO_TURNS
 
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
