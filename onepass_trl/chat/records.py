@@ -28,8 +28,8 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 _FORMS = (
-    "'messages'; 'prompt' and 'completion' as lists of messages; 'conversations' (ShareGPT); "
-    "'passes' as a list of {'input_ids', 'labels'}"
+    "'messages'; 'prompt' and 'completion', both as lists of messages or as text; 'conversations' "
+    "(ShareGPT); 'text'; 'input_ids'; 'passes' as a list of {'input_ids', 'labels'}"
 )
 
 
@@ -107,7 +107,7 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
     >>> read_conversation({"conversations": [{"from": "human", "value": "Hi"}]}).messages
     [{'role': 'user', 'content': 'Hi'}]
     """
-    _refuse_other_data(record)
+    _refuse_images(record)
     columns = form_of(record, CONVERSATIONS)
     if not columns:
         found = [f"{name!r}{' (null)' if value is None else ''}" for name, value in record.items()]
@@ -181,22 +181,13 @@ def _as_answer(completion: Any) -> Message:
     )
 
 
-def _refuse_other_data(row: Mapping[str, Any]) -> None:
-    """Raise an error for rows with images and for plain text, which need no passes."""
+def _refuse_images(row: Mapping[str, Any]) -> None:
+    """Raise an error for rows with images."""
     for column in ("image", "images"):
         if row.get(column) is not None and row[column] != []:
             raise ChatFormatError(
                 f"the row has vision data in column {column!r}, which isn't supported, only text; "
                 "train it with TRL's SFTTrainer or remove the column"
-            )
-    if any(row.get(column) is not None for column in ("messages", "conversations")):
-        return
-    for column in ("text", "prompt", "completion"):
-        if isinstance(row.get(column), str):
-            raise ChatFormatError(
-                f"the row has plain text in column {column!r}: it is one sequence, which TRL's "
-                "SFTTrainer trains the same; use that, or give the row in one of the accepted "
-                f"forms: {_FORMS}"
             )
 
 

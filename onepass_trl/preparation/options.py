@@ -32,6 +32,8 @@ class PreparationOptions:
     null_arguments: NullArguments = "auto"
     chat_template_kwargs: Mapping[str, Any] | None = None
     verify_rendering: bool | None = None
+    text_field: str = "text"
+    completion_only_loss: bool | None = None
     num_proc: int | None = None
     shuffle_seed: int | None = None
     known_templates: KnownTemplates | None = None

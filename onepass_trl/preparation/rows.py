@@ -15,7 +15,7 @@ from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.messages import Message
 from onepass_trl.chat.records import read_conversation
 from onepass_trl.chat.rendering import RenderedTurn, render_each_turn
-from onepass_trl.chat.turns import InvalidTurn
+from onepass_trl.chat.turns import InvalidTurn, chosen_turns
 from onepass_trl.data import (
     Layout,
     Overflow,
@@ -34,6 +34,7 @@ from onepass_trl.preparation.nulls import read_record
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.report import Report
 from onepass_trl.preparation.round_trip import check_round_trip
+from onepass_trl.preparation.sequences import sequence_of
 
 ROW_FEATURES = {
     **{name: List(Value("int32")) for name in TOKEN_COLUMNS},
@@ -77,7 +78,7 @@ def render_record(
     features: Features | None = None,
     verify: bool = False,
 ) -> RenderedRecord:
-    """Return the passes of a record: a conversation in any form, or passes that are given.
+    """Return the passes of a record: a conversation in any form, one sequence, or given passes.
 
     Args:
         record: a line of a dataset.
@@ -100,6 +101,15 @@ def render_record(
         if record.get("passes") is not None:
             numbered = numbered_passes(record["passes"], options.train_on)
             return RenderedRecord(list(numbered.values()), list(numbered))
+        sequence = sequence_of(record, tokenizer, options)
+        if sequence is not None:
+            return RenderedRecord([sequence], sorted(chosen_turns(options.train_on, 1)))
+        if options.completion_only_loss is False:
+            raise ChatFormatError(
+                "completion_only_loss=False asks for a loss on what the user wrote; of a "
+                "conversation what the model generates is trained. Leave completion_only_loss "
+                "unset, or use SFTTrainer"
+            )
         conversation = read_conversation(record)
         messages = conversation.messages
         turns = render_each_turn(

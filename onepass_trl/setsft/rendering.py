@@ -23,6 +23,7 @@ from onepass_trl.passes import Pass
 from onepass_trl.preparation.nulls import read_record
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.round_trip import check_round_trip
+from onepass_trl.preparation.sequences import with_end
 from onepass_trl.setsft.tokens import (
     DEFAULT_FORMAT,
     find_thinking_opener,
@@ -219,13 +220,7 @@ def _text_parts(
             f"white space stands before its thinking opener ({completion[:40]!r}), which prompts "
             "for generation would lack; move it to the end of the prompt, or remove it"
         )
-    eos = tokenizer.eos_token
-    if not eos:
-        raise ChatFormatError(
-            "the tokenizer has no end-of-sequence token, so a model trained on it would never "
-            "learn to stop; set tokenizer.eos_token (eos_token in the configuration)"
-        )
-    return _split(prompt, completion if completion.endswith(eos) else completion + eos, opener)
+    return _split(prompt, with_end(completion, tokenizer), opener)
 
 
 def _split(context: str, completion: str, opener: str) -> _Parts:

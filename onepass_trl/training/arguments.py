@@ -44,8 +44,6 @@ def refuse_functions_of_logits(**arguments: Any) -> None:
         "compute_metrics": "it gets logits and labels that are shifted along the row; use "
         "callbacks that generate, or the logged mean_token_accuracy and entropy",
         "preprocess_logits_for_metrics": "no logits are built",
-        "formatting_func": "it turns a conversation into one text, and the turns are lost; convert "
-        "the dataset to messages with Dataset.map instead",
     }
     for name, value in arguments.items():
         if value is not None:

@@ -196,12 +196,6 @@ class OnePassSFTConfig(SFTConfig):
                 "inference never sees. "
                 'Use the default "keep_start", or overflow="drop" to leave long turns out'
             )
-        if self.completion_only_loss is False:
-            raise ValueError(
-                "completion_only_loss=False asks for a loss on what the user wrote; one-pass "
-                "training trains what the model generates. Leave completion_only_loss unset, or "
-                "use SFTTrainer"
-            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} needs the full logits with "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -140,7 +140,6 @@ class OnePassSFTTrainer(SFTTrainer):
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            formatting_func=formatting_func,
         )
         if data_collator is not None and not isinstance(data_collator, OnePassCollator):
             raise ValueError(
@@ -179,6 +178,7 @@ class OnePassSFTTrainer(SFTTrainer):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
+                formatting_func=formatting_func,
             )
         finally:
             args.packing, args.eval_packing = packing
@@ -233,7 +233,6 @@ class OnePassSFTTrainer(SFTTrainer):
         dataset_name: str,
     ) -> AnyDataset:
         check_not_empty(dataset_name, dataset)
-        column_names = get_dataset_column_names(dataset)
         if packing and args.max_length is None:
             raise ValueError(
                 "packing fills rows up to max_length, which is None: set max_length, or "
@@ -250,9 +249,19 @@ class OnePassSFTTrainer(SFTTrainer):
             verify_rendering=args.verify_rendering,
             num_proc=args.dataset_num_proc,
             shuffle_seed=args.seed if args.shuffle_dataset else None,
+            text_field=args.dataset_text_field,
+            completion_only_loss=args.completion_only_loss,
             known_templates=trl_response_template,
         )
         with global_then_local_main_first():
+            column_names = get_dataset_column_names(dataset)
+            if formatting_func is not None and "input_ids" not in column_names:
+                dataset = dataset.map(
+                    _formatted,
+                    remove_columns=column_names,
+                    fn_kwargs={"function": formatting_func, "text_field": args.dataset_text_field},
+                )
+                column_names = [args.dataset_text_field]
             return prepare_dataset(dataset, column_names, self._maker(options), dataset_name)
 
     def _maker(self, options: PreparationOptions) -> Maker:
@@ -500,6 +509,17 @@ class OnePassSFTTrainer(SFTTrainer):
             test_dataset, self.processing_class, self.args, packing, None, metric_key_prefix
         )
         return super().predict(rows, ignore_keys, metric_key_prefix)
+
+
+def _formatted(
+    record: Mapping[str, Any], function: Callable[[Mapping[str, Any]], str], text_field: str
+) -> dict[str, str]:
+    text = function(record)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"formatting_func returned {type(text).__name__} for a record, expected its text"
+        )
+    return {text_field: text}
 
 
 class _Counted:

@@ -1,0 +1,186 @@
+"""Records of one sequence, which is one pass: text, a prompt and its completion, token ids.
+
+They are trained as TRL's ``SFTTrainer`` trains them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onepass_trl.chat.encoding import encode_behind
+from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.records import CONVERSATIONS, form_of
+from onepass_trl.passes import IGNORE_INDEX, Pass
+from onepass_trl.preparation.options import PreparationOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_PER_TOKEN = ("labels", "completion_mask", "assistant_masks")
+
+
+def sequence_of(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
+) -> Pass | None:
+    """Return the pass of a record that holds one sequence, None if it holds a conversation.
+
+    The forms, in plain Python:
+
+    - ``input_ids``, with ``labels`` (-100, or the id at the same index), or with
+      ``completion_mask`` and ``assistant_masks``; without them all tokens are trained
+    - ``prompt`` and ``completion`` as text: the completion is trained, or everything with
+      ``completion_only_loss=False``
+    - text, in the column ``options.text_field``: everything is trained
+
+    Text is tokenized as the tokenizer does it, and ends in the end-of-sequence token, which is
+    added if it is not there. The first token is never trained: nothing comes before it.
+
+    Raises:
+        ChatFormatError: if the record can't be read, has several forms or nothing to train.
+    """
+    messages = form_of(record, CONVERSATIONS)
+    if record.get("input_ids") is not None:
+        if messages:
+            raise ChatFormatError(
+                f"the row has token ids in column 'input_ids' and a conversation in "
+                f"{' and '.join(map(repr, messages))}: remove the one that is not meant"
+            )
+        pass_ = _of_ids(record, options)
+    elif messages == ("prompt", "completion") and isinstance(record["prompt"], str):
+        pass_ = _of_prompt(record, tokenizer, options)
+    elif not messages and isinstance(record.get(options.text_field), str):
+        pass_ = _of_text(record[options.text_field], tokenizer, options)
+    else:
+        return None
+    if not pass_.num_trained:
+        raise ChatFormatError(
+            f"nothing in the sequence of {len(pass_)} tokens is trained; remove the row, or change "
+            "its labels"
+        )
+    return pass_
+
+
+def with_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text with the end-of-sequence token at its end, where generation stops.
+
+    Raises:
+        ChatFormatError: the tokenizer has none.
+    """
+    end = tokenizer.eos_token
+    if not end:
+        raise ChatFormatError(
+            "the tokenizer has no end-of-sequence token, so a model trained on it would never "
+            "learn to stop; set tokenizer.eos_token (eos_token in the configuration)"
+        )
+    return text if text.endswith(end) else text + end
+
+
+def _of_text(text: str, tokenizer: PreTrainedTokenizerBase, options: PreparationOptions) -> Pass:
+    if options.completion_only_loss:
+        raise ChatFormatError(
+            f"the row has plain text in column {options.text_field!r}, of which no part is a "
+            "completion, but completion_only_loss is True; leave it unset, or give the row a "
+            "'prompt' and a 'completion'"
+        )
+    ids = _encoded(with_end(text, tokenizer), tokenizer)
+    return _pass(ids, np.ones(ids.size, dtype=np.bool_))
+
+
+def _of_prompt(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
+) -> Pass:
+    prompt, completion = record["prompt"], record["completion"]
+    if not isinstance(completion, str):
+        raise ChatFormatError(
+            f"'prompt' is text, so 'completion' must be text too, got {str(completion)[:80]!r}; "
+            "give both as text, or both as lists of messages"
+        )
+    if isinstance(record.get(options.text_field), str):
+        raise ChatFormatError(
+            f"the row has text in column {options.text_field!r} and in 'prompt' and 'completion': "
+            "remove what is not meant"
+        )
+    completion = with_end(completion, tokenizer)
+    before = _encoded(prompt, tokenizer)
+    ids = _encoded(prompt + completion, tokenizer)
+    if not np.array_equal(ids[: before.size], before):
+        # Tokens merge across the seam. A server tokenizes the prompt alone.
+        ids = np.concatenate([before, encode_behind(tokenizer, prompt, completion)])
+    trained = np.ones(ids.size, dtype=np.bool_)
+    if options.completion_only_loss is not False:
+        trained[: before.size] = False
+    return _pass(ids, trained)
+
+
+def _of_ids(record: Mapping[str, Any], options: PreparationOptions) -> Pass:
+    ids = _whole_numbers(record, "input_ids")
+    given = {
+        column: _whole_numbers(record, column)
+        for column in _PER_TOKEN
+        if record.get(column) is not None
+    }
+    for column, values in given.items():
+        if values.size != ids.size:
+            raise ChatFormatError(
+                f"'input_ids' has {ids.size} tokens and {column!r} {values.size}: they need one "
+                "value for each token"
+            )
+    labels = given.pop("labels", None)
+    if labels is not None:
+        trained = labels != IGNORE_INDEX
+        wrong = np.flatnonzero(trained & (labels != ids))
+        if wrong.size:
+            at = int(wrong[0])
+            raise ChatFormatError(
+                f"'labels' is {labels[at]} at index {at}, expected {IGNORE_INDEX} or the id there, "
+                f"{ids[at]}: labels are those of their own token, not shifted"
+            )
+        return _pass(ids, trained)
+    mask = given.get("completion_mask")
+    if mask is not None and options.completion_only_loss is None:
+        _warn_of_unused_mask()
+    if not options.completion_only_loss:
+        given.pop("completion_mask", None)
+    trained = np.ones(ids.size, dtype=np.bool_)
+    for values in given.values():
+        trained &= values.astype(np.bool_)
+    return _pass(ids, trained)
+
+
+@cache
+def _warn_of_unused_mask() -> None:
+    logger.warning(
+        "the dataset has a 'completion_mask', which is not used, as in SFTTrainer, unless "
+        "completion_only_loss=True; set it to True or False to say which you mean"
+    )
+
+
+def _whole_numbers(record: Mapping[str, Any], column: str) -> np.ndarray:
+    values = np.asarray(record[column])
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iub"):
+        raise ChatFormatError(
+            f"column {column!r} must be a list of whole numbers, got {str(record[column])[:80]!r}"
+        )
+    return values.astype(np.int64)
+
+
+def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return the ids of a text, with the special tokens that the tokenizer adds."""
+    return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+
+
+def _pass(ids: np.ndarray, trained: np.ndarray) -> Pass:
+    if not ids.size:
+        raise ChatFormatError("the sequence has no token; remove the row")
+    trained[0] = False
+    try:
+        return Pass(ids, trained)
+    except ValueError as error:
+        raise ChatFormatError(str(error)) from error
