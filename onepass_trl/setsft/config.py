@@ -107,6 +107,11 @@ class SetSFTConfig(OnePassSFTConfig):
                 "without one of its traces is another set. Leave invalid_turns unset, and remove "
                 "what the error names"
             )
+        if self.completion_only_loss is False:
+            raise ValueError(
+                "completion_only_loss=False asks for a loss on the question too; set fine-tuning "
+                "trains the completions. Leave completion_only_loss unset"
+            )
         if self.train_on != "all":
             raise ValueError(
                 f"train_on={self.train_on!r} chooses among the turns of a conversation, but set "

@@ -82,6 +82,8 @@ class OnePassSFTTrainer(SFTTrainer):
     - ``prompt`` and ``completion``: lists of messages; the turns of the completion are trained
     - ``conversations``: ShareGPT's ``from`` / ``value`` messages
     - ``passes``: lists of ``{"input_ids": .., "labels": ..}``, any sequences that share prefixes
+    - one sequence, trained as ``SFTTrainer`` does: ``text``, ``prompt`` and ``completion`` as text,
+      or ``input_ids`` with ``labels`` or masks
 
     ``system`` (a prompt), ``tools`` and ``chat_template_kwargs`` may stand beside them.
 

@@ -54,8 +54,8 @@ def test_sharegpt():
 
 ERRORS = [
     ({"messages": TWO_TURNS, "images": ["x"]}, "vision data in column 'images'"),
-    ({"text": "a"}, "plain text in column 'text'.*SFTTrainer trains the same"),
-    ({"prompt": "a", "completion": "b"}, "plain text in column 'prompt'"),
+    ({"text": "a"}, "none of the accepted forms: .*columns are 'text'"),
+    ({"prompt": "a", "completion": "b"}, "column 'prompt' must be a list of message dicts"),
     ({"a": 1, "b": 2}, "none of the accepted forms: 'messages'.*columns are 'a', 'b'"),
     ({}, "columns are none"),
     ({"prompt": TWO_TURNS}, "none of the accepted forms"),

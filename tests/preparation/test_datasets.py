@@ -63,8 +63,8 @@ def test_a_conversation_that_overflows_whole_leaves_the_others():
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"text": "hello"}], "SFTTrainer"),
-        ([{"prompt": "a", "completion": "b"}], "SFTTrainer"),
+        ([{"text": 3}], "none of the accepted forms"),
+        ([{"prompt": "a", "completion": [QUESTION]}], "'completion' must be text too"),
         ([{"question": "hello"}], "question"),
         ([{"messages": [QUESTION], "image": "x.png"}], "vision data in column 'image'"),
         ([{"messages": [QUESTION]}], "row 0 of the train dataset.*assistant"),

@@ -7,6 +7,7 @@ import pytest
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.preparation import sequences
 from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.preparation.rows import render_record
 from onepass_trl.preparation.sequences import sequence_of
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -83,3 +84,12 @@ def test_a_text_that_could_not_end_is_an_error(tiny_tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(ChatFormatError, match="no end-of-sequence token"):
         read({"text": "a"}, tokenizer)
+
+
+def test_a_loss_on_what_the_user_wrote_is_for_sequences_only(tiny_tokenizer):
+    options = PreparationOptions(completion_only_loss=False)
+    with pytest.raises(ChatFormatError, match="completion_only_loss=False asks for a loss on what"):
+        render_record({"messages": CHAT}, tiny_tokenizer, options)
+    sequence = {"prompt": "a b", "completion": "c"}
+    [pass_] = render_record(sequence, tiny_tokenizer, options).passes
+    assert pass_.num_trained == len(pass_) - 1

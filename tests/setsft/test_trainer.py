@@ -267,6 +267,7 @@ class TestOptions:
             (dict(forking_token_format="x"), "must differ"),
             (dict(forking_token_noise=-1.0), "must not be negative"),
             (dict(train_on="last"), "Leave train_on unset"),
+            (dict(completion_only_loss=False), "Leave completion_only_loss unset"),
             (dict(packing=True), "set max_length"),
         ],
     )

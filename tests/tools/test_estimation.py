@@ -127,14 +127,14 @@ def test_turns_of_which_no_pass_can_be_made_are_named(tiny_tokenizer):
     question = {"role": "user", "content": "2+2?"}
     bad = {"messages": [question, {"role": "assistant", "content": "<|im_end|>"}]}
     good = {"messages": [question, {"role": "assistant", "content": "4"}]}
-    found = estimate([(3, bad), (5, good), (7, {"text": "x"})], tiny_tokenizer, options)
+    found = estimate([(3, bad), (5, good), (7, {"txt": "x"})], tiny_tokenizer, options)
     text = text_of(found)
     assert len(found.invalid) == 2
     assert "no exact pass can be made of 2 turns or rows, which are left out:" in text
     assert "row 3: assistant turn 0" in text
-    assert "row 7: the row has plain text in column 'text'" in text
+    assert "row 7: the row has none of the accepted forms" in text
     with pytest.raises(ValueError, match="no exact pass can be made of 1 turns or rows"):
-        estimate([(7, {"text": "x"})], tiny_tokenizer, options)
+        estimate([(7, {"txt": "x"})], tiny_tokenizer, options)
 
 
 def test_conversations_that_branch_are_counted_apart(tiny_tokenizer):
@@ -178,7 +178,7 @@ def test_bad_input(tiny_tokenizer):
     with pytest.raises(ValueError, match="the dataset has no rows"):
         estimate([], tiny_tokenizer, OPTIONS)
     with pytest.raises(ValueError, match=r"row 7 of the dataset: .*accepted forms"):
-        estimate([*chats(1), (7, {"text": "x"})], tiny_tokenizer, OPTIONS)
+        estimate([*chats(1), (7, {"txt": "x"})], tiny_tokenizer, OPTIONS)
     short = dataclasses.replace(OPTIONS, max_length=2, overflow="drop")
     with pytest.raises(ValueError, match=r"nothing is left to train.*Raise max_length"):
         estimate(chats(), tiny_tokenizer, short)

@@ -274,7 +274,6 @@ def test_a_model_id_is_loaded_with_one_pass_attention(train, tmp_path, caplog):
         (dict(packing=True, max_length=64, packing_strategy="wrapped"), 'packing_strategy="bfd"'),
         (dict(packing=True, max_length=64, packing_strategy="bfd_split"), 'packing_strategy="bfd"'),
         (dict(packing=True), "set max_length"),
-        (dict(completion_only_loss=False), "use SFTTrainer"),
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0"),
         (dict(activation_offloading=True), "needs an accelerator"),
         (dict(null_arguments="maybe"), "null_arguments must be one of"),
