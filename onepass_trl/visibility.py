@@ -2,7 +2,7 @@
 
 Query ``i`` sees key ``j`` iff ``j <= i < visible_end[j]`` and, in a sliding-window layer,
 ``positions[i] - positions[j] < window``. Causal attention, packed sequences, padding and prefix
-trees are all this rule. ARCHITECTURE.md names its copies, for code that can't call this.
+trees all follow this rule. ARCHITECTURE.md lists its copies in code that can't call this module.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 TILE = 64
-"""Queries and keys of a tile in the kernels for CPUs, by which the tools count."""
+"""Queries and keys of a tile in the CPU kernels, with which the tools count."""
 
-_STRIP = 1024  # tiles of queries that are covered at a time, for rows of any length
+_STRIP = 1024  # tiles of queries at a time, so that memory is bounded for rows of any length
 _NO_POSITIONS = "a window is measured in positions: pass `positions` too"
 
 
@@ -34,7 +34,7 @@ def causal_visible_end(num_tokens: int) -> NDArray[np.int32]:
 
 
 def check_visible_end(visible_end: NDArray[np.int32]) -> None:
-    """Raise `VisibilityError` unless the intervals ``[j, visible_end[j])`` hold j and nest.
+    """Raise `VisibilityError` unless the intervals ``[j, visible_end[j])`` contain j and nest.
 
     Args:
         visible_end: ``(num_tokens,)`` int32.
@@ -65,7 +65,7 @@ def check_visible_end(visible_end: NDArray[np.int32]) -> None:
             parent = open_keys[-1]
             raise VisibilityError(
                 f"visible_end is not a tree: key {key} is visible until {visible_end[key]}, but it "
-                f"stands inside the subtree of key {parent}, which ends at {visible_end[parent]}"
+                f"is inside the subtree of key {parent}, which ends at {visible_end[parent]}"
             )
         open_keys.append(key)
 
@@ -103,7 +103,7 @@ def num_visible_pairs(
     Args:
         visible_end: ``(num_tokens,)`` int32.
         positions: ``(num_tokens,)`` int32, needed with a window: the token's index in its own pass.
-        window: of the layer, None for none.
+        window: of the layer, None without one.
 
     >>> num_visible_pairs(causal_visible_end(4))
     10
@@ -162,8 +162,8 @@ def coverage(queries: Tiles, keys: Tiles, window: int | None = None) -> tuple[An
     """Return ``(visited, full)``, ``(.., query_tiles, key_tiles)`` bool each: the rule for tiles.
 
     Attention skips a tile that isn't visited, in which no query sees a key, and needs no mask in a
-    full one, in which each query sees every key. Without a window both are exact. With one, a tile
-    that is visited may hold no pair and one that isn't full may have all.
+    full one, in which each query sees every key. Without a window both are exact. With one, a
+    visited tile may have no visible pair, and a tile that isn't full may have all.
     """
     q, k = queries[..., :, None], keys[..., None, :]
     visited = (k.first <= q.last) & (q.first < k.max_end)
@@ -187,9 +187,9 @@ def count_tiles(
     Args:
         visible_end: ``(num_tokens,)`` int32.
         positions: ``(num_tokens,)`` int32, needed with a window.
-        window: of the layer, None for none.
-        query_tile: queries of a tile.
-        key_tile: keys of a tile.
+        window: of the layer, None without one.
+        query_tile: number of queries of a tile.
+        key_tile: number of keys of a tile.
 
     >>> count_tiles(causal_visible_end(256))
     (0, 4, 6)

@@ -21,7 +21,7 @@ Ids = NDArray[np.int32]
 
 
 class AddedTokens:
-    """What this package needs to know of a tokenizer's added tokens.
+    """What this package needs to know about a tokenizer's added tokens.
 
     Attributes:
         special: Pattern that matches a special added token (``special=True``), or None if there is
@@ -30,16 +30,16 @@ class AddedTokens:
             by piece without a change in the ids, or None if this tokenizer has to encode each text
             as a whole.
         margin: Length of the longest such token, in characters.
-        prepends: Whether the tokenizer begins a text by itself as it doesn't go on with one: most
-            SentencePiece models put a space before it.
+        prepends: True if the tokenizer encodes a text differently at the start of its input than
+            after other text: most SentencePiece models put a space before it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         tokens = list(tokenizer.added_tokens_decoder.values())
         self.special = _any_of([token.content for token in tokens if token.special])
-        # Raw tokens are found before the text is normalized, so they cut it first. One that takes
-        # up neighbouring whitespace or asks for word borders depends on the text around it: then
-        # nothing is split.
+        # Raw tokens are found before the text is normalized, so they cut it first. One that
+        # absorbs neighbouring whitespace or requires word borders depends on the text around it:
+        # then nothing is split.
         raw = [token for token in tokens if not token.normalized]
         plain = not any(token.lstrip or token.rstrip or token.single_word for token in raw)
         names = [token.content for token in raw] if plain and tokenizer.is_fast else []
@@ -51,10 +51,10 @@ class AddedTokens:
         self.prepends = not np.array_equal(behind[behind.size - alone.size :], alone)
 
     def _composes(self, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> bool:
-        """Return whether pieces give the ids of the whole, tried with every boundary token.
+        """Return whether pieces give the ids of the whole, tested with every boundary token.
 
-        They don't where the first piece of a text is special: a prepended space, truncation, split
-        special tokens.
+        They don't if the tokenizer treats the first piece of a text differently: it prepends a
+        space, truncates, or splits special tokens.
         """
         around = ["", "\n", " a", "b ", "\n\n c", "Über", "é", "{", "  ", "1"]
         text = "x" + "".join(
@@ -67,7 +67,7 @@ class AddedTokens:
 
 
 def _any_of(names: list[str]) -> re.Pattern[str] | None:
-    """Return a pattern of the names, the longest first, as the tokenizer prefers them."""
+    """Return a pattern of the names, longest first, as the tokenizer prefers them."""
     if not names:
         return None
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
@@ -88,7 +88,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> AddedTokens:
 
 
 def encode_alone(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
-    """Return the ids of each text by itself, ``(num_tokens,)`` int32, no tokens added around it."""
+    """Return the ids of each text by itself, ``(num_tokens,)`` int32, without added tokens."""
     if not texts:
         return []
     batch = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -96,13 +96,14 @@ def encode_alone(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def encode_behind(tokenizer: PreTrainedTokenizerBase, context: str, completion: str) -> Ids:
-    """Return the ids with which a completion goes on behind its context.
+    """Return the ids of a completion as a continuation of its context.
 
-    For tokenizers that begin a text by itself otherwise (`AddedTokens.prepends`): the two are
-    encoded together, or the completion behind a newline where their border is inside a token.
+    For tokenizers that encode a text differently at the start of their input
+    (`AddedTokens.prepends`): the two are encoded together, or the completion after a newline if
+    their border is inside a token.
 
     Raises:
-        ChatFormatError: if it is inside a token either way.
+        ChatFormatError: if the border is inside a token either way.
     """
     for before in (context, "\n"):
         whole, first = encode_alone(tokenizer, [before + completion, before])
@@ -120,9 +121,9 @@ def encode_views(
 ) -> list[Ids]:
     """Return what :func:`encode_alone` does, fast for successive texts that share long prefixes.
 
-    Added tokens are hard boundaries for a tokenizer: it encodes the text between two of them by
-    itself. So the ids up to the last boundary that a view shares with the one before are reused,
-    and every distinct piece of the rest is encoded once.
+    Added tokens are hard boundaries for a tokenizer: it encodes the text between two of them
+    separately. So the ids up to the last boundary that a view shares with the previous one are
+    reused, and every distinct piece of the rest is encoded once.
     """
     if added.boundary is None:
         return encode_alone(tokenizer, views)
@@ -130,7 +131,7 @@ def encode_views(
     pieces = list(dict.fromkeys(piece for _, new in splits for piece in new))
     ids_of = dict(zip(pieces, encode_alone(tokenizer, pieces), strict=True))
     encoded = [np.empty(0, dtype=np.int32)]
-    ends = [0]  # in the ids of the last view, before its first piece and behind each piece
+    ends = [0]  # in the ids of the last view, before its first piece and after each piece
     for num_kept, new in splits:
         del ends[num_kept + 1 :]
         parts = [ids_of[piece] for piece in new]
@@ -143,16 +144,15 @@ def encode_views(
 def _split(
     views: Sequence[str], boundary: re.Pattern[str], margin: int
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield for each view how many pieces of the view before it begins with, and its other pieces.
+    """Yield how many pieces of the previous view each view begins with, and its other pieces.
 
     >>> list(_split(["a|b", "a|bc|"], re.compile("[|]"), 1))
     [(0, ['a', '|', 'b']), (2, ['bc', '|'])]
     """
     last = ""
-    cuts = [(0, 0)]  # behind each boundary of the last view: the characters and the pieces so far
+    cuts = [(0, 0)]  # characters and pieces up to each boundary of the last view
     for view in views:
-        # Whether a token is found where one was in the last view depends on the text up to the
-        # length of the longest token behind its begin.
+        # Whether a token matches can depend on up to `margin` characters from its start.
         shared = shared_prefix(last, view) - margin + 1
         del cuts[max(1, bisect_right(cuts, shared, key=itemgetter(0))) :]
         begin, num_kept = cuts[-1]

@@ -1,6 +1,6 @@
-"""What of a conversation neither this package nor the chat template reads.
+"""The parts of a conversation that neither this package nor the chat template reads.
 
-Inference doesn't see it either, so it's no error; but nobody wants it lost without a word.
+Inference doesn't see them either, so they are no error, but they are reported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _READ_HERE = {"role", "content", "tool_calls", "tool_call_id", "name", *REASONIN
 _REASONING = ("thought", "thoughts", "think", "thinking_content", "reasoning_text", "cot")
 
 logger = logging.getLogger(__name__)
-# What has been said: the template, of what kind, of which name.
+# What has been logged: the template, the kind, the name.
 _said: set[tuple[str, str, str]] = set()
 
 
@@ -26,8 +26,8 @@ def check_keys(template: Template, messages: Sequence[Message]) -> None:
     """Log, once for each template, which keys of the messages nobody reads.
 
     Args:
-        template: The chat template.
-        messages: The messages in their normal form, without ``train`` flags.
+        template: the text of the chat template.
+        messages: in their normal form, without ``train`` flags.
 
     Raises:
         ChatFormatError: if such a key is a usual name for reasoning: the turn would be trained
@@ -61,10 +61,10 @@ def report_left_out(
     """Log, once for each template and role, which messages and tools a context lacks.
 
     Args:
-        template: The chat template.
-        messages: The messages before a turn, in their normal form.
-        prepared: The same, as the template takes them.
-        context: What the template writes for them.
+        template: the text of the chat template.
+        messages: those before a turn, in their normal form.
+        prepared: the same, as the template takes them.
+        context: what the template writes for them.
     """
     if template.tools and not template.names("tools") and _is_new(template.text, "tools", ""):
         logger.warning(
@@ -81,7 +81,7 @@ def report_left_out(
     ]
     if not missing:
         return
-    # Templates may change a text, too. A text that none changes shows whether there is a place.
+    # Templates may also change a text. One that no template changes shows whether there is a place.
     stand_ins = {index: f"stand-in for content {index}" for index in missing}
     other = [
         {**message, "content": stand_ins.get(index, message["content"])}
@@ -104,7 +104,7 @@ def report_left_out(
 
 
 def _is_new(template: str, kind: str, name: str) -> bool:
-    """Return whether this hasn't been said yet, and note that it is."""
+    """Return whether this hasn't been logged yet, and record that it has."""
     new = (template, kind, name) not in _said
     _said.add((template, kind, name))
     return new

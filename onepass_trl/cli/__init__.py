@@ -14,7 +14,7 @@ VERBS = {
     "verify": "compare one pass with N separate passes on your model and conversations",
     "inspect": "show how a conversation is cut, who sees whom, what is trained and what that saves",
     "estimate": "count what one pass saves on a dataset, and predict how much faster a step is",
-    "bench": "time attention and training steps beside their peers, on your machine and data",
+    "bench": "time attention and training steps against alternatives, on your machine and data",
     "env": "print versions, attention implementations and devices, for bug reports",
 }
 
@@ -22,7 +22,7 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb named in `argv` (default: the process's arguments); return its exit status.
 
-    0: done; 1: the verb found a difference; 2: the input is wrong, said in one message on stderr.
+    0: done; 1: the verb found a difference; 2: the input is wrong, with one message on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     width = max(map(len, VERBS))
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("verb", nargs="?", choices=list(VERBS), help=argparse.SUPPRESS)
-    # Only what stands before the verb is ours: the rest belongs to the verb's own parser.
+    # Only what comes before the verb is parsed here: the rest is for the verb's own parser.
     options = parser.parse_args(arguments[: 1 + _num_leading_options(arguments)])
     if options.version:
         from onepass_trl import __version__

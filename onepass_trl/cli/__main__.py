@@ -1,4 +1,4 @@
-"""``python -m onepass_trl.cli`` is the command `onepass-trl`."""
+"""``python -m onepass_trl.cli``, the same as the command `onepass-trl`."""
 
 from onepass_trl.cli import main
 

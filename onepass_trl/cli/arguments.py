@@ -16,14 +16,14 @@ DATASET_HELP = "dataset of the Hub, a folder, or a .jsonl, .json or .parquet fil
 
 
 def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which conversations, for which model, rendered how."""
+    """Add the arguments for the conversations, the model, and how they are rendered."""
     parser.add_argument("dataset", help=DATASET_HELP)
     parser.add_argument("--model_name_or_path", required=True, help="model of the Hub, or a folder")
     add_reading_arguments(parser)
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how a dataset is read and rendered, and what of it is trained."""
+    """Add the arguments for how a dataset is read and rendered, and which turns are trained."""
     parser.add_argument(
         "--train_on",
         type=trained_turns,
@@ -86,21 +86,23 @@ def load_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
 
 
 def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model an embedding for each token, also those that came with a chat template."""
+    """Give the model an embedding for each token, including those of another chat template."""
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, len(tokenizer))
 
 
 def check_folder(flag: str, path: str | None) -> None:
-    """Raise for an output that can't be written: before the work that it would hold.
+    """Raise for an output that can't be written, before the work whose result it would get.
 
     Raises:
-        OSError: if the folder of `path` doesn't exist, or `path` is one; None is no output.
+        OSError: if the folder of `path` doesn't exist, or `path` is a folder; None is no output.
     """
     if path is None:
         return
     if not (folder := Path(path).resolve().parent).is_dir():
-        raise FileNotFoundError(f"{flag} {path}: there is no folder {folder}, make it first")
+        raise FileNotFoundError(
+            f"{flag} {path}: the folder {folder} does not exist; create it first"
+        )
     if Path(path).is_dir():
         raise IsADirectoryError(f"{flag} {path} is a folder, name a file in it")
 
@@ -116,7 +118,7 @@ def load_config(model: str) -> PreTrainedConfig | None:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Return the object that the text is, for argparse."""
+    """Return the JSON object in a text, for argparse."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -127,7 +129,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def trained_turns(text: str) -> Any:
-    """Return what ``--train_on`` means, for argparse."""
+    """Return the value of ``--train_on``, for argparse."""
     try:
         return parse_train_on(text)
     except ValueError as error:

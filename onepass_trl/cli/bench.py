@@ -1,4 +1,4 @@
-"""`onepass-trl bench`: attention and training steps beside their peers, on this machine."""
+"""`onepass-trl bench`: time attention and training steps against alternatives."""
 
 from __future__ import annotations
 
@@ -58,25 +58,27 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="onepass-trl bench",
-        description="Time one layer's attention beside SDPA and FlexAttention, and a training step "
-        "beside N-pass in TRL's SFTTrainer: on this machine, in one run, in turn. With a dataset, "
-        "on the passes of its conversations; else on a chat of random tokens. With a model, in its "
-        "shape with random weights; else in that of a small Qwen3.",
+        description="Time attention of one layer against SDPA and FlexAttention, and a training "
+        "step against N-pass in TRL's SFTTrainer, in one run and in turn. The input is "
+        "the passes of a dataset's conversations or a chat of random tokens; the model has the "
+        "shape of the given one, or of a small Qwen3, and random weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_subject(parser)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--attention", action="store_true", help="time attention only")
     only.add_argument("--step", action="store_true", help="time training steps only")
-    parser.add_argument("--peers", nargs="+", metavar="PEER", help="time these in attention only")
+    parser.add_argument("--peers", nargs="+", metavar="PEER", help="time only these in attention")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of weights and inputs (default: float32 on a CPU, else bfloat16)",
+        help="dtype of weights and inputs (default: float32 on a CPU, else bfloat16)",
     )
     parser.add_argument("--use_cpu", action="store_true", help="don't use the accelerator")
     parser.add_argument("--threads", type=_count, help="threads of the CPU (default: torch's)")
-    parser.add_argument("--repeats", type=_count, default=5, help="after one run to warm up")
+    parser.add_argument(
+        "--repeats", type=_count, default=5, help="timed runs, after one to warm up"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     options = parser.parse_args(argv)
     given = [name for name in _TURN if name in options]
@@ -87,7 +89,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if options.dataset is None:
         for name in ("train_on", "chat_template_kwargs", "chat_template_path", "null_arguments"):
             if getattr(options, name) != parser.get_default(name):
-                parser.error(f"--{name} is about a dataset, but none is given")
+                parser.error(f"--{name} needs a dataset, but none is given")
     for name, value in _TURN.items():
         setattr(options, name, getattr(options, name, value))
     return options
@@ -102,7 +104,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
         "--model_name_or_path",
         help="model of the Hub, or a folder: its config, and for a dataset its tokenizer",
     )
-    parser.add_argument("--num_layers", type=_count, help="leave the model its first layers only")
+    parser.add_argument("--num_layers", type=_count, help="keep only the first layers of the model")
     add_reading_arguments(parser)
     parser.add_argument(
         "-k",
@@ -131,8 +133,8 @@ def _count(text: str) -> int:
 def _check(
     options: argparse.Namespace, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise if the model can't be trained in one pass or a step needs too much memory: before any
-    measurement is taken, and lost."""
+    """Raise if the model can't be trained in one pass or a step needs too much memory, before any
+    measurement is taken."""
     from onepass_trl.tools.bench.step import check_memory
     from onepass_trl.tools.flops import model_cost
 
@@ -183,7 +185,7 @@ def _device_name(device: torch.device) -> str:
 def _describe(
     options: argparse.Namespace, config: PretrainedConfig, conversations: list[list[Pass]]
 ) -> str:
-    """Return what is measured, in words."""
+    """Return a description of what is measured."""
     text = config.get_text_config()
     name = options.model_name_or_path or "a small Qwen3"
     if options.dataset is None:

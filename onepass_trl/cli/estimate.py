@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         times = _measure(options, found, config, dataset, tokenizer, preparation)
 
     device = torch.accelerator.current_accelerator(check_available=True)
-    # TRL's fused LM head leaves out positions without a target where it runs on Triton.
+    # With Triton, TRL's fused LM head skips positions without a target.
     every_position = device is None or device.type not in ("cuda", "xpu")
     given: dict[str, Any] = {"scores_every_position": every_position, "times": times}
     what = f"{len(indices):,} of {len(dataset):,}" if len(indices) < len(dataset) else "all"
@@ -85,7 +85,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="onepass-trl estimate",
         description="Count what one pass and N-pass compute on a dataset: tokens, attention, "
         "floating-point operations of the model, rows after packing, and what max_length would "
-        "take away. Needs a tokenizer and a config, no weights.",
+        "cut. Needs a tokenizer and a config but no weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_conversation_arguments(parser)
@@ -96,13 +96,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=1000,
         help="how many conversations, drawn at random from more; 0 for all",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--max_length", type=int, help="longest row; unset: any length")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    parser.add_argument("--max_length", type=int, help="longest row in tokens; unset: any length")
     parser.add_argument(
         "--overflow",
         choices=OVERFLOW_POLICIES,
         default="truncate",
-        help="what becomes of a turn that is longer than max_length with its context",
+        help="what to do with a turn that, with its context, is longer than max_length",
     )
     parser.add_argument(
         "--measure",
@@ -113,7 +113,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of the measured model (default: float32 on a CPU, else bfloat16)",
+        help="dtype of the measured model (default: float32 on a CPU, else bfloat16)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write all figures as JSON")
     parser.add_argument("--png", metavar="FILE", help="also draw them (needs matplotlib)")
@@ -126,7 +126,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """Raise for a file that can't be written: before the work that it would hold."""
+    """Raise for a file that can't be written, before the work whose result it would get."""
     from onepass_trl.cli.arguments import check_folder
 
     if options.png is not None:
@@ -137,7 +137,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:
-    """Return the dataset, and the rows to look at, in their order."""
+    """Return the dataset, and the indices of the records to look at, ascending."""
     from onepass_trl.cli.conversations import open_dataset
 
     dataset = open_dataset(options)

@@ -19,7 +19,7 @@ _SHOWN = 100  # characters of a text, at most
 
 
 def main(argv: list[str]) -> int:
-    """Show the row that `argv` names; return 0."""
+    """Show the record that `argv` names; return 0."""
     options = _parse(argv)
     _check_outputs(options)
     from rich.console import Console
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
 
     found = _inspect(options)
     layers, problem = _layers(options.model_name_or_path)
-    # rich would look COLUMNS up in the environment that it found when it was imported.
+    # rich reads COLUMNS from the environment as it was when rich was imported.
     console = Console(highlight=False, width=shutil.get_terminal_size().columns)
     console.print(as_tree(found))
     for line in [*figures(found, layers), *remarks(found), *problem]:
@@ -58,7 +58,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="onepass-trl inspect",
         description="Show how a conversation is cut: the trunk that later turns see and the branch "
         "of each turn, which tokens are trained, and how much less one pass computes than N "
-        "separate passes. Turns, messages and positions count from 0. Needs a tokenizer, no "
+        "separate passes. Turns, messages and positions count from 0. Needs a tokenizer but no "
         "weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -72,7 +72,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """Raise unless what is asked for can be written: before any work."""
+    """Raise unless the requested files can be written, before any work."""
     from onepass_trl.cli.arguments import check_folder
 
     if options.png is not None:
@@ -102,19 +102,19 @@ def _inspect(options: argparse.Namespace) -> Inspection:
 
 
 def _layers(model: str) -> tuple[Sequence[AttentionLayers], list[str]]:
-    """Return the model's attention layers, and what is wrong with it; nothing without a config."""
+    """Return the model's attention layers and what is wrong with it, both None without a config."""
     from onepass_trl.cli.arguments import load_config
     from onepass_trl.tools.flops import model_cost
 
     try:
         config = load_config(model)
         return model_cost(config).attention if config else [], []
-    except (ValueError, OSError) as error:  # the conversation can be looked at all the same
+    except (ValueError, OSError) as error:  # the conversation can still be shown
         return [], [f"The model's layers aren't known: {error}"]
 
 
 def as_tree(found: Inspection) -> Tree:
-    """Return the conversation's outline: its trunk, and the branches where they leave it."""
+    """Return the conversation's outline: its trunk, with each branch where it leaves."""
     from rich.text import Text
     from rich.tree import Tree
 
@@ -152,7 +152,7 @@ def _line(found: Inspection, segment: Segment) -> Text:
     return Text.assemble(
         (f"{segment.role}{number}", "bold"),
         f"  {segment.size}  ",
-        # Where messages aren't known, the role has said it.
+        # If messages aren't known, the role already says this.
         *(() if what == segment.role else ((what, colour), "  ")),
         _shortened(visible_text(text)),
         no_wrap=True,

@@ -1,6 +1,6 @@
 """`onepass-trl setsft`: set supervised fine-tuning, with the flags, YAML and launcher of `sft`.
 
-To launch it otherwise than by the command: ``accelerate launch -m onepass_trl.cli.setsft ...`` or
+Other ways to launch it: ``accelerate launch -m onepass_trl.cli.setsft ...`` or
 ``torchrun -m onepass_trl.cli.setsft ...``.
 """
 

@@ -1,7 +1,7 @@
 """`onepass-trl sft`: TRL's `trl sft` with `OnePassSFTTrainer`, same flags, YAML and launcher.
 
 ``onepass-trl sft ...`` starts this module through accelerate, in as many processes as asked for.
-To launch it otherwise: ``accelerate launch -m onepass_trl.cli.sft ...`` or
+Other ways to launch it: ``accelerate launch -m onepass_trl.cli.sft ...`` or
 ``torchrun -m onepass_trl.cli.sft ...``.
 """
 
@@ -27,7 +27,7 @@ def launch(argv: list[str], parser: Any, module: str) -> int:
 
     Args:
         argv: flags of `parser`, and any of ``accelerate launch``.
-        parser: of which the second result is the training configuration.
+        parser: its second result is the training configuration.
         module: name of the module, which gets the flags of `parser`.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -35,8 +35,8 @@ def launch(argv: list[str], parser: Any, module: str) -> int:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     argv = _as_flags(argv)
-    # Parsed here too, so that wrong flags are reported once and before any process starts. What the
-    # parser doesn't know is accelerate's: --num_processes, --accelerate_config ..
+    # Parsed here too, so that wrong flags are reported once and before any process starts. Flags
+    # that the parser doesn't know are accelerate's: --num_processes, --accelerate_config ..
     _, training_args, *_, from_config, from_argv = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
@@ -48,9 +48,9 @@ def launch(argv: list[str], parser: Any, module: str) -> int:
         _share_cpu(options)
     try:
         launch_command(options)
-    except subprocess.CalledProcessError as error:  # one process; it has said what is wrong
+    except subprocess.CalledProcessError as error:  # one process, which has reported the error
         return error.returncode
-    except ChildFailedError as error:  # several
+    except ChildFailedError as error:  # several processes
         _, failure = error.get_first_failure()
         return failure.exitcode
     return 0
@@ -59,8 +59,8 @@ def launch(argv: list[str], parser: Any, module: str) -> int:
 def _share_cpu(options: Any) -> None:
     """Start the processes of a CPU run as processes of torch.distributed, and share out its CPUs.
 
-    accelerate starts one process instead of several unless it believes in GPUs, and gives it one
-    thread, which suits machines that compute elsewhere.
+    accelerate starts one process instead of several unless it finds GPUs, and gives it one thread,
+    which suits machines that compute on GPUs.
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -148,9 +148,8 @@ def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any
 
     Args:
         script_args: TRL's `ScriptArguments`.
-        mixture: TRL's `DatasetMixtureConfig`. If it names datasets, these are taken instead of
-            the one of `script_args`.
-        wants_eval: whether the run evaluates.
+        mixture: TRL's `DatasetMixtureConfig`. If it names datasets, they are used instead of the
+            one of `script_args`.
     """
     from trl import get_dataset
 
@@ -200,7 +199,7 @@ def _as_flags(arguments: list[str]) -> list[str]:
 
 
 def _check_config(file: str) -> None:
-    """Raise ValueError unless `file` holds flags: `TrlParser` says little of what is wrong."""
+    """Raise ValueError unless `file` contains flags: `TrlParser` would not say what is wrong."""
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -216,12 +215,12 @@ def _check_config(file: str) -> None:
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ValueError(
-            f"--config {file} holds {found}, expected one flag a line, such as 'packing: true'"
+            f"--config {file} has {found}, expected one flag per line, such as 'packing: true'"
         )
 
 
 def _without(arguments: list[str], removed: list[str]) -> list[str]:
-    """Return `arguments` less `removed`, an ordered subsequence of it."""
+    """Return `arguments` without `removed`, an ordered subsequence of it."""
     kept, rest = [], list(removed)
     for argument in arguments:
         if rest and argument == rest[0]:

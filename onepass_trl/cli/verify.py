@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
     )
     if options.dtype != "float32":
         print(
-            f"{options.dtype} rounds more than float32: --dtype float32 tells rounding from error."
+            f"{options.dtype} rounds more than float32: --dtype float32 separates rounding from "
+            "real errors."
         )
     return 1
 
@@ -81,7 +82,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="onepass-trl verify",
         description="Compute loss and gradients of some conversations in N separate passes and in "
-        "one, and compare both, their tokens and their time. Exits with 1 if loss or gradients "
+        "one, and compare them, the tokens and the time. Exits with 1 if loss or gradients "
         "differ beyond tolerance.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -91,7 +92,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model_from_config",
         action="store_true",
-        help="take random weights, so that the folder needs no more than config and tokenizer",
+        help="use random weights, so that the folder needs only a config and a tokenizer",
     )
     add_reading_arguments(parser)
     parser.add_argument(
@@ -99,7 +100,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--num_conversations",
         type=int,
         default=4,
-        help="how many conversations, from the first",
+        help="how many conversations, from the first one",
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32"

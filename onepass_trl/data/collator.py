@@ -13,7 +13,7 @@ from onepass_trl.data.layout import TOKEN_COLUMNS, Layout, concatenate
 from onepass_trl.passes import IGNORE_INDEX
 
 MODEL_INPUTS = ("input_ids", "position_ids", "shift_labels", "visible_end")
-"""What of a batch a model gets that computes log-probabilities of targets in one pass."""
+"""What a model gets from a batch to compute the log-probabilities of its targets."""
 
 _PADDING_RUN = 64  # tokens
 _DTYPES = {
@@ -31,7 +31,7 @@ class OnePassCollator:
     """Collates rows into one batch, padded on the right to its longest row.
 
     Padding sees nothing but padding, is seen by nothing else and has no target, so no attention
-    mask is needed. It goes in runs of 64 tokens: layers that carry state begin anew at each.
+    mask is needed. It is divided into runs of 64 tokens, at which layers that carry state restart.
 
     Returns a dict of tensors, all ``(batch, seq)`` but the last two:
 
@@ -45,7 +45,7 @@ class OnePassCollator:
 
     Args:
         pad_token_id: id of the padding tokens; any id of the vocabulary does.
-        padding_free: put all rows after one another into a single row instead of padding them to
+        padding_free: put all rows one after another into a single row instead of padding them to
             the same length.
         pad_to_multiple_of: pad the sequence to a multiple of this.
 

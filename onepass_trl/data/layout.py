@@ -1,4 +1,4 @@
-"""A tree as one flat row of tokens, with everything the model and the loss need to know of each."""
+"""A tree as one flat row of tokens, with what the model and the loss need to know about each."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def linearize(tree: TokenTree) -> Layout:
     So the trunk of a conversation becomes contiguous, and each branch sees one contiguous prefix
     and itself.
 
-    A node's last token must predict the first token of every trained child. A position has one
-    target, so for each further trained child a copy of that token stands right before it: same
-    position, visible to itself only. Its hidden state equals the original's, and nothing else sees
+    A node's last token must predict the first token of every trained child. An index has one
+    target, so for each further trained child a copy of that token is placed right before it: same
+    position, visible only to itself. Its hidden state equals the original's, and nothing else sees
     it.
 
     >>> from onepass_trl import Pass, build_tree
@@ -108,7 +108,7 @@ def linearize(tree: TokenTree) -> Layout:
 
 
 def linearize_with_targets(passes: Sequence[Pass]) -> tuple[Layout, list[NDArray[np.int64]]]:
-    """Return the row of the tree of `passes`, and where in it the targets of each pass are.
+    """Return the row of the tree of `passes`, and where each pass has its targets in it.
 
     The positions of a pass have shape ``(num_trained,)``: the row's output at ``positions[t]``
     predicts the pass's trained token number t. Passes that share a target share its position.
@@ -129,7 +129,7 @@ def linearize_with_targets(passes: Sequence[Pass]) -> tuple[Layout, list[NDArray
 
 
 class Span(NamedTuple):
-    """Where the tokens of a node are in the row."""
+    """Where a row has the tokens of a node."""
 
     node: int
     depth: int
@@ -158,22 +158,22 @@ def node_spans(tree: TokenTree) -> Iterator[Span]:
 
 
 def _target_positions(tree: TokenTree) -> list[NDArray[np.int64]]:
-    """Return for each node, ``(num_tokens,)``: where in the row a token is predicted, or -1.
+    """Return for each node, ``(num_tokens,)``: the index that predicts a token, or -1.
 
-    A token that no pass trains is predicted nowhere.
+    No index predicts a token that no pass trains.
     """
     positions = [np.full(node.token_ids.size, -1, dtype=np.int64) for node in tree.nodes]
     for index, _, children, begin, end in node_spans(tree):
         is_inner = tree.nodes[index].weights[1:] > 0
         positions[index][1:][is_inner] = begin + np.flatnonzero(is_inner)
         trained = [child for child in children if tree.nodes[child].weights[0]]
-        for number, child in enumerate(trained):  # the first from the token itself, then copies
+        for number, child in enumerate(trained):  # the token itself, then its copies
             positions[child][0] = end - 1 - number
     return positions
 
 
 def concatenate(rows: Sequence[Layout]) -> Layout:
-    """Return one row that holds `rows` after one another; they don't see each other.
+    """Return one row with `rows` one after another; they don't see each other.
 
     >>> from onepass_trl import Pass, build_tree
     >>> row = linearize(build_tree([Pass([1, 2], [0, 1])]))
@@ -191,9 +191,9 @@ def concatenate(rows: Sequence[Layout]) -> Layout:
 
 
 def separate(row: Layout) -> Iterator[Layout]:
-    """Yield the trees of a row, each as a row of its own: `concatenate` reversed.
+    """Yield the trees of a row, each as a separate row: `concatenate` reversed.
 
-    Turns aren't known of each, so ``num_turns`` is 0.
+    The turns of each are unknown, so ``num_turns`` is 0.
 
     >>> from onepass_trl import Pass, build_tree
     >>> row = linearize(build_tree([Pass([1, 2], [0, 1])]))
@@ -202,7 +202,7 @@ def separate(row: Layout) -> Iterator[Layout]:
     """
     begin = 0
     while begin < len(row):
-        # Its first token, or copies of that.
+        # The tree's first token may come after copies of it.
         first = begin + int(np.argmax(row.multiplicity[begin:] > 0))
         end = int(row.visible_end[first])
         arrays = {name: getattr(row, name)[begin:end] for name in TOKEN_COLUMNS}
@@ -215,8 +215,8 @@ def target_paths(row: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.in
     """Yield the paths of a row that end in a target, and which targets each is the first to have.
 
     A path is the indices of the tokens that its last one sees, ``(path_length,)``: alone in a row,
-    they are what a separate pass computes. Of its targets, ``(num_targets,)``, the numbers in the
-    path are yielded. Together the paths have each target of the row once.
+    they are what a separate pass computes. Its targets, ``(num_targets,)``, are indices into the
+    path. Together the paths have each target of the row once.
 
     >>> from onepass_trl import Pass, build_tree
     >>> row = linearize(build_tree([Pass([1, 2, 3], [0, 0, 1]), Pass([1, 2, 4, 5], [0, 0, 1, 1])]))

@@ -22,7 +22,7 @@ class Overflow:
 
     Attributes:
         num_passes: passes that were longer than ``max_length``.
-        num_lost_turns: of these, the ones of which no trained token is left.
+        num_lost_turns: those of which no trained token is left.
         num_lost_tokens: trained tokens that are no longer trained.
         longest: tokens of the longest pass, before the policy.
     """
@@ -33,7 +33,7 @@ class Overflow:
     longest: int = 0
 
     def add(self, other: Overflow) -> None:
-        """Count what was taken away from other passes, too."""
+        """Add what was taken away from other passes."""
         self.num_passes += other.num_passes
         self.num_lost_turns += other.num_lost_turns
         self.num_lost_tokens += other.num_lost_tokens
@@ -43,7 +43,7 @@ class Overflow:
 def limit_passes(
     passes: Sequence[Pass], max_length: int, overflow: str
 ) -> tuple[list[Pass], Overflow]:
-    """Return the passes with none longer than `max_length` tokens, and what that took away.
+    """Return the passes, none longer than `max_length` tokens, and what that took away.
 
     Args:
         overflow: ``"truncate"`` keeps the first `max_length` tokens of a pass (as ``SFTTrainer``
@@ -88,7 +88,7 @@ def split_passes(passes: Sequence[Pass], max_length: int) -> list[TokenTree]:
     """Return trees of at most `max_length` row tokens that hold each pass exactly once.
 
     The tree of all passes is cut along its branches: each tree takes neighbouring branches and
-    repeats only their common path, which stays untrained in all trees but the one that trains it.
+    repeats only their common path, which is untrained in all trees except the one that trains it.
 
     Raises:
         ValueError: if a pass is longer than `max_length`; see `limit_passes`.

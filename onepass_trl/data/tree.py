@@ -1,4 +1,4 @@
-"""The prefix tree of a set of passes: what several passes share stands in it once."""
+"""The prefix tree of a set of passes: it has what several passes share once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Node:
 class TokenTree:
     """A prefix tree of passes.
 
-    ``nodes[0]`` is the root: it holds no token and stands before the first token of every pass, so
+    ``nodes[0]`` is the root: it holds no token and precedes the first token of every pass, so
     passes that share nothing are its children. Grow a tree with `insert`, or build it whole with
     `build_tree`.
     """
@@ -118,7 +118,7 @@ class TokenTree:
     def depth_first(self) -> Iterator[tuple[int, int, list[int]]]:
         """Yield (node index, tokens above it, its ordered children), the heaviest child first.
 
-        The heaviest child is the one whose subtree has most tokens; ties keep the order of
+        The heaviest child is the one whose subtree has the most tokens; ties keep the order of
         insertion.
         """
         sizes = self.subtree_num_tokens()

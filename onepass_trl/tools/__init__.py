@@ -1,1 +1,1 @@
-"""What checks and measures one-pass training, beside the training itself."""
+"""What checks and measures one-pass training."""

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Work:
-    """What a way of training computes for some rows.
+    """What one way of training computes for some rows.
 
     Attributes:
         rows: sequences.
         tokens: their tokens.
         scored: positions whose next token is scored.
         pairs: (query, key) pairs that see each other, by the window of the layer.
-        executed: pairs in the tiles of 64 x 64 that hold such a pair, by window.
+        executed: pairs in the tiles of 64 x 64 that contain such a pair, by window.
     """
 
     rows: int = 0
@@ -53,7 +53,7 @@ class Work:
     executed: Counter[int | None] = field(default_factory=Counter)
 
     def add(self, other: Work) -> None:
-        """Add what `other` computes."""
+        """Add the counts of `other`."""
         for name in (column.name for column in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -88,17 +88,17 @@ class Estimate:
         indices: of the conversations in their dataset.
         one_pass: the rows of the prefix trees.
         n_pass: one row for each turn.
-        num_turns: trained turns of each conversation; 0 where nothing of it is left.
+        num_turns: trained turns of each conversation; 0 if none is left.
         row_tokens: tokens of each conversation in one pass.
         n_pass_tokens: its tokens in N-pass.
-        longest_path: tokens of its longest turn with its context, before the overflow policy.
+        longest_path: tokens of the longest turn with its context, before the overflow policy.
         num_split: conversations that `max_length` splits into several rows.
         overflow: what the overflow policy takes away.
         packed_rows: rows after packing; None without `max_length`.
-        max_length: limit of a row, None for none.
-        has_reasoning: whether any trained turn has reasoning; None where messages aren't known.
-        invalid: why no exact pass can be made of further turns or rows, each with its row.
-        branches: whether a conversation's turns are no single path, so that tokens stand twice.
+        max_length: limit of a row, None without one.
+        has_reasoning: whether any trained turn has reasoning; None if messages aren't known.
+        invalid: why no exact pass can be made of other turns or records, each with its record.
+        branches: whether a conversation's turns are not a single path, so that tokens occur twice.
         cost: of the model, None if it isn't known.
     """
 
@@ -120,7 +120,7 @@ class Estimate:
 
     @property
     def token_ratio(self) -> float:
-        """How many times as many tokens N-pass computes."""
+        """Tokens of N-pass over those of one pass."""
         return self.n_pass.tokens / self.one_pass.tokens
 
     @property
@@ -146,14 +146,14 @@ class Estimate:
 
         Args:
             work: ``one_pass`` or ``n_pass``.
-            scores_every_position: as TRL's fused LM head does on a CPU; on an accelerator it leaves
-                out positions without a target.
+            scores_every_position: as TRL's fused LM head does on a CPU; on an accelerator it skips
+                positions without a target.
 
         Raises:
             ValueError: if the cost of the model isn't known.
         """
         if self.cost is None:
-            raise ValueError("the operations of a step follow from a model: give its cost")
+            raise ValueError("the operations of a step depend on the model: pass its cost")
         scored = work.tokens if scores_every_position else work.scored
         return StepFlops(
             linear=LINEAR_FORWARDS * self.cost.linear_flops * work.tokens,
@@ -162,8 +162,8 @@ class Estimate:
         )
 
     def flops_ratio(self, *, scores_every_position: bool = False) -> float:
-        """Return how many times as many operations N-pass has: the step-time ratio, if each
-        operation took as long as any other."""
+        """Return the operations of N-pass over those of one pass: the step-time ratio if all
+        operations were equally fast."""
         n_pass, one_pass = (
             self.flops(work, scores_every_position=scores_every_position).total
             for work in (self.n_pass, self.one_pass)
@@ -181,7 +181,7 @@ def estimate(
 ) -> Estimate:
     """Return what one pass and N-pass would compute on the conversations of `records`.
 
-    N-pass is taken to have a row for each turn, without padding.
+    N-pass is assumed to have one row for each turn, without padding.
 
     Args:
         records: of a dataset, in any form that `render_record` reads, each after its index.
@@ -237,7 +237,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Count:
-    """What is counted of one conversation; `lengths` are those of its rows."""
+    """The counts of one conversation; `lengths` are those of its rows."""
 
     index: int
     one_pass: Work
@@ -294,7 +294,7 @@ def work_of_row(row: Layout, windows: Iterable[int | None]) -> Work:
 
 
 def work_of_pass(num_tokens: int, num_trained: int, windows: Iterable[int | None]) -> Work:
-    """Return what N-pass computes for one pass, with kernels that skip what no query sees."""
+    """Return what N-pass computes for one pass, with kernels that skip tiles no query sees."""
     work = Work(rows=1, tokens=num_tokens, scored=num_trained)
     for window in windows:
         span = num_tokens if window is None else min(window, num_tokens)
@@ -310,7 +310,7 @@ def work_of_pass(num_tokens: int, num_trained: int, windows: Iterable[int | None
 
 
 def _packed_rows(lengths: Sequence[Sequence[int]], max_length: int | None) -> int | None:
-    """Return how many rows packing leaves, of batches as the trainer packs them."""
+    """Return how many rows packing leaves, for batches as the trainer packs them."""
     if max_length is None:
         return None
     flat = [length for row in lengths for length in row]
@@ -319,5 +319,5 @@ def _packed_rows(lengths: Sequence[Sequence[int]], max_length: int | None) -> in
 
 
 def weighted_pairs(pairs: Mapping[int | None, int], weights: Mapping[int | None, int]) -> int:
-    """Return the sum of pairs by window, each times the weight of the layers that have it."""
+    """Return the sum of pairs by window, each weighted by the layers that have it."""
     return sum(weight * pairs[window] for window, weight in weights.items())

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def draw(found: Estimate, title: str, *, scores_every_position: bool = False) -> Figure:
-    """Return a figure of what a dataset holds and what one pass saves on it.
+    """Return a figure of what a dataset contains and what one pass saves on it.
 
     Args:
         found: the estimate.
-        title: stands above it.
+        title: of the figure.
         scores_every_position: as for `Estimate.flops`.
     """
     figure = plots.new_figure(10, 7)
@@ -70,7 +70,7 @@ def _draw_savings(ax: Any, found: Estimate) -> None:
     left = found.row_tokens > 0
     ratios = found.n_pass_tokens[left] / found.row_tokens[left]
     ax.scatter(found.num_turns[left], ratios, s=10, alpha=0.5, color=plots.ONE_PASS)
-    ax.set_title(f"N-pass computes {found.token_ratio:.2f} times as many tokens")
+    ax.set_title(f"N-pass computes {found.token_ratio:.2f} times the tokens")
     ax.set_xlabel("trained turns")
     ax.set_ylabel("N-pass tokens / one-pass tokens")
     ax.set_ylim(bottom=0)

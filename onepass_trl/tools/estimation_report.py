@@ -55,7 +55,7 @@ def report(
     yield ""
     yield from _prediction(found, scores_every_position, times)
     yield (
-        f"The tiles that one pass executes hold {found.executed_over_useful:.2f} times the pairs "
+        f"The tiles that one pass executes have {found.executed_over_useful:.2f} times the pairs "
         "that see each other."
     )
     yield from _rows(found)
@@ -86,13 +86,13 @@ def _prediction(
 ) -> Iterator[str]:
     if times is not None:
         one, n = times[0].seconds(found.one_pass), times[1].seconds(found.n_pass)
-        # Three coefficients fit three rows exactly, which says nothing.
+        # Three coefficients always fit three rows exactly.
         errors = [time.largest_error for time in times if time.num_rows > 3]
         fitted = f" (fitted to within {max(errors):.0%})" if errors else ""
         yield (
-            f"Predicted: N-pass takes {n / one:.2f} times as long, by {times[0].num_rows} rows and "
-            f"{times[1].num_rows} turns of up to {max(time.longest for time in times):,} tokens "
-            f"that ran on this device{fitted}."
+            f"Predicted: N-pass takes {n / one:.2f} times as long, from {times[0].num_rows} rows "
+            f"and {times[1].num_rows} turns of up to {max(time.longest for time in times):,} "
+            f"tokens that ran on this device{fitted}."
         )
     if found.cost is None:
         yield (
@@ -130,7 +130,7 @@ def _rows(found: Estimate) -> Iterator[str]:
             f"Overflow: {lost.num_passes:,} turns are longer than max_length {found.max_length:,}; "
             f"{lost.num_lost_tokens:,} trained tokens are lost, {lost.num_lost_turns:,} turns "
             f"whole, {(found.num_turns == 0).sum():,} conversations whole. max_length "
-            f"{lost.longest:,} keeps all."
+            f"{lost.longest:,} keeps them all."
         )
     else:
         yield f"No turn is longer than max_length {found.max_length:,}."
@@ -147,20 +147,20 @@ def _rows(found: Estimate) -> Iterator[str]:
 
 def _remarks(found: Estimate) -> Iterator[str]:
     if found.num_turns.max() <= 1:
-        yield "No conversation has two trained turns, so one pass is what N-pass computes."
+        yield "No conversation has two trained turns, so one pass computes the same as N-pass."
         return
     num_branching = int(found.branches.sum())
     if num_branching == 0:
         yield (
-            "No token stands twice: on these conversations the template keeps every turn in later "
+            "No token occurs twice: on these conversations the template keeps every turn in later "
             "contexts as it was generated, so no duplication is needed. Each row is an ordinary "
             "causal sequence in which all its turns are trained."
         )
     else:
         tokens = [x[found.branches].sum() for x in (found.n_pass_tokens, found.row_tokens)]
         yield (
-            f"{num_branching:,} of {len(found.branches):,} conversations branch: turns stand twice "
-            f"in them, and N-pass computes {tokens[0] / tokens[1]:.2f} times as many tokens."
+            f"{num_branching:,} of {len(found.branches):,} conversations branch: turns occur twice "
+            f"in them, and N-pass computes {tokens[0] / tokens[1]:.2f} times the tokens."
         )
     if found.has_reasoning is False:
         yield (
@@ -185,7 +185,7 @@ def histogram(num_turns: list[int]) -> Iterator[str]:
 
 
 def turn_bins(num_turns: list[int]) -> dict[str, int]:
-    """Return how many conversations have so many turns: each number, or ranges if they are many.
+    """Return how many conversations have each number of turns, in ranges if there are many.
 
     >>> turn_bins([3, 3, 1])
     {'1': 1, '3': 2}

@@ -1,4 +1,4 @@
-"""What a model costs: each weight is multiplied once per token, attention goes by the pair."""
+"""What a model costs: one product per weight and token, and attention per pair."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from onepass_trl.attention.model_check import check_model
 
-# Forward and backward, in forwards, without activation checkpointing. A matrix product has two in
-# its backward. Attention has two products forward and five backward, as the scores are computed
-# again (3.5 with equal head sizes). So are the logits in TRL's fused LM head.
+# Cost of forward + backward in units of one forward, without activation checkpointing. A matrix
+# product has two in its backward. Attention has two products forward and five backward, as the
+# scores are computed again (3.5 with equal head sizes). So are the logits in TRL's fused LM head.
 LINEAR_FORWARDS, ATTENTION_FORWARDS, HEAD_FORWARDS = 3.0, 3.5, 4.0
-# Under which names configurations say how many experts a token goes to.
+# The names that configurations use for the number of experts per token.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
 
 
 @dataclass(frozen=True)
 class AttentionLayers:
-    """Layers whose attention is alike.
+    """Layers with the same attention.
 
     Attributes:
         num_layers: how many there are.
-        window: their sliding window, None for none.
+        window: their sliding window, None without one.
         flops_per_pair: of one layer's forward, all heads together, for a query and a key it sees.
     """
 
@@ -37,12 +37,12 @@ class AttentionLayers:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """The floating-point operations of a model's forward pass; a multiply-add counts two.
+    """The floating-point operations of a model's forward pass; a multiply-add counts as two.
 
     Attributes:
         name: the class of the model.
-        num_parameters: all of them, also experts that a token doesn't go to.
-        linear_flops: per token: projections, MLPs, the experts that it goes to, routers, short
+        num_parameters: all of them, including experts that a token doesn't use.
+        linear_flops: per token: projections, MLPs, the experts that it uses, routers, short
             convolutions. The recurrence of a linear attention, a few percent of such a layer, is
             not counted.
         head_flops: per position whose next token is scored.
@@ -59,10 +59,10 @@ class ModelCost:
 def model_cost(config: PreTrainedConfig) -> ModelCost:
     """Return what the forward pass of a causal language model with this configuration costs.
 
-    The model is built without memory for its weights; of a multimodal one, only what reads text.
+    The model is built without memory for its weights; of a multimodal one, only the text model.
 
     Raises:
-        ValueError: if it can't be built, or not be trained in one pass, see `check_model`.
+        ValueError: if it can't be built or can't be trained in one pass, see `check_model`.
     """
     text_config = copy.deepcopy(config.get_text_config(decoder=True))
     try:
@@ -87,7 +87,7 @@ def model_cost(config: PreTrainedConfig) -> ModelCost:
 
 
 def _active_weights(module: nn.Module, config: PreTrainedConfig) -> int:
-    """Return how many of a module's own weights a token is multiplied with."""
+    """Return by how many of a module's own weights a token is multiplied."""
     if isinstance(module, nn.Embedding):
         return 0
     total = 0
@@ -106,8 +106,8 @@ def _experts_per_token(config: PreTrainedConfig) -> int:
         if isinstance(number := getattr(config, name, None), int):
             return number
     raise ValueError(
-        f"{type(config).__name__} has experts, but none of {', '.join(_EXPERTS_PER_TOKEN)} says to "
-        "how many of them a token goes: set num_experts_per_tok"
+        f"{type(config).__name__} has experts, but none of {', '.join(_EXPERTS_PER_TOKEN)} says "
+        "how many of them a token uses: set num_experts_per_tok"
     )
 
 
@@ -123,7 +123,7 @@ def _attention_layers(
         kind = window, 2 * config.num_attention_heads * sum(head_sizes(module, config))
         counts[kind] = counts.get(kind, 0) + 1
     if not counts:
-        raise ValueError(f"{type(model).__name__}: found no attention layer in it")
+        raise ValueError(f"{type(model).__name__} has no attention layer")
     return tuple(
         AttentionLayers(number, window, flops) for (window, flops), number in counts.items()
     )

@@ -33,7 +33,7 @@ class Segment:
 
     Attributes:
         begin: first token in the row.
-        end: one beyond the last.
+        end: exclusive.
         first_position: position id of the first token.
         last_position: position id of the last token.
         role: of the message; ``"context"`` or ``"completion"`` where the message isn't known.
@@ -55,19 +55,19 @@ class Segment:
 
     @property
     def num_tokens(self) -> int:
-        """Number of its tokens, fork copies not counted."""
+        """The number of its tokens without fork copies."""
         return self.end - self.begin - self.num_copies
 
     @property
     def size(self) -> str:
-        """How many tokens it has and at which positions, in words."""
+        """The number and the positions of its tokens, in words."""
         tokens = "token" if self.num_tokens == 1 else "tokens"
         return f"{self.num_tokens} {tokens} at {self.first_position}..{self.last_position}"
 
 
 @dataclass
 class Branch:
-    """Segments that follow one another, and after each the branches that leave there.
+    """Consecutive segments, and after each the branches that leave there.
 
     Attributes:
         turns: how many trained turns go through it.
@@ -86,12 +86,12 @@ class Inspection:
 
     Attributes:
         row: the row.
-        texts: text of each of its tokens, ``num_tokens`` of them.
+        texts: of its tokens, ``num_tokens`` of them.
         trained: ``(num_tokens,)`` bool, whether a token is a target of the loss in any pass.
-        is_copy: ``(num_tokens,)`` bool, whether it is a fork copy.
+        is_copy: ``(num_tokens,)`` bool, whether a token is a fork copy.
         trunk: the tree; the trunk is the path of the last pass, up to what that pass generates.
         pass_lengths: number of tokens of each pass.
-        has_reasoning: whether a trained turn has reasoning; None where messages aren't known.
+        has_reasoning: whether a trained turn has reasoning; None if messages aren't known.
     """
 
     row: Layout
@@ -109,7 +109,7 @@ class Inspection:
 
     @property
     def token_ratio(self) -> float:
-        """How many times as many tokens N-pass computes."""
+        """Tokens of N-pass over those of one pass."""
         return self.n_pass_tokens / len(self.row)
 
     @property
@@ -129,7 +129,7 @@ class Inspection:
 
     @property
     def is_chain(self) -> bool:
-        """Whether each pass begins with all of the one before, so that nothing stands twice."""
+        """Whether each pass begins with the whole previous one, so that nothing occurs twice."""
         return len(self.row) == max(self.pass_lengths)
 
 
@@ -188,7 +188,7 @@ def inspect_passes(
 
 
 class _View:
-    """A tree with its row, and for each token of the row what it is."""
+    """A tree with its row, and what each token of the row is."""
 
     def __init__(self, tree: TokenTree, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tree, self.tokenizer, self.row = tree, tokenizer, linearize(tree)
@@ -208,7 +208,7 @@ class _View:
             self.trained[tokens] = [*trained[:-1], *trained[-1:].repeat(copies + 1)]
 
     def tokens(self, index: int) -> NDArray[np.int64]:
-        """Return the places of a node's tokens, fork copies included."""
+        """Return the row indices of a node's tokens, fork copies included."""
         return np.arange(self.spans[index].begin, self.spans[index].end)
 
     def find_messages(
@@ -227,7 +227,7 @@ class _View:
         tokens = [np.concatenate([self.tokens(index) for index in path]) for path in paths]
         tokens = [where[~self.is_copy[where]] for where in tokens]
         ends = {self.texts[where[-1]] for where in tokens}
-        # The last pass first: a token keeps what the context that has most around it says.
+        # Last pass first: a shared token is labelled from its longest context.
         for turn, where in zip(reversed(turns), reversed(tokens), strict=True):
             in_context = where[: len(where) - turn.rendered.num_trained]
             texts = [self.texts[token] for token in in_context.tolist()]
@@ -273,7 +273,7 @@ class _View:
         )
 
     def outline(self, paths: Mapping[int, list[int]], roles: Sequence[str]) -> Branch:
-        """Return the tree as nested branches, of which each follows its last pass.
+        """Return the tree as nested branches, each along the path of its last pass.
 
         Args:
             paths: the nodes of each pass, by the number of its turn, in ascending order.
@@ -293,7 +293,7 @@ class _View:
 
         first = [span.node for span in self.spans.values() if span.depth == 0]
         trunk = branch_of(ROOT, first)
-        # What the last turn generates is its branch, like that of every turn before it.
+        # What the last turn generates is its branch, as for every earlier turn.
         tail = len(trunk.items)
         while tail and _is_generated_once(trunk.items[tail - 1]):
             tail -= 1

@@ -1,4 +1,4 @@
-"""What an inspected row amounts to, in words: for the terminal and for the page."""
+"""The figures of an inspected row in words, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onepass_trl.visibility import TILE
 
 
 def name_of(branch: Branch) -> str:
-    """Return what to call a branch."""
+    """Return the name of a branch."""
     if branch.turns == 1:
         return f"branch of turn {branch.last_turn}"
     return f"branch of {branch.turns} turns, the last is turn {branch.last_turn}"
@@ -20,18 +20,18 @@ def name_of(branch: Branch) -> str:
 def figures(found: Inspection, layers: Sequence[AttentionLayers] = ()) -> Iterator[str]:
     """Yield the row's figures as lines of text.
 
-    `layers` are those of the model, if it is known: those with a window have figures of their own.
+    `layers` are those of the model, if it is known: those with a window have separate figures.
     """
     skipped, partial, full = found.tiles
     executed = partial + full
     num_turns = len(found.pass_lengths)
     yield (
         f"tokens: one pass {len(found.row):,}, N-pass {found.n_pass_tokens:,} in {num_turns} "
-        f"passes = {found.token_ratio:.2f} times as many"
+        f"passes = {found.token_ratio:.2f} x"
     )
     yield (
         f"attention pairs: one pass {found.pairs:,}, N-pass {found.n_pass_pairs:,} = "
-        f"{found.n_pass_pairs / found.pairs:.2f} times as many (layers without a window)"
+        f"{found.n_pass_pairs / found.pairs:.2f} x (layers without a window)"
     )
     yield (
         f"tiles of {TILE} x {TILE}: {executed:,} executed ({full:,} full, {partial:,} partial), "
@@ -53,16 +53,16 @@ def _in_window(found: Inspection, window: int, num_layers: int) -> str:
     return (
         f"in the {f'{num_layers} layers' if num_layers > 1 else 'layer'} with a window of "
         f"{window:,}: one pass {pairs:,} pairs, N-pass "
-        f"{n_pass_pairs:,} = {n_pass_pairs / pairs:.2f} times as many; "
+        f"{n_pass_pairs:,} = {n_pass_pairs / pairs:.2f} x; "
         f"{one_pass.executed[window] // TILE**2:,} tiles executed"
     )
 
 
 def remarks(found: Inspection) -> Iterator[str]:
-    """Yield what is particular about the row, as sentences."""
+    """Yield what is special about the row, as sentences."""
     num_turns = len(found.pass_lengths)
     if num_turns == 1:
-        yield "Only one turn is trained, so one pass is what N-pass computes."
+        yield "Only one turn is trained, so one pass computes the same as N-pass."
         return
     if found.is_chain:
         yield (

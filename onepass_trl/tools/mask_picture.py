@@ -30,11 +30,11 @@ class Raster:
 
     Attributes:
         num_tokens: of the row.
-        cell: queries and keys of a cell.
-        full: ``(cells, cells)`` float32, a query cell each row: which share of a cell's pairs lies
-            in full tiles, where every pair is seen.
-        partial: which share lies in partial tiles.
-        seen: which share is seen.
+        cell: number of queries, and of keys, in a cell.
+        full: ``(cells, cells)`` float32, queries first: the share of a cell's pairs in full tiles,
+            where every pair is visible.
+        partial: the share in partial tiles.
+        seen: the share that is visible.
     """
 
     num_tokens: int
@@ -55,7 +55,7 @@ def rasterize(visible_end: NDArray[np.int32], max_cells: int = CELLS) -> Raster:
     cell = next((c for c in (1, 2, 4, 8, 16, 32) if c * max_cells >= num_tokens), TILE)
     if cell == TILE:
         cell *= -(-num_tokens // (TILE * max_cells))
-    # Counted on a grid that tiles and cells are both multiples of.
+    # Counted on a grid whose step divides both tiles and cells.
     step, strip = min(cell, TILE), max(cell, TILE)
     per_tile, per_cell = TILE // step, cell // step
     bounds = np.append(np.arange(0, num_tokens, step, dtype=np.int32), np.int32(num_tokens))
@@ -75,11 +75,11 @@ def rasterize(visible_end: NDArray[np.int32], max_cells: int = CELLS) -> Raster:
 def _seen_pairs(
     visible_end: NDArray[np.int32], rows: NDArray[np.int32], step: int
 ) -> NDArray[np.int32]:
-    """Return how many pairs are seen in each cell of `step` keys, between each two of `rows`."""
+    """Return how many pairs are visible in each cell of `step` keys, between each two of `rows`."""
     keys = np.arange(visible_end.size, dtype=np.int32)
     num_queries = visible_end - keys
     blocks = np.arange(0, keys.size, step)
-    # Key j has been seen by so many of the queries before i.
+    # How many of the queries before i see key j.
     before = [np.add.reduceat(np.clip(i - keys, 0, num_queries), blocks) for i in rows]
     return np.diff(np.stack(before), axis=0)
 
@@ -92,13 +92,13 @@ def _add_blocks(x: NDArray[np.int32], size: int) -> NDArray[np.int32]:
 
 
 def _spread(tiles: NDArray[np.bool_], size: int, area: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the pairs of each cell that lie in the tiles that are true."""
+    """Return how many pairs of each cell lie in the tiles that are true."""
     cells = tiles.repeat(size, axis=0)[: area.shape[0]].repeat(size, axis=1)[:, : area.shape[1]]
     return cells * area
 
 
 def colours(raster: Raster) -> NDArray[np.float32]:
-    """Return the picture, ``(cells, cells, 3)`` float32 in 0..1: a cell mixes what it holds."""
+    """Return the picture, ``(cells, cells, 3)`` float32 in 0..1: a cell mixes its colours."""
     from matplotlib.colors import to_rgb
 
     seen_in_partial = raster.seen - raster.full
@@ -121,7 +121,7 @@ def draw(found: Inspection, title: str) -> Figure:
     figure = new_figure(8.6, 9.2)
     axes = figure.add_subplot()
     end = raster.num_tokens
-    side = raster.cell * len(raster.seen)  # the last cell may reach beyond the row
+    side = raster.cell * len(raster.seen)  # the last cell may extend beyond the row
     is_fine = raster.cell == 1
     axes.imshow(
         colours(raster),
@@ -140,9 +140,9 @@ def draw(found: Inspection, title: str) -> Figure:
 
 
 def stretches(branch: Branch, name: str = "trunk") -> Iterator[tuple[str, int, int]]:
-    """Yield the name, the first token and the end of each stretch of the row, of one branch each.
+    """Yield the name, the begin and the end of each run of the row that is in one branch.
 
-    In reading order, not in the row's.
+    They come in reading order, not in the row's.
     """
     own: list[tuple[int, int]] = []
     for item in branch.items:
@@ -197,16 +197,16 @@ def _describe(figure: Figure, axes: Axes, found: Inspection, title: str) -> None
     figure.suptitle(title, fontsize=12, fontweight="bold")
     axes.set_title(
         f"{len(found.row):,} tokens in one pass; {turns} {'turn' if turns == 1 else 'turns'}; "
-        f"N-pass computes {found.token_ratio:.2f} times as many tokens\n"
+        f"N-pass computes {found.token_ratio:.2f} times the tokens\n"
         f"{found.pairs:,} useful pairs in layers without a window; tiles of {TILE} x {TILE} "
-        f"compute {executed / found.pairs:.2f} times as many",
+        f"compute {executed / found.pairs:.2f} times those",
         fontsize=9,
         color="#374151",
         pad=26,
     )
     entries = [
-        (_FULL, f"full tile: every pair is seen ({full:,} tiles)"),
-        (_SEEN, f"seen pair of a partial tile ({partial:,} tiles)"),
+        (_FULL, f"full tile: every pair is visible ({full:,} tiles)"),
+        (_SEEN, f"visible pair of a partial tile ({partial:,} tiles)"),
         (_MASKED, "masked pair of a partial tile: computed in vain"),
         (_SKIPPED, f"not computed ({skipped:,} tiles below the diagonal)"),
         (_TRUNK, "trunk: what later turns see"),

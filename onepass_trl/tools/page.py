@@ -27,14 +27,14 @@ def to_html(found: Inspection, title: str, layers: Sequence[AttentionLayers] = (
 
     `layers` are those of the model, if it is known: the page shows each of their windows.
 
-    The conversation stands in it as JSON in which no character means anything to HTML, and gets
-    into the document as text only. The page's policy allows its own script and no other.
+    The conversation is embedded as JSON in which no character has a meaning in HTML, and is added
+    to the document only as text. The page's policy allows its own script and no other.
     """
     page = files("onepass_trl.tools").joinpath("page.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", page, flags=re.DOTALL)
     assert script is not None
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
-    # All at once: what is put in is never searched again, whatever it holds.
+    # In one pass: the inserted text is never searched again, whatever it contains.
     parts = {
         "$TITLE": html.escape(visible_text(title)),
         "$SCRIPT_HASH": f"sha256-{digest}",
@@ -70,9 +70,9 @@ def _data(found: Inspection, layers: Sequence[AttentionLayers]) -> dict[str, Any
 
 
 def _tiles(found: Inspection, window: int | None) -> dict[str, Any]:
-    """Return the picture of who sees whom in layers with a window, or without: what tiles are.
+    """Return the picture of who sees whom in layers with or without a window, tile by tile.
 
-    Tiles are those of the kernels, or larger where that would be more than a picture can show.
+    Tiles are those of the kernels, or larger if there are more than a picture can show.
     `kinds` has a digit per tile on or below the diagonal, queries in order: 0 for skipped, 1 for
     partial, 2 for full.
     """
@@ -88,7 +88,7 @@ def _tiles(found: Inspection, window: int | None) -> dict[str, Any]:
 def _outline(branch: Branch, name: str, segments: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a branch as nested objects; collect its segments, which the objects name by `begin`.
 
-    The segment's `place` says what it belongs to, in words.
+    A segment's `place` names the branch that it belongs to.
     """
     items: list[Any] = []
     for item in branch.items:

@@ -1,4 +1,4 @@
-"""Figures as PNG files, with matplotlib where it is installed. None of them needs a display."""
+"""Figures as PNG files, if matplotlib is installed. No display is needed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# One colour for each way to train, in every figure; told apart in grey and by the colour-blind.
+# One colour for each way to train, in every figure; distinct in grey and to the colour-blind.
 ONE_PASS, N_PASS, PEER = "#0b6e99", "#d97706", "#6b7280"
 
 
 def check_png(path: str | Path) -> None:
-    """Raise unless a figure can be written to `path`: before the work that it would show.
+    """Raise unless a figure can be written to `path`, before the work that it would show.
 
     Raises:
         ValueError: if matplotlib is missing, or `path` doesn't end in ``.png``.
@@ -30,16 +30,16 @@ def check_png(path: str | Path) -> None:
         raise ValueError(f"{path}: figures are PNG files, expected a name that ends in .png")
     folder = Path(path).resolve().parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {folder}, make it first")
+        raise FileNotFoundError(f"{path}: the folder {folder} does not exist; create it first")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of `width` x `height` inches, which no window shows."""
+    """Return an empty figure of `width` x `height` inches, without a window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, path: str | Path, description: str = "") -> None:
-    """Write a figure as a PNG file on white, 150 dots an inch; `description` is in its metadata."""
+    """Write a figure as a PNG file on white at 150 dpi, with `description` in its metadata."""
     figure.savefig(path, dpi=150, facecolor="white", metadata={"Description": description})

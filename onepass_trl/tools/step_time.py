@@ -35,16 +35,16 @@ LONGEST_PROBE = 8192  # tokens
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of forward and backward: so many per row, token and executed pair.
+    """Seconds of forward and backward per row, token and executed pair.
 
     Attributes:
-        per_row: whatever a row has.
-        per_token: of a row's token.
-        per_pair: of a pair in an executed tile, times the weight of its layers.
+        per_row: independent of the row's length.
+        per_token: for each token of a row.
+        per_pair: for each pair in an executed tile, times the weight of its layers.
         weights: by window, of the layers that have it.
-        largest_error: of the fit, relative to what was measured.
-        num_rows: that it was fitted to.
-        longest: tokens of the longest of them.
+        largest_error: of the fit, relative to the measured time.
+        num_rows: the number of rows of the fit.
+        longest: tokens of the longest of these rows.
     """
 
     per_row: float
@@ -56,7 +56,7 @@ class StepTime:
     longest: int
 
     def seconds(self, work: Work) -> float:
-        """Return the time that these rows take."""
+        """Return the seconds that these rows take."""
         coefficients = [self.per_row, self.per_token, self.per_pair]
         return float(_features(work, self.weights) @ coefficients)
 
@@ -69,7 +69,7 @@ def _features(work: Work, weights: Mapping[int | None, int]) -> np.ndarray:
 def fit(
     works: Sequence[Work], seconds: Sequence[float], weights: Mapping[int | None, int]
 ) -> StepTime:
-    """Return the non-negative coefficients that come closest, by relative error, to `seconds`.
+    """Return the non-negative coefficients with the smallest relative error against `seconds`.
 
     >>> from collections import Counter
     >>> works = [Work(1, n, n, executed=Counter({None: n * n})) for n in (100, 200, 400)]
@@ -107,12 +107,12 @@ def choose_probes(
     *,
     features: Features | None = None,
 ) -> tuple[list[Layout], list[Pass]]:
-    """Return rows of one pass and of N-pass to run, of all lengths that these conversations have.
+    """Return rows of one pass and of N-pass to run, spread over the lengths of the conversations.
 
-    None is longer than `LONGEST_PROBE`: what is longer is cut, as with that ``max_length``.
+    None is longer than `LONGEST_PROBE`: longer ones are cut, as with that ``max_length``.
 
     Raises:
-        ValueError: if nothing trained stands within that length.
+        ValueError: if no trained token is within that length.
     """
     length = min(options.max_length or LONGEST_PROBE, LONGEST_PROBE)
     options = replace(options, max_length=length, overflow="truncate")
@@ -125,7 +125,7 @@ def choose_probes(
         passes += left
     if not passes:
         raise ValueError(
-            f"nothing to measure: of {len(records)} conversations, no trained token stands within "
+            f"nothing to measure: of {len(records)} conversations, no trained token is within "
             f"the first {length:,} tokens of its turn with its context"
         )
     chosen = spread(np.array([len(layout) for layout in layouts]))
@@ -142,10 +142,10 @@ def measure(
     repeats: int = 3,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[StepTime, StepTime]:
-    """Return the step times of one pass and of N-pass, each fitted to some rows of its own.
+    """Return the step times of one pass and of N-pass, each fitted to its own rows.
 
     Both run the model as the trainers do, with TRL's fused LM head, in turn, and the shortest of
-    `repeats` counts. N-pass attends with SDPA, or eagerly where that can't do what the model asks.
+    `repeats` counts. N-pass uses SDPA, or eager attention if SDPA can't do what the model needs.
 
     Args:
         model: a causal language model of transformers. Its weights don't matter; afterwards it has
@@ -184,7 +184,7 @@ def measure(
     n_pass_works = [work_of_pass(len(pass_), pass_.num_trained, [None]) for pass_ in passes]
     return (
         fit([work_of_row(row, weights) for row in rows], seconds[0, : len(rows)].tolist(), weights),
-        # SDPA masks what is outside a window, and skips none of it.
+        # SDPA masks what is outside a window but skips none of it.
         fit(n_pass_works, seconds[1, : len(passes)].tolist(), {None: sum(weights.values())}),
     )
 
@@ -193,7 +193,7 @@ def check_memory(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
     """Raise unless a model's weights and gradients fit into memory.
 
     Raises:
-        ValueError: with what they take; activations come on top.
+        ValueError: with the memory that they need; activations come on top.
     """
     if missing := missing_memory(config, dtype, device, values_per_parameter=2):
         raise ValueError(

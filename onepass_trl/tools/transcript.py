@@ -1,4 +1,4 @@
-"""What a row of tokens says and who says it: the text of each token, the message it stands in."""
+"""The text of each token of a row, and the message that it belongs to."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LONGEST_CHARACTER = 4  # bytes in UTF-8, of which each can be a token
+_LONGEST_CHARACTER = 4  # bytes in UTF-8, each of which can be a token
 _CLOSES = re.compile(r"end|eo[mst]|</|return", re.IGNORECASE)  # in the names of closing tokens
 
 
 def token_texts(
     token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, before: int | None = None
 ) -> list[str]:
-    """Return the text of each token, such that they join to the text of all.
+    """Return the text of each token; joined, they are the text of all tokens.
 
-    Of tokens that share one character the last has it, and the others have the empty text.
+    If several tokens share one character, the last has it and the others have the empty text.
 
     Args:
-        token_ids: Consecutive tokens of one pass.
-        tokenizer: The tokenizer.
-        before: The token before them: some tokenizers drop the space that begins a text.
+        token_ids: consecutive tokens of one pass.
+        before: the token before them: some tokenizers drop the space that begins a text.
     """
     ids = [int(token) for token in token_ids]
     texts: list[str] = []
@@ -50,10 +49,10 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def visible_text(text: str) -> str:
-    """Return the text with control characters as symbols, so that showing it does nothing else.
+    """Return the text with control characters as symbols, so that it is safe to show.
 
-    Newlines and tabs stay. Escape sequences would command a terminal, and the controls of writing
-    direction would reorder what stands around them.
+    Newlines and tabs are kept. Escape sequences would control a terminal, and controls of the
+    writing direction would reorder the text around them.
 
     >>> visible_text("a\\x1b[31m\\u202eb")
     'a␛[31m⟨202E⟩b'
@@ -80,17 +79,17 @@ def message_starts(
     added: re.Pattern[str] | None,
     ends_of_turn: Iterable[str],
 ) -> list[int | None]:
-    """Return where in a context each message begins, and last where the generated turn does.
+    """Return where in a context each message begins, and at the end where the generated turn does.
 
-    Templates don't say where a message begins, so its content is looked for, and the border is laid
-    between the added tokens before it. The result is for display only. None stands for a message
+    Templates don't say where a message begins, so its content is searched for, and the border is
+    set between the added tokens before it. The result is for display only. None marks a message
     that is not found: a template may leave it out or rewrite it.
 
     Args:
-        context: The text before a turn, generation prompt included.
-        messages: The messages of the context, in their normal form.
-        added: Pattern of the added tokens.
-        ends_of_turn: Texts of the tokens with which a turn ends.
+        context: the text before a turn, generation prompt included.
+        messages: of the context, in their normal form.
+        added: pattern of the added tokens.
+        ends_of_turn: texts of the tokens with which a turn ends.
 
     >>> chat = [{"role": "user", "content": "Hi"}]
     >>> message_starts("<s>Hi<e><s>", chat, re.compile("<.>"), ["<e>"])
@@ -118,7 +117,7 @@ def message_starts(
 
 
 def _needles(message: Mapping[str, Any]) -> list[list[str]]:
-    """Return the texts that stand in a rendered message, in their order, each in some spellings."""
+    """Return the texts of a rendered message in order, each in several spellings."""
     names = [[call["function"]["name"]] for call in message.get("tool_calls") or ()]
     content = str(message.get("content") or "").strip()
     if not content:
@@ -128,7 +127,7 @@ def _needles(message: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _first_border(gap: str, added: re.Pattern[str] | None) -> int:
-    """Return where the first message begins: at the last opening, as templates write their own."""
+    """Return where the first message begins: at the last opening, after the template's own."""
     openings = list(added.finditer(gap)) if added is not None else []
     return max((m.start() for m in openings if m[0] == openings[0][0]), default=0)
 

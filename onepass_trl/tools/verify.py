@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # A gradient below this share of the whole gradient's norm is measured against that share: it is a
-# sum of larger terms that cancel (the extreme is a key bias without rotary embedding, of gradient
-# zero), so its rounding error follows their size and not its own.
+# sum of larger terms that cancel (in the extreme, the gradient of a key bias without rotary
+# embedding is zero), so its rounding error scales with them and not with itself.
 _GRADIENT_FLOOR = 1e-3
 
 
@@ -38,8 +38,8 @@ class Comparison:
             gradients.
         worst_parameter: the name of that parameter.
         n_pass_seconds: time of forward and backward.
-        one_pass_seconds: the same. On a CPU TRL's fused LM head scores tokens without a target too,
-            and each twice.
+        one_pass_seconds: the same. On a CPU TRL's fused LM head also scores tokens without a
+            target, and each twice.
     """
 
     num_turns: int
@@ -60,12 +60,12 @@ class Comparison:
 
     @property
     def token_ratio(self) -> float:
-        """How many times more tokens N-pass computes."""
+        """Tokens of N-pass over those of one pass."""
         return self.n_pass_tokens / self.one_pass_tokens
 
     @property
     def speedup(self) -> float:
-        """How many times longer N-pass takes."""
+        """Seconds of N-pass over those of one pass."""
         return self.n_pass_seconds / self.one_pass_seconds
 
     def agrees(self, loss_tolerance: float, gradient_tolerance: float) -> bool:
@@ -79,11 +79,11 @@ class Comparison:
 def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     """Return how the loss and gradients of one pass differ from those of N separate passes.
 
-    N-pass is one ordinary causal forward and backward for each pass, with the model's own logits,
-    and with SDPA, or with eager attention where the model has no SDPA or softcaps its scores (which
-    SDPA can't). One pass is the row of the prefix tree, as `OnePassSFTTrainer` computes it: by
-    TRL's fused LM head, in float32 at most. The model is compared in evaluation mode, so without
-    dropout. Afterwards it computes as before, and holds no gradients.
+    N-pass is one ordinary causal forward and backward for each pass, with the model's own logits
+    and SDPA, or eager attention if the model has no SDPA or softcaps its scores (which SDPA can't).
+    One pass is the row of the prefix tree, as `OnePassSFTTrainer` computes it: with TRL's fused LM
+    head, in float32 at most. The model is compared in evaluation mode, so without dropout.
+    Afterwards its state is as before, without gradients.
 
     Args:
         model: a causal language model of transformers.
@@ -164,7 +164,7 @@ def _measure(
 
 
 def _backward_pass(model: PreTrainedModel, pass_: Pass, num_trained: int) -> float:
-    """Backpropagate a pass's share of the mean loss by the model's own logits, and return it."""
+    """Backpropagate a pass's share of the mean loss, from the model's own logits, and return it."""
     targets = np.flatnonzero(pass_.trained)
     if targets.size == 0:
         return 0.0
@@ -186,7 +186,7 @@ def _gradient_difference(
     """Return the largest relative difference of a parameter's gradients, and its name."""
     if expected.keys() != actual.keys():
         odd = sorted(expected.keys() ^ actual.keys())
-        return float("inf"), f"{odd[0]} (has a gradient in one of the two only)"
+        return float("inf"), f"{odd[0]} (has a gradient in only one of the two)"
     norms = {name: _norm(gradient) for name, gradient in expected.items()}
     floor = _GRADIENT_FLOOR * sum(norm**2 for norm in norms.values()) ** 0.5
     differences = {

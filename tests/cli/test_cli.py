@@ -136,8 +136,8 @@ def test_processes_that_would_train_alone_are_refused(sft_flags, monkeypatch):
     [
         (None, "can't be read: No such file"),
         ("a: b: c", "is not YAML: mapping values are not allowed here"),
-        ("- packing", "holds a list, expected one flag a line"),
-        ("", "holds nothing, expected one flag a line"),
+        ("- packing", "has a list, expected one flag per line"),
+        ("", "has nothing, expected one flag per line"),
     ],
 )
 def test_a_file_of_no_flags_is_an_error(tmp_path, text, message, capsys):

@@ -97,8 +97,8 @@ def test_a_cuda_build_of_torch_without_a_gpu_uses_the_cpu(
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--json=missing/out.json", "there is no folder"),
-        ("--png=missing/out.png", "there is no folder"),
+        ("--json=missing/out.json", "does not exist; create it"),
+        ("--png=missing/out.png", "does not exist; create it"),
         ("--json=.", "is a folder, name a file in it"),
         ("--png=out.pdf", "expected a name that ends in .png"),
         ("--overflow=error", None),

@@ -33,7 +33,7 @@ def test_a_conversation_is_shown_as_a_tree(inspect, monkeypatch, tmp_path):
     assert "What is 2 plus 2?" in lines[1]
     assert sum("branch of turn" in line for line in lines) == 2
     assert sum("  trained  <think>⏎" in line for line in lines) == 2
-    assert "times as many" in out
+    assert " x (layers without a window)" in out
     assert "tiles of 64 x 64" in out
     assert "chats.jsonl, row 2" in page.read_text()
 
@@ -91,7 +91,7 @@ def test_missing_file_and_folder(inspect, tiny_model_dir, capsys):
     assert "no such file" in capsys.readouterr().err
     status, _, error = inspect(CHATS, "--html=missing_folder/row.html")
     assert status == 2
-    assert "there is no folder" in error
+    assert "does not exist; create it" in error
 
 
 def test_the_picture_is_written_and_named(inspect, tmp_path):
@@ -110,7 +110,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_any_work(tmp_path, c
 
     pytest.importorskip("matplotlib")
     assert "expected a name that ends in .png" in refuse("row.pdf")
-    assert "there is no folder" in refuse(tmp_path / "none" / "row.png")
+    assert "does not exist; create it" in refuse(tmp_path / "none" / "row.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in refuse("row.png")
 

@@ -87,7 +87,7 @@ def test_operations_follow_from_tokens_and_pairs(tiny_tokenizer):
     assert flops.head == 4 * 30 * work.scored
     assert found.flops(work, scores_every_position=True).head == 4 * 30 * work.tokens
     assert found.flops_ratio() == pytest.approx(found.flops(found.n_pass).total / flops.total)
-    with pytest.raises(ValueError, match="follow from a model"):
+    with pytest.raises(ValueError, match="depend on the model"):
         estimate(chats(), tiny_tokenizer, OPTIONS).flops_ratio()
 
 
@@ -110,16 +110,16 @@ def test_the_report_says_what_max_length_loses(tiny_tokenizer):
     found = estimate(chats(), tiny_tokenizer, options, COST)
     text = text_of(found)
     assert f"{found.overflow.num_passes} turns are longer than max_length 25" in text
-    assert f"max_length {found.overflow.longest} keeps all" in text
+    assert f"max_length {found.overflow.longest} keeps them all" in text
     assert f"become {found.packed_rows}" in text
 
 
 def test_a_template_that_keeps_everything(tiny_tokenizer):
     passes = [Pass([1, 2, 3], [0, 1, 1]), Pass([1, 2, 3, 4, 5], [0, 0, 0, 0, 1])]
-    assert "No token stands twice" in text_of(
+    assert "No token occurs twice" in text_of(
         estimate([(0, as_row(passes))], tiny_tokenizer, OPTIONS)
     )
-    assert "No token stands twice" not in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
+    assert "No token occurs twice" not in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
 
 
 def test_turns_of_which_no_pass_can_be_made_are_named(tiny_tokenizer):
@@ -146,7 +146,7 @@ def test_conversations_that_branch_are_counted_apart(tiny_tokenizer):
     ratio = (3 + 5) / build_tree(fork).num_row_tokens()
     text = text_of(found)
     assert "1 of 2 conversations branch" in text
-    assert f"N-pass computes {ratio:.2f} times as many tokens" in text
+    assert f"N-pass computes {ratio:.2f} times the tokens" in text
 
 
 def test_conversations_without_reasoning_and_with_one_turn():
@@ -160,7 +160,7 @@ def test_conversations_without_reasoning_and_with_one_turn():
     assert "No trained turn has reasoning. One pass still saves" in text_of(without)
     single = estimate([(0, {"messages": CHAT[:3]})], tokenizer, OPTIONS)
     assert "No conversation has two trained turns" in text_of(single)
-    assert "No token stands twice" not in text_of(single)
+    assert "No token occurs twice" not in text_of(single)
     assert "No trained turn has reasoning" not in text_of(
         estimate([(0, {"messages": plain[:3]})], tokenizer, OPTIONS)
     )

@@ -93,7 +93,7 @@ def test_a_template_that_keeps_everything_needs_no_duplication():
 def test_one_turn_saves_nothing(tiny_tokenizer):
     found = inspect_record({"messages": CHAT[:3]}, tiny_tokenizer)
     assert list(remarks(found)) == [
-        "Only one turn is trained, so one pass is what N-pass computes."
+        "Only one turn is trained, so one pass computes the same as N-pass."
     ]
 
 

@@ -1,1 +1,1 @@
-"""One-pass training timed beside its peers: attention and whole training steps."""
+"""One-pass training timed against its alternatives: attention and whole training steps."""

@@ -1,4 +1,4 @@
-"""Attention of one layer: our implementations beside SDPA and FlexAttention, on one row."""
+"""Attention of one layer on one row: our implementations against SDPA and FlexAttention."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Peer(NamedTuple):
 
     Attributes:
         run: returns attention, a tensor.
-        note: what is to be said of its figures, if anything.
+        note: a remark on its figures, if there is one.
         has_backward: whether it can be differentiated.
         is_tree: whether it computes tree attention, so that its output can be compared.
-        num_bytes: how much memory it takes at least.
+        num_bytes: a lower bound of the memory it takes.
     """
 
     run: Callable[[], Any]
@@ -61,7 +61,7 @@ class Peer(NamedTuple):
 def make_inputs(
     visible_end: NDArray[np.int32], shape: AttentionShape, dtype: torch.dtype, device: torch.device
 ) -> Inputs:
-    """Return random inputs of a row, always the same ones, which require gradients."""
+    """Return random inputs of a row, always the same, which require gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads: int, d: int) -> Tensor:
@@ -109,12 +109,14 @@ def _compiled_flex(x: Inputs) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled: list[Callable[[], Tensor]] = []
-    # It refuses inputs that require gradients even where none are asked for.
+    # It refuses inputs that require gradients even if none are requested.
     q, k, v = x.q.detach(), x.k.detach(), x.v.detach()
 
     def run() -> Tensor:
         if not compiled:
-            mask = build_block_mask(x.visible_end, None, None)  # once, as our own layers share it
+            mask = build_block_mask(
+                x.visible_end, None, None
+            )  # built once, as the layers of a model share it
             function = torch.compile(flex_attention, dynamic=True)
             has_groups = q.shape[1] != k.shape[1]
             compiled.append(partial(function, q, k, v, block_mask=mask, enable_gqa=has_groups))
@@ -126,13 +128,13 @@ def _compiled_flex(x: Inputs) -> Callable[[], Tensor]:
 def _sdpa(x: Inputs, **options: Any) -> Tensor:
     k, v, group = x.k, x.v, x.q.shape[1] // x.k.shape[1]
     if x.q.device.type != "cpu" and "attn_mask" in options:
-        # There the backends that take a mask have no groups of heads.
+        # The backends that take a mask don't support groups of heads there.
         k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
     return F.scaled_dot_product_attention(x.q, k, v, enable_gqa=group > 1, **options)
 
 
 def _dense_mask_sdpa(x: Inputs) -> Callable[[], Tensor]:
-    mask: list[Tensor] = []  # made once, as in a model, where the layers share it
+    mask: list[Tensor] = []  # made once, as the layers of a model share it
 
     def run() -> Tensor:
         if not mask:
@@ -152,7 +154,7 @@ def measure_attention(
     peers: Sequence[str] | None = None,
     budget_s: float = 60.0,
 ) -> list[dict[str, Any]]:
-    """Return a flat row of results for each peer; all are timed in turn on the same inputs.
+    """Return a flat dict of results for each peer; all are timed in turn on the same inputs.
 
     Times are in milliseconds, ``times_onepass`` the time of forward and backward as a multiple of
     the first peer's. ``difference`` is the largest difference of the output from the first peer's.
@@ -165,17 +167,19 @@ def measure_attention(
         device: where to run.
         repeats: how often each is timed, after one run to warm up.
         peers: names of those to run; all by default.
-        budget_s: a peer is not started again after so many seconds of its own, warm-up included.
+        budget_s: a peer that has taken this many seconds, warm-up included, is not run again.
 
     Raises:
-        ValueError: for a name that is no peer's.
+        ValueError: if there is no peer of a name.
     """
     x = make_inputs(visible_end, shape, dtype, device)
     chosen = make_peers(x)
     if peers is not None:
         unknown = [name for name in peers if name not in chosen]
         if unknown:
-            raise ValueError(f"no peer is named {unknown[0]!r} here: take of {', '.join(chosen)}")
+            raise ValueError(
+                f"there is no peer {unknown[0]!r}, expected one of {', '.join(chosen)}"
+            )
         chosen = {name: peer for name, peer in chosen.items() if name in peers}
     common = _shape_columns(visible_end, shape, dtype)
     runs = _run_in_turn(chosen, x, repeats, budget_s)
@@ -186,7 +190,7 @@ def measure_attention(
 
 @dataclass
 class _Run:
-    """What became of a peer: seconds of forward and backward, and of all it has done."""
+    """The runs of a peer: seconds of forward and backward, and of everything it did."""
 
     note: str | None
     times: list[tuple[float, float | None]] = field(default_factory=list)
@@ -223,11 +227,11 @@ def _run_in_turn(
 
 
 class MemoryLimitError(RuntimeError):
-    """Something would need more memory than there is."""
+    """Something would need more memory than is free."""
 
 
 def check_memory(peer: Peer, device: torch.device) -> None:
-    """Raise instead of being killed: a CPU's memory is granted first and missed later."""
+    """Raise before the process is killed: a CPU grants memory first and fails later."""
     free = available_bytes(device) if device.type == "cpu" else None
     if free is not None and peer.num_bytes > free:
         raise MemoryLimitError(
@@ -236,7 +240,7 @@ def check_memory(peer: Peer, device: torch.device) -> None:
 
 
 def time_once(peer: Peer, x: Inputs) -> tuple[Tensor, float, float | None]:
-    """Return the output, and the seconds of forward and backward, None without one."""
+    """Return the output and the seconds of forward and backward (None without a backward)."""
     device = x.q.device
     synchronize(device)
     begin = time.perf_counter()

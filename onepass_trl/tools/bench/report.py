@@ -11,7 +11,7 @@ _TIMES = ("forward", "backward", "total")
 
 
 def attention_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows of `measure_attention` as lines of text."""
+    """Return the results of `measure_attention` as lines of text."""
     first = results[0]
     groups = "" if first["heads"] == first["kv_heads"] else f" ({first['kv_heads']} of keys)"
     lines = [
@@ -40,7 +40,7 @@ def step_table(result: Mapping[str, Any]) -> str:
     lines = [
         f"Training step on {result['conversations']} "
         f"conversation{'s' * (result['conversations'] > 1)}, smallest and median of "
-        f"{result['repeats']} repeats: forward, loss and backward of each row, one row a batch, "
+        f"{result['repeats']} repeats: forward, loss and backward of each row, one row per batch, "
         "and AdamW",
         f"turns: {result['turns']:,}; executed / useful pairs of one pass: "
         f"{result['executed_over_useful']:.2f} (tiles of {TILE} x {TILE}, layers without a window)",
@@ -61,7 +61,7 @@ def step_table(result: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"One pass is {result['speedup']:.2f} times as fast; N-pass has "
-            f"{result['token_ratio']:.2f} times as many tokens. The losses of a step differ by at "
+            f"{result['token_ratio']:.2f} times the tokens. The losses of a step differ by at "
             f"most {result['largest_loss_difference']:.1e}, relative to N-pass.",
         ]
     return "\n".join(lines)

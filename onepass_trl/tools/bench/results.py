@@ -1,4 +1,4 @@
-"""What every benchmark result states, and where it is written."""
+"""What every benchmark result states, and how it is written."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def machine() -> dict[str, Any]:
 def commit() -> str:
     """Return the package's commit, with "-dirty" if files other than results have changed.
 
-    "unknown" for an installed package: the repository around it, if any, is another.
+    "unknown" for an installed package: a repository around it would be another one.
     """
     if not (_REPOSITORY / ".git").exists():
         return "unknown"
     try:
-        # A run of all benchmarks changes one result after another.
+        # A run of all benchmarks changes the results one after another.
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", _NO_RESULTS)
         described = _git("describe", "--always")
     except FileNotFoundError:  # no git
@@ -71,10 +71,9 @@ def write(
     """Write `results` with the command, machine, versions, commit and date to a JSON file.
 
     Args:
-        path: of the file.
         name: of the benchmark.
         results: flat dicts.
-        command: what was run; by default the script of this process.
+        command: the command that was run; by default the script of this process.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:

@@ -1,4 +1,4 @@
-"""A training step on conversations: `OnePassSFTTrainer` beside N-pass in TRL's ``SFTTrainer``."""
+"""A training step on conversations: `OnePassSFTTrainer` against N-pass in TRL's ``SFTTrainer``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_trainers(
     use_cpu: bool,
     **settings: Any,
 ) -> dict[str, SFTTrainer]:
-    """Return a trainer of each way, of equal models and settings, on the same passes.
+    """Return a trainer for each way, with equal models and settings, on the same passes.
 
     N-pass is one row per pass, its context masked out, without padding: the ordinary exact way.
 
@@ -51,8 +51,8 @@ def make_trainers(
         conversations: passes of each.
         make_model: returns equal models.
         folder: where a trainer may write.
-        tokenizer: gives the trainers their special tokens only.
-        use_cpu: whether to stay on the CPU where there is an accelerator.
+        tokenizer: used only for its special tokens.
+        use_cpu: whether to use the CPU even if there is an accelerator.
         settings: further options of both trainers' configurations.
     """
     rows = [[labelled(pass_) for pass_ in passes] for passes in conversations]
@@ -103,16 +103,16 @@ def measure_step(
 ) -> dict[str, Any]:
     """Return tokens, times and losses of one optimizer step over the conversations, both ways.
 
-    A step is forward, loss and backward of each row, one row a batch, and AdamW. Both ways are
-    timed in turn, with a copy of the model each; times are in seconds, minimum and median. A way
+    A step is forward, loss and backward of each row, one row per batch, and AdamW. Both ways are
+    timed in turn, each with a copy of the model; times are in seconds, minimum and median. A way
     that cannot run has None for figures, and ``note`` says why.
 
     Args:
         conversations: passes of each.
         make_model: returns equal models.
         repeats: how many steps are timed, after one to warm up.
-        use_cpu: whether to stay on the CPU where there is an accelerator.
-        budget_s: after so many seconds of steps no other repeat begins; one is always timed.
+        use_cpu: whether to use the CPU even if there is an accelerator.
+        budget_s: no further repeat begins after this many seconds of steps; one is always timed.
 
     Raises:
         ValueError: if the model can't be trained in one pass, or several accelerators are seen.
@@ -145,7 +145,7 @@ def measure_step(
                 continue
             times[name].append(seconds)
             losses[name].append(loss)
-    timed = {name: values[1:] for name, values in times.items()}  # less the warm-up
+    timed = {name: values[1:] for name, values in times.items()}  # without the warm-up
     return {**_counts(conversations), **_figures(timed, losses), "note": "; ".join(notes) or None}
 
 
@@ -153,12 +153,12 @@ def check_memory(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
     """Raise unless the weights, gradients and optimizers of both ways fit into memory.
 
     Raises:
-        ValueError: with what they take; activations come on top.
+        ValueError: with the memory that they need; activations come on top.
     """
     # Both ways have a model: weights, gradients and the two moments of AdamW.
     if missing := missing_memory(config, dtype, device, values_per_parameter=2 * 4):
         raise ValueError(
-            f"two copies of the model with gradients and AdamW take {missing}: leave it fewer "
+            f"two copies of the model with gradients and AdamW take {missing}: use fewer "
             "layers with --num_layers, or time attention only with --attention"
         )
 

@@ -1,4 +1,4 @@
-"""Peers timed in turn on one device."""
+"""Times and memory of one device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Return how long a run takes, until the device has done its work."""
+    """Return the seconds of a run, until the device has finished its work."""
     synchronize(device)
     begin = time.perf_counter()
     run()
@@ -20,13 +20,13 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what the device has been given to do."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def min_and_median(name: str, unit: str, times: Sequence[float]) -> dict[str, float | None]:
-    """Return both as columns of a result; None each if nothing was timed.
+    """Return minimum and median as columns of a result, None if nothing was timed.
 
     >>> min_and_median("forward", "ms", [3.0, 1.0, 2.0])
     {'forward_min_ms': 1.0, 'forward_median_ms': 2.0}
@@ -38,7 +38,7 @@ def min_and_median(name: str, unit: str, times: Sequence[float]) -> dict[str, fl
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return how much memory of the device is free; None where that isn't known."""
+    """Return the free bytes of the device's memory, None if that isn't known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")

@@ -42,7 +42,7 @@ def chat_passes(
         user: tokens of a user message.
         reasoning: tokens of a turn's reasoning.
         response: tokens of a turn's response.
-        vocab_size: of the tokens, which are always the same ones.
+        vocab_size: of the tokens, which are always the same.
 
     >>> [len(pass_) for pass_ in chat_passes(2, 3, 5, 2, vocab_size=9)]
     [10, 15]
@@ -82,10 +82,10 @@ def small_config(
 
 
 def trim_layers(config: PretrainedConfig, num_layers: int) -> None:
-    """Leave a model its first layers.
+    """Keep only the first layers of a model's configuration.
 
     Raises:
-        ValueError: if it doesn't have so many.
+        ValueError: if it has fewer.
     """
     text = config.get_text_config()
     if not 1 <= num_layers <= text.num_hidden_layers:
@@ -108,11 +108,11 @@ def attention_shape(config: PretrainedConfig) -> AttentionShape:
 
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model with random weights on the CPU, always the same ones."""
+    """Return a model with random weights on the CPU, always the same."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    # Its own configuration: a trainer writes into that of its model.
+    # A copy of the configuration: a trainer writes into that of its model.
     return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
 
@@ -133,7 +133,7 @@ def missing_memory(
     *,
     values_per_parameter: int,
 ) -> str | None:
-    """Return how much a model needs and how much is free, in words; None if that is enough."""
+    """Return how much memory a model needs and how much is free, in words; None if it fits."""
     free = available_bytes(device)
     needed = values_per_parameter * dtype.itemsize * num_parameters(config)
     if free is None or needed <= free:
@@ -142,7 +142,7 @@ def missing_memory(
 
 
 def num_parameters(config: PretrainedConfig) -> int:
-    """Return how many parameters a model has, without making any."""
+    """Return how many parameters a model has, without allocating them."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -71,7 +71,7 @@ def test_an_implementation_that_refuses_says_why():
 
 
 def test_unknown_peers_are_refused():
-    with pytest.raises(ValueError, match="no peer is named 'paper' here: take of onepass cpu"):
+    with pytest.raises(ValueError, match="there is no peer 'paper', expected one of onepass cpu"):
         measure(["paper"])
 
 

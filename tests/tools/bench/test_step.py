@@ -62,7 +62,7 @@ def test_a_way_that_runs_out_of_memory_says_so(monkeypatch):
 
 def test_a_model_that_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(workload, "available_bytes", lambda device: 1000)
-    with pytest.raises(ValueError, match="leave it fewer layers with --num_layers"):
+    with pytest.raises(ValueError, match="use fewer layers with --num_layers"):
         step.check_memory(TINY, torch.float32, torch.device("cpu"))
     assert num_parameters(TINY) == random_model(TINY, torch.float32).num_parameters()
 
