@@ -11,13 +11,14 @@ BENCHMARKS := $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py))
 # What runs on a GPU machine needs no more than torch, transformers, pytest and the built library.
 GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 
-.PHONY: help venv lock demo test check format cuda check-cuda test-gpu wheel bench bench-gpu docs plots clean
+.PHONY: help venv lock demo test test-all generated check format cuda check-cuda test-gpu wheel bench bench-gpu docs plots clean
 
 help:
 	@echo "make venv        set up .venv with the versions of constraints.txt and build the package into it"
 	@echo "make lock        set it up with the newest versions, and write these into constraints.txt"
 	@echo "make demo        train a small model on examples/conversations.jsonl and compare with N-pass (3 minutes)"
-	@echo "make test        run the tests"
+	@echo "make test        run the tests, but for the long ones (8 minutes on two cores)"
+	@echo "make test-all    run them all, and record what the long ones guard in tests/long.json"
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make format      format Python and C++"
 	@echo "make cuda        build the CUDA library too (needs nvcc, not a GPU)"
@@ -25,6 +26,7 @@ help:
 	@echo "make test-gpu    test it on a GPU; ARGS='-k bfloat16-128' for a part"
 	@echo "make wheel       a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
 	@echo "make bench       run the benchmarks and regenerate the tables of benchmarks/README.md"
+	@echo "make generated   write all generated pages, golden files, tables and figures again (an hour)"
 	@echo "make plots       draw docs/figures from the results of the benchmarks"
 	@echo "make bench-gpu   the benchmarks of a GPU; ARGS='--only attention' for a part"
 	@echo "make docs        the documentation site, in site/"
@@ -54,13 +56,20 @@ lock:
 
 # Threads that wait sleep instead of spinning. It costs a few percent on an idle machine and is several
 # times faster on one that is busy with something else too.
-demo test: export OMP_WAIT_POLICY ?= passive
+demo test test-all: export OMP_WAIT_POLICY ?= passive
 
 demo: venv
 	$(BIN)/python examples/demo.py
 
+# A test has one thread, and there is a process for each core.
+test test-all: export OMP_NUM_THREADS ?= 1
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations 20
+
 test: venv
-	$(BIN)/python -m pytest
+	$(PYTEST) $(ARGS)
+
+test-all: venv
+	$(PYTEST) --long all $(ARGS)
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -97,6 +106,14 @@ bench: venv
 	  name=$$(basename $$script .py); name=$${name#bench_}; echo "== $$name"; \
 	  $(BIN)/python $$script --json benchmarks/results/$$name.json; done
 	$(BIN)/python benchmarks/make_tables.py
+
+# What is written by programs, from the quickest on. Those of tests/chat/coverage.py and
+# tests/model_coverage.py take an hour; the first needs the real conversations.
+GENERATORS := "-m tests.reference_pages" "-m tests.chat.golden" benchmarks/make_tables.py docs/figures.py \
+  benchmarks/make_plots.py "-m tests.chat.coverage" "-m tests.chat.table" "-m tests.model_coverage"
+
+generated: venv
+	set -e; for generator in $(GENERATORS); do echo "== $$generator"; $(BIN)/python $$generator; done
 
 plots: venv
 	$(BIN)/python benchmarks/make_plots.py

@@ -6,6 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tests.chat.tokenizers import small_tokenizer
+from tests.long import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
 from tests.models import make_model
 
 

@@ -51,7 +51,7 @@ def test_a_step_of_hybrid_models(script, tmp_path):
     assert all(row["largest_loss_difference"] < 1e-5 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long("benchmarks", "onepass_trl/attention", "onepass_trl/data")
 def test_memory_of_pieces(script, tmp_path):
     path = tmp_path / "context_parallel.json"
     flags = ["--processes", "1", "2", "--turns=2", "--layers=1", "--hidden-size=64"]
@@ -93,7 +93,7 @@ def test_what_needs_data_is_skipped_without(script, capsys):
         assert "skipped: nowhere.jsonl" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long("benchmarks", "onepass_trl/attention", "onepass_trl/data")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_grows_with_the_mask_and_not_with_the_tree(script):
     memory = script("bench_memory")

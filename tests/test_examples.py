@@ -90,12 +90,14 @@ def test_one_step_has_the_loss_and_gradients_of_n_passes():
     assert float(gradients.split()[-1]) < 1e-4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
         ["demo.py", "--steps=3", "--output={folder}"],
-        ["train.py", "--model={model}", "--data={data}", "--steps=2", "--output={folder}"],
+        pytest.param(
+            ["train.py", "--model={model}", "--data={data}", "--steps=2", "--output={folder}"],
+            marks=pytest.mark.long("examples"),
+        ),
     ],
     ids=lambda command: command[0],
 )
@@ -105,7 +107,7 @@ def test_the_scripts_run(command, tmp_path, tiny_model_dir):
     assert any(tmp_path.rglob("model.safetensors"))
 
 
-@pytest.mark.slow
+@pytest.mark.long("examples", "onepass_trl/setsft")
 def test_the_modes_are_trained_and_plotted(tmp_path):
     flags = ["--steps=2", "--seeds", "0", "1", "--questions=40", "--held-out=4"]
     run(["setsft_modes.py", *flags, f"--output={tmp_path}"])

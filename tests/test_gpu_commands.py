@@ -26,7 +26,7 @@ from gpu_rows import causal_row, chat_row  # noqa: E402
 ENTRY = [[9, 0], "bfloat16", [64, 64]]
 
 
-@pytest.mark.slow
+@pytest.mark.long("tests/gpu", "benchmarks", "onepass_trl/attention")
 def test_dry_run_of_the_gpu_tests(tmp_path):
     path = tmp_path / "results.json"
     variables = {"ONEPASS_TEST_GPU_DRY_RUN": "1", "ONEPASS_TEST_GPU_RESULTS": str(path)}
@@ -76,7 +76,7 @@ def test_the_work_that_benchmarks_count(row):
     assert num_executed_pairs(*row, 40) < num_executed_pairs(*row)
 
 
-@pytest.mark.slow
+@pytest.mark.long("tests/gpu", "benchmarks", "onepass_trl/attention")
 def test_dry_run_of_the_gpu_benchmark(tmp_path):
     """On a CPU all but FlexAttention's backward runs; every way to train has the same loss."""
     command = [sys.executable, "benchmarks/bench_gpu.py", "--device", "cpu", "--tiny"]

@@ -13,7 +13,7 @@ from tests.chat.tokenizers import SHARED, SHARED_REASON, make_real_tokenizer
 
 pytestmark = [
     pytest.mark.shared,
-    pytest.mark.slow,
+    pytest.mark.long("onepass_trl/chat", "onepass_trl/data", "tests/chat"),
     pytest.mark.skipif(not SHARED.is_dir(), reason=SHARED_REASON),
 ]
 # One conversation in so many.

@@ -15,6 +15,9 @@ from tests.chats import CHATS
 from tests.training.sharding import ENVIRONMENT, SHARDED, needs_deepspeed
 
 ACCELERATE = Path(__file__).parents[2] / "examples" / "accelerate"
+long = pytest.mark.long("onepass_trl", "examples/accelerate", "tests/cli")
+# Tests run side by side.
+ANY_PORT = ("--main_process_port", "0")
 ANSWER = {"role": "assistant", "content": "4."}
 
 
@@ -59,7 +62,6 @@ def test_env_prints_versions_and_implementations(capsys):
     assert "attention cpu: usable on cpu" in out
 
 
-@pytest.mark.slow
 def test_sft_trains_and_saves(sft_flags, tmp_path, capfd):
     """Through accelerate, as a user starts it; the evaluation split is cut from the same file."""
     flags = [*sft_flags, "--dataset_train_split=train[:6]", "--dataset_test_split=train[6:]"]
@@ -72,28 +74,27 @@ def test_sft_trains_and_saves(sft_flags, tmp_path, capfd):
     assert "npass_tokens" in out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
         ["--num_processes=2"],
-        [f"--accelerate_config={ACCELERATE / 'ddp_cpu.yaml'}"],
+        pytest.param([f"--accelerate_config={ACCELERATE / 'ddp_cpu.yaml'}"], marks=long),
     ],
     ids=["flags", "ddp_cpu"],
 )
 def test_sft_trains_in_two_processes(sft_flags, launcher, capfd):
     """A step of two processes takes twice the rows of one: 2 of the 8 at batch size 1."""
-    flags = [*sft_flags, "--per_device_train_batch_size=1"]
+    flags = [*sft_flags, "--per_device_train_batch_size=1", *ANY_PORT]
     assert main(["sft", *flags, *(part for flag in launcher for part in flag.split("="))]) == 0
     assert "'epoch': '0.25'" in capfd.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "expected", "epoch"),
     [
         ("fsdp2.yaml", "FSDP", "0.25"),
-        ("fsdp2_context_parallel.yaml", "FSDP", "0.125"),  # both processes have the same rows
+        # Both processes have the same rows.
+        pytest.param("fsdp2_context_parallel.yaml", "FSDP", "0.125", marks=long),
         pytest.param("deepspeed_zero3.yaml", "DEEPSPEED", "0.25", marks=needs_deepspeed),
     ],
 )
@@ -106,7 +107,7 @@ def test_a_model_is_sharded_as_the_launcher_is_configured(
         sizes |= {"parallelism_config_cp_size": 2, "parallelism_config_dp_shard_size": 1}
     (tmp_path / file).write_text(yaml.safe_dump(config))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    launcher += [tmp_path / file, "--num_processes=2", "--mixed_precision=no"]
+    launcher += [tmp_path / file, "--num_processes=2", "--mixed_precision=no", *ANY_PORT]
     flags = [flag for flag in sft_flags if flag != "--use_cpu"]
     flags += [
         "--per_device_train_batch_size=1",

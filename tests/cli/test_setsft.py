@@ -29,7 +29,6 @@ def flags(tiny_model_dir, tmp_path):
     ]
 
 
-@pytest.mark.slow
 def test_the_example_trains_and_saves(flags, tmp_path, capfd):
     assert main(["setsft", *flags, "--num_processes=1"]) == 0
     out = capfd.readouterr().out
@@ -42,9 +41,21 @@ def test_the_example_trains_and_saves(flags, tmp_path, capfd):
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
 
 
-@pytest.mark.slow
+@pytest.mark.long("onepass_trl", "tests/cli")
 def test_two_processes_train(flags, capfd):
-    assert main(["setsft", *flags, "--num_processes=2", "--matching_batch=5"]) == 0
+    assert (
+        main(
+            [
+                "setsft",
+                *flags,
+                "--num_processes=2",
+                "--main_process_port",
+                "0",
+                "--matching_batch=5",
+            ]
+        )
+        == 0
+    )
     assert "matched_cost" in capfd.readouterr().out
 
 

@@ -203,7 +203,7 @@ def built(tmp_path_factory) -> Path:
     return folder / "_cuda.so"
 
 
-@pytest.mark.slow
+@pytest.mark.long("csrc", "tests/cuda")
 def test_what_was_built_stands_beside_the_library(built):
     build = read_build(built)
     assert build == CudaBuild(build.nvcc, ("80",), ((64, 64),))
@@ -212,7 +212,7 @@ def test_what_was_built_stands_beside_the_library(built):
     assert not build.runs_on((9, 0))
 
 
-@pytest.mark.slow
+@pytest.mark.long("csrc", "tests/cuda")
 def test_kernels_are_as_they_should_be(built):
     objects = built.parent / "objects"
     kernels = check_build.read_kernels(objects)
@@ -257,7 +257,7 @@ for text in (
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long("csrc", "tests/cuda")
 def test_torch_loads_it_and_its_checks_answer(built, tmp_path):
     """On a CPU, with stand-ins for the few functions that only a CUDA build of torch has."""
     if torch.backends.cuda.is_built():

@@ -202,14 +202,14 @@ def run(csrc: Path, head_dim: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long("csrc", "tests/cuda")
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_the_kernels_as_they_are_pass(head_dim):
     result = run(emulation.CSRC, head_dim)
     assert result.stdout == "nothing was found\n", result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long("csrc", "tests/cuda")
 @pytest.mark.parametrize(
     ("file", "old", "new", "head_dim"),
     [

@@ -8,6 +8,7 @@ from tests.setsft.trainers import NUM_TOKENS
 from tests.training.sharding import needs_deepspeed
 
 WORKER = "tests.setsft.distributed_worker"
+long = pytest.mark.long("onepass_trl", "tests/setsft", "tests/training", "tests/launching.py")
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +26,18 @@ def single(tmp_path_factory):
     return get
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        dict(per_device_train_batch_size=2),
+        pytest.param(dict(per_device_train_batch_size=2), marks=long),
         # The processes have 20 + 10 and 15 + 5 pairs: different numbers of forwards.
         dict(per_device_train_batch_size=2, matching_batch=4),
-        dict(per_device_train_batch_size=1, gradient_accumulation_steps=2),
-        dict(per_device_train_batch_size=2, matching_batch=4, **FSDP2),
-        dict(per_device_train_batch_size=4, cp_size=2, **FSDP2),
-        dict(per_device_train_batch_size=2, matching="random"),
+        pytest.param(
+            dict(per_device_train_batch_size=1, gradient_accumulation_steps=2), marks=long
+        ),
+        pytest.param(dict(per_device_train_batch_size=2, matching_batch=4, **FSDP2), marks=long),
+        pytest.param(dict(per_device_train_batch_size=4, cp_size=2, **FSDP2), marks=long),
+        pytest.param(dict(per_device_train_batch_size=2, matching="random"), marks=long),
         pytest.param(
             dict(per_device_train_batch_size=2, matching_batch=4, **zero(3)), marks=needs_deepspeed
         ),

@@ -14,7 +14,7 @@ from tests.launching import launch
 from tests.models import MODELS
 
 
-@pytest.mark.slow
+@pytest.mark.long("onepass_trl", "tests/training", "tests/launching.py")
 def test_pieces_compute_what_whole_rows_compute(tmp_path):
     """In groups of 2 and 4 processes; the models have 4 heads and 2 key heads."""
     results = tmp_path / "results.json"

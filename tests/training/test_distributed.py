@@ -6,6 +6,8 @@ import torch
 from tests.launching import FSDP2, run, zero
 from tests.training.sharding import needs_deepspeed
 
+long = pytest.mark.long("onepass_trl", "tests/training", "tests/launching.py")
+
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
@@ -15,14 +17,17 @@ def single(tmp_path_factory):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         dict(per_device_train_batch_size=2),
-        dict(per_device_train_batch_size=1, gradient_accumulation_steps=2),
+        pytest.param(
+            dict(per_device_train_batch_size=1, gradient_accumulation_steps=2), marks=long
+        ),
         dict(per_device_train_batch_size=2, **FSDP2),
-        dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, **FSDP2),
+        pytest.param(
+            dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, **FSDP2), marks=long
+        ),
         *(
             pytest.param(dict(**batch, **zero(stage)), marks=needs_deepspeed)
             for stage in (2, 3)
@@ -46,22 +51,23 @@ def test_two_processes_equal_one(options, single, tmp_path):
     check_evaluation(run_, single)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_processes", "options"),
     [
         (2, dict(per_device_train_batch_size=4)),
-        (
+        pytest.param(
             2,
             dict(per_device_train_batch_size=4, packing=True, eval_packing=False, max_length=100),
+            marks=long,
         ),
-        (
+        pytest.param(
             4,
             dict(
                 per_device_train_batch_size=1,
                 gradient_accumulation_steps=2,
                 activation_checkpointing=True,
             ),
+            marks=long,
         ),
     ],
     ids=["rows", "packed", "with_data_parallelism"],

@@ -85,7 +85,6 @@ def test_every_usable_implementation_is_a_peer():
     assert "no backward on a CPU" in peers[FLEX].note
 
 
-@pytest.mark.slow
 def test_flex_is_compiled_and_timed_forward():
     ours, flex = measure(["onepass cpu", FLEX])
     assert flex["forward_min_ms"] > 0
