@@ -1,6 +1,6 @@
-"""Builds the compiled parts: `onepass_trl._C` for CPUs, and `onepass_trl/_cuda.so` where asked for.
+"""Builds the compiled parts: `onepass_trl._C` for CPUs, and `onepass_trl/_cuda.so` if asked for.
 
-Everything else is in pyproject.toml; `csrc/cuda/cuda_build.py` says what decides about CUDA.
+Everything else is in pyproject.toml; `csrc/cuda/cuda_build.py` says when CUDA is built.
 """
 
 import os
@@ -14,7 +14,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 sys.path.insert(0, str(Path(__file__).parent / "csrc" / "cuda"))
 import cuda_build
 
-# at::parallel_for runs on OpenMP, from a header: without this flag the kernels would be serial.
+# at::parallel_for uses OpenMP from a header: without this flag the kernels would be serial.
 # Apple's compiler has none.
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 

@@ -1,10 +1,10 @@
-"""Times the CPU kernel beside SDPA, dense and causal, on one row of a multi-turn chat.
+"""Times the CPU kernel against SDPA, dense and causal, on one row of a multi-turn chat.
 
     python benchmarks/bench_attention_cpu.py --json benchmarks/results/attention_cpu.json
 
-All run interleaved in one process; the minimum and the median over the repeats are reported. SDPA
-causal computes something else (every token sees all before it): it is the roof that dense code
-without knowledge of the tree can reach.
+All run interleaved in one process; the minimum and the median over the repeats are reported. Causal
+SDPA computes something else (every token sees all tokens before it): it is the upper bound for
+dense code that ignores the tree.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Peak memory of a training step whose row stands in pieces on several processes.
+"""Peak memory of a training step whose row is divided among several processes.
 
 A row of a long chat goes forward and backward through a small model, with activation checkpointing,
-in one process and in groups of 2 and 4 (context parallelism, `cp_size`). A figure is the most that
-a process has held during the step beyond what it held before, of the process that held most; the
-weights are whole in each. The processes share the CPU, so seconds are comparable only up to its
+in one process and in groups of 2 and 4 (context parallelism, `cp_size`). A figure is the peak
+memory of a step beyond what the process held before, for the process with the highest peak; each
+process has all weights. The processes share the CPU, so seconds are comparable only up to its
 number of cores. Linux with glibc only.
 
     python benchmarks/bench_context_parallel.py --json benchmarks/results/context_parallel.json
@@ -35,7 +35,7 @@ from onepass_trl.tools.bench.workload import chat_passes, random_model, small_co
 from onepass_trl.training.context_parallel import forward_in_pieces
 
 OUTPUTS = ("log_probs", "entropy", "is_top1")
-VOCAB_SIZE = 512  # the head computes in tiles whose size doesn't depend on the row's
+VOCAB_SIZE = 512  # the head's tiles have a size that is independent of the row
 TURN = {"user": 60, "reasoning": 260, "response": 150, "vocab_size": VOCAB_SIZE}
 
 
@@ -56,8 +56,8 @@ def run_here(args: argparse.Namespace) -> None:
     add_fused_lm_head(model, outputs=OUTPUTS)
     step(model, num_turns=1)  # loads libraries, starts threads, makes the gradients of the weights
     dist.barrier()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is held no longer
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
     before, begin = held_kib("VmRSS"), time.perf_counter()
     seq, loss = step(model, args.turns)
     figures = [(held_kib("VmHWM") - before) / 1024, time.perf_counter() - begin]
@@ -71,7 +71,7 @@ def run_here(args: argparse.Namespace) -> None:
 
 
 def step(model: torch.nn.Module, num_turns: int) -> tuple[int, float]:
-    """Go forward and backward over a chat; return the row's length and the loss."""
+    """Run forward and backward on a chat; return the row's length and the loss."""
     row = linearize(build_tree(chat_passes(num_turns, **TURN)))
     batch = OnePassCollator()([row])
     inputs = {name: batch[name] for name in MODEL_INPUTS}
@@ -94,7 +94,7 @@ def measure(num_processes: int, args: argparse.Namespace) -> dict[str, Any]:
         flags = [f"--here={file}", f"--processes={num_processes}", f"--turns={args.turns}"]
         flags += [f"--layers={args.layers}", f"--hidden-size={args.hidden_size}"]
         flags += [f"--threads={args.threads}"]
-        # glibc gives back what it has mapped, but holds on to what it keeps in heaps.
+        # glibc gives back what it has mapped, but keeps its heaps.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *launcher, __file__, *flags]
         subprocess.run(command, env=environment, check=True)

@@ -1,13 +1,13 @@
-"""What `onepass-trl estimate` predicts for a step, beside the steps of the trainers.
+"""What `onepass-trl estimate` predicts for a step, against the steps of the trainers.
 
-For each dataset: how many times as long N-pass takes, by the operations, by the rows that
-`--measure` runs, and by running all rows in `OnePassSFTTrainer` and all turns in TRL's
-`SFTTrainer`.
+For each dataset, the ratio of the step times of N-pass and one pass: predicted from the operations,
+predicted from the rows that `--measure` runs, and measured by running all rows in
+`OnePassSFTTrainer` and all turns in TRL's `SFTTrainer`.
 
     python benchmarks/bench_estimate.py --data chats.jsonl .. --json out.json
 
-The model is a small Qwen3 with random weights. Its vocabulary is those tokens that occur, so that
-the LM head doesn't hide the rest.
+The model is a small Qwen3 with random weights. Its vocabulary is the tokens that occur, so that the
+LM head doesn't dominate.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_passes(
 ) -> list[list[Pass]]:
     """Return the passes of the first conversations, together about `max_tokens` tokens of N-pass.
 
-    Their tokens are numbered anew, from 0 and without gaps.
+    Their tokens are renumbered from 0 without gaps.
     """
     dataset = load_conversations(str(path), "train")
     chats: list[list[Pass]] = []
@@ -64,7 +64,7 @@ def read_passes(
 def seconds(trainers: list[SFTTrainer], repeats: int) -> list[float]:
     """Return each trainer's time of forward and backward over its whole dataset.
 
-    They run in turn, and of each batch the smallest time counts.
+    They run in turn, and the smallest time of each batch counts.
     """
     batches = [list(trainer.get_train_dataloader()) for trainer in trainers]
     times = [np.full(len(own), np.inf) for own in batches]

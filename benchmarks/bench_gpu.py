@@ -1,13 +1,13 @@
-"""Times tree attention and whole training steps on a GPU, beside what else there is.
+"""Times tree attention and whole training steps on a GPU, against their alternatives.
 
     make bench-gpu
     python benchmarks/bench_gpu.py --only attention --seqs 16384
     python benchmarks/bench_gpu.py --only attention --cases chats
     python benchmarks/bench_gpu.py --only steps --models 0.6B
 
-Needs torch with CUDA, transformers and the built library, no network. Writes
-results/<device>_<date>_<commit>_<part>.json and prints a table last. `--device cpu --tiny` tries
-the benchmark out; its times mean nothing.
+Needs torch with CUDA, transformers and the built library, but no network. Writes
+results/<device>_<date>_<commit>_<part>.json and prints a table at the end. `--device cpu --tiny`
+tries the benchmark out; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))  # an offline machine may have the repository only
+sys.path.insert(0, str(HERE.parent))  # an offline machine may have only the repository
 
 import gpu_attention  # noqa: E402
 import gpu_steps  # noqa: E402
@@ -36,8 +36,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=PARTS, help="one of the two parts")
-    parser.add_argument("--seqs", type=int, nargs="+", help="attention: rows of these lengths only")
-    parser.add_argument("--cases", help="attention: cases with this in their name only")
+    parser.add_argument("--seqs", type=int, nargs="+", help="attention: only rows of these lengths")
+    parser.add_argument("--cases", help="attention: only cases with this in their name")
     parser.add_argument("--models", nargs="+", choices=gpu_steps.MODELS, default=["0.6B", "8B"])
     parser.add_argument("--repeats", type=int, default=20, help="of attention, after warm-up")
     parser.add_argument("--step-repeats", type=int, default=5)
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
             path = args.results / f"{device}_{date}_{commit()}_{part}.json"
             for rows in module.measure(args):
                 done[part] += rows
-                write(path, f"gpu_{part}", done[part])  # each time: a run may be cut short
+                write(path, f"gpu_{part}", done[part])  # after each part: a run may be cut short
             if not done[part]:
                 raise SystemExit(f"{part}: --seqs and --cases leave nothing to measure")
             print(f"wrote {path}", flush=True)

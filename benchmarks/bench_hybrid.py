@@ -1,9 +1,9 @@
 """Time of a training step of hybrid models, whose layers carry state along the row:
 `OnePassSFTTrainer` against N-pass in TRL's `SFTTrainer`.
 
-The step of bench_step.py, with models of four layers of which one attends. The others are
-transformers' own implementations in PyTorch, for both ways, unless fla, mamba-ssm or
-causal-conv1d are installed.
+The step of bench_step.py, with models of four layers of which one attends. The others use
+transformers' implementations in PyTorch, for both ways, unless fla, mamba-ssm or causal-conv1d are
+installed.
 
     python benchmarks/bench_hybrid.py --json benchmarks/results/hybrid.json
 """

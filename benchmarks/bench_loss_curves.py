@@ -1,8 +1,8 @@
 """Loss of every step of a training run, in one pass and in N passes.
 
-Both trainers' own loops train the same small model on the same conversations in the same order:
-`OnePassSFTTrainer` one conversation a step, TRL's `SFTTrainer` its passes, one a batch, with
-gradient accumulation. So each conversation is cut to its first turns, equally many.
+Both trainers train the same small model on the same conversations in the same order:
+`OnePassSFTTrainer` with one conversation per step, TRL's `SFTTrainer` with its passes, one per
+batch, with gradient accumulation. So each conversation is cut to the same number of turns.
 
     python benchmarks/bench_loss_curves.py --json benchmarks/results/loss_curves.json
 """
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = dict(
 
 
 def losses_of(trainer: SFTTrainer) -> list[float]:
-    """Train, and return the loss of each step: the sum over its batches, each weighted alike."""
+    """Train, and return the loss of each step: the sum over its equally weighted batches."""
     parts: list[float] = []
     training_step = trainer.training_step
 
@@ -59,7 +59,7 @@ def losses_of(trainer: SFTTrainer) -> list[float]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--turns", type=int, default=3, help="of each conversation, the first ones")
+    parser.add_argument("--turns", type=int, default=3, help="first turns of each conversation")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="write the result to this file")
     args = parser.parse_args(arguments)

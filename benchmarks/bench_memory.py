@@ -1,10 +1,9 @@
 """Peak memory of attention against the length of the row: one pass, dense mask, FlexAttention.
 
-Each figure comes from a process of its own: the most memory that forward and backward have held,
-inputs and gradients included, beyond what the process held before. Short rows have gone through
-first, so that libraries are loaded, threads started and FlexAttention is compiled. On a CPU
-FlexAttention has no backward, so its figures are those of the forward pass alone. Linux with
-glibc only.
+Each figure comes from a separate process: the peak memory of forward and backward, inputs and
+gradients included, beyond what the process held before. Short rows are run first, so that libraries
+are loaded, threads started and FlexAttention is compiled. On a CPU FlexAttention has no backward,
+so its figures are for the forward pass only. Linux with glibc only.
 
     python benchmarks/bench_memory.py --json benchmarks/results/memory.json
 """
@@ -38,11 +37,11 @@ PEERS = ("onepass cpu", FLEX, DENSE_MASK)
 TURN = {"user": 60, "reasoning": 260, "response": 150}
 SHAPE = AttentionShape(heads=4, kv_heads=2, d_qk=64, d_v=64)
 DEVICE = torch.device("cpu")
-WARM_UP = (1, 2)  # of the second length FlexAttention learns that lengths vary, and compiles again
+WARM_UP = (1, 2)  # at the second length FlexAttention learns that lengths vary, and compiles again
 
 
 def held_kib(name: str) -> int:
-    """Return a size of this process: VmRSS is held now, VmHWM has been held at most."""
+    """Return a size of this process: VmRSS is its current memory, VmHWM its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(dict(line.split(":", 1) for line in lines)[name].split()[0])
 
@@ -51,8 +50,8 @@ def measure_here(name: str, turns: int) -> dict[str, Any]:
     """Return the figures of one peer and one row, in this process."""
     for short in WARM_UP:
         run(name, short)
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is held no longer
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
     before = held_kib("VmRSS")
     seq, has_backward, note = run(name, turns)
     peak = None if note else (held_kib("VmHWM") - before) / 1024
@@ -60,7 +59,7 @@ def measure_here(name: str, turns: int) -> dict[str, Any]:
 
 
 def run(name: str, turns: int) -> tuple[int, bool, str | None]:
-    """Run one peer; return the row's length, whether there is a backward, why it was refused."""
+    """Run one peer; return the row's length, whether it has a backward, why it was refused."""
     row = linearize(build_tree(chat_passes(turns, **TURN, vocab_size=1000))).visible_end
     inputs = make_inputs(row, SHAPE, torch.float32, DEVICE)
     peer = make_peers(inputs)[name]
@@ -73,7 +72,7 @@ def run(name: str, turns: int) -> tuple[int, bool, str | None]:
 
 
 def measure(name: str, turns: int, threads: int) -> dict[str, Any]:
-    """Return the figures of one peer and one row, in a process of their own."""
+    """Return the figures of one peer and one row, measured in a separate process."""
     process = subprocess.run(
         [
             sys.executable,

@@ -1,14 +1,14 @@
-"""Time to prepare a dataset of conversations, beside TRL's preparation of the same rows.
+"""Time to prepare a dataset of conversations, against TRL's preparation of the same records.
 
 TRL renders and tokenizes each conversation once, in its last view; this package renders every
-turn's view, merges them to a tree and lays it out. Both run as the trainers run them, in turn, in
+turn's view, merges them into a tree and lays it out. Both run as the trainers run them, in turn, in
 one process, without the cache of `datasets`; the smallest of the repeats counts. A tree has more
-tokens than the last view, so the ratios are of the times per token: by the clock, and by the CPU's
-seconds, which other work on the machine disturbs less.
+tokens than the last view, so the ratios are of the times per token: wall-clock time, and CPU time,
+which other work on the machine disturbs less.
 
     python benchmarks/bench_preparation.py --data chats.jsonl .. --tokenizer folder --json out.json
 
-A conversation file holds one JSON object a line, with ``messages`` and optional ``tools``.
+A conversation file has one JSON object per line, with ``messages`` and optional ``tools``.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Time to render all passes of a conversation, beside rendering and tokenizing its last view once.
+"""Time to render all passes of a conversation, against rendering and tokenizing its last view.
 
 The last view is what inference feeds before the last assistant turn. Both are timed in turn, in one
 run; the smallest of the repeats counts. N-pass tokens are the tokens of all passes together.
 
     python benchmarks/bench_rendering.py --data chats.jsonl --tokenizer folder --json out.json
 
-A conversation file holds one JSON object a line, with ``messages`` and optional ``tools``.
+A conversation file has one JSON object per line, with ``messages`` and optional ``tools``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def any_missing(*paths: Path) -> bool:
-    """Return whether any of the paths doesn't exist, and say so."""
+    """Return whether any of the paths doesn't exist, and print which."""
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         print(f"skipped: {' and '.join(missing)} not found; give --data and --tokenizer")

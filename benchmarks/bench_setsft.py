@@ -2,9 +2,9 @@
 forwards.
 
 Separate is the ordinary way: one causal forward (SDPA, no padding) for each of the K x M pairs of
-forking token and trace, without gradient, and for a step one forward and backward for each of the M
-matched pairs besides. The model, the fused LM head and the optimizer are the same; both are timed
-in turn within one run, on random tokens. A share of each trace is common to two traces.
+forking token and trace, without gradient, and for a step also one forward and backward for each of
+the M matched pairs. The model, the fused LM head and the optimizer are the same; both are timed in
+turn within one run, on random tokens. A share of each trace is common to two traces.
 
     python benchmarks/bench_setsft.py --json benchmarks/results/setsft.json
 """
@@ -31,7 +31,7 @@ from onepass_trl.tools.bench.results import write
 
 
 def random_set(args: argparse.Namespace, question: int) -> TraceSet:
-    """Return a set of traces of random tokens; every two of them begin alike."""
+    """Return a set of traces of random tokens; each pair of them begins alike."""
     rng = np.random.default_rng(0)
 
     def tokens(length: int) -> list[int]:

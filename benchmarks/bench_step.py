@@ -2,8 +2,8 @@
 `SFTTrainer`.
 
 Both train the same random model on the same conversation with the same optimizer, in turn within
-one run. N-pass is one row per assistant turn (its context masked out, causal SDPA, no padding), its
-gradients accumulated over the conversation: the ordinary exact way.
+one run. N-pass is one row per assistant turn (its context masked out, causal SDPA, no padding),
+with gradients accumulated over the conversation: the ordinary exact way.
 
     python benchmarks/bench_step.py --json benchmarks/results/step.json
 """
@@ -21,7 +21,7 @@ from onepass_trl.tools.bench.workload import chat_passes, random_model, small_co
 
 
 def add_turns(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a chat's turns, and what every benchmark of a step takes."""
+    """Add the arguments of a chat's turns and those that every benchmark of a step has."""
     parser.add_argument("--user", type=int, default=60, help="tokens of a user message")
     parser.add_argument("--reasoning", type=int, default=260, help="tokens of a turn's reasoning")
     parser.add_argument("--response", type=int, default=150, help="tokens of a turn's response")
@@ -53,7 +53,7 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
 
 
 def measure(args: argparse.Namespace, turns: int) -> dict[str, object]:
-    """Return the figures of a step on one chat of so many turns."""
+    """Return the figures of a step on one chat with this number of turns."""
     result = measure_step(
         [chat_passes(turns, args.user, args.reasoning, args.response, args.vocab_size)],
         lambda: make_model(args),

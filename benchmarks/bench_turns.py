@@ -1,6 +1,6 @@
 """Speed-up of a training step by one pass, against the number of turns of the chat.
 
-The step of bench_step.py, with the same turns, more and more of them.
+The step of bench_step.py on chats with an increasing number of equal turns.
 
     python benchmarks/bench_turns.py --json benchmarks/results/turns.json
 """
@@ -32,7 +32,7 @@ COLUMNS = (
 def print_speedup(what: str, result: dict[str, Any]) -> None:
     print(
         f"{what}: {result['speedup']:.2f} times as fast, "
-        f"N-pass has {result['token_ratio']:.2f} times as many tokens",
+        f"N-pass has {result['token_ratio']:.2f} times the tokens",
         flush=True,
     )
 

@@ -1,7 +1,7 @@
-"""Attention on a GPU: our kernels beside FlexAttention and SDPA, on the same inputs in one run.
+"""Attention on a GPU: our kernels against FlexAttention and SDPA, on the same inputs in one run.
 
-SDPA causal computes something else on rows with branches (every token sees all before it): there it
-is the roof of kernels that know nothing of trees, and its useful work is counted as its own.
+Causal SDPA computes something else on rows with branches (every token sees all tokens before it):
+there it is the upper bound for kernels that ignore the tree, and its own work counts as useful.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ TINY = (
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of the tiles that our kernels compute; backward where most is done."""
+    """Queries and keys of the tiles of our kernels; backward, those with most of the products."""
 
     forward: tuple[int, int]
     backward: tuple[int, int]
@@ -86,7 +86,7 @@ class Inputs(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """Something to compare: attention, and what is built once per batch for it."""
+    """Something to compare: attention, and what is built for it once per batch."""
 
     run: Callable[[], Tensor]
     prepare: Callable[[], object] | None
@@ -115,7 +115,7 @@ def sdpa_causal(x: Inputs, backend: SDPBackend | None) -> Tensor:
 
 
 def sdpa_dense_mask(x: Inputs, mask: list[Tensor]) -> Tensor:
-    # The backends that take a mask have no groups of heads.
+    # The backends that take a mask don't support groups of heads.
     k, v = (y.repeat_interleave(x.q.shape[1] // y.shape[1], dim=1) for y in (x.k, x.v))
     return F.scaled_dot_product_attention(x.q, k, v, attn_mask=mask[0])
 
@@ -162,7 +162,7 @@ def make_peers(case: Case, x: Inputs, device: str) -> dict[str, Peer]:
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(enabled, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # time of torch's, not of kernels
+    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's time, not the kernels'
     try:
         yield
     finally:
@@ -178,7 +178,7 @@ def our_tiles(device: str) -> Tiles:
 
 
 def measure_peer(case: Case, row: Row, x: Inputs, peer: Peer, args: Any) -> dict[str, Any]:
-    """Return the columns of one peer; TFLOP/s of useful work, 2.5 times as much backward."""
+    """Return the columns of one peer; TFLOP/s of useful work, backward 2.5 times that of forward."""
     timing = {"device": args.device, "repeats": args.repeats, "budget_s": args.budget}
     build_ms = None if peer.prepare is None else median_ms(peer.prepare, **timing)
     causal_pairs = case.seq * (case.seq + 1) // 2
@@ -207,7 +207,7 @@ def measure_peer(case: Case, row: Row, x: Inputs, peer: Peer, args: Any) -> dict
 
 
 def measure_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield one flat row of results per peer; a peer that cannot run says why."""
+    """Yield one flat dict of results per peer; a peer that cannot run says why."""
     row = case.row(case.seq)
     x = make_inputs(case, row, args.device)
     useful = num_visible_pairs(*row, case.window)
@@ -258,7 +258,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """Print what matters most, a line per case and peer."""
+    """Print the main figures, a line per case and peer."""
     validated = len(cuda_library.VALIDATED)
     print(f"\nuseful TFLOP/s, forward and backward; ms to build the mask ({validated} validated)")
     for row in results:

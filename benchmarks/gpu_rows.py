@@ -15,7 +15,7 @@ Ints = NDArray[np.int32]
 
 
 class Row(NamedTuple):
-    """What attention needs of a row."""
+    """What attention needs from a row."""
 
     visible_end: Ints
     positions: Ints
@@ -52,7 +52,7 @@ def conversations(num_tokens: int, turns: int, low: int, high: int) -> list[list
 
 
 def lay_out(chats: list[list[Pass]]) -> Layout:
-    """Return the row in which the chats stand after one another."""
+    """Return the row of the chats, one after another."""
     return concatenate([linearize(build_tree(passes)) for passes in chats])
 
 

@@ -1,9 +1,9 @@
-"""Training steps on a GPU: one pass per conversation beside N passes, on Qwen3-shaped models.
+"""Training steps on a GPU: one pass per conversation against N passes, on Qwen3-shaped models.
 
 Every step is forward, loss, backward and optimizer over the same conversations: one pass with our
 kernels, with FlexAttention and with SDPA under the dense mask, and N-pass with all passes packed
-into rows without padding, attention by the variable-length flash kernels of torch. The logits are
-computed in pieces and layers are recomputed in backward, the same for all.
+into rows without padding, with torch's variable-length flash attention. In all of them the logits
+are computed in pieces and layers are recomputed in backward.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def packed_causal_attention(
 
 
 def one_pass_batch(chats: list[list[Pass]], device: str, impl: str) -> Batch:
-    """Return the row of the chats' trees; `impl` of tree attention, or "dense mask" for SDPA."""
+    """Return the row of the chats' trees; `impl` is of tree attention, or "dense mask"."""
     row = lay_out(chats)
     tensors = {
         name: torch.from_numpy(np.asarray(getattr(row, name)))[None].to(device)
@@ -186,7 +186,7 @@ def make_model(settings: dict[str, Any], device: str) -> Qwen3ForCausalLM:
 
 
 def switch_attention(model: Qwen3ForCausalLM, batch: Batch) -> None:
-    """Give a model the attention that a batch has been made for."""
+    """Give a model the attention that a batch was made for."""
     if "visible_end" in batch.inputs:
         use_onepass_attention(model)
     else:
@@ -197,7 +197,7 @@ def measure_model(name: str, settings: dict[str, Any], args: Any) -> list[dict[s
     """Return a flat row of results per way to train the same conversations."""
     chats = conversations(args.step_tokens, args.turns, *args.lengths)
     model = make_model(settings, args.device)
-    # A rate of 0: the work of a step, and yet the same model for every way.
+    # A learning rate of 0: the work of a step, with the same model for every way.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     AttentionInterface.register("packed_causal", packed_causal_attention)
     AttentionMaskInterface.register("packed_causal", lambda *args, **kwargs: None)
@@ -259,7 +259,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """Print a line per model and way, its time beside that of N-pass."""
+    """Print a line per model and way, with its time against that of N-pass."""
     print("\nms per step, times as fast as N-pass, loss per token")
     n_pass = {row["model"]: row["step_ms"] for row in results if row["way"].startswith("N-pass")}
     for row in results:

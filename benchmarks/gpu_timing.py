@@ -42,7 +42,7 @@ def _once_ms(run: Callable[[], object], device: str) -> float:
 
 
 def peak_mib(run: Callable[[], object], device: str) -> float | None:
-    """Return the memory that a run takes on top of what is held before; None on a CPU."""
+    """Return the memory that a run takes beyond what was held before; None on a CPU."""
     if device != "cuda":
         run()
         return None

@@ -26,7 +26,7 @@ _RIGHT: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 10}
 
 
 def speedup_by_turns(record: dict[str, Any]) -> Figure:
-    """Draw how many times as fast one pass is, beside how many times as many tokens N-pass has."""
+    """Draw the speed-up of one pass together with the ratio of tokens."""
     rows = record["results"]
     turns = [row["turns"] for row in rows]
     figure, axes = _begin("A training step in one pass, against N-pass", record)
@@ -37,7 +37,7 @@ def speedup_by_turns(record: dict[str, Any]) -> Figure:
     axes.set_ylim(0, max(ratio + speedup) * 1.12)
     axes.locator_params(axis="y", nbins=6)
     axes.yaxis.set_major_formatter("{x:g} x")
-    # Both grow with the turns, so this corner stays free.
+    # Both grow with the number of turns, so this corner is free.
     for height, text, colour in (
         (0.93, "●  time of N-pass / time of one pass", ONE_PASS),
         (0.85, "—  tokens of N-pass / tokens of one pass", PEER),
@@ -48,7 +48,7 @@ def speedup_by_turns(record: dict[str, Any]) -> Figure:
 
 def memory_by_tokens(record: dict[str, Any]) -> Figure:
     """Draw the peak memory of attention against the length of the row."""
-    names = {  # and by how many points the name stands above the end of its line
+    names = {  # and by how many points the name is above the end of its line
         "onepass cpu": ("one pass", ONE_PASS, "o-", 5),
         "flex": ("FlexAttention", PEER, "s--", -13),
         "sdpa dense mask": ("SDPA, dense mask", PEER, "D-", 0),
@@ -88,7 +88,7 @@ def memory_by_tokens(record: dict[str, Any]) -> Figure:
 
 
 def loss_curves(record: dict[str, Any]) -> Figure:
-    """Draw the losses of both ways over one another, and below it how far they are apart."""
+    """Draw the losses of both ways in one plot, and below it their difference."""
     rows = record["results"]
     steps = [row["step"] for row in rows]
     n_pass, one_pass = ([row[f"{way}_pass_loss"] for row in rows] for way in ("n", "one"))
@@ -160,7 +160,7 @@ def _clean(axes: Axes) -> None:
 
 
 def _caption(figure: Figure, axes: Axes, title: str, record: dict[str, Any]) -> None:
-    """Write the title, and in small below the figure what it was measured on."""
+    """Write the title, and below the figure what it was measured on."""
     machine = record["machine"]
     device = machine["accelerator"] or f"{machine['cpu']}, {machine['threads']} threads"
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)

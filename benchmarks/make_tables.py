@@ -1,8 +1,8 @@
-"""Writes the tables of README.md here from the newest result of each benchmark in results/.
+"""Writes the tables of benchmarks/README.md from the newest result of each benchmark.
 
     python benchmarks/make_tables.py
 
-Each table stands between ``<!-- name -->`` and ``<!-- end -->``; everything else is left alone.
+Each table is between ``<!-- name -->`` and ``<!-- end -->``; everything else is unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CURVES = ("loss_curves",)  # a line per step: for make_plots.py only
 
 
 def newest_results() -> dict[str, list[dict[str, Any]]]:
-    """Return the newest record on each machine, of each benchmark that has a table, by its name."""
+    """Return the newest record of each benchmark with a table on each machine, by its name."""
     records = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     records.sort(key=lambda record: record["date"])
     newest: dict[str, dict[str, dict[str, Any]]] = {}
@@ -45,7 +45,7 @@ def format_cell(value: Any) -> str:
 
 
 def format_table(record: dict[str, Any]) -> str:
-    """Return the results as a Markdown table, above it what they were measured on."""
+    """Return the results as a Markdown table, preceded by what they were measured on."""
     rows, versions = record["results"], record["versions"]
     lines = [
         f"`{record['command']}`  ",

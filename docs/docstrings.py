@@ -1,7 +1,7 @@
 """Docstrings as the Python page shows them: an extension of griffe, which reads them.
 
-An example stands in a docstring as a paragraph that begins with ``>>>``. Markdown would take it for
-a quotation, so it gets a fence here.
+An example in a docstring is a paragraph that begins with ``>>>``. Markdown would take it for a
+quotation, so it is fenced here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Docstrings(griffe.Extension):
     """Fences the sessions of docstrings."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Change the docstring of an object once it has been read."""
+        """Change the docstring of an object after it has been read."""
         if obj.docstring:
             obj.docstring.value = with_fences(obj.docstring.value)
 

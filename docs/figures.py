@@ -1,7 +1,7 @@
 """The figures of the site: python docs/figures.py
 
 They are drawn from what the package computes for the conversation of how_it_works.md, in colours
-that are readable on a light and on a dark page.
+that are readable on a light and a dark page.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _NAME = re.compile(
 )
 _FENCE = re.compile(r"^(`{3,}).*?^\1`*$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
-# What a browser would fetch from another host, as against links that a reader may follow.
+# What a browser would fetch from another host, unlike links that a reader may follow.
 _EXTERNAL = re.compile(
     r"<(?:script|img|iframe)\b[^>]*\ssrc=[\"']?(?:https?:)?//[^>]*"
     r"|<link\b(?=[^>]*rel=[\"']?stylesheet)[^>]*\shref=[\"']?(?:https?:)?//[^>]*"
@@ -40,7 +40,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Have docstrings rendered, and settle links into the repository."""
+    """Render docstrings, and resolve links into the repository."""
     name = page.file.src_uri
     markdown = with_docstrings(markdown)
     source = REPOSITORY / PAGES.get(name, f"docs/{name}")
@@ -52,14 +52,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Refuse a page that a browser would complete from another host."""
+    """Refuse a page for which a browser would load something from another host."""
     if found := _EXTERNAL.search(output):
         raise ValueError(f"{page.file.src_uri} loads something from elsewhere: {found[0]}")
     return output
 
 
 def with_docstrings(markdown: str) -> str:
-    """Return the text with each entry of docs/api.md replaced by mkdocstrings' word for it all."""
+    """Return the text with each entry of docs/api.md replaced by mkdocstrings' directive."""
     return _NAME.sub(r"::: \1", markdown)
 
 

@@ -1,4 +1,4 @@
-"""Trains a small model on conversations.jsonl in one pass each and compares that with N passes.
+"""Trains a small model on conversations.jsonl, each in one pass, and compares with N passes.
 
     make demo
 
@@ -105,7 +105,7 @@ def generate(checkpoint: Path) -> None:
     print(f"\n3. The checkpoint is in {checkpoint} and loads in plain transformers:")
     print(f"   user:  {message['content']}")
     print(f"   model: {' '.join(answer.split())} ..")
-    print("   (So small a model learns the form, reasoning first, and hardly any content.)")
+    print("   (A model this small learns the form, reasoning first, but hardly any content.)")
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ which differ in the order of the additions; a question comes with traces of thre
 order. A small Qwen3 learns from scratch with `SetSFTTrainer`, its four forking tokens matched by
 least cost ("hungarian"), at random, or in the order of the traces ("fixed"), from three seeds each.
 
-Then each token is asked to solve held-out questions (sampled, temperature 1). Printed and plotted:
-the mutual information between forking token and mode (0: the token says nothing; log 4 = 1.39 nats:
-each token has a mode of its own), and the accuracy behind each token. Takes about eight minutes on
-two cores; everything it writes is in runs/setsft_modes.
+Then each token is asked to solve held-out questions (sampled, temperature 1). The mutual
+information between forking token and mode (0: the token says nothing; log 4 = 1.39 nats: each token
+has its own mode) and the accuracy after each token are printed and plotted. It takes about eight
+minutes on two cores; everything it writes is in runs/setsft_modes.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def train(
 
 
 def evaluate(trainer: SetSFTTrainer, questions: list[list[int]], seed: int) -> dict[str, Any]:
-    """Return what the model does behind each forking token on held-out questions."""
+    """Return what the model does after each forking token on held-out questions."""
     tokenizer, num_tokens = trainer.processing_class, trainer.args.num_forking_tokens
     prompts = [
         prompt
@@ -184,12 +184,12 @@ def evaluate(trainer: SetSFTTrainer, questions: list[list[int]], seed: int) -> d
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    print("\nmatching   seed  mutual information  accuracy behind each token  no mode's trace")
+    print("\nmatching   seed  mutual information  accuracy after each token  no mode's trace")
     for result in results:
         accuracy = "  ".join(f"{share:.2f}" for share in result["accuracy"])
         print(
             f"{result['matching']:10} {result['seed']:4}  {result['mutual_information']:13.3f} nats"
-            f"  {accuracy:>26}  {result['none_of_them']:15.2f}"
+            f"  {accuracy:>25}  {result['none_of_them']:15.2f}"
         )
 
 
@@ -223,11 +223,11 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             maps[number].text(mode, token, count, ha="center", va="center", color=shade)
     information.axhline(math.log(len(MODES)), color="grey", linestyle="--", linewidth=1)
     information.set_title("mutual information of token and mode, nats (dashed: log 4)")
-    accuracy.set_title("accuracy behind each token")
+    accuracy.set_title("accuracy after each token")
     accuracy.set_ylim(0, 1.05)
     for axes in (information, accuracy):
         axes.set_xticks(range(len(METHODS)), METHODS)
-    bottom.suptitle("held-out questions solved by each mode behind each token")
+    bottom.suptitle("held-out questions solved by each mode after each token")
     figure.savefig(path, dpi=100)
 
 

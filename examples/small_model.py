@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 CONVERSATIONS = Path(__file__).parent / "conversations.jsonl"
 
-# Qwen3's tokens: the first line is skipped when decoding, the second is text to the reader.
+# Qwen3's tokens: those of the first line are skipped when decoding, the others are text.
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
@@ -52,7 +52,7 @@ def make_tokenizer(
 def make_model(
     tokenizer: PreTrainedTokenizerFast, *, layers: int = 2, hidden_size: int = 256
 ) -> Qwen3ForCausalLM:
-    """Return a Qwen3 with random weights, always the same ones."""
+    """Return a Qwen3 with random weights, always the same."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

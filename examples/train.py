@@ -2,7 +2,7 @@
 
 python examples/train.py --model Qwen/Qwen3-0.6B --data examples/conversations.jsonl
 
-Before: ``from trl import SFTConfig, SFTTrainer``, and the same two lines with those names.
+Before, it was ``from trl import SFTConfig, SFTTrainer``, and the same code with those names.
 """
 
 import argparse
