@@ -178,7 +178,7 @@ def our_tiles(device: str) -> Tiles:
 
 
 def measure_peer(case: Case, row: Row, x: Inputs, peer: Peer, args: Any) -> dict[str, Any]:
-    """Return the columns of one peer; TFLOP/s of useful work, backward 2.5 times that of forward."""
+    """Return the columns of one peer; TFLOP/s of useful work, 2.5 times as much in backward."""
     timing = {"device": args.device, "repeats": args.repeats, "budget_s": args.budget}
     build_ms = None if peer.prepare is None else median_ms(peer.prepare, **timing)
     causal_pairs = case.seq * (case.seq + 1) // 2
