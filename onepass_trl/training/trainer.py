@@ -127,15 +127,15 @@ class OnePassSFTTrainer(SFTTrainer):
         | dict[str, AnyDataset]
         | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        compute_loss_func: Callable | None = None,
-        compute_metrics: Callable | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
-        formatting_func: Callable | None = None,
+        formatting_func: Callable[..., Any] | None = None,
     ) -> None:
         args = to_config(args, model, OnePassSFTConfig)
         refuse_functions_of_logits(
@@ -231,7 +231,7 @@ class OnePassSFTTrainer(SFTTrainer):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         args: OnePassSFTConfig,
         packing: bool,
-        formatting_func: Callable | None,
+        formatting_func: Callable[..., Any] | None,
         dataset_name: str,
     ) -> AnyDataset:
         check_not_empty(dataset_name, dataset)
@@ -476,7 +476,7 @@ class OnePassSFTTrainer(SFTTrainer):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader,
+        dataloader: DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
