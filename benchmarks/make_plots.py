@@ -25,12 +25,12 @@ FLOAT32_EPSILON = 2**-23
 _RIGHT: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 10}
 
 
-def speedup_by_turns(record: dict[str, Any]) -> Figure:
+def speedup_by_turns(run: dict[str, Any]) -> Figure:
     """Draw the speed-up of one pass together with the ratio of tokens."""
-    rows = record["results"]
-    turns = [row["turns"] for row in rows]
-    figure, axes = _begin("A training step in one pass, against N-pass", record)
-    ratio, speedup = ([row[name] for row in rows] for name in ("token_ratio", "speedup"))
+    results = run["results"]
+    turns = [result["turns"] for result in results]
+    figure, axes = _begin("A training step in one pass, against N-pass", run)
+    ratio, speedup = ([result[name] for result in results] for name in ("token_ratio", "speedup"))
     axes.plot(turns, ratio, color=PEER, lw=1.5, zorder=2)
     axes.plot(turns, speedup, "o", color=ONE_PASS, ms=7, zorder=3)
     axes.set(xlabel="turns of the chat", xticks=turns, xlim=(0, max(turns) * 1.04))
@@ -46,25 +46,25 @@ def speedup_by_turns(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def memory_by_tokens(record: dict[str, Any]) -> Figure:
+def memory_by_tokens(run: dict[str, Any]) -> Figure:
     """Draw the peak memory of attention against the length of the row."""
     names = {  # and by how many points the name is above the end of its line
         "onepass cpu": ("one pass", ONE_PASS, "o-", 5),
         "flex": ("FlexAttention", PEER, "s--", -13),
         "sdpa dense mask": ("SDPA, dense mask", PEER, "D-", 0),
     }
-    figure, axes = _begin("Peak memory of attention, forward and backward", record)
+    figure, axes = _begin("Peak memory of attention, forward and backward", run)
     for key, (name, colour, style, above) in names.items():
-        rows = [
-            row
-            for row in record["results"]
-            if row["implementation"] == key and row["peak_mib"] is not None
+        results = [
+            result
+            for result in run["results"]
+            if result["implementation"] == key and result["peak_mib"] is not None
         ]
-        if not rows:
+        if not results:
             continue
-        if not rows[0]["backward"]:
+        if not results[0]["backward"]:
             name += ", forward\n(no backward on a CPU)"
-        x, y = [row["seq"] for row in rows], [row["peak_mib"] for row in rows]
+        x, y = [result["seq"] for result in results], [result["peak_mib"] for result in results]
         axes.plot(x, y, style, color=colour, ms=5, lw=1.5)
         axes.annotate(
             name,
@@ -76,7 +76,7 @@ def memory_by_tokens(record: dict[str, Any]) -> Figure:
             fontsize=10,
         )
     axes.set(xscale="log", yscale="log", xlabel="tokens of the row")
-    ticks = sorted({row["seq"] for row in record["results"]})
+    ticks = sorted({result["seq"] for result in run["results"]})
     axes.set_xticks(ticks, [f"{tick / 1000:.3g}k" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlim(ticks[0] * 0.85, ticks[-1] * 5)  # room for the names
@@ -87,16 +87,16 @@ def memory_by_tokens(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def loss_curves(record: dict[str, Any]) -> Figure:
+def loss_curves(run: dict[str, Any]) -> Figure:
     """Draw the losses of both ways in one plot, and below it their difference."""
-    rows = record["results"]
-    steps = [row["step"] for row in rows]
-    n_pass, one_pass = ([row[f"{way}_pass_loss"] for row in rows] for way in ("n", "one"))
+    results = run["results"]
+    steps = [result["step"] for result in results]
+    n_pass, one_pass = ([result[f"{way}_pass_loss"] for result in results] for way in ("n", "one"))
     figure = new_figure(7.2, 5.6)
     losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for axes in (losses, differences):
         _clean(axes)
-    _caption(figure, losses, "A training run in N passes and in one", record)
+    _caption(figure, losses, "A training run in N passes and in one", run)
     losses.plot(steps, n_pass, color=N_PASS, lw=5, alpha=0.55, solid_capstyle="round")
     losses.plot(steps, one_pass, color=ONE_PASS, lw=1.3)
     losses.set_ylabel("loss of the step")
@@ -136,15 +136,15 @@ FIGURES = {
 }
 
 
-def source_of(record: dict[str, Any]) -> str:
-    return f"{record['name']} at {record['commit']}, {record['date']}"
+def source_of(run: dict[str, Any]) -> str:
+    return f"{run['name']} at {run['commit']}, {run['date']}"
 
 
-def _begin(title: str, record: dict[str, Any]) -> tuple[Figure, Axes]:
+def _begin(title: str, run: dict[str, Any]) -> tuple[Figure, Axes]:
     figure = new_figure(7.2, 4.4)
     axes = figure.add_subplot()
     _clean(axes)
-    _caption(figure, axes, title, record)
+    _caption(figure, axes, title, run)
     return figure, axes
 
 
@@ -159,14 +159,14 @@ def _clean(axes: Axes) -> None:
     axes.spines["bottom"].set_color("#9ca3af")
 
 
-def _caption(figure: Figure, axes: Axes, title: str, record: dict[str, Any]) -> None:
+def _caption(figure: Figure, axes: Axes, title: str, run: dict[str, Any]) -> None:
     """Write the title, and below the figure what it was measured on."""
-    machine = record["machine"]
+    machine = run["machine"]
     device = machine["accelerator"] or f"{machine['cpu']}, {machine['threads']} threads"
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
     figure.supxlabel(
-        f"{device}; torch {record['versions']['torch']}; commit {record['commit']}; "
-        f"{record['date']}; results/{record['name']}.json",
+        f"{device}; torch {run['versions']['torch']}; commit {run['commit']}; "
+        f"{run['date']}; results/{run['name']}.json",
         fontsize=7.5,
         color="#6b7280",
         x=0.99,
@@ -186,8 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
         source = args.results / f"{name}.json"
         if not source.is_file():
             raise SystemExit(f"{source} is missing: run benchmarks/bench_{name}.py --json {source}")
-        record = json.loads(source.read_text())
-        save(draw(record), path, source_of(record))
+        run = json.loads(source.read_text())
+        save(draw(run), path, source_of(run))
         print(f"wrote {path}")
     path = args.output / "mask.png"
     save(mask_of_a_conversation(), path)

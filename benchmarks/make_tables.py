@@ -17,18 +17,18 @@ CURVES = ("loss_curves",)  # a line per step: for make_plots.py only
 
 
 def newest_results() -> dict[str, list[dict[str, Any]]]:
-    """Return the newest record of each benchmark with a table on each machine, by its name."""
-    records = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
-    records.sort(key=lambda record: record["date"])
+    """Return the newest run of each benchmark with a table on each machine, by its name."""
+    runs = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+    runs.sort(key=lambda run: run["date"])
     newest: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in records:
-        if record["name"] not in CURVES:
-            newest.setdefault(record["name"], {})[device_of(record)] = record
+    for run in runs:
+        if run["name"] not in CURVES:
+            newest.setdefault(run["name"], {})[device_of(run)] = run
     return {name: list(by_device.values()) for name, by_device in newest.items()}
 
 
-def device_of(record: dict[str, Any]) -> str:
-    machine = record["machine"]
+def device_of(run: dict[str, Any]) -> str:
+    machine = run["machine"]
     if machine.get("accelerator"):
         return machine["accelerator"]
     return f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads"
@@ -44,35 +44,40 @@ def format_cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def format_table(record: dict[str, Any]) -> str:
+def format_table(run: dict[str, Any]) -> str:
     """Return the results as a Markdown table, preceded by what they were measured on."""
-    rows, versions = record["results"], record["versions"]
+    results, versions = run["results"], run["versions"]
     lines = [
-        f"`{record['command']}`  ",
-        f"{device_of(record)}, torch {versions['torch']}, "
-        f"commit {record['commit']}, {record['date']}",
+        f"`{run['command']}`  ",
+        f"{device_of(run)}, torch {versions['torch']}, commit {run['commit']}, {run['date']}",
     ]
-    if len(rows) == 1:  # a single result reads better downwards
+    if len(results) == 1:  # a single result reads better downwards
         lines += ["", "| figure | value |", "|---|---|"]
-        lines += [f"| {column} | {format_cell(value)} |" for column, value in rows[0].items()]
+        lines += [f"| {column} | {format_cell(value)} |" for column, value in results[0].items()]
         return "\n".join(lines)
-    same = [column for column in rows[0] if all(row[column] == rows[0][column] for row in rows)]
+    same = [
+        column
+        for column in results[0]
+        if all(result[column] == results[0][column] for result in results)
+    ]
     if same:
         lines[-1] += "  "
-        facts = [f"{column} {format_cell(rows[0][column])}" for column in same]
+        facts = [f"{column} {format_cell(results[0][column])}" for column in same]
         lines.append(", ".join(fact for fact in facts if not fact.endswith(" ")))
-    columns = [column for column in rows[0] if column not in (*same, "note")]
+    columns = [column for column in results[0] if column not in (*same, "note")]
     lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(format_cell(row[c]) for c in columns) + " |" for row in rows]
-    notes = [f"{row[columns[0]]}: {row['note']}" for row in rows if row.get("note")]
+    lines += [
+        "| " + " | ".join(format_cell(result[c]) for c in columns) + " |" for result in results
+    ]
+    notes = [f"{result[columns[0]]}: {result['note']}" for result in results if result.get("note")]
     return "\n".join([*lines, *[""] * bool(notes), *notes])
 
 
 def main() -> None:
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
-    for name, records in newest_results().items():
-        tables = "\n\n".join(map(format_table, records))
+    for name, runs in newest_results().items():
+        tables = "\n\n".join(map(format_table, runs))
         text, count = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
             lambda match, tables=tables: f"{match[1]}\n{tables}\n\n{match[2]}",

@@ -41,8 +41,8 @@ def forked_rollouts(num_rollouts: int, seed: int = 0) -> list[Pass]:
     return [*passes, passes[0]]
 
 
-def as_row(passes: list[Pass]) -> dict[str, list[dict[str, list[int]]]]:
-    """Return the conversation as a row of the `passes` dataset form."""
+def as_record(passes: list[Pass]) -> dict[str, list[dict[str, list[int]]]]:
+    """Return the conversation as a record of the `passes` form."""
     return {
         "passes": [
             {

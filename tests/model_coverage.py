@@ -34,7 +34,7 @@ from onepass_trl.attention.model_check import check_model, reference_attention
 from onepass_trl.tools.bench.workload import num_parameters
 from onepass_trl.tools.verify import compare
 from tests.chat.tokenizers import small_tokenizer
-from tests.conversations import as_row, random_chat
+from tests.conversations import as_record, random_chat
 from tests.models import COMMON, LATENT, MODELS, MOE, WINDOW, make_model, random_model
 from tests.pages import with_part
 
@@ -183,7 +183,7 @@ def training_loss(model: PreTrainedModel, passes: list[Pass]) -> float:
         trainer = OnePassSFTTrainer(
             model,
             args,
-            train_dataset=Dataset.from_list([as_row(passes)]),
+            train_dataset=Dataset.from_list([as_record(passes)]),
             processing_class=small_tokenizer("qwen3"),
         )
         batch = trainer.data_collator(list(trainer.train_dataset))

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, Pass
-from tests.conversations import as_row
+from tests.conversations import as_record
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-4
@@ -31,7 +31,7 @@ def make_trainer(model, conversations, output_dir, tokenizer, **options) -> OneP
     return OnePassSFTTrainer(
         model,
         OnePassSFTConfig(str(output_dir), **{**settings, **options}),
-        train_dataset=Dataset.from_list([as_row(passes) for passes in conversations]),
+        train_dataset=Dataset.from_list([as_record(passes) for passes in conversations]),
         processing_class=tokenizer,
     )
 

@@ -21,10 +21,10 @@ def script(monkeypatch):
 
 
 def results_of(path: Path, name: str) -> list[dict]:
-    record = json.loads(path.read_text())
-    assert record["name"] == name
-    assert {"command", "machine", "versions", "commit", "date"} <= set(record)
-    return record["results"]
+    run = json.loads(path.read_text())
+    assert run["name"] == name
+    assert {"command", "machine", "versions", "commit", "date"} <= set(run)
+    return run["results"]
 
 
 TINY = ["--layers=1", "--hidden-size=16", "--heads=2", "--kv-heads=1", "--head-dim=8"]
@@ -45,10 +45,10 @@ def test_a_step_of_hybrid_models(script, tmp_path):
     path = tmp_path / "hybrid.json"
     flags = ["--turns=2", "--hidden-size=48", "--repeats=1", *TURN, f"--json={path}"]
     script("bench_hybrid").main(flags)
-    rows = results_of(path, "hybrid")
-    assert [row["model"] for row in rows] == ["qwen3_5_text", "nemotron_h", "lfm2"]
-    assert all(row["token_ratio"] > 1 for row in rows)
-    assert all(row["largest_loss_difference"] < 1e-5 for row in rows)
+    results = results_of(path, "hybrid")
+    assert [result["model"] for result in results] == ["qwen3_5_text", "nemotron_h", "lfm2"]
+    assert all(result["token_ratio"] > 1 for result in results)
+    assert all(result["largest_loss_difference"] < 1e-5 for result in results)
 
 
 @pytest.mark.long("benchmarks", "onepass_trl/attention", "onepass_trl/data")
@@ -65,10 +65,10 @@ def test_memory_of_pieces(script, tmp_path):
 def test_loss_curves_lie_on_each_other(script, tmp_path, capsys):
     path = tmp_path / "loss_curves.json"
     script("bench_loss_curves").main(["--steps=3", "--turns=2", f"--json={path}"])
-    rows = results_of(path, "loss_curves")
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    for row in rows:
-        assert row["one_pass_loss"] == pytest.approx(row["n_pass_loss"], rel=1e-5)
+    results = results_of(path, "loss_curves")
+    assert [result["step"] for result in results] == [1, 2, 3]
+    for result in results:
+        assert result["one_pass_loss"] == pytest.approx(result["n_pass_loss"], rel=1e-5)
     assert "3 steps, loss" in capsys.readouterr().out
 
 
@@ -80,11 +80,13 @@ def test_an_estimate_beside_what_is_run(script, tmp_path, tiny_model_dir):
         *("--tokens=900", "--layers=1", "--hidden-size=128", "--repeats=1", f"--json={path}"),
     ]
     script("bench_estimate").main(flags)
-    (row,) = results_of(path, "estimate")
-    assert row["measured_ratio"] == pytest.approx(row["n_pass_seconds"] / row["one_pass_seconds"])
+    (result,) = results_of(path, "estimate")
+    assert result["measured_ratio"] == pytest.approx(
+        result["n_pass_seconds"] / result["one_pass_seconds"]
+    )
     for way in ("by_operations", "by_rows_run"):
-        assert row[f"error_{way}"] == pytest.approx(row[way] / row["measured_ratio"] - 1)
-    assert 1 < row["by_operations"] < 2 * row["token_ratio"]
+        assert result[f"error_{way}"] == pytest.approx(result[way] / result["measured_ratio"] - 1)
+    assert 1 < result["by_operations"] < 2 * result["token_ratio"]
 
 
 def test_what_needs_data_is_skipped_without(script, capsys):
@@ -114,13 +116,13 @@ def test_the_figures_are_drawn_from_what_is_committed(script, tmp_path):
         "mask",
     }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
-    record = json.loads((BENCHMARKS / "results" / "turns.json").read_text())
-    figure = plots.speedup_by_turns(record)
+    run = json.loads((BENCHMARKS / "results" / "turns.json").read_text())
+    figure = plots.speedup_by_turns(run)
     (axes,) = figure.axes
     ratio, speedup = axes.lines
-    assert list(speedup.get_ydata()) == [row["speedup"] for row in record["results"]]
-    assert list(ratio.get_xdata()) == [row["turns"] for row in record["results"]]
-    assert f"commit {record['commit']}" in figure.get_supxlabel()
+    assert list(speedup.get_ydata()) == [result["speedup"] for result in run["results"]]
+    assert list(ratio.get_xdata()) == [result["turns"] for result in run["results"]]
+    assert f"commit {run['commit']}" in figure.get_supxlabel()
 
 
 def test_a_missing_result_is_named(script, tmp_path):
@@ -133,17 +135,17 @@ def test_the_committed_figures_are_of_the_committed_results(script):
     image = pytest.importorskip("PIL.Image")
     plots = script("make_plots")
     for name, (file, _) in plots.FIGURES.items():
-        record = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+        run = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
         with image.open(ROOT / "docs" / "figures" / f"{file}.png") as picture:
-            assert picture.info["Description"] == plots.source_of(record), "run make plots"
+            assert picture.info["Description"] == plots.source_of(run), "run make plots"
 
 
 def test_every_result_has_its_table_or_figure(script):
     tables, plots = script("make_tables"), script("make_plots")
     page = (BENCHMARKS / "README.md").read_text()
-    for name, records in tables.newest_results().items():
+    for name, runs in tables.newest_results().items():
         assert f"<!-- {name} -->" in page
-        assert all(tables.format_table(record) in page for record in records)
+        assert all(tables.format_table(run) in page for run in runs)
     committed = {path.stem for path in (BENCHMARKS / "results").glob("*.json")}
     assert set(plots.FIGURES) <= committed
     for file, _ in plots.FIGURES.values():

@@ -22,7 +22,7 @@ from onepass_trl.chat.families import registry
 from onepass_trl.cli import VERBS, main
 from onepass_trl.cli.sft import make_parser
 from tests.chats import CHATS
-from tests.conversations import as_row, random_chat
+from tests.conversations import as_record, random_chat
 from tests.model_coverage import EXACT, RECORD
 from tests.models import MODELS
 from tests.pages import (
@@ -65,7 +65,7 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("examples").symlink_to(REPOSITORY / "examples")
     Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
-    Path("passes.jsonl").write_text(json.dumps(as_row(random_chat(2, vocab_size=300))) + "\n")
+    Path("passes.jsonl").write_text(json.dumps(as_record(random_chat(2, vocab_size=300))) + "\n")
     return tmp_path
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class ChatFormatError(ValueError):
-    """A conversation, a dataset row or a chat template from which exact passes can't be made."""
+    """A conversation, a record or a chat template from which exact passes can't be made."""
 
 
 class TurnError(Exception):

@@ -41,7 +41,7 @@ class Conversation:
         messages: The messages, in the OpenAI form.
         tools: The tools, or None.
         chat_template_kwargs: Further arguments of the chat template.
-        train_on: The turns of the row's ``completion``, or ``"all"``.
+        train_on: The turns of the record's ``completion``, or ``"all"``.
     """
 
     messages: list[Message]
@@ -181,18 +181,18 @@ def _as_answer(completion: Any) -> Message:
     )
 
 
-def _refuse_images(row: Mapping[str, Any]) -> None:
-    """Raise an error for rows with images."""
+def _refuse_images(record: Mapping[str, Any]) -> None:
+    """Raise an error for records with images."""
     for column in ("image", "images"):
-        if row.get(column) is not None and row[column] != []:
+        if record.get(column) is not None and record[column] != []:
             raise ChatFormatError(
                 f"the row has vision data in column {column!r}, which isn't supported, only text; "
                 "train it with TRL's SFTTrainer or remove the column"
             )
 
 
-def _message_list(row: Mapping[str, Any], column: str) -> list[Message]:
-    value = row[column]
+def _message_list(record: Mapping[str, Any], column: str) -> list[Message]:
+    value = record[column]
     if not isinstance(value, (list, tuple)) or not all(isinstance(m, Mapping) for m in value):
         raise ChatFormatError(
             f"column {column!r} must be a list of message dicts, got {type(value).__name__}: "
@@ -203,15 +203,15 @@ def _message_list(row: Mapping[str, Any], column: str) -> list[Message]:
     return [dict(message) for message in value]
 
 
-def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """Return the messages after the row's system prompt, if it has one."""
-    if not row.get("system"):
+def _with_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Return the messages after the record's system prompt, if it has one."""
+    if not record.get("system"):
         return messages
     if messages and messages[0].get("role") == "system":
         raise ChatFormatError(
             "the row has a 'system' column and a system message among its messages; keep one"
         )
-    return [{"role": "system", "content": row["system"]}, *messages]
+    return [{"role": "system", "content": record["system"]}, *messages]
 
 
 def _from_sharegpt_message(message: Message, index: int) -> Message:

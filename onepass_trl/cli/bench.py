@@ -218,7 +218,7 @@ def _attention(subject: _Subject, options: argparse.Namespace) -> list[dict[str,
         peers=options.peers,
     )
     print("", attention_table(results), sep="\n", flush=True)
-    return [{"part": "attention", **row} for row in results]
+    return [{"part": "attention", **result} for result in results]
 
 
 def _step(subject: _Subject, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ def open_dataset(options: argparse.Namespace) -> Dataset:
 
 
 @contextmanager
-def naming_row(index: int) -> Iterator[None]:
-    """Let errors in a row of the dataset say which row it is."""
+def naming_record(index: int) -> Iterator[None]:
+    """Let errors in a record of the dataset say which one it is."""
     try:
         yield
     except ValueError as error:
@@ -41,7 +41,7 @@ def load_passes(
     preparation = preparation_options(options)
     conversations = []
     for index in range(min(options.num_conversations, len(dataset))):
-        with naming_row(index):
+        with naming_record(index):
             found = render_record(dataset[index], tokenizer, preparation, features=dataset.features)
         name = f"conversation {index}"
         conversations.append(limit_length(found.passes, options.max_length, name))

@@ -63,7 +63,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_conversation_arguments(parser)
-    parser.add_argument("--row", type=int, default=0, help="which row, from 0")
+    parser.add_argument("--row", type=int, default=0, help="which record, from 0")
     parser.add_argument("--html", metavar="FILE", help="also write one self-contained page")
     parser.add_argument(
         "--png", metavar="FILE", help="also draw who sees whom (needs matplotlib, no display)"
@@ -84,7 +84,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> Inspection:
     from onepass_trl.cli.arguments import load_tokenizer, preparation_options
-    from onepass_trl.cli.conversations import naming_row, open_dataset
+    from onepass_trl.cli.conversations import naming_record, open_dataset
     from onepass_trl.tools.inspection import inspect_record
 
     dataset = open_dataset(options)
@@ -95,7 +95,7 @@ def _inspect(options: argparse.Namespace) -> Inspection:
         )
     tokenizer = load_tokenizer(options)
     preparation = preparation_options(options)
-    with naming_row(options.row):
+    with naming_record(options.row):
         return inspect_record(
             dataset[options.row], tokenizer, preparation, features=dataset.features
         )

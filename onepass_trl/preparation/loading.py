@@ -34,7 +34,7 @@ def load_conversations(
     """Return the split as a `datasets.Dataset` (or `IterableDataset` where `streaming`).
 
     What is nested in local JSON files comes as JSON text, as `OnePassSFTTrainer` takes it: the
-    reader of `datasets` gives nested values one type for all rows, which fails on (or fills up)
+    reader of `datasets` gives nested values one type for all records, which fails on (or fills up)
     tool calls with different arguments, and it rounds numbers to ten digits.
 
     Args:
@@ -44,7 +44,7 @@ def load_conversations(
         split: a split, or a slice of one: ``train``, ``train[:90%]``, ``train[-100:]``. Local files
             have one split, ``train``; a folder has those that the names of its files say.
         config: the dataset's configuration, where it has several.
-        streaming: read rows as they are needed; slices are then not possible.
+        streaming: read records as they are needed; slices are then not possible.
 
     Raises:
         FileNotFoundError: if `name` ends like a file and there is none.
@@ -106,15 +106,15 @@ def _no_split(name: str, split: str, error: Exception) -> ValueError:
 
 
 def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: bool) -> Any:
-    """Return the rows of JSON files, what is nested in them as JSON text."""
+    """Return the records of JSON files, what is nested in them as JSON text."""
     wanted = {part.partition("[")[0].strip() for part in split.split("+")}
     if not wanted <= splits.keys():
         raise _no_split(name, split, ValueError(f"it has {', '.join(sorted(splits))}."))
     if streaming:
         if split not in splits:
             raise _no_split(name, split, ValueError("a stream can't be sliced."))
-        return _rows_of_json(name, splits[split], streaming)
-    datasets = {one: _rows_of_json(name, splits[one], streaming) for one in wanted}
+        return _records_of_json(name, splits[split], streaming)
+    datasets = {one: _records_of_json(name, splits[one], streaming) for one in wanted}
     lengths = {one: len(dataset) for one, dataset in datasets.items()}
     try:
         parts = ReadInstruction.from_spec(split).to_absolute(lengths)
@@ -123,28 +123,31 @@ def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: b
     chosen = []
     for part in parts:
         length = lengths[part.splitname]
-        rows = range(part.from_ or 0, length if part.to is None else min(part.to, length))
-        if rows:
-            chosen.append(datasets[part.splitname].select(rows))
+        records = range(part.from_ or 0, length if part.to is None else min(part.to, length))
+        if records:
+            chosen.append(datasets[part.splitname].select(records))
     if not chosen:
         raise ValueError(f"{split!r} of {name!r} holds none of its {sum(lengths.values())} rows")
     return concatenate_datasets(chosen)
 
 
-def _rows_of_json(name: str, files: list[str], streaming: bool) -> Any:
-    columns = list(dict.fromkeys(key for file in files for row in _read_json(file) for key in row))
+def _records_of_json(name: str, files: list[str], streaming: bool) -> Any:
+    records = (record for file in files for record in _read_json(file))
+    columns = list(dict.fromkeys(key for record in records for key in record))
     if not columns:
         raise ValueError(f"{name!r} holds no rows: it needs one JSON object a line")
     features = Features({column: Value("string") for column in columns})
     arguments: dict[str, Any] = {"files": tuple(files), "columns": tuple(columns)}
     if streaming:
-        return IterableDataset.from_generator(_text_rows, features=features, gen_kwargs=arguments)
+        return IterableDataset.from_generator(
+            _text_records, features=features, gen_kwargs=arguments
+        )
     # For the cache of `datasets`: it must not outlive the files' content, nor the code.
     stamps = [(Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
     version = (tuple(stamps), code_digest())
     try:
         return Dataset.from_generator(
-            _text_rows, features=features, gen_kwargs={**arguments, "version": version}
+            _text_records, features=features, gen_kwargs={**arguments, "version": version}
         )
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None
@@ -171,7 +174,7 @@ def _objects(file: str) -> Iterator[dict[str, Any]]:
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{file} is not JSON: {error}") from None
                 for number, element in enumerate(elements):
-                    yield _as_row(element, f"{file}, element {number}")
+                    yield _as_record(element, f"{file}, element {number}")
                 return
             lines.seek(0)
         for number, line in enumerate(lines, start=1):
@@ -181,10 +184,10 @@ def _objects(file: str) -> Iterator[dict[str, Any]]:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
-            yield _as_row(value, f"{file}, line {number}")
+            yield _as_record(value, f"{file}, line {number}")
 
 
-def _as_row(value: Any, where: str) -> dict[str, Any]:
+def _as_record(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     raise ValueError(
@@ -192,12 +195,12 @@ def _as_row(value: Any, where: str) -> dict[str, Any]:
     )
 
 
-def _text_rows(
+def _text_records(
     files: tuple[str, ...], columns: tuple[str, ...], version: Any = None
 ) -> Iterator[dict[str, Any]]:
     for file in files:
-        for row in _read_json(file):
-            yield {column: _as_text(row.get(column)) for column in columns}
+        for record in _read_json(file):
+            yield {column: _as_text(record.get(column)) for column in columns}
 
 
 def _as_text(value: Any) -> str | None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 NullArguments: TypeAlias = Literal["auto", "error", "keep", "drop"]
 
-# So many rows of a dataset are parsed back unless `verify_rendering` says otherwise.
-NUM_VERIFIED_ROWS = 8
+# How many records of a dataset are parsed back unless `verify_rendering` says otherwise.
+NUM_VERIFIED_RECORDS = 8
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class PreparationOptions:
     """The cache of `datasets` must not outlive the code that made its rows."""
 
     def verifies(self, index: int) -> bool:
-        """Return whether the row at `index` is parsed back after rendering."""
+        """Return whether the record at `index` is parsed back after rendering."""
         if self.verify_rendering is None:
-            return index < NUM_VERIFIED_ROWS
+            return index < NUM_VERIFIED_RECORDS
         return self.verify_rendering
 
 

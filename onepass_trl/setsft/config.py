@@ -21,7 +21,7 @@ class SetSFTConfig(OnePassSFTConfig):
         num_forking_tokens: K, the number of forking tokens.
         forking_token_format: their names, with ``{i}`` for the number from 1. Tokens that the
             tokenizer has are used as they are; the others are added to it and to the model, with
-            the embeddings of the thinking opener. Under PEFT their rows are trained.
+            the embeddings of the thinking opener. Under PEFT these are trained.
         forking_token_noise: standard deviation of the noise on the input embedding of an added
             token, relative to the embedding's root mean square.
         thinking_opener: the text with which reasoning begins and which the forking token replaces.

@@ -262,7 +262,7 @@ def _encode_prompts(
 
 
 class _Encoder:
-    """Tokenizes the traces of a row: the prompt, which they have in common, once."""
+    """Tokenizes the traces of a record: the prompt, which they have in common, once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, is_text: bool) -> None:
         self._tokenizer = tokenizer

@@ -107,9 +107,9 @@ def add_forking_tokens(
 ) -> list[int]:
     """Return the ids of the forking tokens, having added those that the tokenizer lacks.
 
-    A new token becomes a special token. Its rows of the input and output embeddings are those of
-    the thinking opener (the mean of its tokens, where it has several), and the embeddings grow
-    where they have no row for it. Tokens that exist are left as they are.
+    A new token becomes a special token. Its input and output embeddings are those of the thinking
+    opener (the mean of its tokens, where it has several), and the model's grow where they have none
+    for it. Tokens that exist are left as they are.
 
     Args:
         model: a causal language model, changed in place; not yet wrapped by PEFT.
@@ -117,9 +117,9 @@ def add_forking_tokens(
         num_forking_tokens: K.
         forking_token_format: their names, with ``{i}`` for the number from 1.
         thinking_opener: the text whose embeddings they start from. None: the template's own; "":
-            the mean of all rows.
-        noise: standard deviation of what is added to a new token's input row, relative to the
-            row's root mean square: equal rows could not be told apart by the first matching.
+            the mean of all embeddings.
+        noise: standard deviation of what is added to a new token's input embedding, relative to
+            its root mean square: equal ones could not be told apart by the first matching.
         seed: of that noise.
 
     Raises:
@@ -185,13 +185,13 @@ def _initialize(
 ) -> None:
     """Set the embeddings of the tokens `new` to the mean of those of `source`, plus noise."""
     generator = torch.Generator().manual_seed(seed)
-    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad():
-        if head is not None and head.weight is not rows.weight:
+        if head is not None and head.weight is not embeddings.weight:
             head.weight[new] = head.weight[source].mean(dim=0)
             if getattr(head, "bias", None) is not None:
                 head.bias[new] = head.bias[source].mean()
-        start = rows.weight[source].float().mean(dim=0)
+        start = embeddings.weight[source].float().mean(dim=0)
         draws = torch.randn((len(new), start.numel()), generator=generator).to(start.device)
         scale = noise * start.square().mean().sqrt()
-        rows.weight[new] = (start + scale * draws).to(rows.weight.dtype)
+        embeddings.weight[new] = (start + scale * draws).to(embeddings.weight.dtype)

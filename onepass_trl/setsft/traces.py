@@ -34,7 +34,7 @@ class Trace:
     Attributes:
         pass_: the tokens, and which of them are trained. Whatever stands at `fork` is replaced.
         fork: index of the forking token. It is given, not learned, so it isn't trained.
-        number: the trace's number among the completions of its row.
+        number: the trace's number among the completions of its record.
     """
 
     pass_: Pass
@@ -65,7 +65,7 @@ class TraceSet:
 
     Attributes:
         traces: at least one, at most as many as there are forking tokens.
-        index: the number of its row in the dataset, which seeds what is drawn for it.
+        index: the number of its record in the dataset, which seeds what is drawn for it.
     """
 
     traces: tuple[Trace, ...]

@@ -51,10 +51,10 @@ class SetSFTTrainer(OnePassSFTTrainer):
     and are trained behind them, in one pass over {question -> matched token -> trace}.
 
     The forking tokens are added to the tokenizer and to the model, which change in place, see
-    `onepass_trl.setsft.add_forking_tokens`. With a `peft_config` their rows are trained too.
+    `onepass_trl.setsft.add_forking_tokens`. With a `peft_config` their embeddings are trained too.
     Generate afterwards with the prompts of `onepass_trl.setsft.forking_prompts`.
 
-    Datasets have one question a row:
+    Datasets have one question a record:
 
     - ``prompt``: a list of messages that ends before the answer, or text
     - ``completions``: a list of assistant messages with reasoning, or of strings
@@ -143,7 +143,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             quantization_config=quantization_config,
-            peft_config=_with_trained_rows(peft_config, model, self._token_ids),
+            peft_config=_with_trained_embeddings(peft_config, model, self._token_ids),
             **kwargs,
         )
         _give_bias(self.model.get_output_embeddings())
@@ -166,8 +166,8 @@ class SetSFTTrainer(OnePassSFTTrainer):
         return SetMaker(self._tokenizer, options, self.forking_tokens(), self.args.excess_traces)
 
     def _first_rows(self) -> Iterator[Layout]:
-        for record in islice(self.train_dataset, first_check.NUM_ROWS):
-            for set_ in from_row(record):
+        for row in islice(self.train_dataset, first_check.NUM_ROWS):
+            for set_ in from_row(row):
                 passes = set_.behind(self._token_ids[: len(set_.traces)])
                 yield linearize(build_tree(passes))
 
@@ -363,10 +363,10 @@ def _read_template(path: str) -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
-def _with_trained_rows(peft_config: Any, model: PreTrainedModel, token_ids: list[int]) -> Any:
+def _with_trained_embeddings(peft_config: Any, model: PreTrainedModel, token_ids: list[int]) -> Any:
     """Return the configuration of an adapter that also trains the forking tokens' embeddings.
 
-    Only their input rows have to be: forking tokens are given, never generated.
+    Only their input embeddings have to be: forking tokens are given, never generated.
     """
     if peft_config is None or getattr(peft_config, "is_prompt_learning", False):
         return peft_config  # OnePassSFTTrainer refuses the latter
@@ -378,20 +378,20 @@ def _with_trained_rows(peft_config: Any, model: PreTrainedModel, token_ids: list
     embeddings = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embeddings)
     if any(path.endswith(name) for name in peft_config.modules_to_save or ()):
-        return peft_config  # all rows are trained
+        return peft_config  # all embeddings are trained
     peft_config = copy(peft_config)
     given = peft_config.trainable_token_indices or {}
-    rows = given if isinstance(given, dict) else {path.split(".")[-1]: given}
-    key = next((name for name in rows if path.endswith(name)), path.split(".")[-1])
-    rows = {**rows, key: sorted({*rows.get(key, ()), *token_ids})}
-    peft_config.trainable_token_indices = rows
+    indices = given if isinstance(given, dict) else {path.split(".")[-1]: given}
+    key = next((name for name in indices if path.endswith(name)), path.split(".")[-1])
+    indices = {**indices, key: sorted({*indices.get(key, ()), *token_ids})}
+    peft_config.trainable_token_indices = indices
     return peft_config
 
 
 def _give_bias(head: Any) -> None:
     """Give a head that PEFT wrapped the ``bias`` that TRL's fused LM head reads.
 
-    The wrapper of trained rows, which stands in for a head tied to the embeddings, hands on only
+    The wrapper of trained embeddings, which takes the place of a head tied to them, hands on only
     the weight.
     """
     if head is not None and not hasattr(head, "bias"):

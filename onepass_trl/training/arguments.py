@@ -105,6 +105,6 @@ def check_vocabulary(name: str, dataset: Any, model: Any) -> None:
 
 
 def check_not_empty(name: str, dataset: Any) -> None:
-    """Raise for a dataset without a row."""
+    """Raise for a dataset without a record."""
     if dataset is not None and next(iter(dataset), None) is None:
         raise ValueError(f"the {name} dataset is empty: it needs at least one conversation")

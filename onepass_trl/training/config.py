@@ -37,22 +37,22 @@ class OnePassSFTConfig(SFTConfig):
             ``max_length`` tokens are kept, as in ``SFTTrainer``), ``"error"`` or ``"drop"``. What
             is lost is counted and reported. A conversation of which only the whole tree is too
             long loses nothing: it is split into several rows.
-        invalid_turns: what happens to a turn, or a whole row, from which no exact pass can be made:
-            ``"error"``, or ``"drop"``: it is left out, counted and reported. A turn that isn't
-            parsed back right is left out only if ``verify_rendering`` is True, since otherwise most
-            rows aren't parsed.
+        invalid_turns: what happens to a turn, or a whole record, from which no exact pass can be
+            made: ``"error"``, or ``"drop"``: it is left out, counted and reported. A turn that
+            isn't parsed back right is left out only if ``verify_rendering`` is True, since
+            otherwise most records aren't parsed.
         null_arguments: what a null among the arguments of a tool call is. An Arrow struct column
             gives every call the argument names of all calls, filled with nulls, and real nulls
             can't be told from those: ``"drop"`` removes them, ``"keep"`` keeps them, ``"error"``
             refuses them. ``"auto"`` keeps them in columns that hold JSON (where they are real) and
             is ``"error"`` elsewhere.
         chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking":
-            False}`` (as JSON on the command line), for all conversations; a row's own
+            False}`` (as JSON on the command line), for all conversations; a record's own
             ``chat_template_kwargs`` come first.
         verify_rendering: whether what a turn trains the model to generate is parsed, as a server
             does it, and compared with the turn's message; a difference is an error. By default for
-            the first 8 rows of a dataset, ``True`` for every row, ``False`` for none. It needs a
-            response template: the tokenizer's own, or TRL's for known chat templates.
+            the first 8 records of a dataset, ``True`` for every record, ``False`` for none. It
+            needs a response template: the tokenizer's own, or TRL's for known chat templates.
         verify_model: whether a small row of the training set is computed in one pass and in N
             passes before the first step, with this run's model, adapters, dtype and devices. Unless
             they agree but for rounding, the run ends with an error.
@@ -87,7 +87,7 @@ class OnePassSFTConfig(SFTConfig):
     invalid_turns: str = field(
         default="error",
         metadata={
-            "help": "What to do with a turn, or a row, from which no exact pass can be made.",
+            "help": "What to do with a turn, or a record, from which no exact pass can be made.",
             "choices": list(INVALID_POLICIES),
         },
     )
@@ -109,7 +109,7 @@ class OnePassSFTConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Parse what each turn generates and compare it with its message: for every "
-            "row, for none, or by default for the first rows."
+            "record, for none, or by default for the first records."
         },
     )
     verify_model: bool = field(

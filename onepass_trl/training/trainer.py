@@ -76,7 +76,7 @@ class OnePassSFTTrainer(SFTTrainer):
     tool calls, the end of each turn), each turn in the context that inference gives it (arXiv
     2504.18246).
 
-    Datasets have one conversation a row, in any of these forms:
+    Datasets have one conversation a record, in any of these forms:
 
     - ``messages``: a list of messages
     - ``prompt`` and ``completion``: lists of messages; the turns of the completion are trained

@@ -36,13 +36,13 @@ def test_a_dataset_is_measured_and_written(bench, chats, tiny_model_dir, tmp_pat
     assert "random weights" in out
     assert "executed / useful" in out
     assert "The losses of a step differ by at most" in out
-    record = json.loads(output.read_text())
-    assert record["name"] == "bench"
-    assert record["command"].startswith("onepass-trl bench --use_cpu --repeats=1 ")
-    assert {"cpu", "threads"} <= set(record["machine"])
-    *attention, step = record["results"]
-    assert [row["implementation"] for row in attention] == ["onepass cpu", "sdpa causal"]
-    assert [row["part"] for row in record["results"]] == ["attention", "attention", "step"]
+    written = json.loads(output.read_text())
+    assert written["name"] == "bench"
+    assert written["command"].startswith("onepass-trl bench --use_cpu --repeats=1 ")
+    assert {"cpu", "threads"} <= set(written["machine"])
+    *attention, step = written["results"]
+    assert [result["implementation"] for result in attention] == ["onepass cpu", "sdpa causal"]
+    assert [result["part"] for result in written["results"]] == ["attention", "attention", "step"]
     assert step["largest_loss_difference"] < 1e-5
     assert step["turns"] == 4
     assert step["n_pass_tokens"] > step["one_pass_tokens"] > 0

@@ -10,8 +10,8 @@ from onepass_trl.preparation.datasets import prepare_dataset
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import ROW_COLUMNS, RowMaker
 from tests.chat.tokenizers import small_tokenizer
-from tests.conversations import as_row, random_chat
-from tests.training.conversations import CONVERSATIONS, ROWS
+from tests.conversations import as_record, random_chat
+from tests.training.conversations import CONVERSATIONS, RECORDS
 
 QUESTION = {"role": "user", "content": "2+2?"}
 GOOD = {"messages": [QUESTION, {"role": "assistant", "content": "4"}]}
@@ -39,7 +39,7 @@ def test_what_overflow_loses_is_counted(caplog):
     longest = max(len(pass_) for conversation in CONVERSATIONS for pass_ in conversation)
     long_turns = [len(p) for c in CONVERSATIONS for p in c if len(p) > longest // 2]
     with caplog.at_level(logging.WARNING):
-        prepare(ROWS, max_length=longest // 2, overflow="drop")
+        prepare(RECORDS, max_length=longest // 2, overflow="drop")
     assert (
         f"train dataset: {len(long_turns)} turns are longer than max_length={longest // 2} (the "
         f"longest with its context: {longest} tokens)" in caplog.text
@@ -48,14 +48,14 @@ def test_what_overflow_loses_is_counted(caplog):
     with pytest.raises(
         ValueError, match=r"row \d of the train dataset: pass \d .* tokens, but max_length is"
     ):
-        prepare(ROWS, max_length=longest // 2, overflow="error")
+        prepare(RECORDS, max_length=longest // 2, overflow="error")
     with pytest.raises(ValueError, match=r"no row left to train: .* turns are longer than max_"):
-        prepare(ROWS, max_length=2, overflow="drop")
+        prepare(RECORDS, max_length=2, overflow="drop")
 
 
 def test_a_conversation_that_overflows_whole_leaves_the_others():
     short = [random_chat(1, seed=9, low=1, high=3)]
-    records = [as_row(passes) for passes in [CONVERSATIONS[0], *short]]
+    records = [as_record(passes) for passes in [CONVERSATIONS[0], *short]]
     rows = prepare(records, max_length=12, overflow="drop")
     assert [int(row["num_turns"]) for row in rows] == [1]
 
@@ -69,7 +69,7 @@ def test_a_conversation_that_overflows_whole_leaves_the_others():
         ([{"messages": [QUESTION], "image": "x.png"}], "vision data in column 'image'"),
         ([{"messages": [QUESTION]}], "row 0 of the train dataset.*assistant"),
         (
-            [*ROWS, {"passes": [{"input_ids": [1, 2], "labels": [-100, 3]}]}],
+            [*RECORDS, {"passes": [{"input_ids": [1, 2], "labels": [-100, 3]}]}],
             "row 6 of the train dataset",
         ),
     ],
@@ -81,7 +81,7 @@ def test_records_that_cannot_be_trained_are_errors(records, message):
 
 
 def test_prepared_rows_are_taken_as_they_are():
-    rows = prepare(ROWS)
+    rows = prepare(RECORDS)
     assert rows.column_names == list(ROW_COLUMNS)
     assert [row["visible_end"].tolist() for row in prepare(rows)] == [
         row["visible_end"].tolist() for row in rows
@@ -89,7 +89,7 @@ def test_prepared_rows_are_taken_as_they_are():
 
 
 def test_prepared_rows_obey_the_options():
-    rows = prepare(ROWS)
+    rows = prepare(RECORDS)
     packed = prepare(rows, packing=True, max_length=300)
     assert len(packed) < len(rows)
     assert sum(row["num_turns"] for row in packed) == sum(row["num_turns"] for row in rows)
@@ -102,21 +102,21 @@ def test_prepared_rows_obey_the_options():
 
 
 def test_a_subset_of_prepared_rows_is_checked_alone():
-    rows = prepare(ROWS)
+    rows = prepare(RECORDS)
     shortest = min(len(row["input_ids"]) for row in rows)
     subset = rows.filter(lambda row: len(row["input_ids"]) == shortest)
     assert len(prepare(subset, max_length=shortest)) == len(subset)
 
 
 def test_prepared_rows_that_became_text_are_named():
-    rows = [{key: str(row[key]) for key in row} for row in prepare(ROWS)]
+    rows = [{key: str(row[key]) for key in row} for row in prepare(RECORDS)]
     with pytest.raises(ValueError, match="'input_ids' of the prepared train dataset is text"):
         prepare(rows)
 
 
 def test_a_dataset_with_a_transform_is_an_error():
     with pytest.raises(ValueError, match="the train dataset has a transform"):
-        prepare(Dataset.from_list(ROWS).with_transform(dict))
+        prepare(Dataset.from_list(RECORDS).with_transform(dict))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -154,7 +154,7 @@ def test_what_is_reported_comes_from_the_cache_too(caplog, monkeypatch, tmp_path
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_dataset_of_which_nothing_is_left_is_an_error(streaming):
-    invalid, long = Dataset.from_list(BAD[1:2]), Dataset.from_list(ROWS)
+    invalid, long = Dataset.from_list(BAD[1:2]), Dataset.from_list(RECORDS)
     if streaming:
         invalid, long = invalid.to_iterable_dataset(), long.to_iterable_dataset()
     reasons = (

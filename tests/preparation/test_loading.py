@@ -9,7 +9,7 @@ import pytest
 
 from onepass_trl import load_conversations
 
-ROWS = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(8)]
+RECORDS = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(8)]
 
 
 def test_values_of_any_shape_survive(tmp_path):
@@ -62,8 +62,8 @@ def test_the_splits_of_a_folder(tmp_path):
 def test_other_folders_are_left_to_datasets(tmp_path):
     from datasets import Dataset
 
-    Dataset.from_list(ROWS).to_parquet(tmp_path / "train.parquet")
-    assert load_conversations(str(tmp_path), "train").num_rows == len(ROWS)
+    Dataset.from_list(RECORDS).to_parquet(tmp_path / "train.parquet")
+    assert load_conversations(str(tmp_path), "train").num_rows == len(RECORDS)
 
 
 def test_what_datasets_cannot_read_is_named(tmp_path):
@@ -105,7 +105,7 @@ def test_parquet(tmp_path):
     from datasets import Dataset
 
     path = tmp_path / "rows.parquet"
-    Dataset.from_list(ROWS).to_parquet(path)
+    Dataset.from_list(RECORDS).to_parquet(path)
     assert len(load_conversations(str(path), "train[2:]")) == 6
 
 

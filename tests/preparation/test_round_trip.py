@@ -12,7 +12,7 @@ from datasets import Dataset
 from onepass_trl.chat import ChatFormatError, render_turns
 from onepass_trl.chat.families import Composable, registry
 from onepass_trl.preparation.datasets import prepare_dataset
-from onepass_trl.preparation.options import NUM_VERIFIED_ROWS, PreparationOptions
+from onepass_trl.preparation.options import NUM_VERIFIED_RECORDS, PreparationOptions
 from onepass_trl.preparation.round_trip import check_round_trip
 from onepass_trl.preparation.rows import RowMaker
 from onepass_trl.training.response_templates import trl_response_template
@@ -92,8 +92,8 @@ def test_an_unparsable_completion_is_an_error():
     ("bad_row", "verify", "is_found"),
     [
         (0, None, True),
-        (NUM_VERIFIED_ROWS, None, False),
-        (NUM_VERIFIED_ROWS, True, True),
+        (NUM_VERIFIED_RECORDS, None, False),
+        (NUM_VERIFIED_RECORDS, True, True),
         (0, False, False),
     ],
 )

@@ -36,7 +36,7 @@ def random_set(seed: int, num_traces: int, *, turns: int = 1) -> dict[str, Any]:
     }
 
 
-ROWS = [
+RECORDS = [
     random_set(1, 4),
     random_set(2, 2, turns=3),
     random_set(3, 3, turns=2),

@@ -12,7 +12,7 @@ from tests.n_pass import (
     gradients,
     n_pass_loss,
 )
-from tests.setsft.sets import ROWS
+from tests.setsft.sets import RECORDS
 from tests.setsft.trainers import NUM_TOKENS, batch_of, forking_model, make_trainer
 
 MODELS = ("llama", "qwen3", "gpt_oss", "qwen3_5")
@@ -95,7 +95,7 @@ def test_a_batch_equals_separate_matched_passes(name, options, tmp_path):
     reference, tokenizer = forking_model(name)
     trainer = make_trainer(copy.deepcopy(reference), tokenizer, tmp_path, **options)
     if options.get("max_length") == 300:
-        assert len(trainer.train_dataset) < len(ROWS)
+        assert len(trainer.train_dataset) < len(RECORDS)
     batch = batch_of(trainer)
     passes = matched_passes(trainer, batch, reference)
     if options.get("max_length") == 95:

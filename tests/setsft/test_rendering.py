@@ -39,15 +39,17 @@ def traces_of(record, tokenizer, tokens, *, verify=False):
     return render_traces(record, tokenizer, tokens, PreparationOptions(), verify=verify)
 
 
-def check_traces(row, tokenizer, tokens, opener):
+def check_traces(record, tokenizer, tokens, opener):
     """Each trace is the turn with a forking token for the opener, behind inference's prompt."""
-    traces = traces_of(row, tokenizer, tokens)
-    prompts = forking_prompts(row["prompt"], tokenizer, K, tools=row.get("tools"))
-    texts = forking_prompts(row["prompt"], tokenizer, K, tools=row.get("tools"), tokenize=False)
-    assert len(traces) == len(row["completions"])
-    for number, (trace, completion) in enumerate(zip(traces, row["completions"], strict=True)):
+    traces = traces_of(record, tokenizer, tokens)
+    prompts = forking_prompts(record["prompt"], tokenizer, K, tools=record.get("tools"))
+    texts = forking_prompts(
+        record["prompt"], tokenizer, K, tools=record.get("tools"), tokenize=False
+    )
+    assert len(traces) == len(record["completions"])
+    for number, (trace, completion) in enumerate(zip(traces, record["completions"], strict=True)):
         [turn] = render_turns(
-            [*row["prompt"], completion], tokenizer, tools=row.get("tools"), train_on="last"
+            [*record["prompt"], completion], tokenizer, tools=record.get("tools"), train_on="last"
         )
         before, _, after = (turn.context + turn.completion).rpartition(opener)
         assert trace.number == number
@@ -76,22 +78,22 @@ def test_with_real_tokenizers_and_tools(folder):
     tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=10**9)
     tokenizer.chat_template = (path / "chat_template.jinja").read_text("utf-8")
     tokenizer, tokens = with_tokens(tokenizer)
-    row = {**random_set(1, 3, turns=2), "tools": [TOOL]}
-    check_traces(row, tokenizer, tokens, OPENERS[REAL[folder]])
+    record = {**random_set(1, 3, turns=2), "tools": [TOOL]}
+    check_traces(record, tokenizer, tokens, OPENERS[REAL[folder]])
 
 
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("family", OPENERS)
 def test_the_prompt_is_rendered_and_encoded_once_for_all_traces(family, verify, monkeypatch):
-    """And the traces are those of rows with one completion each."""
+    """And the traces are those of records with one completion each."""
     tokenizer, tokens = with_tokens(fresh_tokenizer(family))
-    row = random_set(1, 4, turns=3)
-    row["completions"][1] = {"role": "assistant", "content": "<think>hm</think>2"}
+    record = random_set(1, 4, turns=3)
+    record["completions"][1] = {"role": "assistant", "content": "<think>hm</think>2"}
     if family != "gptoss":  # which writes no opener without reasoning
-        row["completions"][2] = {"role": "assistant", "content": "four"}
+        record["completions"][2] = {"role": "assistant", "content": "four"}
     single = [
-        traces_of({**row, "completions": [completion]}, tokenizer, tokens, verify=verify)[0]
-        for completion in row["completions"]
+        traces_of({**record, "completions": [completion]}, tokenizer, tokens, verify=verify)[0]
+        for completion in record["completions"]
     ]
     contexts, encoded, render = [], [], Template.render
 
@@ -106,9 +108,9 @@ def test_the_prompt_is_rendered_and_encoded_once_for_all_traces(family, verify, 
 
     monkeypatch.setattr(Template, "render", counting)
     monkeypatch.setattr("onepass_trl.setsft.rendering.encode_alone", encoding)
-    traces = traces_of(row, tokenizer, tokens, verify=verify)
+    traces = traces_of(record, tokenizer, tokens, verify=verify)
     assert len(contexts) == 1
-    assert sum(row["prompt"][-1]["content"] in text for text in encoded) == 1 + verify
+    assert sum(record["prompt"][-1]["content"] in text for text in encoded) == 1 + verify
     for number, (trace, expected) in enumerate(zip(traces, single, strict=True)):
         assert (trace.number, trace.fork) == (number, expected.fork)
         assert trace.pass_.token_ids.tolist() == expected.pass_.token_ids.tolist()
@@ -117,27 +119,27 @@ def test_the_prompt_is_rendered_and_encoded_once_for_all_traces(family, verify, 
 
 def test_columns_of_json_text_are_read(tmp_path):
     tokenizer, tokens = with_tokens(fresh_tokenizer())
-    row = random_set(1, 2)
-    text = {name: json.dumps(value) for name, value in row.items()}
-    for a, b in zip(*(traces_of(r, tokenizer, tokens) for r in (row, text)), strict=True):
+    record = random_set(1, 2)
+    text = {name: json.dumps(value) for name, value in record.items()}
+    for a, b in zip(*(traces_of(r, tokenizer, tokens) for r in (record, text)), strict=True):
         assert a.pass_.token_ids.tolist() == b.pass_.token_ids.tolist()
 
 
 def test_completions_may_be_strings_and_lists_of_one_message():
     tokenizer, tokens = with_tokens(fresh_tokenizer())
-    row = random_set(1, 1)
-    [message] = row["completions"]
+    record = random_set(1, 1)
+    [message] = record["completions"]
     string = f"<think>{message['reasoning_content']}</think>{message['content']}"
-    row["completions"] = [message, [message], string]
-    first, *others = (t.pass_.token_ids.tolist() for t in traces_of(row, tokenizer, tokens))
+    record["completions"] = [message, [message], string]
+    first, *others = (t.pass_.token_ids.tolist() for t in traces_of(record, tokenizer, tokens))
     assert others == [first, first]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "deepseekv3"])
 def test_a_trace_without_reasoning_has_an_empty_one(family):
     tokenizer, tokens = with_tokens(fresh_tokenizer(family))
-    row = {**random_set(1, 1), "completions": [{"role": "assistant", "content": "four"}]}
-    [trace] = traces_of(row, tokenizer, tokens)
+    record = {**random_set(1, 1), "completions": [{"role": "assistant", "content": "four"}]}
+    [trace] = traces_of(record, tokenizer, tokens)
     trained = trace.pass_.token_ids[trace.pass_.trained]
     assert tokenizer.decode(trained).lstrip().startswith("</think>\n\nfour")
 
@@ -146,23 +148,25 @@ def test_without_an_opener_the_token_stands_between_prompt_and_completion():
     """Templates without reasoning, and turns of gpt-oss without it."""
     for family in ("llama3_1", "phi3", "gptoss"):
         tokenizer, tokens = with_tokens(fresh_tokenizer(family), opener="")
-        row = {**random_set(1, 1), "completions": [{"role": "assistant", "content": "four"}]}
-        [trace] = traces_of(row, tokenizer, tokens)
-        [turn] = render_turns([*row["prompt"], *row["completions"]], tokenizer)
+        record = {**random_set(1, 1), "completions": [{"role": "assistant", "content": "four"}]}
+        [trace] = traces_of(record, tokenizer, tokens)
+        [turn] = render_turns([*record["prompt"], *record["completions"]], tokenizer)
         decoded = tokenizer.decode(trace.behind(tokens.ids[2]).token_ids)
         assert decoded == f"{turn.context}<think3>{turn.completion}"
-        prompts = forking_prompts(row["prompt"], tokenizer, K, thinking_opener="", tokenize=False)
+        prompts = forking_prompts(
+            record["prompt"], tokenizer, K, thinking_opener="", tokenize=False
+        )
         assert prompts[2] == f"{turn.context}<think3>"
 
 
 def test_an_opener_that_is_ordinary_text_is_replaced():
     tokenizer, tokens = with_tokens(fresh_tokenizer("llama3_1"), opener="<think>")
     completion = {"role": "assistant", "content": "<think>two and two</think>four"}
-    row = {**random_set(1, 1), "completions": [completion]}
-    [trace] = traces_of(row, tokenizer, tokens)
+    record = {**random_set(1, 1), "completions": [completion]}
+    [trace] = traces_of(record, tokenizer, tokens)
     decoded = tokenizer.decode(trace.behind(tokens.ids[0]).token_ids)
     assert decoded.endswith("<think1>two and two</think>four<|eot_id|>")
-    prompts = forking_prompts(row["prompt"], tokenizer, K, thinking_opener="<think>")
+    prompts = forking_prompts(record["prompt"], tokenizer, K, thinking_opener="<think>")
     assert trace.behind(tokens.ids[0]).token_ids[~trace.pass_.trained].tolist() == prompts[0]
 
 
@@ -183,8 +187,8 @@ class TestText:
         self, prompt, completion, expected
     ):
         tokenizer, tokens = with_tokens(fresh_tokenizer())
-        row = {"prompt": prompt, "completions": [completion]}
-        [trace] = traces_of(row, tokenizer, tokens)
+        record = {"prompt": prompt, "completions": [completion]}
+        [trace] = traces_of(record, tokenizer, tokens)
         pass_ = trace.behind(tokens.ids[1])
         assert tokenizer.decode(pass_.token_ids) == expected
         context = pass_.token_ids[~pass_.trained].tolist()
@@ -213,7 +217,7 @@ PROMPT = [{"role": "user", "content": "two?"}]
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("record", "message"),
     [
         ({"prompt": PROMPT}, "has no completions, only 'prompt'"),
         ({"messages": PROMPT}, "has no prompt and no completions"),
@@ -243,18 +247,18 @@ PROMPT = [{"role": "user", "content": "two?"}]
         ),
     ],
 )
-def test_rows_that_cannot_be_traces_are_errors(row, message):
+def test_records_that_cannot_be_traces_are_errors(record, message):
     tokenizer, tokens = with_tokens(fresh_tokenizer())
     with pytest.raises(ChatFormatError, match=message):
-        traces_of(row, tokenizer, tokens)
+        traces_of(record, tokenizer, tokens)
 
 
 def test_a_missing_opener_is_an_error():
     """gpt-oss begins a turn without reasoning with its answer; Llama 3 has no opener at all."""
     tokenizer, tokens = with_tokens(fresh_tokenizer("gptoss"))
-    row = {"prompt": PROMPT, "completions": [{"role": "assistant", "content": "four"}]}
+    record = {"prompt": PROMPT, "completions": [{"role": "assistant", "content": "four"}]}
     with pytest.raises(ChatFormatError, match=r"completion 0 of 1: the thinking opener.*neither"):
-        traces_of(row, tokenizer, tokens)
+        traces_of(record, tokenizer, tokens)
     with pytest.raises(ValueError, match=r"has no thinking opener '<think>'.*or to ''"):
         with_tokens(fresh_tokenizer("llama3_1"))
 

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-from onepass_trl.preparation.options import NUM_VERIFIED_ROWS
+from onepass_trl.preparation.options import NUM_VERIFIED_RECORDS
 from onepass_trl.preparation.round_trip import check_round_trip
 from onepass_trl.setsft import (
     ForkingDiversityCallback,
@@ -25,7 +25,7 @@ from onepass_trl.setsft import (
 )
 from onepass_trl.setsft.traces import SET_COLUMNS
 from tests.models import make_model
-from tests.setsft.sets import ROWS, random_set
+from tests.setsft.sets import RECORDS, random_set
 from tests.setsft.trainers import (
     NUM_TOKENS,
     batch_of,
@@ -39,8 +39,8 @@ from tests.setsft.trainers import (
 def make(tmp_path):
     """Make a trainer of a tiny Qwen3; keyword arguments as for `make_trainer`."""
 
-    def maker(rows=ROWS, **options):
-        return make_trainer(*forking_model("qwen3"), tmp_path, rows, **options)
+    def maker(records=RECORDS, **options):
+        return make_trainer(*forking_model("qwen3"), tmp_path, records, **options)
 
     return maker
 
@@ -150,23 +150,23 @@ class TestMatching:
 
 class TestSets:
     def test_more_traces_than_tokens_are_an_error_or_are_split(self, make, caplog):
-        rows = [random_set(1, 7), random_set(2, 2)]
+        records = [random_set(1, 7), random_set(2, 2)]
         with pytest.raises(
             ValueError, match=r"row 0 of the train dataset: it has 7 completions.*5"
         ):
-            make(rows)
+            make(records)
         with caplog.at_level(logging.WARNING):
-            trainer = make(rows, excess_traces="split", matching="fixed")
+            trainer = make(records, excess_traces="split", matching="fixed")
         assert "train dataset: 1 questions have more traces" in caplog.text
         sets = batch_of(trainer)["sets"]
         assert [[t.number for t in s.traces] for s in sets] == [[0, 1, 2, 3, 4], [5, 6], [0, 1]]
         trainer.train()
 
     def test_repeated_traces_are_kept_and_reported(self, make, caplog):
-        row = random_set(1, 2)
-        row["completions"].append(row["completions"][0])
+        record = random_set(1, 2)
+        record["completions"].append(record["completions"][0])
         with caplog.at_level(logging.WARNING):
-            trainer = make([row])
+            trainer = make([record])
         assert "train dataset: 1 traces repeat another one" in caplog.text
         [tokens], [costs] = assigned(trainer)
         np.testing.assert_array_equal(costs[:, 0], costs[:, 2])
@@ -200,29 +200,29 @@ class TestSets:
             make(max_length=5, overflow="drop")
 
     @pytest.mark.parametrize(
-        ("rows", "message"),
+        ("records", "message"),
         [
-            ([{**ROWS[0], "completions": []}], "row 0 of the train dataset.*at least one"),
+            ([{**RECORDS[0], "completions": []}], "row 0 of the train dataset.*at least one"),
             (
                 [{"messages": [{"role": "user", "content": "hi"}]}],
                 "has no prompt and no completion",
             ),
             (
-                [ROWS[3], {**ROWS[3], "completions": [{"role": "assistant", "content": ""}]}],
+                [RECORDS[3], {**RECORDS[3], "completions": [{"role": "assistant", "content": ""}]}],
                 "row 1",
             ),
         ],
     )
-    def test_rows_that_are_no_sets_are_named(self, make, rows, message):
+    def test_records_that_are_no_sets_are_named(self, make, records, message):
         with pytest.raises(ValueError, match=message):
-            make([{k: json.dumps(v) for k, v in row.items()} for row in rows])
+            make([{k: json.dumps(v) for k, v in record.items()} for record in records])
 
     def test_empty_datasets_are_errors(self, make):
         with pytest.raises(ValueError, match="train dataset is empty"):
             make(Dataset.from_dict({"prompt": [], "completions": []}))
 
     def test_streams_and_packed_streams_train(self, make):
-        stream = IterableDataset.from_generator(lambda: iter(ROWS))
+        stream = IterableDataset.from_generator(lambda: iter(RECORDS))
         for options in ({}, {"packing": True, "max_length": 300}):
             trainer = make(stream, **options)
             trainer.train()
@@ -230,7 +230,7 @@ class TestSets:
 
     def test_packing_fills_rows_and_loses_nothing(self, make):
         trainer = make(packing=True, max_length=400)
-        assert len(trainer.train_dataset) < len(ROWS)
+        assert len(trainer.train_dataset) < len(RECORDS)
         indices = [s.index for s in batch_of(trainer)["sets"]]
         assert sorted(indices) == [0, 1, 2, 3]
         rows = trainer.train_dataset
@@ -249,8 +249,11 @@ class TestSets:
 
     def test_nulls_that_a_table_filled_in_do_no_harm(self, make):
         plain = {"role": "assistant", "content": "four", "reasoning_content": None}
-        row = {"prompt": ROWS[0]["prompt"], "completions": [plain, ROWS[0]["completions"][0]]}
-        assert len(batch_of(make([row]))["sets"][0].traces) == 2
+        record = {
+            "prompt": RECORDS[0]["prompt"],
+            "completions": [plain, RECORDS[0]["completions"][0]],
+        }
+        assert len(batch_of(make([record]))["sets"][0].traces) == 2
 
 
 class TestOptions:
@@ -307,7 +310,7 @@ class TestOptions:
         trainer = SetSFTTrainer(
             make_model("qwen3", vocab_size=len(tokenizer)),
             args,
-            train_dataset=Dataset.from_list(ROWS),
+            train_dataset=Dataset.from_list(RECORDS),
             processing_class=tokenizer,
         )
         assert isinstance(trainer.args, SetSFTConfig)
@@ -336,20 +339,22 @@ class TestOptions:
         off = {"enable_thinking": False}
         with pytest.raises(ValueError, match=r"row 0 .* completion 0 .*enable_thinking"):
             make(chat_template_kwargs=off)
-        rows = [{**row, "chat_template_kwargs": {"enable_thinking": True}} for row in ROWS]
-        expected, actual = make(), make(rows, chat_template_kwargs=off)
+        records = [
+            {**record, "chat_template_kwargs": {"enable_thinking": True}} for record in RECORDS
+        ]
+        expected, actual = make(), make(records, chat_template_kwargs=off)
         for a, b in zip(expected.train_dataset, actual.train_dataset, strict=True):
             assert a["input_ids"].tolist() == b["input_ids"].tolist()
 
     @pytest.mark.parametrize(
-        ("choice", "verified"), [(None, NUM_VERIFIED_ROWS), (True, 10), (False, 0)]
+        ("choice", "verified"), [(None, NUM_VERIFIED_RECORDS), (True, 10), (False, 0)]
     )
     def test_completions_are_parsed_back(self, make, monkeypatch, choice, verified):
         turns = []
         monkeypatch.setattr(rendering, "check_round_trip", lambda turn, *_: turns.append(turn))
-        rows = [ROWS[0]] * 10
-        make(rows, verify_rendering=choice)
-        assert len(turns) == verified * len(ROWS[0]["completions"])
+        records = [RECORDS[0]] * 10
+        make(records, verify_rendering=choice)
+        assert len(turns) == verified * len(RECORDS[0]["completions"])
 
     def test_a_completion_that_is_parsed_as_another_is_an_error(self, make, monkeypatch):
         def check_another(turn, *arguments):
@@ -382,20 +387,20 @@ def test_a_saved_model_has_tokens_and_rows_and_loads_alone(tmp_path):
         max_length=None,
         save_strategy="no",
     )
-    trainer = SetSFTTrainer(str(folder), config, train_dataset=Dataset.from_list(ROWS))
+    trainer = SetSFTTrainer(str(folder), config, train_dataset=Dataset.from_list(RECORDS))
     assert config.model_init_kwargs == {"attn_implementation": "eager"}  # the user's own
     trainer.train()
     trainer.save_model()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    [prompt, *_] = forking_prompts(ROWS[0]["prompt"], tokenizer, 6)
+    [prompt, *_] = forking_prompts(RECORDS[0]["prompt"], tokenizer, 6)
     ids = torch.tensor([prompt])
     trainer.model.eval()
     torch.testing.assert_close(
         loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits, rtol=1e-4, atol=1e-5
     )
     again = SetSFTTrainer(
-        str(tmp_path / "out"), copy.deepcopy(config), train_dataset=Dataset.from_list(ROWS)
+        str(tmp_path / "out"), copy.deepcopy(config), train_dataset=Dataset.from_list(RECORDS)
     )
     assert len(again.processing_class) == len(tokenizer)
 
@@ -410,11 +415,11 @@ def test_the_loss_falls_and_the_tokens_part(make):
 
 class TestDiversity:
     def test_it_is_logged_at_each_evaluation(self, make):
-        held_out = Dataset.from_list(ROWS[:2])
+        held_out = Dataset.from_list(RECORDS[:2])
         trainer = make(
             trainer_kwargs={"eval_dataset": held_out}, eval_strategy="steps", eval_steps=1
         )
-        prompts = [row["prompt"] for row in ROWS[:2]]
+        prompts = [record["prompt"] for record in RECORDS[:2]]
         callback = ForkingDiversityCallback(
             trainer, prompts, max_new_tokens=8, classify=lambda prompt, text: text[:2]
         )
@@ -435,7 +440,7 @@ class TestDiversity:
             rows[ids] = rows[ids[0]].clone()
         trainer = make_trainer(model, tokenizer, tmp_path)
         metrics = ForkingDiversityCallback(
-            trainer, [ROWS[0]["prompt"]], max_new_tokens=6, classify=lambda prompt, text: text
+            trainer, [RECORDS[0]["prompt"]], max_new_tokens=6, classify=lambda prompt, text: text
         ).measure()
         assert metrics["eval_diversity"] == metrics["eval_mutual_information"] == 0
         assert metrics["eval_distinct_completions"] == pytest.approx(1 / NUM_TOKENS)
@@ -448,7 +453,9 @@ class TestDiversity:
         """Padded on the left to one batch."""
         trainer = make()
         tokenizer = trainer.processing_class
-        prompts = [forking_prompts(row["prompt"], tokenizer, NUM_TOKENS)[0] for row in ROWS[:3]]
+        prompts = [
+            forking_prompts(record["prompt"], tokenizer, NUM_TOKENS)[0] for record in RECORDS[:3]
+        ]
         assert len({len(prompt) for prompt in prompts}) > 1
         together = generate(trainer.model, prompts, tokenizer, 6)
         alone = [generate(trainer.model, [prompt], tokenizer, 6)[0] for prompt in prompts]
@@ -457,7 +464,7 @@ class TestDiversity:
     def test_the_model_s_own_tokens_end_a_completion_too(self, make):
         trainer = make()
         tokenizer, config = trainer.processing_class, trainer.model.generation_config
-        prompt = forking_prompts(ROWS[0]["prompt"], tokenizer, NUM_TOKENS)[0]
+        prompt = forking_prompts(RECORDS[0]["prompt"], tokenizer, NUM_TOKENS)[0]
         [whole] = generate(trainer.model, [prompt], tokenizer, 6)
         config.eos_token_id = [whole[2]]
         [ended] = generate(trainer.model, [prompt], tokenizer, 6)
@@ -472,7 +479,9 @@ class TestDiversity:
 def test_prepared_sets_are_taken_as_they_are(make):
     prepared = make().train_dataset
     skip = {"skip_prepare_dataset": True}
-    assert make(rows=prepared, dataset_kwargs=skip).train_dataset.column_names == list(SET_COLUMNS)
+    assert make(records=prepared, dataset_kwargs=skip).train_dataset.column_names == list(
+        SET_COLUMNS
+    )
     with pytest.raises(ValueError, match=r"lacks input_ids, trained, .* of a prepared row"):
         make(dataset_kwargs=skip)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from onepass_trl.setsft import SetSFTConfig, SetSFTTrainer, add_forking_tokens
 from tests.chat.tokenizers import small_tokenizer
 from tests.models import make_model
-from tests.setsft.sets import ROWS
+from tests.setsft.sets import RECORDS
 
 NUM_TOKENS = 5
 
@@ -35,7 +35,7 @@ def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Any,
-    rows: Any = ROWS,
+    records: Any = RECORDS,
     trainer_kwargs: dict[str, Any] | None = None,
     **options: Any,
 ) -> SetSFTTrainer:
@@ -55,7 +55,7 @@ def make_trainer(
     return SetSFTTrainer(
         model,
         SetSFTConfig(**{**settings, **options}),
-        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        train_dataset=Dataset.from_list(records) if isinstance(records, list) else records,
         processing_class=tokenizer,
         **(trainer_kwargs or {}),
     )

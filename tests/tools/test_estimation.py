@@ -16,7 +16,7 @@ from onepass_trl.tools.flops import AttentionLayers, ModelCost
 from onepass_trl.visibility import dense_mask
 from tests.chat.tokenizers import small_tokenizer
 from tests.chats import CHAT
-from tests.conversations import as_row, forked_rollouts, random_chat
+from tests.conversations import as_record, forked_rollouts, random_chat
 
 OPTIONS = PreparationOptions(
     max_length=None, overflow="truncate", train_on="all", packing=False, null_arguments="keep"
@@ -27,7 +27,7 @@ COST = ModelCost("Toy", 10**9, linear_flops=100, head_flops=30, attention=(
 
 
 def chats(number=6, turns=3):
-    return [(seed, as_row(random_chat(turns, seed))) for seed in range(number)]
+    return [(seed, as_record(random_chat(turns, seed))) for seed in range(number)]
 
 
 @given(st.integers(1, 4), st.integers(0, 2**31), st.sampled_from([None, 1, 3, 9, 400]))
@@ -56,10 +56,11 @@ def test_work_is_that_of_the_dense_mask(turns, seed, window):
 @pytest.mark.parametrize("max_length", [None, 60, 25])
 def test_estimate_counts_what_training_would(max_length, tiny_tokenizer):
     options = dataclasses.replace(OPTIONS, max_length=max_length)
-    rows = chats()
-    found = estimate(rows, tiny_tokenizer, options, COST)
+    records = chats()
+    found = estimate(records, tiny_tokenizer, options, COST)
     laid_out = [
-        lay_out(render_record(row, tiny_tokenizer, options).passes, options) for _, row in rows
+        lay_out(render_record(record, tiny_tokenizer, options).passes, options)
+        for _, record in records
     ]
     layouts = [own for _, own, _ in laid_out]
     assert found.row_tokens.tolist() == [sum(map(len, own)) for own in layouts]
@@ -75,7 +76,7 @@ def test_estimate_counts_what_training_would(max_length, tiny_tokenizer):
     assert (found.overflow.num_lost_tokens > 0) == (max_length == 25)
     if max_length == 60:
         assert found.packed_rows < found.one_pass.rows
-    assert sum(turn_bins(found.num_turns.tolist()).values()) == len(rows)
+    assert sum(turn_bins(found.num_turns.tolist()).values()) == len(records)
 
 
 def test_operations_follow_from_tokens_and_pairs(tiny_tokenizer):
@@ -117,7 +118,7 @@ def test_the_report_says_what_max_length_loses(tiny_tokenizer):
 def test_a_template_that_keeps_everything(tiny_tokenizer):
     passes = [Pass([1, 2, 3], [0, 1, 1]), Pass([1, 2, 3, 4, 5], [0, 0, 0, 0, 1])]
     assert "No token occurs twice" in text_of(
-        estimate([(0, as_row(passes))], tiny_tokenizer, OPTIONS)
+        estimate([(0, as_record(passes))], tiny_tokenizer, OPTIONS)
     )
     assert "No token occurs twice" not in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
 
@@ -140,8 +141,8 @@ def test_turns_of_which_no_pass_can_be_made_are_named(tiny_tokenizer):
 def test_conversations_that_branch_are_counted_apart(tiny_tokenizer):
     path = [Pass([1, 2, 3], [0, 1, 1]), Pass([1, 2, 3, 4, 5], [0, 0, 0, 0, 1])]
     fork = [Pass([1, 2, 3], [0, 1, 1]), Pass([1, 2, 4, 5, 6], [0, 0, 0, 0, 1])]
-    rows = [(0, as_row(path)), (1, as_row(fork))]
-    found = estimate(rows, tiny_tokenizer, OPTIONS)
+    records = [(0, as_record(path)), (1, as_record(fork))]
+    found = estimate(records, tiny_tokenizer, OPTIONS)
     assert found.branches.tolist() == [False, True]
     ratio = (3 + 5) / build_tree(fork).num_row_tokens()
     text = text_of(found)
@@ -167,9 +168,12 @@ def test_conversations_without_reasoning_and_with_one_turn():
 
 
 def test_conversations_of_which_nothing_is_left_are_not_taken_for_single_turns(tiny_tokenizer):
-    rows = [(0, as_row(random_chat(2, 0, high=4))), (1, as_row(random_chat(2, 0, low=60, high=70)))]
+    records = [
+        (0, as_record(random_chat(2, 0, high=4))),
+        (1, as_record(random_chat(2, 0, low=60, high=70))),
+    ]
     options = dataclasses.replace(OPTIONS, max_length=40, overflow="drop")
-    found = estimate(rows, tiny_tokenizer, options)
+    found = estimate(records, tiny_tokenizer, options)
     assert found.num_turns.tolist() == [2, 0]
     assert "No conversation has two trained turns" not in text_of(found)
 
@@ -218,9 +222,9 @@ def test_split_rows_keep_their_passes(tiny_tokenizer):
     """The tokens of N-pass don't depend on how a tree is split."""
     passes = random_chat(5, 3)
     longest = max(map(len, passes))
-    whole = estimate([(0, as_row(passes))], tiny_tokenizer, OPTIONS)
+    whole = estimate([(0, as_record(passes))], tiny_tokenizer, OPTIONS)
     split = estimate(
-        [(0, as_row(passes))], tiny_tokenizer, dataclasses.replace(OPTIONS, max_length=longest)
+        [(0, as_record(passes))], tiny_tokenizer, dataclasses.replace(OPTIONS, max_length=longest)
     )
     assert len(split_passes(passes, longest)) == split.one_pass.rows > 1
     assert split.n_pass == whole.n_pass

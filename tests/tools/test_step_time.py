@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from onepass_trl import build_tree, linearize
 from onepass_trl.tools.estimation import Work, work_of_pass, work_of_row
 from onepass_trl.tools.step_time import check_memory, choose_probes, fit, measure, spread
-from tests.conversations import as_row, random_chat
+from tests.conversations import as_record, random_chat
 from tests.models import make_model
 
 from .test_estimation import OPTIONS
@@ -46,7 +46,7 @@ def test_spread_is_from_the_shortest_to_the_longest():
 
 def test_probes_are_no_longer_than_max_length(tiny_tokenizer):
     options = dataclasses.replace(OPTIONS, max_length=30, overflow="error")
-    chats = [as_row(random_chat(4, seed)) for seed in range(3)]
+    chats = [as_record(random_chat(4, seed)) for seed in range(3)]
     rows, passes = choose_probes(chats, tiny_tokenizer, options)
     assert max(map(len, rows)) <= 30
     assert max(map(len, passes)) <= 30
@@ -56,7 +56,7 @@ def test_probes_are_no_longer_than_max_length(tiny_tokenizer):
 def test_nothing_to_measure(tiny_tokenizer):
     options = dataclasses.replace(OPTIONS, max_length=5)
     with pytest.raises(ValueError, match="nothing to measure: of 1 conversations"):
-        choose_probes([as_row(random_chat(1, low=20, high=30))], tiny_tokenizer, options)
+        choose_probes([as_record(random_chat(1, low=20, high=30))], tiny_tokenizer, options)
 
 
 def test_a_model_too_large_to_measure_is_refused_before_it_is_built():

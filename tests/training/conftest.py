@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
 from tests.models import make_model
-from tests.training.conversations import ROWS
+from tests.training.conversations import RECORDS
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def train(tmp_path, tiny_tokenizer):
         return OnePassSFTTrainer(
             model if model is not None else make_model("qwen3"),
             args or OnePassSFTConfig(**{**settings, **options}),
-            train_dataset=Dataset.from_list(ROWS) if dataset is None else dataset,
+            train_dataset=Dataset.from_list(RECORDS) if dataset is None else dataset,
             eval_dataset=eval_dataset,
             processing_class=tiny_tokenizer,
             **(trainer_kwargs or {}),

@@ -1,9 +1,9 @@
 """The conversations that trainers are given, and what their logs say."""
 
-from tests.conversations import as_row, random_chat
+from tests.conversations import as_record, random_chat
 
 CONVERSATIONS = [random_chat(3, seed=seed) for seed in range(6)]
-ROWS = [as_row(passes) for passes in CONVERSATIONS]
+RECORDS = [as_record(passes) for passes in CONVERSATIONS]
 
 
 def history(trainer, key):

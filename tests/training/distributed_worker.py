@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
-from tests.conversations import as_row, forked_rollouts, random_chat
+from tests.conversations import as_record, forked_rollouts, random_chat
 from tests.models import make_model
 from tests.training.sharding import shard_on_cpu
 
@@ -55,7 +55,7 @@ def main(folder: str, options: dict) -> None:
         save_strategy="no",
         dataloader_pin_memory=False,
     )
-    rows = Dataset.from_list([as_row(passes) for passes in CONVERSATIONS])
+    rows = Dataset.from_list([as_record(passes) for passes in CONVERSATIONS])
     evaluate = options.pop("evaluate", False)
     trainer = OnePassSFTTrainer(
         make_model(options.pop("model", "qwen3")),

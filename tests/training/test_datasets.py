@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from tests.models import make_model
-from tests.training.conversations import ROWS, history
+from tests.training.conversations import RECORDS, history
 
 
 def test_nothing_is_cut_by_default(train):
@@ -120,4 +120,4 @@ def test_rows_are_shuffled_where_asked(train):
     ]
     assert ids[0] != ids[1]
     assert sorted(ids[0]) == sorted(ids[1])
-    assert len(ids[0]) == len(ROWS)
+    assert len(ids[0]) == len(RECORDS)

@@ -12,7 +12,7 @@ from onepass_trl import Pass, build_tree, linearize
 from onepass_trl.attention import transformers_backend
 from onepass_trl.data.layout import concatenate, separate, target_paths
 from onepass_trl.training.first_check import MAX_TOKENS, Difference, choose_row
-from tests.conversations import as_row, random_chat
+from tests.conversations import as_record, random_chat
 from tests.data.strategies import pass_lists
 from tests.models import MODELS, make_model
 
@@ -115,7 +115,7 @@ def test_every_supported_model_passes(train, caplog, name, dtype):
 
 def test_a_stream_is_verified_too(train, caplog):
     def generate():
-        yield from [as_row(random_chat(2, seed=seed)) for seed in range(4)]
+        yield from [as_record(random_chat(2, seed=seed)) for seed in range(4)]
 
     trainer = train(dataset=IterableDataset.from_generator(generate), max_steps=1)
     with caplog.at_level(logging.INFO, "onepass_trl.training.trainer"):
@@ -125,7 +125,7 @@ def test_a_stream_is_verified_too(train, caplog):
 
 def test_rows_that_are_all_too_long_are_said_to_be(train, caplog, monkeypatch):
     monkeypatch.setattr("onepass_trl.training.first_check.MAX_TOKENS", 10)
-    trainer = train(dataset=Dataset.from_list([as_row(random_chat(2))]), max_steps=1)
+    trainer = train(dataset=Dataset.from_list([as_record(random_chat(2))]), max_steps=1)
     with caplog.at_level(logging.INFO, "onepass_trl.training.trainer"):
         trainer.train()
     assert "The model is not verified" in caplog.text

@@ -6,7 +6,7 @@ from datasets import Dataset, IterableDataset
 from trl import SFTConfig, SFTTrainer
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
-from tests.conversations import as_row, random_chat
+from tests.conversations import as_record, random_chat
 from tests.models import make_model
 from tests.training.conversations import history
 
@@ -112,7 +112,7 @@ def test_forms_may_be_mixed(train):
     records = [
         {"text": TEXTS[0]},
         {"input_ids": IDS[0], "labels": LABELS[0]},
-        as_row(random_chat(2)),
+        as_record(random_chat(2)),
     ]
 
     def generate():

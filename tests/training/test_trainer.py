@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from onepass_trl import OnePassSFTConfig
-from tests.conversations import as_row, forked_rollouts
+from tests.conversations import as_record, forked_rollouts
 from tests.models import make_model
 from tests.n_pass import n_pass_loss
-from tests.training.conversations import CONVERSATIONS, ROWS, history
+from tests.training.conversations import CONVERSATIONS, RECORDS, history
 
 
 def test_what_n_pass_would_have_computed_is_logged(train):
@@ -126,16 +126,16 @@ def test_lora_trains_the_adapter_only(train):
 
 
 def test_evaluation_on_one_and_several_sets(train):
-    dataset = Dataset.from_list(ROWS[:3])
+    dataset = Dataset.from_list(RECORDS[:3])
     one = train(eval_dataset=dataset, eval_strategy="steps", eval_steps=1)
     one.train()
     assert len(history(one, "eval_loss")) == 2
     assert history(one, "eval_turns") == [9, 9]
 
-    several = train(eval_dataset={"a": dataset, "b": Dataset.from_list(ROWS[3:])})
+    several = train(eval_dataset={"a": dataset, "b": Dataset.from_list(RECORDS[3:])})
     metrics = several.evaluate()
     assert {"eval_a_loss", "eval_b_loss"} <= metrics.keys()
-    assert several.evaluate(Dataset.from_list(ROWS[3:]))["eval_loss"] == pytest.approx(
+    assert several.evaluate(Dataset.from_list(RECORDS[3:]))["eval_loss"] == pytest.approx(
         metrics["eval_b_loss"]
     )
 
@@ -146,7 +146,7 @@ def test_the_loss_of_an_evaluation_is_per_target(train, loss_type):
 
     def evaluate(**options):
         trainer = train(make_model("qwen3"), loss_type=loss_type, **options)
-        return trainer.evaluate(Dataset.from_list(ROWS))
+        return trainer.evaluate(Dataset.from_list(RECORDS))
 
     losses = [
         evaluate(per_device_eval_batch_size=1),
@@ -166,7 +166,7 @@ def test_the_loss_of_an_evaluation_is_per_target(train, loss_type):
 
 def test_streaming(train):
     def generate():
-        yield from ROWS
+        yield from RECORDS
 
     stream = IterableDataset.from_generator(generate)
     trainer = train(dataset=stream, packing=True, max_length=300)
@@ -312,8 +312,7 @@ def test_parallelism_of_a_configured_accelerator_is_refused(train, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "argument",
-    ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "formatting_func"],
+    "argument", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"]
 )
 def test_functions_of_logits_are_errors(train, argument):
     with pytest.raises(ValueError, match=f"can't honour {argument}"):
@@ -353,9 +352,9 @@ def test_outputs_of_the_loss_are_errors(train):
 
 def test_prediction_is_evaluation_without_predictions(train):
     trainer = train()
-    output = trainer.predict(Dataset.from_list(ROWS[:3]))
+    output = trainer.predict(Dataset.from_list(RECORDS[:3]))
     assert output.predictions is None
-    expected = trainer.evaluate(Dataset.from_list(ROWS[:3]))
+    expected = trainer.evaluate(Dataset.from_list(RECORDS[:3]))
     assert output.metrics["test_loss"] == expected["eval_loss"]
     assert (
         trainer.predict(trainer.train_dataset.select(range(3))).metrics["test_loss"]
@@ -365,7 +364,7 @@ def test_prediction_is_evaluation_without_predictions(train):
 
 def test_weights_and_fork_copies_reach_the_loss(train):
     trainer = train(
-        dataset=Dataset.from_list([as_row(forked_rollouts(3))]), per_device_train_batch_size=1
+        dataset=Dataset.from_list([as_record(forked_rollouts(3))]), per_device_train_batch_size=1
     )
     row = trainer.train_dataset[0]
     assert row["weights"].max() == 2

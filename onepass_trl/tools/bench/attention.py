@@ -154,7 +154,7 @@ def measure_attention(
     peers: Sequence[str] | None = None,
     budget_s: float = 60.0,
 ) -> list[dict[str, Any]]:
-    """Return a flat dict of results for each peer; all are timed in turn on the same inputs.
+    """Return a flat result for each peer; all are timed in turn on the same inputs.
 
     Times are in milliseconds, ``times_onepass`` the time of forward and backward as a multiple of
     the first peer's. ``difference`` is the largest difference of the output from the first peer's.

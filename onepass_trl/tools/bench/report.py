@@ -24,14 +24,16 @@ def attention_table(results: Sequence[Mapping[str, Any]]) -> str:
         "",
         f"{'':16}{'forward':>15}{'backward':>20}{'both':>18}{'x':>13}",
     ]
-    for row in results:
+    for result in results:
         cells = [
-            f"{_number(row[f'{name}_min_ms'])} {_number(row[f'{name}_median_ms'])}"
+            f"{_number(result[f'{name}_min_ms'])} {_number(result[f'{name}_median_ms'])}"
             for name in _TIMES
         ]
-        ratio = "-" if row["times_onepass"] is None else f"{row['times_onepass']:.2f}"
-        lines.append(f"{row['implementation']:16}{' '.join(cells)}{ratio:>9}")
-    notes = [f"{row['implementation']}: {row['note']}" for row in results if row["note"]]
+        ratio = "-" if result["times_onepass"] is None else f"{result['times_onepass']:.2f}"
+        lines.append(f"{result['implementation']:16}{' '.join(cells)}{ratio:>9}")
+    notes = [
+        f"{result['implementation']}: {result['note']}" for result in results if result["note"]
+    ]
     return "\n".join([*lines, *[""][: len(notes)], *notes])
 
 

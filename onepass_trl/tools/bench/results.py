@@ -84,7 +84,7 @@ def write(
     if command is None:
         script = Path(sys.argv[0])
         command = ["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]]
-    record = {
+    content = {
         "name": name,
         "command": shlex.join(command),
         "machine": machine(),
@@ -93,4 +93,4 @@ def write(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "results": results,
     }
-    Path(path).write_text(json.dumps(record, indent=2) + "\n")
+    Path(path).write_text(json.dumps(content, indent=2) + "\n")
