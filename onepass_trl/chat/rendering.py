@@ -15,7 +15,7 @@ from onepass_trl.chat.encoding import (
     encode_views,
 )
 from onepass_trl.chat.errors import ChatFormatError
-from onepass_trl.chat.turns import InvalidTurn, TrainOn, TurnContext, TurnRenderer, TurnTexts
+from onepass_trl.chat.turns import InvalidTurn, TrainOn, TurnContext, TurnRenderer, TurnTexts, valid
 from onepass_trl.passes import Pass
 
 if TYPE_CHECKING:
@@ -87,18 +87,14 @@ def render_turns(
 
     Arguments and errors are those of :func:`render_passes`.
     """
-    turns = []
-    for turn in render_each_turn(
+    turns = render_each_turn(
         messages,
         tokenizer,
         tools=tools,
         chat_template_kwargs=chat_template_kwargs,
         train_on=train_on,
-    ):
-        if isinstance(turn, InvalidTurn):
-            raise turn.error
-        turns.append(turn)
-    return turns
+    )
+    return [valid(turn) for turn in turns]
 
 
 def render_each_turn(

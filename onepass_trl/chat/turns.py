@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn: TypeAlias = Literal["all", "last"] | Sequence[int]
+Turns = TypeVar("Turns")
 
 _NOTHING_BEFORE = (
     "nothing stands before it, so there is no context from which it could be generated; put a "
@@ -68,6 +69,13 @@ class InvalidTurn:
     """
 
     error: ChatFormatError
+
+
+def valid(turn: Turns | InvalidTurn) -> Turns:
+    """Return the turn, or raise the error of an invalid one."""
+    if isinstance(turn, InvalidTurn):
+        raise turn.error
+    return turn
 
 
 @dataclass

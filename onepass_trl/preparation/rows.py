@@ -15,7 +15,7 @@ from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.messages import Message
 from onepass_trl.chat.records import read_conversation
 from onepass_trl.chat.rendering import RenderedTurn, render_each_turn
-from onepass_trl.chat.turns import InvalidTurn, chosen_turns
+from onepass_trl.chat.turns import InvalidTurn, chosen_turns, valid
 from onepass_trl.data import (
     Layout,
     Overflow,
@@ -140,12 +140,10 @@ def _parted(
     """Return the turns less the invalid ones, and why these are; raise the first unless `drops`."""
     kept, invalid = [], []
     for turn in turns:
-        if isinstance(turn, RenderedTurn):
-            kept.append(turn)
-        elif drops:
+        if drops and isinstance(turn, InvalidTurn):
             invalid.append(str(turn.error))
         else:
-            raise turn.error
+            kept.append(valid(turn))
     return kept, invalid
 
 

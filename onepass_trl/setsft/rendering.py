@@ -18,7 +18,7 @@ from onepass_trl.chat.families import family_of
 from onepass_trl.chat.records import QUESTIONS, read_question
 from onepass_trl.chat.rendering import RenderedTurn, render_answers
 from onepass_trl.chat.template import Template
-from onepass_trl.chat.turns import InvalidTurn, TurnTexts
+from onepass_trl.chat.turns import InvalidTurn, TurnTexts, valid
 from onepass_trl.passes import Pass
 from onepass_trl.preparation.nulls import read_record
 from onepass_trl.preparation.options import PreparationOptions
@@ -130,7 +130,7 @@ def render_traces(
             if isinstance(question.prompt, str):
                 parts = _text_parts(question.prompt, completion, tokenizer, tokens.opener)
             else:
-                turn = _valid(turns[number])
+                turn = valid(turns[number])
                 if verify:
                     pass_ = encoder.encode(turn.context, turn.completion)
                     rendered = RenderedTurn(**vars(turn), rendered=pass_)
@@ -138,12 +138,6 @@ def render_traces(
                 parts = _split(turn.context, turn.completion, tokens.opener)
             traces.append(_to_trace(parts, number, tokens, encoder))
     return traces
-
-
-def _valid(turn: TurnTexts | InvalidTurn) -> TurnTexts:
-    if isinstance(turn, InvalidTurn):
-        raise turn.error
-    return turn
 
 
 def forking_prompts(
@@ -182,7 +176,7 @@ def forking_prompts(
         [turn] = render_answers(
             prompt, [answer], tokenizer, tools=tools, chat_template_kwargs=chat_template_kwargs
         )
-        turn = _valid(turn)
+        turn = valid(turn)
         parts = _split(turn.context, turn.completion, tokens.opener)
     _refuse_forking_tokens(parts, tokens)
     texts = [parts.before + name + parts.between for name in tokens.names]
