@@ -152,7 +152,8 @@ def test_windows_need_steps_along_the_pass():
 def test_padding_of_the_collator_has_positions_for_windows():
     rows = [linearize(build_tree(random_chat(turns))) for turns in (1, 3)]
     batch = OnePassCollator(pad_to_multiple_of=300)(rows)
-    chains_of(batch["visible_end"].numpy(), batch["position_ids"].int().numpy())
+    chains = chains_of(batch["visible_end"].numpy(), batch["position_ids"].int().numpy())
+    assert chains.queries.size == batch["input_ids"].numel()
 
 
 def test_gradients_that_the_kernels_do_not_have_are_errors():
