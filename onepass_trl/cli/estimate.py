@@ -84,8 +84,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="onepass-trl estimate",
         description="Count what one pass and N-pass compute on a dataset: tokens, attention, "
-        "floating-point operations of the model, rows after packing, and what max_length would "
-        "cut. Needs a tokenizer and a config but no weights.",
+        "floating-point operations of the model, rows after packing, what max_length would cut, "
+        "and how a single rendering would train the turns. Needs a tokenizer and a config but no "
+        "weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_conversation_arguments(parser)

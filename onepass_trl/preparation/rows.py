@@ -53,6 +53,7 @@ class RenderedRecord:
         numbers: which of the record's turns, or of its given passes, these are, from 0.
         turns: what the passes were rendered from; none for a record of passes.
         messages: the messages of the conversation, as they are stored; none for a record of passes.
+        chat_template_kwargs: the arguments of the chat template that they were rendered with.
         invalid: why no exact pass can be made of further turns, or of the record.
     """
 
@@ -60,6 +61,7 @@ class RenderedRecord:
     numbers: list[int]
     turns: list[RenderedTurn] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     invalid: list[str] = field(default_factory=list)
 
     @property
@@ -95,6 +97,7 @@ def render_record(
     options = options or PreparationOptions()
     drops = options.invalid_turns == "drop"
     messages: list[Message] = []
+    kwargs = dict(options.chat_template_kwargs or {})
     turns: Sequence[RenderedTurn | InvalidTurn]
     try:
         record = read_record(record, features, options.null_arguments)
@@ -112,14 +115,12 @@ def render_record(
             )
         conversation = read_conversation(record)
         messages = conversation.messages
+        kwargs |= conversation.chat_template_kwargs
         turns = render_each_turn(
             messages,
             tokenizer,
             tools=conversation.tools,
-            chat_template_kwargs={
-                **(options.chat_template_kwargs or {}),
-                **conversation.chat_template_kwargs,
-            },
+            chat_template_kwargs=kwargs,
             train_on=conversation.trained(options.train_on),
         )
     except ChatFormatError as error:
@@ -130,7 +131,12 @@ def render_record(
         kept, misread = _parted(read, drops and options.verify_rendering is True)
         invalid += misread
     return RenderedRecord(
-        [turn.rendered for turn in kept], [turn.number for turn in kept], kept, messages, invalid
+        passes=[turn.rendered for turn in kept],
+        numbers=[turn.number for turn in kept],
+        turns=kept,
+        messages=messages,
+        chat_template_kwargs=kwargs,
+        invalid=invalid,
     )
 
 

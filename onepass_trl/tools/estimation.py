@@ -22,6 +22,7 @@ from onepass_trl.tools.flops import (
     LINEAR_FORWARDS,
     ModelCost,
 )
+from onepass_trl.tools.single_rendering import Training, train_on_one_rendering
 from onepass_trl.visibility import (
     TILE,
     causal_visible_end,
@@ -99,6 +100,8 @@ class Estimate:
         has_reasoning: whether any trained turn has reasoning; None if messages aren't known.
         invalid: why no exact pass can be made of other turns or records, each with its record.
         branches: whether a conversation's turns are not a single path, so that tokens occur twice.
+        single_rendering: what the ways to train on one rendering would make of the turns, before
+            ``max_length``; none where messages aren't known.
         cost: of the model, None if it isn't known.
     """
 
@@ -116,6 +119,7 @@ class Estimate:
     has_reasoning: bool | None
     invalid: list[str]
     branches: NDArray[np.bool_]
+    single_rendering: dict[str, Training]
     cost: ModelCost | None
 
     @property
@@ -202,10 +206,13 @@ def estimate(
     if not counts:
         raise ValueError("there is no conversation to estimate: the dataset has no rows")
     one_pass, n_pass, lost = Work(), Work(), Overflow()
+    single_rendering: dict[str, Training] = {}
     for count in counts:
         one_pass.add(count.one_pass)
         n_pass.add(count.n_pass)
         lost.add(count.overflow)
+        for way, training in count.single_rendering.items():
+            single_rendering.setdefault(way, Training()).add(training)
     invalid = [problem for count in counts for problem in count.invalid]
     if not any(count.overflow.longest for count in counts):
         raise ValueError(describe_invalid(invalid))
@@ -231,6 +238,7 @@ def estimate(
         has_reasoning=any(reasoning) if reasoning else None,
         invalid=invalid,
         branches=np.array([count.branches for count in counts]),
+        single_rendering=single_rendering,
         cost=cost,
     )
 
@@ -247,6 +255,7 @@ class _Count:
     has_reasoning: bool | None
     invalid: list[str]
     branches: bool
+    single_rendering: dict[str, Training]
 
 
 def _count(
@@ -278,6 +287,7 @@ def _count(
         has_reasoning=rendered.has_reasoning,
         invalid=[f"row {index}: {problem}" for problem in rendered.invalid],
         branches=len(passes) > 1 and one_pass.tokens > max(map(len, passes)),
+        single_rendering=train_on_one_rendering(rendered, tokenizer) if rendered.turns else {},
     )
 
 

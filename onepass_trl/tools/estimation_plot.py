@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import numpy as np
 from onepass_trl.tools import plots
 from onepass_trl.tools.estimation import Estimate
 from onepass_trl.tools.estimation_report import PARTS, turn_bins
+from onepass_trl.tools.single_rendering import Training
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 
 def draw(found: Estimate, title: str, *, scores_every_position: bool = False) -> Figure:
@@ -22,9 +24,13 @@ def draw(found: Estimate, title: str, *, scores_every_position: bool = False) ->
         title: of the figure.
         scores_every_position: as for `Estimate.flops`.
     """
-    figure = plots.new_figure(10, 7)
+    figure = plots.new_figure(10, 9.5 if found.has_reasoning else 7)
     figure.suptitle(title)
-    axes = figure.subplots(2, 2)
+    below: Figure | SubFigure = figure
+    if found.has_reasoning:
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.5, 7))[:, 0]
+        _draw_ways(above, found.single_rendering)
+    axes = below.subplots(2, 2)
     _draw_turns(axes[0, 0], found)
     _draw_lengths(axes[0, 1], found)
     _draw_savings(axes[1, 0], found)
@@ -34,6 +40,35 @@ def draw(found: Estimate, title: str, *, scores_every_position: bool = False) ->
     for ax in axes[0]:
         ax.yaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def _draw_ways(figure: SubFigure, ways: Mapping[str, Training]) -> None:
+    """Draw how one rendering of each conversation would train the turns, and how one pass does."""
+    turns = next(iter(ways.values())).turns
+    rows = {f"one rendering, {way}": made for way, made in ways.items()}
+    rows["one pass"] = Training(turns, faithful=turns)
+    parts = {
+        "as at inference": (plots.ONE_PASS, [made.faithful for made in rows.values()]),
+        "not at all": (plots.PEER, [made.untrained for made in rows.values()]),
+        "without their reasoning": (plots.UNREASONED, [m.unreasoned for m in rows.values()]),
+        "with it, in a context that inference never gives": (
+            plots.DISPLACED,
+            [
+                made.turns - made.faithful - made.untrained - made.unreasoned
+                for made in rows.values()
+            ],
+        ),
+    }
+    ax = figure.subplots()
+    left = np.zeros(len(rows))
+    for label, (color, counts) in parts.items():
+        bars = ax.barh(list(rows), counts, left=left, color=color, label=label)
+        ax.bar_label(bars, [f"{n:,}" if n else "" for n in counts], label_type="center", color="w")
+        left += counts
+    ax.invert_yaxis()
+    ax.set_title(f"how {turns:,} turns would be trained")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, ncols=4, loc="outside lower center")
 
 
 def _draw_turns(ax: Any, found: Estimate) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from onepass_trl.preparation.report import describe_invalid
 from onepass_trl.tools.estimation import Estimate, Work, weighted_pairs
+from onepass_trl.tools.single_rendering import Training
 
 if TYPE_CHECKING:
     from onepass_trl.tools.step_time import StepTime
@@ -62,8 +63,28 @@ def report(
     yield from _remarks(found)
     if found.invalid:
         yield f"Training with invalid_turns=error would stop: {describe_invalid(found.invalid)}"
+    if found.has_reasoning:
+        yield ""
+        yield from single_rendering(found.single_rendering)
     yield ""
     yield from histogram(found.num_turns.tolist())
+
+
+def single_rendering(ways: Mapping[str, Training]) -> Iterator[str]:
+    """Yield what ways of training make of turns as lines of text, one pass last."""
+    turns = next(iter(ways.values())).turns
+    yield f"How one rendering of each conversation would train the {turns:,} turns (tokens):"
+    columns = ("as at inference", "not at all", "without reasoning", "in another context")
+    yield " " * 16 + "".join(f"{column:>24}" for column in columns)
+    for way, made in {**ways, "one pass": Training(turns, faithful=turns)}.items():
+        counts = (
+            (made.untrained, made.untrained_tokens),
+            (made.unreasoned, made.unreasoned_tokens),
+            (made.displaced, made.displaced_tokens),
+        )
+        cells = [f"{number:,} ({tokens:,})" if number else "-" for number, tokens in counts]
+        cells.insert(0, f"{made.faithful:,}")
+        yield f"{way:16}" + "".join(f"{cell:>24}" for cell in cells)
 
 
 def _line(name: str, one_pass: float, n_pass: float) -> str:
@@ -225,6 +246,7 @@ def as_json(
         "invalid": found.invalid,
         "branching_conversations": int(found.branches.sum()),
         "turns": turn_bins(found.num_turns.tolist()),
+        "single_rendering": {way: asdict(made) for way, made in found.single_rendering.items()},
     }
     if found.cost is not None:
         value["model"] = asdict(found.cost)

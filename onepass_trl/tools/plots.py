@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 # One colour for each way to train, in every figure; distinct in grey and to the colour-blind.
 ONE_PASS, N_PASS, PEER = "#0b6e99", "#d97706", "#6b7280"
+UNREASONED, DISPLACED = "#b91c1c", "#7c3aed"  # of one rendering: without reasoning, out of context
 
 
 def check_png(path: str | Path) -> None:
