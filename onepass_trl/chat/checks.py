@@ -10,20 +10,25 @@ from typing import Any
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.messages import THINK_CLOSE, THINK_OPEN, Message
 
+_INLINE = re.compile(rf"\s*{THINK_OPEN}\s*")
 # A text may well mention the mark; on a line's end or beginning it ends reasoning.
 _SPLIT = re.compile(rf"^\s*{THINK_CLOSE}|{THINK_CLOSE}\s*$", re.MULTILINE)
 
 
 def check_generable(
-    message: Message, special: re.Pattern[str] | None, template: str, *, reads_reasoning: bool
+    message: Message,
+    special: re.Pattern[str] | None,
+    *,
+    reads_reasoning: bool,
+    has_marks: bool,
 ) -> None:
     """Check that generation could produce this message: nothing in it ends the turn early.
 
     Args:
         message: The turn's message in its normal form.
         special: Finds special tokens.
-        template: The Jinja source of the chat template.
         reads_reasoning: Whether turns of this template have reasoning apart from their content.
+        has_marks: Whether the template writes ``</think>`` or compares texts with it.
 
     Raises:
         TurnError: if the message's own text holds a special token, or a ``</think>`` that the
@@ -39,16 +44,16 @@ def check_generable(
             )
     field = "reasoning_content" if "reasoning_content" in message else "content"
     before, closed, _ = message[field].partition(THINK_CLOSE)
-    if not closed:
+    if not closed or not reads_reasoning:
         return
-    splits = THINK_CLOSE in template or _SPLIT.search(message[field])
-    if field == "content" and reads_reasoning and splits and THINK_OPEN not in before:
+    ends_reasoning = (has_marks and THINK_OPEN not in before) or _SPLIT.search(message[field])
+    if field == "content" and ends_reasoning:
         raise TurnError(
-            f"its content contains {THINK_CLOSE!r} and no {THINK_OPEN!r} before it; if what stands "
-            "before it is reasoning, give it as 'reasoning_content', else remove it from the text "
-            "or switch the turn off with 'train': false"
+            f"its content contains {THINK_CLOSE!r}; if what stands before it is reasoning, give it "
+            "as 'reasoning_content', else remove it from the text or switch the turn off with "
+            "'train': false"
         )
-    if THINK_CLOSE in template:
+    if has_marks:
         raise TurnError(
             f"its {field} contains {THINK_CLOSE!r}, where the reasoning would end when it is "
             "generated; remove it from the text or switch the turn off with 'train': false"
@@ -63,6 +68,19 @@ def _texts(message: Message) -> Iterator[tuple[str, str]]:
         function = call["function"]
         yield f"tool call {number}", function["name"]
         yield f"tool call {number}", json.dumps(function["arguments"], ensure_ascii=False)
+
+
+def without_prompt(context: str, message: Message) -> Message:
+    """Return the message without the ``<think>`` of its content that the prompt already holds."""
+    inline = _INLINE.match(message["content"])
+    if inline is None or not context.rstrip().endswith(THINK_OPEN):
+        return message
+    return {**message, "content": message["content"][inline.end() :]}
+
+
+def mentions_marks(message: Message) -> bool:
+    """Return whether a text of the message has ``<think>`` or ``</think>``."""
+    return any(mark in text for _, text in _texts(message) for mark in (THINK_OPEN, THINK_CLOSE))
 
 
 def end_of_turn(completion: str, message: Message, special: re.Pattern[str] | None) -> int:
@@ -95,6 +113,29 @@ def end_of_turn(completion: str, message: Message, special: re.Pattern[str] | No
     return ends[-1].end()
 
 
+def check_marks(context: str, completion: str) -> None:
+    """Check that the reasoning, if any, is opened once and closed once.
+
+    Args:
+        context: What inference feeds before the turn; the prompt at its end may hold the marks.
+        completion: What the model must generate. No text of the message in it has a mark.
+
+    Raises:
+        TurnError: if a mark is missing, or written again.
+    """
+    prompt = context.rstrip()
+    closed = prompt.endswith(THINK_CLOSE)
+    num_opened = completion.count(THINK_OPEN) + (closed or prompt.endswith(THINK_OPEN))
+    num_closed = completion.count(THINK_CLOSE) + closed
+    if num_opened != num_closed or num_opened > 1:
+        raise TurnError(
+            f"its reasoning would be opened {num_opened} times with {THINK_OPEN!r} and closed "
+            f"{num_closed} times with {THINK_CLOSE!r}: the prompt ends in {context[-20:]!r}, and "
+            f"the model would learn to generate {_short(completion)}. Use a template that opens "
+            "reasoning once, or add its family with onepass_trl.register_family"
+        )
+
+
 def with_stand_ins(message: Message) -> tuple[Message, dict[str, str]]:
     """Return the message with other texts in its fields, and these texts by what they stand for.
 
@@ -107,6 +148,8 @@ def with_stand_ins(message: Message) -> tuple[Message, dict[str, str]]:
         out["reasoning_content"] = out["thinking"] = texts["its reasoning"]
     if message["content"].strip():
         out["content"] = texts["its content"] = "stand-in for content"
+        if inline := _INLINE.match(message["content"]):  # the template takes it for content
+            out["content"] = f"{inline.group()}stand-in{THINK_CLOSE}{out['content']}"
     if "tool_calls" in message:
         out["tool_calls"] = []
     for number, call in enumerate(message.get("tool_calls", ())):
@@ -116,6 +159,12 @@ def with_stand_ins(message: Message) -> tuple[Message, dict[str, str]]:
         texts[f"the value of an argument of its tool call {number}"] = value
         out["tool_calls"].append({**call, "function": {"name": name, "arguments": {key: value}}})
     return out, texts
+
+
+def after_stand_ins(text: str, texts: Mapping[str, str]) -> str | None:
+    """Return what a text has after the last of the texts of a message, None if it has none."""
+    ends = [text.rfind(part) + len(part) for part in texts.values() if part in text]
+    return text[max(ends) :] if ends else None
 
 
 def check_stand_ins(completion: str, texts: Mapping[str, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal
+from onepass_trl.chat.messages import REASONING_KEYS, THINK_CLOSE, THINK_OPEN
+from onepass_trl.chat.template_source import TemplateSource, read_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,17 @@ RESERVED = frozenset(
 )
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 _EMPTY_QUESTION = {"role": "user", "content": ""}
+# What the code of a template may raise: it is a program, given whatever a conversation holds.
+_REFUSALS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +64,8 @@ def _report_unread(template: str, names: tuple[str, ...]) -> None:
 
 
 def _switch(template: str) -> str | None:
-    return next((name for name in THINKING_SWITCHES if _names(template, name)), None)
-
-
-@lru_cache(maxsize=256)
-def _names(template: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", template) is not None
-
-
-@lru_cache(maxsize=256)
-def _reads(template: str, key: str) -> bool:
-    key = re.escape(key)
-    quoted = rf"""['"]{key}['"]"""
-    access = rf"\.{key}\b|\[\s*{quoted}\s*\]|\bget\(\s*{quoted}|{quoted}\s+(?:not\s+)?in\b"
-    return re.search(access, template) is not None
+    variables = read_source(template).variables
+    return next((name for name in THINKING_SWITCHES if name in variables), None)
 
 
 class Template:
@@ -103,31 +103,41 @@ class Template:
                 f"the tokenizer has no chat template to render with ({error}); set "
                 "tokenizer.chat_template"
             ) from error
-        unread = [
-            name for name in self._kwargs if name != "chat_template" and not _names(self.text, name)
-        ]
+        unread = [name for name in self._kwargs if name != "chat_template" and not self.names(name)]
         if unread:
             _report_unread(self.text, tuple(unread))
 
+    @property
+    def source(self) -> TemplateSource:
+        """What the template's source reads."""
+        return read_source(self.text)
+
     def names(self, name: str) -> bool:
-        """Return whether the template's source has this name."""
-        return _names(self.text, name)
+        """Return whether the template's source reads this variable."""
+        return name in self.source.variables
 
     def reads(self, key: str) -> bool:
         """Return whether the template's source gets this key of something, such as a message."""
-        return _reads(self.text, key)
+        return key in self.source.keys
+
+    @property
+    def reads_reasoning(self) -> bool:
+        """Whether the template reads one of the fields in which messages have reasoning."""
+        return any(map(self.reads, REASONING_KEYS))
 
     @cached_property
-    def closing(self) -> str:
-        """The token with which the template ends a whole conversation, ``""`` if there is none.
-
-        Phi-3's writes ``<|endoftext|>`` even behind a question that awaits its answer. Such a token
-        isn't part of a turn: no later context holds it.
-        """
-        eos = self._tokenizer.eos_token
-        if not eos or not self.question.endswith(eos):
-            return ""
-        return "" if self.question_prompt.startswith(self.question) else eos
+    def cuts_reasoning(self) -> bool:
+        """Whether the template leaves out what earlier messages have in ``<think>..</think>``."""
+        if THINK_CLOSE not in self.source.texts:
+            return False
+        reasoning, content = "stand-in for reasoning", "stand-in for content"
+        inline = f"{THINK_OPEN}\n{reasoning}\n{THINK_CLOSE}\n\n{content}"
+        answer = {"role": "assistant", "content": inline}
+        try:
+            text = self.render([_EMPTY_QUESTION, answer, _EMPTY_QUESTION], prompt=True)
+        except TemplateRefusal:
+            return False
+        return content in text and reasoning not in text
 
     @cached_property
     def question(self) -> str:
@@ -177,7 +187,8 @@ class Template:
                 tokenize=False,
                 **self._kwargs,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise TemplateRefusal(str(error)) from error
+        except _REFUSALS as error:
+            what = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            raise TemplateRefusal(f"{what}{error}") from error
         assert isinstance(text, str)
         return text

@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from onepass_trl.chat.checks import (
+    after_stand_ins,
     check_generable,
+    check_marks,
     check_stand_ins,
     end_of_turn,
+    mentions_marks,
     with_stand_ins,
+    without_prompt,
 )
 from onepass_trl.chat.encoding import added_tokens
+from onepass_trl.chat.endings import Ending, find_ending
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
 from onepass_trl.chat.families import Turn, family_of
-from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
+from onepass_trl.chat.messages import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    Message,
+    normalize_messages,
+    with_text_arguments,
+)
 from onepass_trl.chat.template import Template
 from onepass_trl.chat.unread import check_keys, report_left_out
 
@@ -115,9 +126,11 @@ class TurnRenderer:
     ) -> None:
         self.added = added_tokens(tokenizer)
         self._template = Template(tokenizer, tools, chat_template_kwargs)
-        self._family = family_of(self._template.text)
-        self._reads_reasoning = self._family.reads_reasoning(self._template.text)
-        self._checked: set[tuple[str, bool, bool, int]] = set()
+        self._eos = tokenizer.eos_token
+        self._family = family_of(self._template)
+        self._reads_reasoning = self._family.reads_reasoning(self._template)
+        self._has_marks = THINK_CLOSE in self._template.source.texts
+        self._endings: dict[_Shape, Ending] = {}
 
     def read(
         self, messages: Sequence[Mapping[str, Any]], train_on: TrainOn
@@ -162,7 +175,10 @@ class TurnRenderer:
     def _checked_completion(self, context: TurnContext, message: Message) -> str:
         # What doesn't take the template to see is checked first.
         check_generable(
-            message, self.added.special, self._template.text, reads_reasoning=self._reads_reasoning
+            message,
+            self.added.special,
+            reads_reasoning=self._reads_reasoning,
+            has_marks=self._has_marks,
         )
         if not (message["content"] or message.keys() & {"reasoning_content", "tool_calls"}):
             raise TurnError(
@@ -191,28 +207,81 @@ class TurnRenderer:
         if not context.text:
             raise TurnError(_NOTHING_BEFORE)
         completion = self._written(context, message)
-        end = end_of_turn(completion, message, self.added.special)
-        self._check_shape(context, message)
-        return completion[:end]
+        shape = _Shape.of(context, message)
+        if shape not in self._endings:
+            self._endings[shape] = self._ending(context, message)
+        completion = self._endings[shape].cut(completion)
+        if not mentions_marks(message):
+            check_marks(context.text, completion)
+        generated = without_prompt(context.text, message)
+        return completion[: end_of_turn(completion, generated, self.added.special)]
 
     def _written(self, context: TurnContext, message: Message) -> str:
         """Return what the template writes for a message after its context."""
         messages = [*context.prepared, self._prepare(message)]
         return self._family.completion(Turn(self._template, messages, context.text))
 
-    def _check_shape(self, context: TurnContext, message: Message) -> None:
-        """Check that the template writes each field of such a turn, once for turns alike."""
-        shape = (
+    def _ending(self, context: TurnContext, message: Message) -> Ending:
+        """Return how turns like this one end, having checked that the template writes their fields.
+
+        Raises:
+            TurnError: if it doesn't.
+        """
+        other, texts = with_stand_ins(message)
+        completion = self._written(context, other)
+        check_stand_ins(completion, texts)
+        check_marks(context.text, completion)
+        if not (texts.keys() - {"its reasoning"}):  # of which later contexts may have nothing
+            other, texts = with_stand_ins({**other, "content": "some"})
+            completion = self._written(context, other)
+        last = after_stand_ins(completion, texts) or ""
+        messages = [*context.prepared, self._prepare(other), *_next_messages(other)]
+        try:
+            followed = after_stand_ins(self._template.render(messages, prompt=False), texts)
+        except TemplateRefusal:  # it takes one question
+            followed = None
+        if followed is None:
+            followed = last
+        return find_ending(last, followed, self.added.special, self._eos, context.text)
+
+
+class _Shape(NamedTuple):
+    """What turns have in common that a template writes alike."""
+
+    role_before: str
+    prompt: str
+    has_reasoning: bool
+    has_content: bool
+    has_inline_reasoning: bool
+    num_calls: int
+
+    @classmethod
+    def of(cls, context: TurnContext, message: Message) -> _Shape:
+        """Return the shape of a message after its context."""
+        prompt = context.text.rstrip()
+        content = message["content"].strip()
+        return cls(
             context.messages[-1]["role"],
-            "reasoning_content" in message,
-            bool(message["content"]),
+            next((mark for mark in (THINK_OPEN, THINK_CLOSE) if prompt.endswith(mark)), ""),
+            bool(message.get("reasoning_content", "").strip()),
+            bool(content),
+            content.startswith(THINK_OPEN),
             len(message.get("tool_calls", ())),
         )
-        if shape in self._checked:
-            return
-        other, texts = with_stand_ins(message)
-        check_stand_ins(self._written(context, other), texts)
-        self._checked.add(shape)
+
+
+def _next_messages(message: Message) -> list[Message]:
+    """Return messages that may come after this one: results of its calls, or a question."""
+    calls = message.get("tool_calls", ())
+    return [
+        {
+            "role": "tool",
+            "name": call["function"]["name"],
+            "tool_call_id": call.get("id", ""),
+            "content": "some",
+        }
+        for call in calls
+    ] or [{"role": "user", "content": "some"}]
 
 
 def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple[int, int]]:

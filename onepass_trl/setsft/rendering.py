@@ -192,7 +192,7 @@ def _any_answer(
     opener: str,
 ) -> dict[str, str]:
     """Return an assistant message with reasoning, to see where its opener stands."""
-    template = Template(tokenizer, tools, kwargs).text
+    template = Template(tokenizer, tools, kwargs)
     answer = {"role": "assistant", "content": "x"}
     if opener and family_of(template).reads_reasoning(template):
         return {**answer, "reasoning_content": "x"}

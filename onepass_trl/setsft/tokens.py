@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import AddedToken
 
+from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.families import family_of
+from onepass_trl.chat.messages import THINK_OPEN
+from onepass_trl.chat.template import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,11 +57,12 @@ def find_thinking_opener(tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: if neither the template nor the vocabulary has it.
     """
     try:
-        template = tokenizer.get_chat_template()
-    except ValueError:
-        template = ""
-    opener = family_of(template).thinking_opener
-    if opener in template or opener in tokenizer.get_vocab():
+        template = Template(tokenizer, None, None)
+    except ChatFormatError:  # without a template prompts are text
+        text, opener = "", THINK_OPEN
+    else:
+        text, opener = template.text, family_of(template).thinking_opener
+    if opener in text or opener in tokenizer.get_vocab():
         return opener
     raise ValueError(
         f"the chat template has no thinking opener {opener!r} that a forking token could replace, "

@@ -13,6 +13,7 @@ from typing import Any
 
 from onepass_trl.chat import ChatFormatError, render_passes
 from onepass_trl.chat.families import family_of
+from onepass_trl.chat.template import Template
 from tests.chat.coverage import RECORD, as_served
 from tests.chat.families import CASES, Case
 from tests.chat.golden import CONVERSATIONS
@@ -93,7 +94,7 @@ def families_table() -> Iterator[str]:
         switch = ", ".join(f"`{name}={value}`" for name, value in case.kwargs.items())
         cells = [
             case.name + (f" ({switch})" if switch else ""),
-            family_of(case.template_text()).name,
+            family_of(Template(make_small_tokenizer(case), None, case.kwargs)).name,
             _history(case),
             _twice(case),
             f"{rendered:,} of {counts['num_turns']:,}",

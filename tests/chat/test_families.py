@@ -9,6 +9,7 @@ import pytest
 from onepass_trl import register_family
 from onepass_trl.chat import ChatFormatError, render_passes
 from onepass_trl.chat.families import Composable, Family, family_of, registered_families, registry
+from onepass_trl.chat.template import Template
 from tests.chat.coverage import REFUSALS, UNKNOWN_PROMPT, cover
 from tests.chat.families import CASES
 from tests.chat.golden import CONVERSATIONS
@@ -147,7 +148,7 @@ class Ending(Composable):
     name = "ending"
 
     def matches(self, template):
-        return "<|im_start|>" in template
+        return "<|im_start|>" in template.text
 
     def completion(self, turn):
         return super().completion(turn).replace("<|im_end|>", "<|endoftext|>")
@@ -161,15 +162,15 @@ def clean_registry(monkeypatch):
 @pytest.mark.usefixtures("clean_registry")
 def test_a_registered_family_comes_first():
     tokenizer = small_tokenizer("qwen3")
-    assert family_of(tokenizer.chat_template).name == "composable"
+    assert family_of(Template(tokenizer, None, None)).name == "composable"
     first, second = Ending(), Ending()
     register_family(first)
     register_family(second)
     assert registered_families() == (second,)
-    assert family_of(tokenizer.chat_template) is second
+    assert family_of(Template(tokenizer, None, None)) is second
     [item] = render_passes([user(), answer("four")], tokenizer)
     assert texts(tokenizer, item)[1] == "<think>\n\n</think>\n\nfour<|endoftext|>"
-    assert family_of(small_tokenizer("gptoss").chat_template).name == "gpt-oss"
+    assert family_of(Template(small_tokenizer("gptoss"), None, None)).name == "gpt-oss"
 
 
 @pytest.mark.usefixtures("clean_registry")

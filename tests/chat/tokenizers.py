@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from pathlib import Path
@@ -30,6 +31,15 @@ SMALL = ("qwen3", "llama3_1", "phi3", "deepseekv3", "gptoss")
 def small_tokenizer(template: str) -> PreTrainedTokenizerBase:
     """Return the small tokenizer of the family that has this template."""
     return make_small_tokenizer(next(case for case in CASES.values() if case.template == template))
+
+
+def tokenizer_with(template: str, eos: str | None = None) -> PreTrainedTokenizerBase:
+    """Return Qwen3's small tokenizer with another template, and another end token if given."""
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    tokenizer.chat_template = template
+    if eos is not None:
+        tokenizer.eos_token = eos
+    return tokenizer
 
 
 def make_small_tokenizer(case: Case) -> PreTrainedTokenizerBase:

@@ -50,17 +50,25 @@ class Turn:
             message.update(dict.fromkeys(_REASONING_FIELDS, reasoning))
         return replace(self, messages=[*self.messages[:-1], message])
 
-    def rendered_alone(self, header: str) -> str:
-        """Return what the template writes behind an empty question and the header of its answer.
+    def ends_prompt(self, mark: str) -> bool:
+        """Return whether the prompt of the turn ends in this mark, white space aside."""
+        return self.context.rstrip().endswith(mark.strip())
+
+    def rendered_alone(self, before: str) -> str:
+        """Return what the template writes for the turn as the answer to an empty question.
+
+        Args:
+            before: The text of the question and of the header of its answer.
 
         Raises:
-            TurnError: if that rendering doesn't begin with the question and the header.
+            TurnError: if that rendering doesn't begin with this text.
         """
-        begin = self.template.question + header
         alone = self.template.render_behind_question(self.message)
-        if not alone.startswith(begin):
-            raise TurnError(f"the template doesn't write {header!r} before an assistant message")
-        return alone[len(begin) :]
+        if not alone.startswith(before):
+            raise TurnError(
+                f"the template doesn't write {before[-40:]!r} before an assistant message"
+            )
+        return alone[len(before) :]
 
     def refuse_reasoning(self) -> None:
         """Raise an error if the turn has reasoning: its prompt says that there is none.
@@ -79,7 +87,7 @@ class Turn:
 
 
 class Family(ABC):
-    """A family of chat templates, known by the template's own text.
+    """A family of chat templates, known by what the template writes.
 
     Attributes:
         name: Name of the family, for error messages.
@@ -93,10 +101,10 @@ class Family(ABC):
     thinking_opener: ClassVar[str] = THINK_OPEN
 
     @abstractmethod
-    def matches(self, template: str) -> bool:
-        """Return whether the template, given as its Jinja source, belongs to this family."""
+    def matches(self, template: Template) -> bool:
+        """Return whether the template, whose Jinja source is its ``text``, is of this family."""
 
-    def reads_reasoning(self, template: str) -> bool:
+    def reads_reasoning(self, template: Template) -> bool:
         """Return whether turns of this template have reasoning apart from their content."""
         return True
 

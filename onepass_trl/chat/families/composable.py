@@ -6,14 +6,12 @@ one of these, and the checks on each turn show whether it is.
 
 from __future__ import annotations
 
-import re
-
 from onepass_trl.chat.encoding import shared_prefix
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.families.base import Family, Turn
+from onepass_trl.chat.messages import THINK_CLOSE, THINK_OPEN
+from onepass_trl.chat.template import Template
 
-_REASONING_FIELD = re.compile(r"\b(reasoning_content|reasoning|thinking)\b")
-_THINK_CLOSE = re.compile(r"</think>\s*$")
 _STAND_IN = "[reasoning]"
 
 
@@ -22,21 +20,21 @@ class Composable(Family):
 
     name = "composable"
 
-    def matches(self, template: str) -> bool:
+    def matches(self, template: Template) -> bool:
         """Return True: this is the family of templates that need no special treatment."""
         return True
 
-    def reads_reasoning(self, template: str) -> bool:
+    def reads_reasoning(self, template: Template) -> bool:
         """Return whether the template reads one of the message's reasoning fields.
 
         If not (Llama, Qwen2.5), ``<think>..</think>`` in a content is content: it stays in later
         contexts too.
         """
-        return _REASONING_FIELD.search(template) is not None
+        return template.reads_reasoning
 
     def completion(self, turn: Turn) -> str:
         """Return the end of the conversation's rendering, behind the context."""
-        reads_reasoning = self.reads_reasoning(turn.template.text)
+        reads_reasoning = self.reads_reasoning(turn.template)
         if turn.reasoning and not reads_reasoning:
             raise TurnError(
                 "it has reasoning, but the template has no place for any and would drop it; use a "
@@ -45,15 +43,21 @@ class Composable(Family):
             )
         full = turn.template.render(turn.messages, prompt=False)
         if full.startswith(turn.context):
-            return full[len(turn.context) :].removesuffix(turn.template.closing)
+            return full[len(turn.context) :]
         if reads_reasoning and not turn.reasoning.strip():
             # Nemotron's prompt opens the reasoning and its template writes `<think></think>` for
             # none. The model then has to close what the prompt opened, as it does behind reasoning.
             opened = turn.context + _STAND_IN
             filled = turn.template.render(turn.with_reasoning(_STAND_IN).messages, prompt=False)
             if filled.startswith(opened):
-                return filled[len(opened) :].removesuffix(turn.template.closing)
-        if _THINK_CLOSE.search(turn.context):
+                return filled[len(opened) :]
+        if turn.ends_prompt(THINK_OPEN) and not reads_reasoning:
+            raise TurnError(
+                f"the prompt before it, which ends in {turn.context[-20:]!r}, opens its reasoning. "
+                "This template takes the reasoning from the content, which must begin as the "
+                f"prompt ends and close it, as in {THINK_OPEN}..{THINK_CLOSE}.."
+            )
+        if turn.ends_prompt(THINK_CLOSE):
             turn.refuse_reasoning()
         at = shared_prefix(full, turn.context)
         raise TurnError(

@@ -14,30 +14,21 @@ from __future__ import annotations
 from typing import ClassVar
 
 from onepass_trl.chat.families.base import Turn
-from onepass_trl.chat.families.fenced import Fenced
+from onepass_trl.chat.families.qwq import Qwq
+from onepass_trl.chat.template import Template
 
 
-class DeepSeek(Fenced):
+class DeepSeek(Qwq):
     """The reasoning stands between ``<think>`` and ``</think>``, where templates never write it."""
 
     name = "deepseek"
     header: ClassVar[str] = "<｜Assistant｜>"
 
-    def matches(self, template: str) -> bool:
+    def matches(self, template: Template) -> bool:
         """Return whether the template has DeepSeek's tokens and cuts contents at ``</think>``."""
-        return self.header in template and "content.split('</think>'" in template
-
-    def fence(self, turn: Turn) -> tuple[str, str]:
-        """Return the marks, without line ends where the template's own prompt has none."""
-        if turn.template.question_prompt.endswith(("<think>", "</think>")):
-            return "<think>", "</think>"
-        return "<think>\n", "\n</think>\n\n"
+        return self.header in template.text and super().matches(template)
 
     def rest(self, turn: Turn) -> str:
         """Return the content as it is, since the template may cut it, and what stands behind it."""
-        behind = super().rest(turn.with_content(""))
+        behind = turn.with_content("").rendered_alone(turn.template.question + self.header)
         return turn.message["content"] + behind.removeprefix("</think>")  # V3.1's empty fence
-
-    def completion(self, turn: Turn) -> str:
-        """Return the turn, with the line breaks of the fence alone around its reasoning."""
-        return super().completion(turn.with_reasoning(turn.reasoning.strip("\n")))

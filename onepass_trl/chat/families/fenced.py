@@ -28,17 +28,17 @@ class Fenced(Family):
 
     def rest(self, turn: Turn) -> str:
         """Return what the template writes for a turn without reasoning, behind the header."""
-        return turn.rendered_alone(self.header)
+        return turn.rendered_alone(turn.template.question + self.header)
 
     def completion(self, turn: Turn) -> str:
         """Return reasoning, content and tool calls in the form that the model generates.
 
-        A turn without reasoning closes the fence where the prompt opens it, and has none elsewhere.
+        A turn without reasoning closes the fence where its prompt opens it, and has none elsewhere.
         """
         opener, closer = self.fence(turn)
         rest = self.rest(turn.with_reasoning(""))
-        if turn.context.endswith(opener):
+        if turn.ends_prompt(opener):
             return turn.reasoning + closer + rest
-        if turn.template.question_prompt.endswith(closer):
+        if turn.ends_prompt(closer):
             turn.refuse_reasoning()
         return (opener + turn.reasoning + closer if turn.reasoning else "") + rest

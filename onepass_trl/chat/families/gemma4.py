@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from onepass_trl.chat.families.base import Turn
 from onepass_trl.chat.families.fenced import Fenced
+from onepass_trl.chat.template import Template
 
 
 class Gemma4(Fenced):
@@ -22,9 +23,9 @@ class Gemma4(Fenced):
     thinking_opener = "<|channel>thought"
     header: ClassVar[str] = "<|turn>model\n"
 
-    def matches(self, template: str) -> bool:
+    def matches(self, template: Template) -> bool:
         """Return whether the template writes Gemma's turns and knows its channels."""
-        return "<|turn>" in template and "<|channel>" in template
+        return "<|turn>" in template.text and "<|channel>" in template.text
 
     def fence(self, turn: Turn) -> tuple[str, str]:
         """Return the marks of the channel."""

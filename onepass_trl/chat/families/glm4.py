@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from onepass_trl.chat.families.base import Turn
 from onepass_trl.chat.families.composable import Composable
+from onepass_trl.chat.template import Template
 
 _USER, _OBSERVATION = "<|user|>", "<|observation|>"
 
@@ -18,9 +19,9 @@ class Glm4(Composable):
 
     name = "glm-4"
 
-    def matches(self, template: str) -> bool:
+    def matches(self, template: Template) -> bool:
         """Return whether the template begins as GLM's and has its roles for user and tools."""
-        return all(text in template for text in ("[gMASK]<sop>", _USER, _OBSERVATION))
+        return all(text in template.text for text in ("[gMASK]<sop>", _USER, _OBSERVATION))
 
     def completion(self, turn: Turn) -> str:
         """Return the turn and the token of the user, or of the tool that it calls."""

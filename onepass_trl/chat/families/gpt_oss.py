@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.families.base import Family, Turn
+from onepass_trl.chat.template import Template
 
 _HEADER = "<|start|>assistant"
 
@@ -39,10 +40,11 @@ class GptOss(Family):
         ),
     }
 
-    def matches(self, template: str) -> bool:
+    def matches(self, template: Template) -> bool:
         """Return whether the template writes harmony's channels."""
         return all(
-            f"{_HEADER}<|channel|>{name}<|message|>" in template for name in ("analysis", "final")
+            f"{_HEADER}<|channel|>{name}<|message|>" in template.text
+            for name in ("analysis", "final")
         )
 
     def completion(self, turn: Turn) -> str:
@@ -54,4 +56,4 @@ class GptOss(Family):
                 "split it into one assistant message for each call, each followed by its tool "
                 "message"
             )
-        return turn.rendered_alone(_HEADER)
+        return turn.rendered_alone(turn.template.question + _HEADER)

@@ -9,6 +9,7 @@ from onepass_trl.chat.families.gemma4 import Gemma4
 from onepass_trl.chat.families.glm4 import Glm4
 from onepass_trl.chat.families.gpt_oss import GptOss
 from onepass_trl.chat.families.qwq import Qwq
+from onepass_trl.chat.template import Template
 
 # The first that matches is taken; the last matches everything.
 FAMILIES: tuple[Family, ...] = (GptOss(), DeepSeek(), Gemma4(), Glm4(), Qwq(), Composable())
@@ -41,10 +42,6 @@ def registered_families() -> tuple[Family, ...]:
     return tuple(_registered)
 
 
-def family_of(template: str) -> Family:
-    """Return the family of a template, given as its Jinja source.
-
-    >>> family_of("{% for message in messages %}{{ message.content }}{% endfor %}").name
-    'composable'
-    """
+def family_of(template: Template) -> Family:
+    """Return the family of a template."""
     return next(family for family in (*_registered, *FAMILIES) if family.matches(template))
