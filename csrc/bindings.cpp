@@ -45,13 +45,13 @@ py::tuple tile_counts(const at::Tensor& visible_end, int64_t q_tile, int64_t k_t
                     " tokens, expected at least 1 x 1");
   TORCH_CHECK_VALUE(window >= 0 && (window == 0 || positions.has_value()), "window is ", window,
                     positions.has_value() ? "" : " without positions",
-                    ", expected 0 for none, or at least 1 and positions");
+                    ", expected 0 for none, or at least 1 with positions");
   const at::Tensor row = visible_end.contiguous();
   at::Tensor own_positions;
   if (positions.has_value()) {
     check_row(*positions, "positions");
     TORCH_CHECK_VALUE(positions->numel() == row.numel(), "positions has ", positions->numel(),
-                      " tokens, expected as many as visible_end, ", row.numel());
+                      " tokens, expected as many as visible_end has, ", row.numel());
     own_positions = positions->contiguous();
   }
   const auto counts =
@@ -71,5 +71,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("tile_counts", &onepass::tile_counts, py::arg("visible_end"), py::arg("q_tile"),
         py::arg("k_tile"), py::arg("positions") = py::none(), py::arg("window") = 0,
         "How many (query, key) tiles of the causal triangle of one row are (skipped, partial, "
-        "full), in a layer with this sliding window or, with 0, without one.");
+        "full), in a layer with this sliding window, or without one if it is 0.");
 }

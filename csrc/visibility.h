@@ -9,14 +9,13 @@
 #if defined(__CUDACC__)
 #define ONEPASS_INLINE __host__ __device__ __forceinline__
 #else
-// Always inlined: the header is compiled for several instruction sets, and no copy may outlive its
-// own.
+// Always inline: the linker could merge copies across instruction sets.
 #define ONEPASS_INLINE __attribute__((always_inline)) inline
 #endif
 
 namespace onepass {
 
-// Integers or vectors of integers; `window` is tested apart because few layers have one.
+// Integers or vectors of integers. The window is tested separately because few layers have one.
 template <typename Query, typename Key>
 ONEPASS_INLINE auto visible(Query query, Key key, Key visible_end) {
   return (key <= query) & (query < visible_end);
@@ -42,8 +41,8 @@ struct KeyTile {
 
 enum class Coverage { skipped, partial, full };
 
-// `window` is 0 for none. Exact without a window; with one, `skipped` and `full` are exact
-// statements and `partial` may be said of a tile that is either.
+// `window` is 0 for none. Exact without a window; with one, a tile that is skipped or full may be
+// reported as partial.
 ONEPASS_INLINE Coverage coverage(const QueryTile& query, const KeyTile& key, int32_t window) {
   if (key.first > query.last || key.max_end <= query.first ||
       (window > 0 && query.min_position - key.max_position >= window)) {

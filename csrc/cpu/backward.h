@@ -1,12 +1,11 @@
-// Backward: a task is one tile of keys of one key head, visited by every query that sees it, of
-// every head of its group. Keys lie along the vector lanes; the probabilities are recomputed from
-// lse:
+// Backward: a task is one tile of keys of one key head, visited by every query that sees it, in
+// every head of its group. A vector lane holds one key; the probabilities are recomputed from lse:
 //   P = exp(scale Q K^T - lse),  dS = P (dO V^T - delta),
 //   dV^T += dO^T P,  dK^T += Q^T dS  (kept in the task),  dQ = scale dS K  (added to memory).
-// dQ is summed over key tiles in ascending order whatever the number of threads, hence
-// deterministic: each task publishes how far it has come (`progress`), and adds its part for a
-// query tile only after the key tile visited before it has. Tasks are claimed in ascending order,
-// so the task that is waited for is always running.
+// dQ is summed over key tiles in ascending order whatever the number of threads, so it is
+// deterministic: each task publishes its progress (`progress`), and adds its part for a query tile
+// only after the previous key tile that visits it has done so. Tasks are claimed in ascending
+// order, so a task that others wait for is always running.
 #pragma once
 
 #include <thread>
@@ -23,8 +22,8 @@ struct BackwardTile {
   T* values_t;     // (d_v, kTile)
   T* dkeys_t;      // (d_qk, kTile)
   T* dvalues_t;    // (d_v, kTile)
-  T* queries;      // (kTile, d_qk), of a narrower storage
-  T* douts;        // (kTile, d_v), the same
+  T* queries;      // (kTile, d_qk), widened from a narrower storage type
+  T* douts;        // (kTile, d_v), likewise
   T* probability;  // (kTile queries, kTile)
   T* dscores;      // (kTile queries, kTile)
   T* dqueries;     // (kTile, d_qk_padded)

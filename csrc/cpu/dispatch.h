@@ -1,4 +1,4 @@
-// The kernels of the best instruction set that this processor has.
+// The kernels for the best instruction set of this processor.
 #pragma once
 
 #include "params.h"

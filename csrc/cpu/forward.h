@@ -1,6 +1,6 @@
-// Forward: a task is one tile of queries of one head. Queries lie along the vector lanes, so that
-// the online softmax (running maximum and sum per query) needs no reduction across lanes and K and
-// V no transpose:
+// Forward: a task is one tile of queries of one head. A vector lane holds one query, so the online
+// softmax (running maximum and sum per query) needs no cross-lane reduction, and K and V no
+// transpose:
 //   scores (keys, lanes) = K Q^T,  acc (d_v, lanes) += V^T exp(scores - max).
 // The task walks the visible blocks of keys, up to kChunkBlocks adjacent ones per softmax step.
 #pragma once
@@ -13,8 +13,8 @@ namespace onepass::cpu::ONEPASS_VARIANT {
 template <typename T>
 struct ForwardTile {
   T* queries;     // (d_qk, kTile), scaled
-  T* keys;        // (chunk, d_qk), of a narrower storage
-  T* values;      // (chunk, d_v), the same
+  T* keys;        // (chunk, d_qk), widened from a narrower storage type
+  T* values;      // (chunk, d_v), likewise
   T* scores;      // (chunk, kTile)
   T* acc;         // (d_v, kTile)
   T* row_max;     // (kTile)
@@ -89,7 +89,7 @@ bool all_finite(MatrixA<T> x, int rows, int64_t columns) {
   return sum == 0;
 }
 
-// acc += V^T P where a key that a query does not see must not reach it even as 0 * NaN.
+// acc += V^T P, where a key that a query does not see must not contribute even 0 * NaN.
 template <typename T>
 void add_values_seen(const Params& p, const ForwardTile<T>& tile, MatrixA<T> values, int64_t b,
                      int64_t key, int num_keys) {
@@ -139,7 +139,7 @@ void attend(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t kv_h
 template <typename T>
 void start_tile(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t head, int64_t begin,
                 int rows) {
-  // Below any score, yet finite: max - max is 0 for a query that has not seen a key yet.
+  // Below any score but finite, so that max - max is 0 for a query that has not seen a key yet.
   const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__ / 4) : T(-__DBL_MAX__ / 4);
   T max = lowest, sum = 0;
   if (p.sinks != nullptr) {

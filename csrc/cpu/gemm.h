@@ -15,8 +15,8 @@ struct MatrixA {
   MatrixA transposed() const { return {data, depth_stride, row_stride}; }
 };
 
-// Rows [begin, begin + rows) of one head: where they are, or widened into `copy` (rows, columns).
-// A product reads A too few times for a copy of what need not be widened to pay.
+// Rows [begin, begin + rows) of one head: in place, or widened into `copy` (rows, columns). A
+// product reads A too few times for a copy to pay off where no widening is needed.
 template <typename Storage, typename T>
 MatrixA<T> rows_of(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int rows,
                    int64_t columns, T* copy) {
@@ -28,7 +28,7 @@ MatrixA<T> rows_of(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, in
   }
 }
 
-// Sums from zero and adds to C once: over many products that rounds less than one long sum.
+// Sums from zero and adds to C once: over many products, that rounds less than one long sum.
 template <typename T, int kRows, int kVecs, bool kAccumulate>
 ONEPASS_INLINE void gemm_block(int depth, MatrixA<T> a, const T* b, int64_t ldb, T* c,
                                int64_t ldc) {

@@ -1,4 +1,4 @@
-// What the CPU kernels are given: raw pointers and shapes, no torch type.
+// The arguments of the CPU kernels: raw pointers and shapes, no torch type.
 #pragma once
 
 #include <cstdint>
@@ -31,12 +31,12 @@ struct Params {
 
   Tensor q, k, v, out;
   void* lse;          // (batch, heads, seq), accumulation type, natural logarithm
-  const void* sinks;  // (heads,), accumulation type, null for none
+  const void* sinks;  // (heads,), accumulation type, null without sinks
 };
 
 struct BackwardParams : Params {
   Tensor dout, dq, dk, dv;  // dq in the accumulation type, zero at the start
-  const void* dlse;         // (batch, heads, seq), null for none
+  const void* dlse;         // (batch, heads, seq), or null
   void* delta;              // (batch, heads, seq): sum_d dout * out - dlse
   int32_t* progress;        // (batch, kv_heads, num_tiles), zero at the start: see backward.h
 };
@@ -45,8 +45,8 @@ ONEPASS_INLINE QueryTile query_tile(const KeyTile& tile) {
   return {tile.first, tile.last, tile.min_position, tile.max_position};
 }
 
-// One instruction set's kernels for one pair of storage and accumulation types. A task is one tile
-// of one head.
+// The kernels of one instruction set for one pair of storage and accumulation types. A task is one
+// tile of one head.
 struct Kernels {
   void (*forward)(const Params&, int64_t task, void* scratch);
   void (*delta)(const BackwardParams&, int64_t task);

@@ -25,7 +25,7 @@ std::vector<KeyTile> make_tiles(const int32_t* visible_end, const int32_t* posit
 }
 
 bool is_tree(const int32_t* visible_end, int64_t seq) {
-  std::vector<int32_t> open;  // the ends of the subtrees that key j stands in, innermost last
+  std::vector<int32_t> open;  // the ends of the subtrees around key j, innermost last
   for (int64_t key = 0; key < seq; ++key) {
     const int32_t end = visible_end[key];
     if (end <= key || end > seq) return false;

@@ -20,8 +20,8 @@ struct TileCounts {
   int64_t skipped = 0, partial = 0, full = 0;
 };
 
-// Over the tiles of one row that hold a causal pair. `positions` may be null where `window` is 0,
-// which is for none.
+// Over the tiles of one row that contain a causal pair. `window` is 0 for none; then `positions`
+// may be null.
 TileCounts count_tiles(const int32_t* visible_end, const int32_t* positions, int64_t seq,
                        int64_t query_tile, int64_t key_tile, int32_t window);
 

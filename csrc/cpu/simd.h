@@ -1,5 +1,5 @@
 // Fixed-width SIMD through the vector extensions of GCC and Clang, and the element types of the
-// kernels. Included by variant_*.cpp only, inside an instruction set's own namespace.
+// kernels. Included only by variant_*.cpp, inside the namespace of an instruction set.
 #pragma once
 
 #include <cmath>
@@ -48,20 +48,20 @@ template <typename T>
 ONEPASS_INLINE IntVec<T> load_int(const Int<T>* p) {
   return *reinterpret_cast<const typename Simd<T>::IntMemory*>(p);
 }
-// Minus zero is nothing, where plus zero would turn -0 into 0 and so be computed: an addition and a
-// shuffle per broadcast, on the ports of the products where vectors have 512 bits.
+// x - 0 is x even for -0; x + 0 would cost an addition per broadcast, with vectors of 512 bits on
+// the ports of the products.
 template <typename T>
 ONEPASS_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
-// NaN in `b` never replaces `a`; NaN in `a` stays.
+// A NaN in `b` never replaces `a`; a NaN in `a` stays.
 template <typename T>
 ONEPASS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return b > a ? b : a;
 }
 
 // exp(x) within 2 units in the last place: 2^n * e^r, |r| <= ln(2)/2, the polynomial of Cephes'
-// expf. Exactly 0 below the smallest normal result; NaN stays NaN.
+// expf. Exactly 0 below the smallest normal result; NaN gives NaN.
 ONEPASS_INLINE Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   const V lowest = broadcast(-87.33654f), highest = broadcast(88.37626f);
@@ -136,7 +136,7 @@ constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
-// Carves aligned arrays out of a task's scratch; with no memory it only measures.
+// Divides a task's scratch into aligned arrays; without memory it only measures.
 struct Scratch {
   char* memory;
   int64_t bytes = 0;

@@ -42,7 +42,7 @@ void check_type(const char* name, const at::Tensor& tensor, at::ScalarType expec
                     " on the CPU");
 }
 
-// onepass_trl.visibility owns the rule's messages: let it name the key that breaks the tree.
+// onepass_trl.visibility has the messages of the rule: let it name the key that breaks the tree.
 void raise_not_a_tree(const at::Tensor& row) {
   pybind11::gil_scoped_acquire gil;
   pybind11::module_::import("onepass_trl.visibility")
@@ -59,15 +59,14 @@ Tensor raw(const at::Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// (batch, heads, seq, width) with heads next to width in memory, as the models want it after
+// (batch, heads, seq, width) with heads next to width in memory, as models need it after
 // transpose(1, 2).
 at::Tensor empty_heads_last(const at::Tensor& like, int64_t width, at::ScalarType type) {
   return at::empty({like.size(0), like.size(2), like.size(1), width}, like.options().dtype(type))
       .transpose(1, 2);
 }
 
-// What forward and backward share: checked inputs and the plan. Keeps alive what `params` points
-// to.
+// What forward and backward share: checked inputs and the plan. It owns what `params` points to.
 template <typename ParamsType>
 struct Call {
   ParamsType params{};

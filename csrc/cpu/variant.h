@@ -1,4 +1,4 @@
-// Defines one variant of the kernels. variant_<name>.cpp sets, before including this file:
+// Defines one variant of the kernels. Before including this file, variant_<name>.cpp sets
 //   ONEPASS_VARIANT, ONEPASS_VARIANT_FUNCTION  its namespace and the function that returns it
 //   ONEPASS_VECTOR_BYTES                       the length of a vector register
 //   ONEPASS_GEMM_ROWS, ONEPASS_GEMM_VECS       a product's block of C that is kept in registers

@@ -1,5 +1,5 @@
 // What the threads of a warp hold of 16-row slices: accumulators of products, and left factors of
-// others. mma.sync and wgmma lay both out alike.
+// others. mma.sync and wgmma use the same layout for both.
 #pragma once
 
 #include "instructions.h"
@@ -27,7 +27,7 @@ __device__ __forceinline__ void clear(Accumulator<kRowTiles, kBlocks>& c) {
 template <int kRowTiles, int kSteps>
 using LeftFactor = uint32_t[kRowTiles][kSteps][4];
 
-// An accumulator has the layout of a left factor but for the rounding.
+// An accumulator has the layout of a left factor, except for the rounding.
 template <typename Element, int kRowTiles, int kBlocks>
 __device__ __forceinline__ void round_to_factor(LeftFactor<kRowTiles, kBlocks / 2>& factor,
                                                 const Accumulator<kRowTiles, kBlocks>& c) {

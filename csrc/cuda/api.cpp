@@ -1,5 +1,5 @@
 // Binds the CUDA kernels to the ops of onepass_trl/attention/ops.py, on the stable ABI of LibTorch:
-// one library serves every Python and every torch from 2.11 on.
+// one library serves every Python and every torch since 2.11.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -47,14 +47,14 @@ StableTensor new_empty(const StableTensor& like, std::initializer_list<int64_t> 
       like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
 }
 
-// (batch, heads, seq, width) with heads next to width in memory, as the models want it after
+// (batch, heads, seq, width) with heads next to width in memory, as models need it after
 // transpose(1, 2).
 StableTensor empty_heads_last(const StableTensor& like, int64_t width) {
   return torch::stable::transpose(
       new_empty(like, {like.size(0), like.size(2), like.size(1), width}, like.scalar_type()), 1, 2);
 }
 
-// The kernels read rows of 16-byte chunks; what is not laid out for that is copied.
+// The kernels read rows in 16-byte chunks; tensors with another layout are copied.
 StableTensor aligned(const StableTensor& x) {
   bool fits = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim < 3; ++dim) {
@@ -87,7 +87,7 @@ int attribute(cudaDeviceAttr name, int32_t device) {
   return value;
 }
 
-// Starts a kernel on the current stream, or says why it cannot run.
+// Starts a kernel on the current stream, or raises an error that says why it cannot run.
 template <typename ParamsType>
 void launch(const Kernel<ParamsType>* kernel, const ParamsType& params, int32_t device) {
   STD_TORCH_CHECK(kernel != nullptr,
@@ -136,7 +136,7 @@ StableTensor tree_plan(const StableTensor& visible_end, const OptionalTensor& po
   return plan;
 }
 
-// What forward and backward share: checked inputs. Keeps alive what `params` points to.
+// What forward and backward share: checked inputs. It owns what `params` points to.
 template <typename ParamsType>
 struct Call {
   ParamsType params{};
@@ -168,7 +168,7 @@ struct Call {
     element = type == ScalarType::BFloat16 ? ElementType::bf16 : ElementType::fp16;
     STD_TORCH_CHECK(0 <= window && window <= INT32_MAX, "window is ", window,
                     ", expected 0 for none, or an int32");
-    // A plan is checked for its size only: whose it is is up to the caller.
+    // Only the size of a plan is checked: the caller must pass the plan of this batch.
     plan = plan_.has_value() ? *plan_ : tree_plan(visible_end_, positions_, window);
     check("plan", plan, {batch, plan_size(static_cast<int32_t>(seq))}, ScalarType::Int, device);
     plan = torch::stable::contiguous(plan);
@@ -238,7 +238,7 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   const int64_t padded = padded_seq(static_cast<int32_t>(q.size(2)));
   StableTensor statistics =
       new_empty(lse_rows, {q.size(0), q.size(1), padded, 2}, ScalarType::Float);
-  // Zeros: what they stay where there is no query.
+  // Zeros, which remain where there is no query.
   StableTensor dsinks = call.sinks.has_value()
                             ? torch::stable::new_zeros(*call.sinks, call.sinks->sizes())
                             : new_empty(lse_rows, {0}, ScalarType::Float);

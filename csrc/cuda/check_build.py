@@ -1,12 +1,12 @@
-"""Builds the CUDA library and checks what came out; `make check-cuda` calls it. No GPU is needed.
+"""Builds the CUDA library and checks the result; `make check-cuda` calls it. No GPU is needed.
 
-- No kernel keeps registers in memory ("spills"), as `ptxas -v` tells, and those that hand registers
-  from one warpgroup to another start with as many as they share out.
-- The products of a warpgroup run by themselves: ptxas has not serialized them.
-- Exponentials of the Hopper forward kernels run beside products: ptxas has not moved the wait for
-  these before them.
+- No kernel keeps registers in memory ("spills"), according to `ptxas -v`, and those that move
+  registers from one warpgroup to another start with as many as they distribute.
+- The products of a warpgroup run asynchronously: ptxas has not serialized them.
+- Exponentials of the Hopper forward kernels overlap with products: ptxas has not moved the wait for
+  the products before them.
 - Every family of kernels has the instructions that it is written for (`FAMILIES`).
-- Of torch, only symbols of its stable ABI are undefined.
+- The only undefined symbols of torch are those of its stable ABI.
 
 Unless ONEPASS_CUDA_ARCHS asks for others, the kernels for 8.0, 9.0a and 12.0 are checked.
 """
@@ -29,16 +29,16 @@ DEFAULT_ARCHS = "80;90a;120"
 
 
 class Family(NamedTuple):
-    """Kernels, and what their machine code must contain: patterns of beginnings of names."""
+    """Kernels, and patterns of prefixes of the instructions that they must contain."""
 
     kernels: str
     archs: str
     instructions: tuple[str, ...]
     of_all_builds: bool = True
-    """False where only some head sizes have such a kernel."""
+    """False if only some head sizes have such a kernel."""
 
 
-# Hopper kernels of which one warpgroup copies and the others compute.
+# Hopper kernels in which one warpgroup copies and the others compute.
 SPECIALIZED = r"sm90::(forward|dq|dk_dv|dq_dk_dv)_kernel"
 FAMILIES = (
     Family(
@@ -65,10 +65,10 @@ FAMILIES = (
     ),
 )
 # Per thread at the start of such a kernel (kRegisters of sm90/config.h): with fewer, consumers
-# would wait for ever for the registers that they take.
+# would wait forever for the registers that they take.
 HOPPER_REGISTERS = 168
 
-# The C functions that torch promises to keep, and versioned symbols of the system's libraries.
+# The C functions of torch's stable ABI, and versioned symbols of the system's libraries.
 STABLE_SYMBOLS = re.compile(r"(aoti_torch_|torch_)\w+|\S+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+")
 
 
@@ -105,14 +105,14 @@ def spill_errors(kernels: list[Kernel]) -> Iterator[str]:
 
 
 def register_errors(kernels: list[Kernel]) -> Iterator[str]:
-    """Yield a line for each Hopper kernel that starts with other registers than it counts on."""
+    """Yield a line for each Hopper kernel that starts with an unexpected number of registers."""
     for kernel in kernels:
         if re.match(SPECIALIZED, kernel.name) and kernel.registers != HOPPER_REGISTERS:
             yield f"{kernel.name} has {kernel.registers} registers, expected {HOPPER_REGISTERS}"
 
 
 def serialized_products(folder: Path) -> Iterator[str]:
-    """Yield a line for each kernel whose warpgroup products ptxas has made wait for each other."""
+    """Yield a line for each kernel whose warpgroup products ptxas has serialized."""
     for path in _objects(folder):
         text = path.with_name(path.name + ".log").read_text()
         yield from re.findall(r".*wgmma.mma_async instructions are serialized.*", text)
@@ -147,7 +147,7 @@ def overlap_errors(folder: Path) -> Iterator[str]:
         keys = 128 if int(match[1]) <= 128 else 64
         found = beside.count("MUFU.EX2")
         if found < keys:
-            yield f"{name} computes {found} exponentials beside products, expected {keys}"
+            yield f"{name} overlaps {found} exponentials with products, expected {keys}"
 
 
 def symbol_errors(library: Path) -> Iterator[str]:
@@ -164,7 +164,7 @@ def _objects(folder: Path) -> list[Path]:
 
 
 def _demangle(symbols: list[str]) -> list[str]:
-    """Return the names without result, arguments and our namespace."""
+    """Return the names without result type, arguments and our namespace."""
     lines = _run("c++filt", *symbols).splitlines() if symbols else []
     noise = r"^void |\(anonymous namespace\)::|onepass::cuda::|\([^()]*\)$"
     return [re.sub(noise, "", line) for line in lines]
@@ -206,7 +206,7 @@ def _run(*command: str, **environment: str) -> str:
 
 
 def main() -> None:
-    """Build in build/check-cuda, print what ptxas says, and fail with all that is wrong."""
+    """Build in build/check-cuda, print what ptxas says, and fail with everything that is wrong."""
     options = cuda_build.options_of({"ONEPASS_CUDA_ARCHS": DEFAULT_ARCHS, **os.environ})
     if options is None:
         print("check-cuda: skipped, there is no nvcc (or ONEPASS_CUDA=0)")
@@ -224,7 +224,7 @@ def main() -> None:
     errors += [*instruction_errors(folder), *overlap_errors(folder), *symbol_errors(library)]
     if errors:
         raise SystemExit("\n".join(["check-cuda:", *errors]))
-    print(f"check-cuda: {len(kernels)} kernels, all as they should be")
+    print(f"check-cuda: {len(kernels)} kernels, no problem found")
 
 
 if __name__ == "__main__":

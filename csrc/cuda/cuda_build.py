@@ -1,6 +1,6 @@
 """Builds the CUDA library with nvcc and ninja; `setup.py` and `make cuda` call it.
 
-What decides, besides the presence of nvcc (never that of a GPU):
+Besides the presence of nvcc (never that of a GPU), these variables decide what is built:
 
 - ``ONEPASS_CUDA``: 1 to require the library, 0 to leave it out; unset: where nvcc and CuTe are;
 - ``ONEPASS_CUDA_ARCHS``: compute capabilities, as in "80;86;89;90a"; the last gets the Hopper
@@ -26,12 +26,13 @@ HERE = Path(__file__).parent
 DEFAULT_ARCHS = "80;86;89;90a"
 DEFAULT_HEAD_DIMS = "64;96;128;192;256;192/128"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the library serves
-# Where the symbols of torch are: a library that does not name them does not load, although torch
-# has loaded them before. Linked against empty stand-ins, since a CPU build of torch lacks one.
+# The libraries with torch's symbols: a library that does not name them does not load, although
+# torch has loaded them before. Linked against empty stand-ins, since a CPU build of torch lacks
+# one.
 TORCH_LIBRARIES = ("torch_cpu", "torch_cuda")
 ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16"}
 HOPPER = "90a"
-# Head sizes that have Hopper kernels; the portable ones take the others there too.
+# Head sizes that have Hopper kernels; the portable kernels are used for the others.
 HOPPER_HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 
@@ -42,13 +43,13 @@ class Options(NamedTuple):
     archs: tuple[str, ...]
     head_dims: tuple[tuple[int, int], ...]
     cute: str | None
-    """Folder of the headers of CuTe, None where no Hopper kernel is built."""
+    """Folder of the headers of CuTe, None if no Hopper kernel is built."""
 
 
 def options_of(environment: dict[str, str]) -> Options | None:
-    """Return what the environment asks for, None for no CUDA library.
+    """Return the options from the environment, None for no CUDA library.
 
-    Raises SystemExit with the variable's name if one cannot be understood or nvcc is missing.
+    Raises SystemExit, naming the variable, if one cannot be understood or nvcc is missing.
     """
     wanted = environment.get("ONEPASS_CUDA", "")
     if wanted not in ("", "0", "1"):
@@ -84,7 +85,7 @@ def options_of(environment: dict[str, str]) -> Options | None:
 
 
 def build(options: Options, folder: Path, library: Path) -> None:
-    """Write `library` and, beside it, a JSON of what it holds; objects lie in `folder`."""
+    """Write `library` and, next to it, a JSON of its contents; objects are in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     sources = [HERE / "api.cpp", HERE / "kernels.cu", HERE / "plan.cu"]
@@ -140,7 +141,7 @@ def passes_of(
 
 
 def _write_instantiations(options: Options, folder: Path) -> list[Path]:
-    """Write one translation unit per kernel, which compile in parallel; return their paths."""
+    """Write one translation unit per kernel, to compile in parallel; return their paths."""
     passes = passes_of(options.head_dims, hopper=HOPPER in options.archs)
     _write(folder / "head_dims.h", head_dims_header(passes))
     return [
@@ -176,7 +177,7 @@ def _write_instantiation(
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file only if it changes, so that ninja builds nothing anew."""
+    """Write a file only if it changes, so that ninja rebuilds nothing."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 

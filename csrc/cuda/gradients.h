@@ -1,5 +1,5 @@
 // What both families of backward kernels do besides products: the statistics of the queries and the
-// gradient of the sinks, in launches of their own, and the gradient of the scores.
+// gradient of the sinks, in separate launches, and the gradient of the scores.
 #pragma once
 
 #include "launch.h"
@@ -12,8 +12,8 @@ constexpr int kStatisticsThreads = 128;
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerBlock = kStatisticsThreads / kLanesPerRow;
 
-// The statistics of every query; delta is what the score gradients lack of P * dP. Eight lanes per
-// query. Sums of dq begin at zero here. Each translation unit has its own, since they are compiled
+// The statistics of every query; the score gradients are P * (dP - delta). Eight lanes per query.
+// This also sets the sums of dq to zero. Each translation unit has a copy, since they are compiled
 // for different devices.
 template <typename Element>
 static __global__ void __launch_bounds__(kStatisticsThreads)
@@ -82,12 +82,12 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
 }
 
 // Which gradients of the keys and values one launch computes. Both at once where the registers
-// allow it; else the scores are computed once more.
+// allow it; otherwise the scores are computed again.
 enum class Want { dk_and_dv, dk, dv };
 
-// Scores become probabilities P, and the gradient of the probabilities dP becomes what P has to be
-// multiplied with to give dS, the gradient of the products up to `scale`. `statistics_of(n, half,
-// column)` gives those of a query.
+// Scores become probabilities P, and the gradient of the probabilities dP becomes the factor by
+// which P is multiplied to give dS, the gradient of the products up to `scale`. `statistics_of(n,
+// half, column)` gives those of a query.
 template <int kBlocks, typename StatisticsOf>
 __device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
                                               Accumulator<1, kBlocks>& dp,
@@ -111,7 +111,7 @@ __device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
   });
 }
 
-// Writes a warp's 16 rows of a gradient through a place in shared memory that is the warp's own by
+// Writes a warp's 16 rows of a gradient through a part of shared memory that only this warp uses by
 // then.
 template <typename Element, int kCols>
 __device__ __forceinline__ void store_gradient(Element* staging, const Tensor& gradient,
@@ -125,7 +125,7 @@ __device__ __forceinline__ void store_gradient(Element* staging, const Tensor& g
                                  gradient.seq_stride, first, seq);
 }
 
-// Static, as its kernels are: the linker would keep one family's for both.
+// Static, like its kernels: the linker would keep one family's copy for both.
 template <typename Element>
 static void launch_statistics(const BackwardParams& params, int32_t head_qk, int32_t head_v,
                               Stream stream) {

@@ -1,6 +1,5 @@
-// The instructions that the kernels are made of, one function each, so that a kernel is ordinary
-// C++ around them. tests/cuda/emulator.h has the same functions for a CPU, on which the tests run
-// the kernels.
+// The instructions that the kernels use, one function each, so that a kernel is ordinary C++ around
+// them. tests/cuda/emulator.h has the same functions for a CPU, on which the tests run the kernels.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +29,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same value, out of the compiler's sight: what is computed from it inside a loop is computed
-// there each time, where it would otherwise be kept in registers that the loop lacks.
+// The same value, opaque to the compiler: what a loop computes from it is computed in each
+// iteration instead of being kept in registers that the loop lacks.
 __device__ __forceinline__ int32_t recomputed(int32_t value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -69,7 +68,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return result;
 }
 
-// Within a few float32 roundings of 1.
+// Exact to a few float32 roundings of 1.
 __device__ __forceinline__ float fast_tanh(float x) {
   constexpr float kTwoLog2E = 2.8853900817779268f;
   return 1.0f - __fdividef(2.0f, 1.0f + fast_exp2(kTwoLog2E * x));
@@ -112,8 +111,8 @@ __device__ __forceinline__ void mma<Fp16>(float (&c)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8,
-// and receives of each matrix the elements of row l / 4, columns 2 (l % 4) and the next.
+// Four 8 x 8 matrices of 16-bit elements: lane l provides the address of row l % 8 of matrix l / 8,
+// and receives from each matrix the elements of row l / 4, columns 2 (l % 4) and the next.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -129,10 +128,10 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                : "memory");
 }
 
-// Adds to a float in global memory that others add to at the same time.
+// Adds to a float in global memory to which others add at the same time.
 __device__ __forceinline__ void add_to(float* sum, float value) { atomicAdd(sum, value); }
 
-// Starts to copy 16 bytes from global to shared memory, zeros unless `valid`.
+// Starts to copy 16 bytes from global to shared memory; zeros unless `valid`.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
@@ -145,7 +144,7 @@ __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most kPending of this thread's groups are under way.
+// Waits until at most kPending of this thread's groups are pending.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");

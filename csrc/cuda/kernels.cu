@@ -6,8 +6,8 @@
 
 #include "kernels.h"
 
-// Written by the build: ONEPASS_SM80_FORWARD and so on are lists of HEAD_DIMS(d_qk, d_v), those of
-// the Hopper family empty without sm_90a.
+// Written by the build: ONEPASS_SM80_FORWARD and so on are lists of HEAD_DIMS(d_qk, d_v); those of
+// the Hopper family are empty without sm_90a.
 #include "head_dims.h"
 #include "sm80/config.h"
 #include "sm90/config.h"
@@ -62,7 +62,7 @@ const Kernel<BackwardParams> kBackward[] = {
 #undef HEAD_DIMS
 };
 
-// ONEPASS_CUDA_FAMILY=sm80 takes the portable kernels on Hopper too, to compare.
+// ONEPASS_CUDA_FAMILY=sm80 selects the portable kernels on Hopper too, for comparison.
 bool only_portable() {
   const char* family = std::getenv("ONEPASS_CUDA_FAMILY");
   if (family == nullptr || std::strcmp(family, "sm90") == 0) return false;

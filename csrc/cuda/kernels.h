@@ -19,18 +19,18 @@ struct Kernel {
   ElementType type;
   int32_t d_qk, d_v;
   void (*launch)(const ParamsType&, Stream);
-  int shared_bytes;  // that a block needs
+  int shared_bytes;  // of a block
   bool adds_dq;      // takes dq_sums: a backward pass that can compute all gradients at once
 };
 
-// The best that this build holds for a device of compute capability `major`.x, null if none.
+// The best kernel of this build for a device of compute capability `major`.x, or null.
 const Kernel<Params>* find_forward(int major, ElementType type, int64_t d_qk, int64_t d_v);
 const Kernel<BackwardParams>* find_backward(int major, ElementType type, int64_t d_qk, int64_t d_v);
 
 // int32 of the plan of one row.
 int64_t plan_size(int32_t seq);
 
-// Queries per head of what the backward pass keeps of them: whole pairs of tiles.
+// Queries per head of the backward pass's scratch: whole pairs of tiles.
 int32_t padded_seq(int32_t seq);
 
 // `counts`: scratch of the size of the plan.

@@ -1,4 +1,4 @@
-// Starts a kernel on a stream. A failure to start is left to the caller's launch check.
+// Starts a kernel on a stream. The caller checks whether the launch failed.
 #pragma once
 
 #include "instructions.h"

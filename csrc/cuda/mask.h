@@ -9,8 +9,8 @@ namespace onepass::cuda {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// What turns a product q k into a score in units of log2, in which the softmax is computed:
-// products become `capped(product)`, and those times `factor` are the score.
+// Turns a product q k into a score in units of log2, in which the softmax is computed: the score is
+// `capped(product)` times `factor`.
 struct ScoreScale {
   float scale, softcap, factor;
 
@@ -40,8 +40,8 @@ struct ScoreScale {
   }
 };
 
-// What masks read: of each of kTokens consecutive tokens one number, spread over the lanes, from
-// which a lane gets any of them.
+// What masks read: one number for each of kTokens consecutive tokens, spread over the lanes, so
+// that every lane can get any of them.
 template <int kTokens>
 struct TileValues {
   int32_t values[kTokens / 32];
@@ -50,7 +50,7 @@ struct TileValues {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kTokens / 32; ++i) {
-      // Beyond the row: an end that nothing is before, and a position that does not matter.
+      // Beyond the row: an end that no query is before, and an arbitrary position.
       const int32_t token = first + 32 * i + lane;
       values[i] = token < seq ? of_row[token] : 0;
     }
@@ -62,8 +62,8 @@ struct TileValues {
   }
 };
 
-// Rows are queries from `first_query` (of the warp), columns the keys of a tile: what a query does
-// not see becomes -inf.
+// Rows are queries from `first_query` (of the warp), columns the keys of a tile: a key that a query
+// does not see gets -inf.
 template <int kRowTiles, int kBlocks>
 __device__ __forceinline__ void mask_keys(Accumulator<kRowTiles, kBlocks>& scores,
                                           const Params& params, int32_t row, int32_t first_query,
@@ -108,7 +108,7 @@ __device__ __forceinline__ void mask_keys(Accumulator<kRowTiles, kBlocks>& score
   }
 }
 
-// The same with 16 rows that are keys and columns that are the queries of a tile.
+// The same with 16 keys as rows and the queries of a tile as columns.
 template <int kBlocks>
 __device__ __forceinline__ void mask_queries(Accumulator<1, kBlocks>& scores, const Params& params,
                                              int32_t row, int32_t first_key, int32_t first_query) {

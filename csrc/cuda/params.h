@@ -1,4 +1,4 @@
-// What the CUDA kernels are given: raw pointers and shapes, no torch type.
+// The arguments of the CUDA kernels: raw pointers and shapes, no torch type.
 #pragma once
 
 #include <cstdint>
@@ -27,24 +27,24 @@ struct Params {
   const int32_t* visible_end;  // (batch, seq)
   const int32_t* positions;    // (batch, seq), null without a window
   const int32_t* plan;         // (batch, plan_size(seq)), see plan.h
-  const float* sinks;          // (heads,), null for none
+  const float* sinks;          // (heads,), or null
 
   Tensor q, k, v, out;
   float* lse;  // (batch, heads, seq), natural logarithm
 };
 
-// What the backward pass needs of a query beside its tensors.
+// What the backward pass needs for a query in addition to its tensors.
 struct Statistics {
-  float lse;    // in units of log2; infinite beyond the row, which makes probabilities 0
+  float lse;    // in units of log2; infinite beyond the row, so that probabilities are 0
   float delta;  // sum_d dout * out - dlse
 };
 
 struct BackwardParams : Params {
   Tensor dout, dq, dk, dv;
-  const float* dlse;       // (batch, heads, seq), null for none
+  const float* dlse;       // (batch, heads, seq), or null
   Statistics* statistics;  // (batch, heads, padded_seq): scratch
-  float* dsinks;           // (heads,), null for none
-  // (batch, heads, padded_seq, d_qk): scratch to which blocks add dq, in any order; null for the
+  float* dsinks;           // (heads,), or null
+  // (batch, heads, padded_seq, d_qk): scratch to which blocks add dq, in any order; null to get the
   // same bits every time.
   float* dq_sums;
 };

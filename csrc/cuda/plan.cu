@@ -1,4 +1,4 @@
-// Makes the plan of plan.h on the device, in three launches and without a word to the host.
+// Makes the plan of plan.h on the device, in three launches and without a host synchronization.
 #include <cassert>
 
 #include "launch.h"
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kPlanThreads) range_kernel(const PlanParams pa
 }
 
 // A warp per tile: how many tiles it visits as queries and how many visit it as keys, alone and,
-// for every other tile, with the next one. The counts lie as the orders will, and the first of the
-// former and the end of the latter as they are to lie in the plan.
+// for every other tile, with the next one. The counts are stored like the orders of the plan, and
+// the first of the former and the end of the latter at their place in the plan.
 __global__ void __launch_bounds__(kPlanThreads)
     count_kernel(const PlanParams params, int32_t* counts) {
   const int32_t seq = params.seq, tiles = num_tiles(seq);
@@ -88,12 +88,12 @@ __global__ void __launch_bounds__(kPlanThreads)
   }
 }
 
-// A warp per entry: its rank among the counts of its order, the larger first and of equals the
-// earlier, is its place.
+// A warp per entry: its place is its rank among the counts of its order, larger counts first and
+// earlier entries first among equals.
 __global__ void __launch_bounds__(kPlanThreads)
     order_kernel(const PlanParams params, const int32_t* counts) {
   const int32_t tiles = num_tiles(params.seq), pairs = ceil_div(tiles, 2);
-  const int32_t entries = tiles + pairs;  // of the queries, and again of the keys
+  const int32_t entries = tiles + pairs;  // of the queries, and the same number of the keys
   int32_t entry = blockIdx.x * kPlanWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (entry >= 2 * entries) return;

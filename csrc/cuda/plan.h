@@ -1,15 +1,16 @@
-// Which tiles a kernel visits, and in which order it takes up its own: what the plan holds, and the
-// walks over it. The plan is made once per batch (plan.cu) and serves all layers and heads.
+// Which tiles a kernel visits, and in which order its blocks take their tiles: the contents of the
+// plan, and the walks over it. The plan is made once per batch (plan.cu) and serves all layers and
+// heads.
 //
-// Per row of the batch, int32:
+// For each entry of the batch, int32:
 //   ranges           4 x num_tiles: TileRange of every tile of kTile tokens
 //   query_order      num_tiles: tiles as queries, most visited key tiles first
 //   query_order_2    ceil(num_tiles / 2): the same for pairs of tiles
 //   key_order        num_tiles: tiles as keys, most visiting query tiles first
 //   key_order_2      ceil(num_tiles / 2): the same for pairs of tiles
-//   query_begin      num_tiles: of tiles as queries, the first key tile that they visit
+//   query_begin      num_tiles: for tiles as queries, the first key tile that they visit
 //   query_begin_2    ceil(num_tiles / 2): the same for pairs of tiles
-//   key_end          num_tiles: of tiles as keys, the query tile after the last that visits them
+//   key_end          num_tiles: for tiles as keys, the query tile after the last that visits them
 //   key_end_2        ceil(num_tiles / 2): the same for pairs of tiles
 #pragma once
 
@@ -23,7 +24,7 @@ constexpr int kTile = 64;  // tokens
 
 ONEPASS_INLINE int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 ONEPASS_INLINE int32_t num_tiles(int32_t seq) { return ceil_div(seq, kTile); }
-// Tokens of whole pairs of tiles.
+// The number of tokens, rounded up to whole pairs of tiles.
 ONEPASS_INLINE int32_t padded(int32_t seq) { return ceil_div(seq, 2 * kTile) * 2 * kTile; }
 // int32 per row: a multiple of four, so that every row's ranges are aligned to 16 bytes.
 ONEPASS_INLINE int64_t plan_stride(int32_t seq) {
@@ -62,8 +63,8 @@ ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
 ONEPASS_INLINE int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 ONEPASS_INLINE int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 
-// kKeys keys from `first`, within one tile or over whole tiles. The last may lie beyond the row:
-// what no query sees keeps such a tile from being full.
+// kKeys keys from `first`, within one tile or over whole tiles. The last may be beyond the row:
+// keys that no query sees keep such a tile from being full.
 template <int kKeys>
 ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t first, int32_t seq) {
   KeyTile key{first, first + kKeys - 1, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
@@ -93,14 +94,14 @@ ONEPASS_INLINE QueryTile query_tile(const TileRange* ranges, int32_t first, int3
 }
 
 struct alignas(8) Visit {
-  int32_t tile;  // number of the key tile, -1: none is left
+  int32_t tile;  // index of the key tile, -1 if none is left
   bool full;     // every query sees every key of it
 };
 
 // The tiles of kKeys keys that kRows queries from `first` visit, in ascending order, found 32 at a
-// time by a warp. Where all warps of a block walk (portable kernels), they agree without a word
-// between them. It keeps little and reads the rest anew for every 32 tiles: registers are scarce in
-// their main loops, and in the warp that walks for others (Hopper).
+// time by a warp. Where all warps of a block walk (portable kernels), they agree without
+// synchronizing. A walk keeps little state and reads the rest again for every 32 tiles: registers
+// are scarce in their main loops, and in the warp that walks for others (Hopper).
 template <int kRows, int kKeys = kTile>
 class KeyTileWalk {
   static_assert(kRows == kTile || kRows == 2 * kTile);
@@ -141,13 +142,13 @@ class KeyTileWalk {
 };
 
 struct QueryStep {
-  int32_t head;   // of the group, -1: none is left
+  int32_t head;   // of the group, -1 if none is left
   int32_t first;  // query
   bool full;      // every query sees every key
 };
 
 // The tiles of kRows queries that visit a tile of kKeys keys, for each of `heads` query heads in
-// turn, found like those of KeyTileWalk.
+// turn, found as in KeyTileWalk.
 template <int kRows, int kKeys = kTile>
 class QueryTileWalk {
   static_assert((kKeys == kTile || kKeys == 2 * kTile) && kKeys % kRows == 0);

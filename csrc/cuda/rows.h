@@ -1,4 +1,4 @@
-// Rows of heads in global memory, and where a warp puts rows into shared memory to write them.
+// Rows of heads in global memory, and where a warp stores rows in shared memory to write them.
 #pragma once
 
 #include "accumulator.h"
@@ -11,9 +11,9 @@ __device__ __forceinline__ Element* head_of(const Tensor& tensor, int32_t row, i
   return static_cast<Element*>(tensor.data) + row * tensor.batch_stride + head * tensor.head_stride;
 }
 
-// Where a tile of rows of kCols elements keeps the 16-byte chunk (row, chunk), in elements. Chunks
-// are permuted within groups of eight (or four) of their row, so that the eight rows of a matrix
-// that ldmatrix reads lie in different banks.
+// The offset, in elements, of the 16-byte chunk (row, chunk) in a tile of rows of kCols elements.
+// Chunks are permuted within groups of eight (or four) of their row, so that the eight rows of a
+// matrix that ldmatrix reads are in different banks.
 template <int kCols>
 struct Swizzle {
   static_assert(kCols % 32 == 0, "rows are whole multiples of 64 bytes");
@@ -25,8 +25,8 @@ struct Swizzle {
     return row * kCols + (chunk ^ key) * 8;
   }
 
-  // The offset of chunk `chunk + 2 pairs` of the same row, from that of an even `chunk` or the one
-  // after it below kGroup: what the product loops need of an offset per step.
+  // The offset of chunk `chunk + 2 pairs` of the same row, given that of an even `chunk` or the one
+  // after it below kGroup: the part of an offset that changes in each step of a product loop.
   static __device__ __forceinline__ int advance(int offset, int pairs) {
     constexpr int kPairs = kGroup / 2;
     return (offset ^ (pairs % kPairs * 16)) + pairs / kPairs * kGroup * 8;
@@ -52,8 +52,8 @@ __device__ __forceinline__ void round_to_tile(Element* tile,
   }
 }
 
-// Writes kRows rows that a warp has put into shared memory to rows `first` and on of one head; rows
-// from `end` on are left out.
+// Writes kRows rows that a warp has stored in shared memory to one head, starting at row `first`;
+// rows beyond `end` are left out.
 template <typename Element, int kRows, int kCols>
 __device__ __forceinline__ void store_rows(Element* to, const Element* from, int64_t row_stride,
                                            int32_t first, int32_t end) {

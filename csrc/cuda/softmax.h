@@ -6,7 +6,7 @@
 namespace onepass::cuda {
 
 // The running maximum and sum of the softmax of a warp's rows. Four lanes share 2 kRowTiles rows:
-// each has its own part of every row's sum, and of the maxima that of one row, to save registers.
+// each has its part of every row's sum but, to save registers, the maximum of only one row.
 template <int kRowTiles>
 struct Softmax {
   float maximum, sum[kRowTiles][2];
@@ -20,9 +20,9 @@ struct Softmax {
     return shuffle(maximum, threadIdx.x % 32 / 4 * 4 + 2 * m + half);
   }
 
-  // Gives the probabilities of scores (in units of 1 / factor) up to the row's sum, two columns at
-  // a time, to `take(m, n, half, left, right)`; `rescale` is what brings earlier output to the new
-  // maximum.
+  // Passes the probabilities of scores (in units of 1 / factor), not yet divided by the row's sum,
+  // to `take(m, n, half, left, right)`, two columns at a time; `rescale` is the factor that brings
+  // earlier output to the new maximum.
   template <int kBlocks, typename Take>
   __device__ __forceinline__ void exponentiate(const Accumulator<kRowTiles, kBlocks>& scores,
                                                float factor, float (&rescale)[kRowTiles][2],
@@ -70,7 +70,7 @@ struct Softmax {
   }
 
   // Normalizes one row of `out` and returns its log-sum-exp (natural logarithm). The sink is one
-  // more score, without a value.
+  // more score without a value.
   template <int kOutBlocks>
   __device__ __forceinline__ float finish(Accumulator<kRowTiles, kOutBlocks>& out, int m, int half,
                                           float factor, const float* sink) {

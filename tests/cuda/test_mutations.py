@@ -14,22 +14,22 @@ from . import emulation
 MUTATIONS = {
     "forward reads K that is not there": (
         "cuda/sm80/forward.cuh",
-        "    wait_copies<0>();\n    sync_block();  // K is there",
-        "    sync_block();  // K is there",
+        "    wait_copies<0>();\n    sync_block();  // K has arrived",
+        "    sync_block();  // K has arrived",
     ),
     "forward does not wait for the other warps' part of K": (
         "cuda/sm80/forward.cuh",
-        "    sync_block();  // K is there, and every warp is done with the last V\n",
+        "    sync_block();  // K has arrived, and every warp is done with the last V\n",
         "",
     ),
     "forward overwrites K that others still read": (
         "cuda/sm80/forward.cuh",
-        "    sync_block();  // V is there, and every warp is done with K\n",
+        "    sync_block();  // V has arrived, and every warp is done with K\n",
         "",
     ),
     "backward does not wait for the other warps' copies": (
         "cuda/sm80/backward.cuh",
-        "    sync_block();  // this stage is there\n",
+        "    sync_block();  // this stage has arrived\n",
         "",
     ),
     "backward overwrites a stage that others still read": (
@@ -49,12 +49,12 @@ MUTATIONS = {
     ),
     "backward, fused, does not wait for the other warps' copies": (
         "cuda/sm80/fused_backward.cuh",
-        "    sync_block();  // this tile is there, and every warp is done with the last dS\n",
+        "    sync_block();  // this tile has arrived, and every warp is done with the last dS\n",
         "",
     ),
     "backward, fused, does not wait for the other warps' dS": (
         "cuda/sm80/fused_backward.cuh",
-        "    sync_block();  // dS is there, and every warp is done with dO\n",
+        "    sync_block();  // dS is complete, and every warp is done with dO\n",
         "",
     ),
     "backward, fused, overwrites Q that others still read": (

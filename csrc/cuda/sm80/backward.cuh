@@ -1,15 +1,15 @@
-// Portable backward, where the same bits are asked for or the gradients don't all fit into the
-// registers (else fused_backward.cuh), in four launches: the queries' statistics (and the sinks'
-// gradient), dq, and dk with dv.
+// Portable backward, where the same bits are requested or the gradients don't all fit into the
+// registers (otherwise fused_backward.cuh), in four launches: the queries' statistics (and the
+// sinks' gradient), dq, and dk with dv.
 //
 // dq has a block per tile of queries that streams the key tiles they see; dk and dv have a block
 // per tile of keys that streams the query tiles that see them, through all query heads of the key's
-// group. The scores are computed twice (seven products instead of five); for that nothing is added
-// up in global memory: no atomics, no float32 buffer of dq, and the same bits every time.
+// group. The scores are computed twice (seven products instead of five); in return nothing is
+// summed in global memory: no atomics, no float32 buffer of dq, and the same bits every time.
 //
-// Both keep their own tile (K and V, or Q and dO) in shared memory, a warp working on 16 of its
-// rows, and stream the others through one or two stages. Scores are computed with the kept rows as
-// accumulator rows, so that P and dS go into the next product from registers.
+// Both keep their tile (K and V, or Q and dO) in shared memory, with 16 of its rows for each warp,
+// and stream the others through one or two stages. Scores are computed with the kept rows as
+// accumulator rows, so that P and dS enter the next product from registers.
 #pragma once
 
 #include "../gradients.h"
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
       commit_copies();
     }
     wait_copies<Config::kStages - 1>();
-    sync_block();  // this stage is there
+    sync_block();  // this stage has arrived
 
     Accumulator<1, kRows / 8> scores, dp;
     multiply_transposed<Element, kHeadQk>(scores, q_tile, warp * 16, k_stage(stage));
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
       commit_copies();
     }
     wait_copies<Config::kStages - 1>();
-    sync_block();  // this stage is there
+    sync_block();  // this stage has arrived
 
     Accumulator<1, kRows / 8> scores, dp;
     multiply_transposed<Element, kHeadQk>(scores, k_tile, warp * 16, q_stage(stage));

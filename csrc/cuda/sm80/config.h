@@ -12,8 +12,8 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kElementBytes = 2;
 constexpr int kMaxSharedBytes = 99 * 1024;
 
-// Blocks for which a multiprocessor's registers are to suffice. For Blackwell, ptxas needs more in
-// the forward kernel.
+// The number of blocks for which a multiprocessor's registers must suffice. For Blackwell, ptxas
+// needs more registers in the forward kernel.
 constexpr int backward_blocks(int head_qk) { return head_qk <= 64 ? 3 : 2; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int forward_blocks(int) { return 2; }
@@ -21,10 +21,10 @@ constexpr int forward_blocks(int) { return 2; }
 constexpr int forward_blocks(int head_qk) { return head_qk <= 64 ? 3 : 2; }
 #endif
 
-// Forward: a block has kRows queries, each warp kRowTiles times 16 of them, and streams key tiles.
+// Forward: a block has kRows queries, each warp 16 kRowTiles of them, and streams key tiles.
 template <int kHeadQk, int kHeadV>
 struct ForwardConfig {
-  // What the accumulators and shared memory leave room for.
+  // As many as the accumulators and shared memory leave room for.
   static constexpr int kRowTiles = kHeadQk <= 192 && kHeadV <= 128 ? 2 : 1;
   static constexpr int kRows = 16 * kRowTiles * kWarps;
   static constexpr int kSharedBytes =
@@ -33,8 +33,8 @@ struct ForwardConfig {
 };
 
 // Backward with dq, dk and dv at once: a block keeps a tile of keys, 16 for each warp, and streams
-// tiles of queries through one stage, so that more than one block fits on an A100. dS^T goes
-// through shared memory, too.
+// tiles of queries through one stage, so that more than one block fits on an A100. dS^T also goes
+// through shared memory.
 template <int kHead>
 struct FusedBackwardConfig {
   static constexpr int kTileBytes = kTile * kHead * kElementBytes;
@@ -43,21 +43,21 @@ struct FusedBackwardConfig {
   static constexpr int kSharedBytes = 4 * kTileBytes + kDsBytes + kStatisticsBytes;
 };
 
-// Backward otherwise: a block keeps a tile of kTile queries (for dq) or keys (for dk and dv), 16
+// Other backward passes: a block keeps a tile of kTile queries (for dq) or keys (for dk and dv), 16
 // for each warp, and streams tiles of kRows of the others, two at a time where they fit.
 template <int kHeadQk, int kHeadV>
 struct BackwardConfig {
   static constexpr int kStages = kHeadQk <= 128 ? 2 : 1;
   static constexpr int kRows = kHeadQk + kHeadV <= 384 ? kTile : kTile / 2;
   static constexpr int kKeptBytes = kTile * (kHeadQk + kHeadV) * kElementBytes;
-  // Statistics go with every streamed tile of queries.
+  // Every streamed tile of queries comes with its statistics.
   static constexpr int kStatisticsBytes = kRows * static_cast<int>(sizeof(Statistics));
   static constexpr int kStageBytes = kRows * (kHeadQk + kHeadV) * kElementBytes + kStatisticsBytes;
   static constexpr int kSharedBytes = kKeptBytes + kStages * kStageBytes;
   static_assert(kSharedBytes <= kMaxSharedBytes);
   // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
   static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
-  // Whether dq can be computed at once with them: the registers hold a quarter of its tile, too.
+  // Whether dq can be computed together with them: the registers also hold a quarter of its tile.
   static constexpr bool kCanFuse = kHeadQk == kHeadV && kHeadQk <= 128;
   static_assert(!kCanFuse || FusedBackwardConfig<kHeadQk>::kSharedBytes <= kSharedBytes);
 };

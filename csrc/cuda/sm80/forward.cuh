@@ -2,9 +2,9 @@
 //
 // Four warps, each with 16 kRowTiles of the queries; shared memory holds the queries, one tile of
 // keys and one of values. Per visited key tile: wait for K, start V, S = Q K^T, mask (partial tiles
-// only), online softmax, wait for V, start the next K, O += P V. P stays in registers, being an
-// accumulator that has the layout of an operand. (With the wait before the softmax the compiler
-// reads V so early that it runs out of registers.) Deterministic.
+// only), online softmax, wait for V, start the next K, O += P V. P stays in registers, as
+// accumulators have the layout of operands. (With the wait before the softmax, the compiler reads V
+// so early that it runs out of registers.) Deterministic.
 #pragma once
 
 #include "../softmax.h"
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, forward_blocks(kHeadQk))
   while (visit.tile >= 0) {
     const int32_t first_key = visit.tile * kTile;
     wait_copies<0>();
-    sync_block();  // K is there, and every warp is done with the last V
+    sync_block();  // K has arrived, and every warp is done with the last V
     load_tile<Element, kTile, kHeadV>(v_tile, params.v, row, kv_head, first_key, seq);
     commit_copies();
 
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, forward_blocks(kHeadQk))
 
     visit = walk.next();
     wait_copies<0>();
-    sync_block();  // V is there, and every warp is done with K
+    sync_block();  // V has arrived, and every warp is done with K
     if (visit.tile >= 0) load_k(visit);
     multiply_add<Element, kHeadV>(out, probabilities, v_tile);
   }
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, forward_blocks(kHeadQk))
       if (lane % 4 == 0 && query < seq) lse[query] = value;
     }
   }
-  // Through the queries' place: a warp writes where only itself has read.
+  // Through the memory of the queries: a warp writes where only it has read.
   sync_warp();
   Element* out_tile = q_tile + row_in_tile * kHeadQk;
   round_to_tile<Element, kHeadV>(out_tile, out);

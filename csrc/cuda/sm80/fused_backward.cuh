@@ -1,13 +1,13 @@
 // Portable backward in one launch after the statistics, for head sizes whose dk and dv fit into the
 // registers together: five products where dq_kernel and dk_dv_kernel need seven.
 //
-// As in dk_dv_kernel a block keeps a tile of keys, a warp working on 16 of them, and streams tiles
-// of queries. dS^T goes through shared memory too, where all warps meet: each then multiplies the
-// dS of 32 queries and all keys with half the columns of K, and adds that quarter of dq to sums in
-// global memory. Blocks of other keys add to the same sums, so the bits of dq depend on who comes
-// first; those of dk and dv do not. A last launch scales and rounds the sums.
+// As in dk_dv_kernel a block keeps a tile of keys, 16 for each warp, and streams tiles of queries.
+// dS^T also goes through shared memory, where all warps meet: each then multiplies the dS of 32
+// queries and all keys with half the columns of K, and adds that quarter of dq to sums in global
+// memory. Blocks of other keys add to the same sums, so the bits of dq depend on their order; those
+// of dk and dv do not. A last launch scales and rounds the sums.
 //
-// There is one stage: the next dO comes while dk and dq are multiplied, the next Q while dq is.
+// There is one stage: the next dO is loaded while dk and dq are multiplied, the next Q while dq is.
 #pragma once
 
 #include "../gradients.h"
@@ -15,12 +15,12 @@
 
 namespace onepass::cuda::sm80 {
 
-// Of dq of a tile of queries, warp w multiplies 32 rows from 32 (w / 2) on and of every 32 columns
-// 16, from 16 (w % 2) on. The sums lie as the accumulators hold them.
+// Of a query tile's dq, warp w computes 32 rows from 32 (w / 2) and, of every 32 columns, 16 from
+// 16 (w % 2). The sums are stored in the order of the accumulators.
 template <int kHead>
 using DqOfWarp = Accumulator<2, kHead / 16>;
 
-// The sums that a lane adds element [0][0][0] to.
+// The sum to which a lane adds element [0][0][0].
 template <int kHead>
 __device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t row,
                                              int32_t head, int32_t first, int warp) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32
          threadIdx.x % 32;
 }
 
-// How far element [m][n][e] is from that.
+// The offset of element [m][n][e] from that.
 template <int kHead>
 __device__ __forceinline__ int dq_offset(int m, int n, int e) {
   return ((m * kHead / 16 + n) * 4 + e) * 32;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
   clear(dv);
   while (step.head >= 0) {
     wait_copies<0>();
-    sync_block();  // this tile is there, and every warp is done with the last dS
+    sync_block();  // this tile has arrived, and every warp is done with the last dS
 
     Accumulator<1, kTile / 8> scores, dp;
     multiply_transposed<Element, kHead>(scores, k_tile, warp * 16, q_tile);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
     multiply_add<Element, kHead>(dv, probabilities, dout_tile);
 
     const QueryStep next = walk.next();
-    sync_block();  // dS is there, and every warp is done with dO
+    sync_block();  // dS is complete, and every warp is done with dO
     load_dout(next);
     multiply_add<Element, kHead>(dk, ds, q_tile);
 
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
     DqOfWarp<kHead> dq;
     clear(dq);
 #pragma unroll
-    for (int k = 0; k < kTile; k += 16) {  // step by step, to have registers left
+    for (int k = 0; k < kTile; k += 16) {  // step by step, to save registers
       LeftFactor<2, 1> of_keys;
       load_transposed<Element, kTile>(of_keys, ds_tile + k * kTile, warp / 2 * 32);
       multiply_add<Element, kHead, 2>(dq, of_keys, k_tile + k * kHead, warp % 2);

@@ -6,7 +6,7 @@
 
 namespace onepass::cuda::sm80 {
 
-// Starts to copy tokens [first, first + kRows) of one head; tokens from `end` on become zeros.
+// Starts to copy tokens [first, first + kRows) of one head; tokens at or beyond `end` become zeros.
 template <typename Element, int kRows, int kCols>
 __device__ __forceinline__ void load_tile(Element* to, const Tensor& from, int32_t row,
                                           int32_t head, int32_t first, int32_t end) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_statistics(Statistics* to, const BackwardPa
   copy_async(to + threadIdx.x * kAtOnce, params.statistics + query, true);
 }
 
-// c = a b^T: rows `row` and on of tile `a` with all rows of tile `b`, over kCols.
+// c = a b^T: the rows of tile `a` from `row`, with all rows of tile `b`, over kCols.
 template <typename Element, int kCols, int kRowTiles, int kBlocks>
 __device__ __forceinline__ void multiply_transposed(Accumulator<kRowTiles, kBlocks>& c,
                                                     const Element* a, int row, const Element* b) {
@@ -69,8 +69,8 @@ __device__ __forceinline__ void multiply_transposed(Accumulator<kRowTiles, kBloc
   }
 }
 
-// c += a b: the rows of tile `b` are what is summed over. Of every kEvery times 16 columns of `b`
-// only the 16 of number `part`.
+// c += a b, summed over the rows of tile `b`. Of every kEvery times 16 columns of `b`, only the 16
+// with index `part`.
 template <typename Element, int kCols, int kEvery = 1, int kRowTiles, int kSteps>
 __device__ __forceinline__ void multiply_add(Accumulator<kRowTiles, kCols / 8 / kEvery>& c,
                                              const LeftFactor<kRowTiles, kSteps>& a,
@@ -94,7 +94,7 @@ __device__ __forceinline__ void multiply_add(Accumulator<kRowTiles, kCols / 8 / 
   }
 }
 
-// Writes a factor into 16 rows of a tile of as many columns as it has.
+// Writes a factor into 16 rows of a tile with the same number of columns.
 template <typename Element, int kSteps>
 __device__ __forceinline__ void store_factor(Element* tile, const LeftFactor<1, kSteps>& a) {
   const int lane = threadIdx.x % 32, column = 2 * (lane % 4);

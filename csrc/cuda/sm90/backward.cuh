@@ -1,13 +1,13 @@
 // Hopper backward, in launches as in sm80/backward.cuh: statistics, dq, and dk with dv. The scores
-// are computed twice, nothing is added up in global memory, and the bits are the same every time:
-// for whoever asks for that, and for the head sizes that fused_backward.cuh does not have.
+// are computed twice, nothing is summed in global memory, and the bits are the same every time:
+// used where that is requested, and for the head sizes that fused_backward.cuh does not have.
 //
-// Three warpgroups. One warp of the first has the copy engine bring tiles: at the start, for each
-// of the other two warpgroups, the 64 tokens that it keeps (Q and dO for dq, K and V for dk and
-// dv), then the tiles of 64 others through two stages (of dO and V one, where head sizes are
-// large), and says which they are. A consumer computes the scores and the gradient of the
-// probabilities with its kept tokens as rows, P and dS in registers, and multiplies these with a
-// streamed tile. While one consumer exponentiates, the products of the other run.
+// Three warpgroups. One warp of the first starts the copies of tiles: first, for each of the other
+// two warpgroups, the 64 tokens that it keeps (Q and dO for dq, K and V for dk and dv), then the
+// tiles of 64 others through two stages (one stage of dO and V for large head sizes), and tells the
+// consumers which they are. A consumer computes the scores and the gradient of the probabilities
+// with its kept tokens as rows, with P and dS in registers, and multiplies these with a streamed
+// tile. While one consumer exponentiates, the products of the other run.
 #pragma once
 
 #include "../gradients.h"
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Visit visit = walk.next();
     for (; visit.tile >= 0; visit = walk.next()) {
       const int32_t first_key = visit.tile * kRows;
-      wait(memory.empty_qk(qk.index), qk.parity ^ 1);  // over at once in the first round
+      wait(memory.empty_qk(qk.index), qk.parity ^ 1);  // returns at once in the first round
       if (lane == 0) {
         *memory.visit(qk.index) = visit;
         memory.copy_qk(qk.index, maps.k, first_key, kv_head, row, 0);

@@ -1,8 +1,8 @@
-// What the Hopper backward kernels share: their shared memory, and the warp that has the copy
-// engine fill it.
+// What the Hopper backward kernels share: their shared memory, and the warp that starts the copies
+// into it.
 //
-// Barriers: `full` of a stage is over when its bytes are there, `empty` when both consumers are
-// done with it (one arrival per warp).
+// Barriers: the phase of a stage's `full` ends when its bytes have arrived, that of `empty` when
+// both consumers are done with it (one arrival per warp).
 #pragma once
 
 #include "../params.h"
@@ -15,10 +15,10 @@ struct BackwardMaps {
   TensorMap q, k, v, dout;
 };
 
-// Shared memory of a backward kernel: of each consumer its pair of kept tiles (of d_qk and of d_v
-// columns), then the stages of the streamed tiles of d_qk columns and of those of d_v columns, what
-// else the kernel wants, what belongs to a streamed tile (statistics of queries; which tile it is,
-// -1 after the last), and the barriers.
+// Shared memory of a backward kernel: for each consumer its pair of kept tiles (of d_qk and of d_v
+// columns), then the stages of the streamed tiles of d_qk columns and of those of d_v columns,
+// further scratch of the kernel, what belongs to a streamed tile (statistics of queries; which tile
+// it is, -1 after the last), and the barriers.
 template <typename Config>
 struct BackwardMemory {
   using KeptQk = typename Config::KeptQk;
@@ -64,7 +64,7 @@ struct BackwardMemory {
     return full_v(Config::kStagesV) + stage;
   }
 
-  // By all threads.
+  // Called by all threads.
   __device__ __forceinline__ void init_barriers() const {
     if (threadIdx.x == 0) {
       init_barrier(kept_full(), 1);
@@ -81,7 +81,7 @@ struct BackwardMemory {
     sync_block();
   }
 
-  // By one thread: each consumer's tokens, from `first` on; those of `v` only if they are wanted.
+  // Called by one thread: each consumer's tokens, starting at `first`; those of `v` only if needed.
   __device__ __forceinline__ void copy_kept(const TensorMap& qk, const TensorMap& v, bool want_v,
                                             int first, int head, int row) const {
     arrive_and_expect(kept_full(), kConsumers * (want_v ? Config::kPairBytes : KeptQk::kBytes));
@@ -92,7 +92,7 @@ struct BackwardMemory {
     }
   }
 
-  // By one thread, with `more_bytes` to come.
+  // Called by one thread, with `more_bytes` to follow.
   __device__ __forceinline__ void copy_qk(int stage, const TensorMap& qk, int first, int head,
                                           int row, int more_bytes) const {
     arrive_and_expect(full_qk(stage), TileQk::kBytes + more_bytes);
@@ -105,9 +105,9 @@ struct BackwardMemory {
   }
 };
 
-// The producer of a kernel that keeps keys: one warp of its warpgroup brings K, V if it is wanted,
-// and then, of all query heads of the keys' group, Q with its statistics and dO, and says where
-// they are. After the last comes a step without a head.
+// The producer of a kernel that keeps keys: one warp of its warpgroup loads K, V if needed, and
+// then, for all query heads of the keys' group, Q with its statistics and dO, and tells the
+// consumers where they are. After the last comes a step without a head.
 template <typename Config>
 __device__ __forceinline__ void bring_keys_and_queries(const BackwardMemory<Config>& memory,
                                                        const BackwardParams& params,
@@ -130,7 +130,7 @@ __device__ __forceinline__ void bring_keys_and_queries(const BackwardMemory<Conf
     told->first_key = tile * kConsumers * kTile;
   };
   for (; step.head >= 0; step = walk.next()) {
-    wait(memory.empty_qk(qk.index), qk.parity ^ 1);  // over at once in the first round
+    wait(memory.empty_qk(qk.index), qk.parity ^ 1);  // returns at once in the first round
     const int32_t head = kv_head * group + step.head;
     if (lane == 0) {
       tell_step();

@@ -10,15 +10,16 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2;    // warpgroups
 constexpr int kConsumerThreads = kWarpgroup * kConsumers;
 constexpr int kThreads = kWarpgroup + kConsumerThreads;
-// Per thread, once the producer has given its registers away; a kernel starts with kRegisters each.
+// Per thread, after the producer has given its registers away; a kernel starts with kRegisters
+// each.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 constexpr int kRegisters = 168;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kRegisters,
-              "consumers would wait for registers for ever");
+              "consumers would wait for registers forever");
 
-// A tile in shared memory is a row of blocks of 64 columns, each of kRows rows of 128 bytes: what
-// one bulk copy brings. The 16-byte chunks of a row are permuted by the row's number modulo 8,
-// which the copy engine and the tensor cores call the 128-byte swizzle.
+// A tile in shared memory is a row of blocks of 64 columns, each of kRows rows of 128 bytes, the
+// size of one bulk copy. The 16-byte chunks of a row are permuted by the row's index modulo 8,
+// which is the 128-byte swizzle of the copy engine and the tensor cores.
 constexpr int kBlockColumns = 64;
 constexpr int kRowBytes = 128;
 
@@ -37,14 +38,14 @@ constexpr int kMaxSharedBytes = 227 * 1024;
 template <int kHeadQk, int kHeadV>
 struct ForwardConfig {
   static constexpr int kRows = 128;  // queries of a block
-  // Of a streamed tile: its scores are to fit into the registers beside the output.
+  // Of a streamed tile: its scores must fit into the registers together with the output.
   static constexpr int kKeys = kHeadV <= 128 ? 128 : 64;
   static constexpr int kStages = 2;
   using TileQ = TileShape<kRows, kHeadQk>;
   using TileK = TileShape<kKeys, kHeadQk>;
   using TileV = TileShape<kKeys, kHeadV>;
   using TileOut = TileShape<kRows, kHeadV>;
-  // The output goes through the queries' place if there is no other.
+  // The output goes through the memory of the queries if there is no other.
   static constexpr bool kOutApart = kHeadQk <= 128;
   static constexpr int kOutBytes = kOutApart ? TileOut::kBytes : 0;
   static constexpr int kSharedBytes =
@@ -54,8 +55,8 @@ struct ForwardConfig {
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// Heads that a forward block takes one after the other, so that only the first waits for its start:
-// up to four, as long as there are enough blocks for the multiprocessors to be done about together.
+// Heads per block, one after the other, so that start-up is paid once: up to four, while enough
+// blocks remain to balance the multiprocessors.
 #if defined(ONEPASS_EMULATE)
 constexpr int64_t kEnoughBlocks = 1;
 #else
@@ -68,8 +69,8 @@ inline int32_t heads_of_block(int32_t heads, int64_t tiles) {
   return 1;
 }
 
-// Of a streamed tile of queries the producer tells the consumers which it is, and which keys they
-// keep; of a tile of keys, its Visit.
+// What the producer tells the consumers: for a streamed tile of queries, which it is and which keys
+// they keep; for a tile of keys, its Visit.
 struct StreamedStep {
   QueryStep queries;
   int32_t first_key;
@@ -88,7 +89,7 @@ struct BackwardShape {
   static constexpr int kStagesQk = 2;
   static constexpr int kStagesV = kHeadV <= 128 ? 2 : 1;
   static constexpr int kScratchBytes = kScratch;
-  // Statistics and a step go with every streamed tile of Q.
+  // Every streamed tile of Q comes with statistics and a step.
   static constexpr int kStatisticsBytes = kRows * static_cast<int>(sizeof(Statistics));
   static constexpr int kStepBytes = static_cast<int>(sizeof(StreamedStep));
   static constexpr int kSharedBytes =
@@ -97,8 +98,8 @@ struct BackwardShape {
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
-// dq, dk and dv at once: a tile of as many queries as make dq 64 x 64 for each consumer, and
-// scratch for two tiles of dS^T and one of dq in float32.
+// dq, dk and dv at once: a tile with the number of queries that makes dq 64 x 64 for each consumer,
+// and scratch for two tiles of dS^T and one of dq in float32.
 constexpr int kFusedDq = kConsumers * kTile * kTile;  // elements
 constexpr int kFusedDqBytes = kFusedDq * static_cast<int>(sizeof(float));
 template <int kHead>
@@ -113,9 +114,9 @@ template <int kHeadQk, int kHeadV>
 struct BackwardConfig : BackwardShape<kHeadQk, kHeadV, kTile, 0> {
   // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
   static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
-  // Whether dq can be computed at once with them: the registers hold its half tile too.
+  // Whether dq can be computed together with them: the registers also hold half a tile of it.
   static constexpr bool kCanFuse = kHeadQk == kHeadV && kHeadQk <= 128;
-  // Of the kernel that needs most.
+  // Of the kernel that needs the most.
   static constexpr int kMostSharedBytes = [] {
     if constexpr (kCanFuse) return FusedBackwardConfig<kHeadQk>::kSharedBytes;
     return BackwardConfig::kSharedBytes;

@@ -1,17 +1,17 @@
-// Hopper forward: one block computes 128 queries of one head, or of up to four, one after the
+// Hopper forward: one block computes 128 queries of one head, or of up to four heads one after the
 // other.
 //
-// Three warpgroups. One warp of the first walks the visited tiles of 128 keys (64 where the output
-// is wide) and has the copy engine bring K and V, two stages of each; it tells the other two
-// warpgroups which tile a stage holds (-1 after a head's last), and they compute 64 queries each. A
-// consumer keeps the tensor cores busy while it computes a softmax: it starts S = Q K^T of the next
-// tile and O += P V of this one, then exponentiates the next scores while the latter still runs.
-// The two take turns in starting their products, so that one computes exponentials while the
-// products of the other run. P stays in registers. While they finish a head, Q, K and V of the next
-// are on their way. Deterministic.
+// Three warpgroups. One warp of the first walks the visited tiles of 128 keys (64 if the output is
+// wide) and starts the copies of K and V, in two stages each; it tells the other two warpgroups
+// which tile a stage has (-1 after a head's last), and each of them computes 64 queries. A consumer
+// keeps the tensor cores busy while it computes a softmax: it starts S = Q K^T of the next tile and
+// O += P V of this one, then exponentiates the next scores while the latter still runs. The two
+// take turns in starting their products, so that one computes exponentials while the products of
+// the other run. P stays in registers. While they finish a head, Q, K and V of the next are being
+// copied. Deterministic.
 //
-// Barriers: `full` of a stage is over when its bytes are there, `empty` when both consumers are
-// done with it (one arrival per warp).
+// Barriers: the phase of a stage's `full` ends when its bytes have arrived, that of `empty` when
+// both consumers are done with it (one arrival per warp).
 #pragma once
 
 #include "../rows.h"
@@ -25,7 +25,8 @@ struct ForwardMaps {
   TensorMap q, k, v;
 };
 
-// The turns of the two consumers in starting products: barrier 1 + consumer is that one's turn.
+// The turns of the two consumers in starting products: barrier 1 + consumer is the turn of that
+// consumer.
 class Turns {
  public:
   __device__ __forceinline__ explicit Turns(int consumer) : consumer_(consumer) {
@@ -35,7 +36,7 @@ class Turns {
     sync_threads(1 + consumer_, kConsumerThreads);
   }
   __device__ __forceinline__ void pass_on() const { give(1 - consumer_); }
-  // The first consumer takes the turn that the second gives it last.
+  // The first consumer takes the last turn that the second gives it.
   __device__ __forceinline__ void finish() const {
     if (consumer_ == 0) wait_for_mine();
   }
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < num_heads; ++i) {
       const int32_t head = first_head + i, kv_head = head / (params.heads / params.kv_heads);
       const auto bring_k = [&](const Visit& visit) {
-        wait(k_empty + k.index, k.parity ^ 1);  // over at once in the first round
+        wait(k_empty + k.index, k.parity ^ 1);  // returns at once in the first round
         if (lane == 0) {
           visits[k.index] = visit;
           if (visit.tile < 0) {
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int32_t query = warp_query + 8 * half + lane / 4;
       if (lane % 4 == 0 && query < seq) lse[query] = value;
     }
-    // In the queries' place, blocks of columns hold rows of both consumers.
+    // In the memory of the queries, blocks of columns have rows of both consumers.
     if constexpr (!Config::kOutApart) sync_threads(3, kConsumerThreads);
     Element* staging = reinterpret_cast<Element*>(out_tile) + (threadIdx.x / 32 - 4) * 16 * kHeadV;
     round_to_tile<Element, kHeadV>(staging, out);

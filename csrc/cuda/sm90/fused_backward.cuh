@@ -1,14 +1,14 @@
 // Hopper backward in one launch after the statistics, for head sizes whose dk and dv fit into the
 // registers together: five products where dq_kernel and dk_dv_kernel need seven.
 //
-// As in dk_dv_kernel two consumers keep 64 keys each and stream queries. dS^T goes through shared
-// memory too, where both meet once per tile: each then multiplies the dS of all 128 keys with K for
-// its half of the tile's dq (of the columns, or of the queries), and the copy engine adds that to
-// sums in global memory. Blocks of other keys add to the same sums, so the bits of dq depend on who
-// comes first; those of dk and dv do not. A last launch scales and rounds the sums.
+// As in dk_dv_kernel two consumers keep 64 keys each and stream queries. dS^T also goes through
+// shared memory, where both meet once per tile: each then multiplies the dS of all 128 keys with K
+// for its half of the tile's dq (of the columns, or of the queries), and the copy engine adds that
+// to sums in global memory. Blocks of other keys add to the same sums, so the bits of dq depend on
+// their order; those of dk and dv do not. A last launch scales and rounds the sums.
 //
-// While a consumer exponentiates, dP is multiplied; while it makes dS, dv; and while it hands dq to
-// the copy engine, dk.
+// dP is multiplied while a consumer exponentiates, dv while it computes dS, and dk while it passes
+// dq to the copy engine.
 #pragma once
 
 #include "../gradients.h"
@@ -16,12 +16,12 @@
 
 namespace onepass::cuda::sm90 {
 
-// Sums of dq lie as the accumulators hold them: of a tile of queries 1,024 floats for each of eight
-// warps, which are those of an accumulator of 16 rows x 64 columns.
+// Sums of dq are stored in the order of the accumulators: for a tile of queries, 1,024 floats for
+// each of eight warps, those of an accumulator of 16 rows x 64 columns.
 constexpr int kDqBlocks = kBlockColumns / 8;
 constexpr int kDqOfWarp = 16 * kBlockColumns;
 
-// Of the tile of queries from `first` on, the floats of one of the eight warps.
+// The floats of one of the eight warps, of the tile of queries that starts at `first`.
 template <int kHead>
 __device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t row,
                                              int32_t head, int32_t first, int warp) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32
   return params.dq_sums + (head_of_row * padded(params.seq) + first) * kHead + warp * kDqOfWarp;
 }
 
-// P as the factor of dv. The scores become what dP - delta has to be multiplied with to give dS.
+// P as the factor of dv. The scores become the factor by which dP - delta is multiplied to give dS.
 template <typename Element, int kBlocks, bool kCapped>
 __device__ __forceinline__ void exponentiate(LeftFactor<1, kBlocks / 2>& probabilities,
                                              Accumulator<1, kBlocks>& scores, float factor,
@@ -87,7 +87,7 @@ template <typename Element, int kHead>
 __global__ void __launch_bounds__(kThreads, 1)
     dq_dk_dv_kernel(const BackwardParams params, const __grid_constant__ BackwardMaps maps) {
   using Config = FusedBackwardConfig<kHead>;
-  using Tile = TileShape<kTile, kHead>;  // kept, or a part of what is streamed
+  using Tile = TileShape<kTile, kHead>;  // kept, or part of a streamed tile
   using TileDs = typename Config::TileDs;
   constexpr int kParts = Config::kRows / kTile;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    warp % 4 * 16);
     }
     publish_writes();
-    // Also: both are done with the dS of the tile before, whose place the next one takes.
+    // Also, both are done with the dS of the previous tile, whose memory the next one takes.
     sync_threads(1, kConsumerThreads);
 
     Accumulator<1, kDqBlocks> dq;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   store_gradient<Element, kHead>(kept_v, params.dv, row, kv_head, warp_key, seq, dv);
 }
 
-// dq from its sums: a block per tile of queries, a warp for what a warp has added up.
+// dq from its sums: a block per tile of queries, with a warp for the sums of each warp.
 constexpr int kRoundThreads = 256;
 
 template <typename Element, int kHead>

@@ -1,5 +1,5 @@
-// The instructions of sm_90a that the Hopper kernels are made of, as CuTe has them.
-// tests/cuda/emulator_sm90.h has the same functions for a CPU.
+// The instructions of sm_90a that the Hopper kernels use, from CuTe. tests/cuda/emulator_sm90.h has
+// the same functions for a CPU.
 #pragma once
 
 #include "../instructions.h"
@@ -22,7 +22,7 @@
 
 namespace onepass::cuda::sm90 {
 
-// What the copy engine knows of a (batch, heads, seq, head_dim) tensor.
+// The copy engine's description of a (batch, heads, seq, head_dim) tensor.
 using TensorMap = CUtensorMap;
 
 // A barrier in shared memory that counts arrivals and bytes, phase after phase.
@@ -31,11 +31,11 @@ using Barrier = uint64_t;
 __device__ __forceinline__ void init_barrier(Barrier* barrier, int arrivals) {
   cutlass::arch::ClusterBarrier::init(barrier, arrivals);
 }
-// Makes initialized barriers known to the copy engine; a block-wide barrier follows.
+// Makes initialized barriers visible to the copy engine; a block-wide barrier must follow.
 __device__ __forceinline__ void publish_barriers() { cutlass::arch::fence_barrier_init(); }
-// Arrives, and has the phase wait for so many bytes, too.
+// Arrives, and makes the phase also wait for this many bytes.
 __device__ __forceinline__ void arrive_and_expect(Barrier* barrier, int bytes) {
-  asm volatile("" ::: "memory");  // CuTe's barriers do not say that memory depends on them
+  asm volatile("" ::: "memory");  // CuTe's barriers do not declare that memory depends on them
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(barrier, bytes);
 }
 __device__ __forceinline__ void arrive(Barrier* barrier) {
@@ -48,8 +48,8 @@ __device__ __forceinline__ void wait(Barrier* barrier, int parity) {
   asm volatile("" ::: "memory");
 }
 
-// Starts to copy one block of columns of one head, of as many tokens as the map says; what lies
-// beyond the tensor becomes zeros.
+// Starts to copy one block of columns of one head, with the map's number of tokens; tokens beyond
+// the tensor become zeros.
 __device__ __forceinline__ void copy_block(void* to, const TensorMap& from, Barrier* barrier,
                                            int column, int token, int head, int row) {
   cute::SM90_TMA_LOAD_4D::copy(&from, barrier,
@@ -63,8 +63,8 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
   cute::SM90_BULK_COPY_G2S::copy(from, barrier, to, bytes);
 }
 
-// Writes shared memory for products or the copy engine: they read it once the writer has called
-// publish_writes(), and has met whoever starts them.
+// Writes shared memory for products or the copy engine: they may read it after the writer has
+// called publish_writes() and synchronized with the thread that starts them.
 template <typename T>
 __device__ __forceinline__ void write_shared(void* to, const T& value) {
   *static_cast<T*>(to) = value;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void add_floats(float* to, const void* from, int byte
       : "l"(to), "r"(shared_address(from)), "r"(bytes)
       : "memory");
 }
-// Waits until shared memory has been read by all that this thread has started so.
+// Waits until all such additions that this thread has started have read shared memory.
 __device__ __forceinline__ void wait_added() { cute::tma_store_wait<0>(); }
 
 // A barrier of `threads` threads, by number; 0 is the block's own.
@@ -100,21 +100,21 @@ __device__ __forceinline__ void take_registers() {
   cutlass::arch::warpgroup_reg_alloc<kRegisters>();
 }
 
-// Products of a warpgroup run by themselves: begin, multiply, commit, and wait before the
-// accumulator, or shared memory or registers that they read, are touched.
+// Products of a warpgroup run asynchronously: begin, multiply, commit, and wait before touching the
+// accumulator, or shared memory or registers that they read.
 __device__ __forceinline__ void begin_products() { cute::warpgroup_arrive(); }
 __device__ __forceinline__ void commit_products() { cute::warpgroup_commit_batch(); }
 template <int kPending>
 __device__ __forceinline__ void wait_products() {
   cute::warpgroup_wait<kPending>();
 }
-// Has a value computed before the next wait, beside products that are under way: ptxas moves a wait
-// up, before what does not depend on it, but not across a write to shared memory, for which every
+// Forces `value` to be computed before the next wait, while products are running: ptxas moves a
+// wait up past what does not depend on it, but not across a write to shared memory, for which every
 // thread has a `place`.
 __device__ __forceinline__ void finish_before_wait(float* place, float value) {
   asm volatile("st.shared.f32 [%0], %1;" : : "r"(shared_address(place)), "f"(value) : "memory");
 }
-// Keeps the compiler from moving an accumulator across this place.
+// Keeps the compiler from moving accesses to an accumulator across this point.
 template <int kBlocks>
 __device__ __forceinline__ void hold(float (&c)[kBlocks][4]) {
 #pragma unroll
@@ -200,8 +200,7 @@ __device__ __forceinline__ void multiply_columns(float (&c)[kBlocks][4], uint64_
   detail::multiply<Atom>(c, a, b, accumulate, std::make_index_sequence<4 * kBlocks>{});
 }
 
-// c (64 x 8 kBlocks) += a b over 16 rows of `b`: `a` lies in registers, `b` describes shared
-// memory.
+// c (64 x 8 kBlocks) += a b over 16 rows of `b`: `a` is in registers, `b` describes shared memory.
 template <typename Element, int kBlocks>
 __device__ __forceinline__ void multiply_add(float (&c)[kBlocks][4], const uint32_t (&a)[4],
                                              uint64_t b) {

@@ -11,7 +11,7 @@ namespace onepass::cuda::sm90 {
 
 #if !defined(ONEPASS_EMULATE)
 
-// The driver's encoder, found at run time: the library does not link with the driver.
+// The driver's encoder, found at run time: the library does not link against the driver.
 inline auto tensor_map_encoder() {
   static const auto encoder = [] {
     void* function = nullptr;
@@ -27,14 +27,14 @@ inline auto tensor_map_encoder() {
   return encoder;
 }
 
-// Of a tensor that is copied in blocks of `box_rows` tokens.
+// The map of a tensor that is copied in blocks of `box_rows` tokens.
 template <typename Element>
 TensorMap make_tensor_map(const Tensor& tensor, int32_t batch, int32_t heads, int32_t seq,
                           int32_t head_dim, int32_t box_rows) {
   constexpr bool is_bf16 = std::is_same_v<Element, Bf16>;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(seq),
                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-  // A dimension of size 1 may have any stride, which the encoder might refuse: give it a row's.
+  // A dimension of size 1 may have any stride, which the encoder might refuse: use a row's.
   const auto bytes = [&](int64_t stride, int32_t size) {
     return static_cast<cuuint64_t>(size == 1 ? head_dim : stride) * sizeof(Element);
   };

@@ -6,10 +6,10 @@
 
 namespace onepass::cuda::sm90 {
 
-// Where a warpgroup finds a factor of a product in shared memory, `offset` bytes into a tile. All
-// offsets in units of 16 bytes; bit 62 says that rows of 128 bytes are swizzled, eight rows (1 KiB)
-// at a time. Addresses of a block that is not in a cluster are so small that no offset carries, so
-// that the descriptors of the steps over a tile are one addition apart.
+// The descriptor of a product's factor in shared memory, `offset` bytes into a tile. All offsets
+// are in units of 16 bytes; bit 62 says that rows of 128 bytes are swizzled, eight rows (1 KiB) at
+// a time. Addresses of a block that is not in a cluster are so small that no offset carries, so the
+// descriptors of the steps over a tile are one addition apart.
 __device__ __forceinline__ uint64_t describe(const void* tile, int leading_bytes, int offset) {
   constexpr uint32_t kEightRows = 8 * kRowBytes / 16;
   static_assert((kMaxSharedBytes + 1024) / 16 <= 0x3fff);  // dynamic memory begins at 1 KiB
@@ -33,7 +33,7 @@ __device__ __forceinline__ uint64_t describe_columns(const uint8_t* tile, int k)
   return describe(tile, Tile::kBlockBytes, 16 * k * kRowBytes);
 }
 
-// Starts to bring a tile of tokens from `token` on; the barrier has to expect Tile::kBytes.
+// Starts to copy a tile of tokens that begins at `token`; the barrier must expect Tile::kBytes.
 template <typename Tile>
 __device__ __forceinline__ void copy_tile(uint8_t* to, const TensorMap& from, Barrier* barrier,
                                           int token, int head, int row) {
@@ -44,8 +44,8 @@ __device__ __forceinline__ void copy_tile(uint8_t* to, const TensorMap& from, Ba
   }
 }
 
-// c = a b^T: 64 rows from `row` of tile `a` with all rows of tile `b`, of one shape but for the
-// rows. Begins, does not commit.
+// c = a b^T: 64 rows from `row` of tile `a` with all rows of tile `b`; the tiles may differ in
+// their rows only. Begins but does not commit.
 template <typename Element, typename TileA, typename TileB, int kBlocks>
 __device__ __forceinline__ void start_transposed(float (&c)[kBlocks][4], const uint8_t* a, int row,
                                                  const uint8_t* b) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void start_transposed(float (&c)[kBlocks][4], const u
   }
 }
 
-// c += a b: all rows of tile `b`. Begins, does not commit.
+// c += a b: all rows of tile `b`. Begins but does not commit.
 template <typename Element, typename TileB, int kBlocks, int kSteps>
 __device__ __forceinline__ void start_add(float (&c)[kBlocks][4], const uint32_t (&a)[kSteps][4],
                                           const uint8_t* b) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void start_add(float (&c)[kBlocks][4], const uint32_t
   }
 }
 
-// Which of one or two stages comes next, and the parity of its phase.
+// Which of one or two stages is next, and the parity of its phase.
 template <int kStages>
 struct Stage {
   static_assert(kStages == 1 || kStages == 2);
@@ -82,7 +82,8 @@ struct Stage {
   }
 };
 
-// Which consumer a thread belongs to; the same for a warp, which the compiler knows by the shuffle.
+// The consumer that a thread belongs to. It is the same for a warp, which the shuffle tells the
+// compiler.
 __device__ __forceinline__ int consumer_of_warp() {
   return shuffle(static_cast<int>(threadIdx.x) / kWarpgroup - 1, 0);
 }
