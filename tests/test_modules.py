@@ -18,7 +18,6 @@ COVERED_BY = {
     "cli/": "cli/test_cli.py",
     "data/tree.py": "data/test_layout.py",
     "passes.py": "data/test_layout.py",
-    "preparation/cache.py": "preparation/test_datasets.py",
     "preparation/given_passes.py": "preparation/test_rows.py",
     "preparation/options.py": "preparation/test_rows.py",
     "preparation/report.py": "preparation/test_datasets.py",

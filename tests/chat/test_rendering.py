@@ -269,7 +269,7 @@ def test_each_answer_to_the_same_messages_is_checked():
     tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.reasoning_content }}"
-        "{{ m.content if not m.reasoning_content }}<|im_end|>{% endfor %}"
+        "{{ m.content if not m.reasoning_content else '4' }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     )
     answer = {"role": "assistant", "content": "4"}

@@ -31,6 +31,13 @@ def test_template_arguments_reach_every_conversation(train):
     assert lengths[0] > lengths[1] == lengths[2]
 
 
+def test_turns_are_parsed_back_as_trl_parses_known_templates(train, tiny_tokenizer, caplog):
+    assert getattr(tiny_tokenizer, "response_template", None) is None
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    train(dataset=Dataset.from_list([{"messages": messages}]), verify_rendering=True)
+    assert "aren't parsed back" not in caplog.text
+
+
 def test_records_with_images_are_refused(train):
     record = {"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}
     with pytest.raises(ValueError, match="the train dataset has the column 'image'"):
