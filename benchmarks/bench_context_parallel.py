@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_memory import held_kib
-from trl.trainer.utils import add_fused_lm_head
 
 from onepass_trl import OnePassCollator, build_tree, linearize
 from onepass_trl.attention.transformers_backend import use_onepass_attention
@@ -33,8 +32,8 @@ from onepass_trl.data.collator import MODEL_INPUTS
 from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.workload import chat_passes, random_model, small_config
 from onepass_trl.training.context_parallel import forward_in_pieces
+from onepass_trl.training.lm_head import add_fused_lm_head
 
-OUTPUTS = ("log_probs", "entropy", "is_top1")
 VOCAB_SIZE = 512  # the head's tiles have a size that is independent of the row
 TURN = {"user": 60, "reasoning": 260, "response": 150, "vocab_size": VOCAB_SIZE}
 
@@ -53,7 +52,7 @@ def run_here(args: argparse.Namespace) -> None:
     model = random_model(config, torch.float32).train()
     model.activation_checkpointing_enable()
     use_onepass_attention(model)
-    add_fused_lm_head(model, outputs=OUTPUTS)
+    add_fused_lm_head(model)
     step(model, num_turns=1)  # loads libraries, starts threads, makes the gradients of the weights
     dist.barrier()
     ctypes.CDLL(None).malloc_trim(0)  # give freed memory back

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from onepass_trl.versions import LAYERS_SINCE
+
 VOCAB_SIZE = 512
 # Shorter than a turn of the test conversations, so that windows end inside and across segments.
 WINDOW = 5
@@ -47,7 +49,7 @@ _LINEAR = dict(
     linear_value_head_dim=8,
 )
 
-MODELS: dict[str, dict[str, Any]] = {
+_MODELS: dict[str, dict[str, Any]] = {
     "llama": dict(model_type="llama"),
     "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True),
     "qwen3_moe": dict(model_type="qwen3_moe", head_dim=16, decoder_sparse_step=1, **MOE),
@@ -182,12 +184,25 @@ MODELS: dict[str, dict[str, Any]] = {
         **MOE,
     ),
 }
+_LAYERS = {
+    "falcon_h1": "FalconH1Mixer",
+    "lfm2": "Lfm2ShortConv",
+    "lfm2_moe": "Lfm2MoeShortConv",
+    "nemotron_h": "NemotronHMamba2Mixer",
+}
+MODELS = {
+    name: settings
+    for name, settings in _MODELS.items()
+    if settings["model_type"] in CONFIG_MAPPING
+    and (name not in _LAYERS or LAYERS_SINCE[_LAYERS[name]].installed)
+}
+"""Those that the installed transformers has, and not too old."""
 
 
 def make_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Return a random float32 model; sinks, biases and norms are random too, so that none can be
     left out unseen."""
-    settings = {**COMMON, **MODELS[name], **overrides}
+    settings = {**COMMON, **_MODELS[name], **overrides}
     return random_model(CONFIG_MAPPING[settings.pop("model_type")](**settings), seed=seed)
 
 

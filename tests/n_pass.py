@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, Pass
+from onepass_trl.versions import checkpointing_option
 from tests.conversations import as_record
 
 LOSS_TOLERANCE = 1e-6
@@ -26,8 +27,9 @@ def n_pass_loss(model: torch.nn.Module, passes: list[Pass], dft: bool = False) -
 
 def make_trainer(model, conversations, output_dir, tokenizer, **options) -> OnePassSFTTrainer:
     settings = dict(
-        max_length=None, report_to="none", bf16=False, activation_checkpointing=False, use_cpu=True
+        max_length=None, report_to="none", bf16=False, use_cpu=True, router_aux_loss_coef=0.0
     )
+    settings[checkpointing_option()] = False
     return OnePassSFTTrainer(
         model,
         OnePassSFTConfig(str(output_dir), **{**settings, **options}),

@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from onepass_trl.attention.branching.layers import MIXERS, is_mixer
+from onepass_trl.versions import LAYERS_SINCE
 
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 # Not token mixers: configurations of hybrid models list these among their layers.
@@ -65,6 +67,14 @@ def check_model(model: nn.Module) -> None:
             f"a tree; only {' and '.join(SUPPORTED_LAYERS)} layers can, and of those that carry "
             f"state {', '.join(MIXERS)}"
         )
+    for module in base.modules():
+        since = LAYERS_SINCE.get(type(module).__name__)
+        if is_mixer(module) and since is not None and not since.installed:
+            raise refuse(
+                f"transformers {transformers.__version__} does not hand visible_end to its layers "
+                f"{type(module).__name__}, {since.version} does. Run: pip install "
+                f"'transformers>={since.version}'"
+            )
     # Models with layers that branch don't all say it of their attention: theirs is tested.
     through_interface = base._supports_attention_backend or any(map(is_mixer, base.modules()))
     if not through_interface or not base._can_set_attn_implementation():

@@ -8,6 +8,8 @@ import os
 import platform
 from collections.abc import Iterator
 
+from onepass_trl.versions import TESTED
+
 _PACKAGES = (
     "torch",
     "transformers",
@@ -38,7 +40,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "platform", platform.platform()
     yield "python", platform.python_version()
     for package in _PACKAGES:
-        yield package, _version(package)
+        yield package, _version(package) + _tested(package)
     try:
         import torch
     except (
@@ -56,6 +58,10 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _tested(package: str) -> str:
+    return f" (tested up to {TESTED[package]})" if package in TESTED else ""
 
 
 def _devices() -> Iterator[tuple[str, str]]:

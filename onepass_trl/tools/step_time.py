@@ -159,10 +159,9 @@ def measure(
     Raises:
         ValueError: if one-pass attention doesn't support the model.
     """
-    from trl.trainer.utils import add_fused_lm_head
-
     from onepass_trl.attention.model_check import reference_attention
     from onepass_trl.attention.transformers_backend import use_onepass_attention
+    from onepass_trl.training.lm_head import add_fused_lm_head
 
     use_onepass_attention(model)
     add_fused_lm_head(model)

@@ -1,6 +1,6 @@
 """TRL's ``SFTTrainer`` and ``SFTConfig``, trained one pass per conversation."""
 
-from onepass_trl.training.versions import check_versions
+from onepass_trl.versions import check_versions
 
 check_versions()
 

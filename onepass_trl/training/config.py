@@ -143,6 +143,9 @@ class OnePassSFTConfig(SFTConfig):
             # TRL's default of bf16 raises on a machine without an accelerator.
             self.bf16 = False
         super().__post_init__()
+        if self.loss_type == "chunked_nll":  # type: ignore[has-type]
+            # TRL's default before 1.15: the same loss, by a forward that would take ours' place.
+            self.loss_type = "nll"
         self.train_on = json.dumps(parse_train_on(self.train_on)).strip('"')
         inherited = {option.name for option in fields(SFTConfig)}
         for option in fields(self):

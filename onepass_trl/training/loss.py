@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from trl.trainer.utils import add_fused_lm_head
 
 from onepass_trl.attention.implementations.registry import Impl
 from onepass_trl.attention.model_check import base_model
 from onepass_trl.attention.transformers_backend import visible_end_required
 from onepass_trl.training.context_parallel import forward_in_pieces
+from onepass_trl.training.lm_head import add_fused_lm_head
 
 
 def forward(

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from numpy.typing import NDArray
@@ -28,8 +29,8 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first
 
+from onepass_trl import versions
 from onepass_trl.attention.model_check import base_model, check_rotary_embedding
 from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
 from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator, as_layout
@@ -54,6 +55,7 @@ from onepass_trl.training.context_parallel import (
     check_context_parallel,
     gather_router_logits,
 )
+from onepass_trl.training.lm_head import add_fused_lm_head
 from onepass_trl.training.loss import check_head, forward, target_losses
 from onepass_trl.training.response_templates import trl_response_template
 
@@ -187,6 +189,10 @@ class OnePassSFTTrainer(SFTTrainer):
 
         use_onepass_attention(self.model)
         check_head(self.model)
+        if not versions.FUSED_LM_HEAD.installed:
+            add_fused_lm_head(base_model(self.model))
+        if not versions.ROUTER_AUX_LOSS_COEF.installed:
+            self.router_aux_loss_coef = args.router_aux_loss_coef
         if self._context_parallel_group is not None:
             check_context_parallel(args)
             gather_router_logits(self.model)
@@ -255,7 +261,8 @@ class OnePassSFTTrainer(SFTTrainer):
             completion_only_loss=args.completion_only_loss,
             known_templates=trl_response_template,
         )
-        with global_then_local_main_first():
+        state = PartialState()
+        with state.main_process_first(), state.local_main_process_first():
             column_names = get_dataset_column_names(dataset)
             if formatting_func is not None and "input_ids" not in column_names:
                 dataset = dataset.map(
@@ -386,6 +393,12 @@ class OnePassSFTTrainer(SFTTrainer):
         aux_loss = loss.new_zeros(())
         if self.aux_loss_enabled:
             aux_loss = outputs.aux_loss
+            if not isinstance(aux_loss, torch.Tensor):
+                raise ValueError(
+                    f"{type(base_model(self.model)).__name__} returns no router logits, so it has "
+                    f"no auxiliary loss, and router_aux_loss_coef is {self.router_aux_loss_coef}: "
+                    "set it to 0.0. Newer transformers may return them"
+                )
             steps = (
                 self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             )
@@ -473,6 +486,19 @@ class OnePassSFTTrainer(SFTTrainer):
             "model's weights, lower learning_rate, set max_grad_norm, or train in bf16 instead of "
             "fp16"
         )
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Return the loss of a batch, and neither logits nor labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
+        return loss, None, None
 
     def evaluation_loop(
         self,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from onepass_trl.versions import checkpointing_option
 from tests.n_pass import (
     LOSS_TOLERANCE,
     assert_same_gradients,
@@ -87,7 +88,7 @@ def test_costs_equal_separate_forwards(name, options, tmp_path):
         dict(packing=True, max_length=300),
         dict(max_length=95),
         dict(packing=True, max_length=95),
-        dict(activation_checkpointing=True),
+        {checkpointing_option(): True},
     ],
     ids=["padded", "padding_free", "packed", "split", "split_packed", "checkpointing"],
 )

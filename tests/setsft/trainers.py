@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.setsft import SetSFTConfig, SetSFTTrainer, add_forking_tokens
+from onepass_trl.versions import checkpointing_option
 from tests.chat.tokenizers import small_tokenizer
 from tests.models import make_model
 from tests.setsft.sets import RECORDS
@@ -24,8 +25,6 @@ def fresh_tokenizer(family: str = "qwen3") -> PreTrainedTokenizerBase:
 def forking_model(name: str, **overrides: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a tiny model and its tokenizer, both with forking tokens that differ."""
     tokenizer = fresh_tokenizer()
-    if name == "gpt_oss":
-        overrides = {"router_aux_loss_coef": 0.0, **overrides}
     model = make_model(name, vocab_size=len(tokenizer), **overrides)
     add_forking_tokens(model, tokenizer, NUM_TOKENS, noise=1.0)
     return model, tokenizer
@@ -46,12 +45,13 @@ def make_trainer(
         report_to="none",
         bf16=False,
         use_cpu=True,
-        activation_checkpointing=False,
+        router_aux_loss_coef=0.0,
         logging_steps=1,
         max_steps=2,
         per_device_train_batch_size=2,
         save_strategy="no",
     )
+    settings[checkpointing_option()] = False
     return SetSFTTrainer(
         model,
         SetSFTConfig(**{**settings, **options}),

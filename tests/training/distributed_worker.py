@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
+from onepass_trl.versions import checkpointing_option
 from tests.conversations import as_record, forked_rollouts, random_chat
 from tests.models import make_model
 from tests.training.sharding import shard_on_cpu
@@ -45,7 +46,6 @@ def main(folder: str, options: dict) -> None:
         report_to="none",
         bf16=False,
         use_cpu=True,
-        activation_checkpointing=False,
         max_steps=2,
         optim="sgd",
         learning_rate=0.1,
@@ -55,6 +55,7 @@ def main(folder: str, options: dict) -> None:
         save_strategy="no",
         dataloader_pin_memory=False,
     )
+    settings[checkpointing_option()] = False
     rows = Dataset.from_list([as_record(passes) for passes in CONVERSATIONS])
     evaluate = options.pop("evaluate", False)
     trainer = OnePassSFTTrainer(

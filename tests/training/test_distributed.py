@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from onepass_trl.versions import checkpointing_option
 from tests.launching import FSDP2, run, zero
 from tests.training.sharding import needs_deepspeed
 
@@ -65,7 +66,7 @@ def test_two_processes_equal_one(options, single, tmp_path):
             dict(
                 per_device_train_batch_size=1,
                 gradient_accumulation_steps=2,
-                activation_checkpointing=True,
+                **{checkpointing_option(): True},
             ),
             marks=long,
         ),

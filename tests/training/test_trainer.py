@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from onepass_trl import OnePassSFTConfig
+from onepass_trl.versions import checkpointing_option
 from tests.conversations import as_record, forked_rollouts
 from tests.models import make_model
 from tests.n_pass import n_pass_loss
@@ -56,7 +57,7 @@ def plain_losses() -> list[float]:
         dict(dataset_num_proc=2),
         dict(neftune_noise_alpha=5.0),
         dict(train_sampling_strategy="group_by_length"),
-        dict(activation_checkpointing_kwargs={"use_reentrant": True}),
+        {f"{checkpointing_option()}_kwargs": {"use_reentrant": True}},
     ],
     ids=lambda options: "-".join(options),
 )

@@ -22,6 +22,7 @@ from onepass_trl.passes import Pass
 from onepass_trl.tools.bench.timing import min_and_median, reason, seconds_of
 from onepass_trl.tools.bench.workload import labelled, missing_memory
 from onepass_trl.training import OnePassSFTConfig, OnePassSFTTrainer
+from onepass_trl.versions import checkpointing_option
 from onepass_trl.visibility import num_executed_pairs, num_visible_pairs
 
 ONE_PASS, N_PASS = "one pass", "N-pass"
@@ -63,10 +64,9 @@ def make_trainers(
         per_device_train_batch_size=1,
         bf16=False,
         use_cpu=use_cpu,
-        activation_checkpointing=False,
         report_to="none",
     )
-    options |= settings
+    options |= {checkpointing_option(): False, **settings}
     every = [row for passes in rows for row in passes]
     accumulated = {"gradient_accumulation_steps": len(every) // len(rows)}
     return {
