@@ -182,6 +182,15 @@ class TestCommands:
             for target in re.findall(r"`make ([\w-]+)", page.read_text("utf-8")):
                 assert target in make_targets(), page
 
+    def test_targets_that_workflows_make_exist(self):
+        workflows = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
+        named = {
+            target
+            for path in workflows
+            for target in re.findall(r"\bmake ([\w-]+)", path.read_text("utf-8"))
+        }
+        assert {"test", "check", "docs"} <= named <= make_targets()
+
 
 def train_in_this_process(options):
     """Stand in for accelerate's launcher, which would start processes."""
