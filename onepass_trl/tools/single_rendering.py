@@ -87,12 +87,12 @@ def train_on_one_rendering(
         for index, message in enumerate(context.prepared)
     ]
     try:
-        whole = _text(context)
+        whole = _text(context, tokenizer.eos_token)
     except TemplateRefusal:
         whole = ""
     ways = {way: Training() for way in (ALL_TURNS, LAST_TURN, REASONING_KEPT)}
     for turn in turns:
-        before = _text(context.up_to(turn.index))
+        before = _text(context.up_to(turn.index), tokenizer.eos_token)
         is_shown = turn.index not in marks or marks[turn.index] in whole
         shown_before = all(mark in before for index, mark in marks.items() if index < turn.index)
         tokens = turn.rendered.num_trained
@@ -122,7 +122,10 @@ def _labelled(tokens: int, hidden: int, is_placed: bool) -> Training:
     return made
 
 
-def _text(context: TurnContext) -> str:
-    """Return the messages as the template writes them, without a prompt after them."""
+def _text(context: TurnContext, eos: str | None) -> str:
+    """Return the messages as the template writes them, without a prompt after them.
+
+    Some templates write the end token after a whole conversation, which no later context has.
+    """
     text = context.template.render(context.prepared, prompt=False)
-    return text.removesuffix(context.template.closing)
+    return text.removesuffix(eos or "")
