@@ -9,31 +9,26 @@ dense code that ignores the tree.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
+from command import add_turns, make_parser
 
 from onepass_trl import build_tree, linearize
-from onepass_trl.tools.bench.attention import CAUSAL, DENSE_MASK, measure_attention
+from onepass_trl.tools.bench.attention import measure_attention
+from onepass_trl.tools.bench.peers import CAUSAL, DENSE_MASK
 from onepass_trl.tools.bench.report import attention_table
 from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.workload import AttentionShape, chat_passes
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--user", type=int, default=60, help="tokens of a user message")
-    parser.add_argument("--reasoning", type=int, default=260, help="tokens of a turn's reasoning")
-    parser.add_argument("--response", type=int, default=150, help="tokens of a turn's response")
+    add_turns(parser)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="write the result here too")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     passes = chat_passes(args.turns, args.user, args.reasoning, args.response, vocab_size=1000)
@@ -46,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         peers=["onepass cpu", DENSE_MASK, CAUSAL],
     )
     print(attention_table(results))
-    if args.json is not None:
+    if args.json:
         write(args.json, "attention_cpu", results)
 
 

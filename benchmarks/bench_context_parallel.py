@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_memory import held_kib
+from command import make_parser
 
 from onepass_trl import OnePassCollator, build_tree, linearize
 from onepass_trl.attention.transformers_backend import use_onepass_attention
@@ -101,16 +102,12 @@ def measure(num_processes: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--turns", type=int, default=32)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2, help="of all processes together")
     parser.add_argument("--here", help="run in this process, write its figures to this file")
-    parser.add_argument("--json", help="write the result to this file")
     args = parser.parse_args(arguments)
     if args.here:
         run_here(args)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_rendering import SHARED, any_missing, print_table
+from command import SHARED, any_missing, make_parser, print_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
@@ -133,9 +133,7 @@ def compare(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--data", type=Path, nargs="+", default=[SHARED / f"data/{name}.jsonl" for name in FILES]
     )
@@ -144,9 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", help="write the result to this file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
 

@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=gpu_steps.MODELS, default=["0.6B", "8B"])
     parser.add_argument("--repeats", type=int, default=20, help="of attention, after warm-up")
     parser.add_argument("--step-repeats", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=1.5, help="seconds to repeat one thing")
+    parser.add_argument("--budget", type=float, default=1.5, help="seconds of each peer and case")
     parser.add_argument("--step-tokens", type=int, default=16_384, help="tokens of a one-pass row")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--lengths", type=int, nargs=2, default=[64, 512], metavar=("LOW", "HIGH"))

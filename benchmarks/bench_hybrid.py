@@ -10,13 +10,12 @@ installed.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import datasets
 import torch
-from bench_step import add_turns
 from bench_turns import COLUMNS, print_speedup
+from command import add_turns, add_width, make_parser
 from transformers import AutoConfig
 
 from onepass_trl.tools.bench.results import write
@@ -44,13 +43,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     add_turns(parser)
+    add_width(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()

@@ -9,7 +9,6 @@ batch, with gradient accumulation. So each conversation is cut to the same numbe
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from command import make_parser
 from trl import SFTTrainer
 
 from onepass_trl import render_passes
@@ -57,11 +57,9 @@ def losses_of(trainer: SFTTrainer) -> list[float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--turns", type=int, default=3, help="first turns of each conversation")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the result to this file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()

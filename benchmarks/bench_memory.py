@@ -10,7 +10,6 @@ so its figures are for the forward pass only. Linux with glibc only.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import subprocess
@@ -19,16 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import make_parser
 
 from onepass_trl import build_tree, linearize
-from onepass_trl.tools.bench.attention import (
-    DENSE_MASK,
-    FLEX,
-    check_memory,
-    make_inputs,
-    make_peers,
-    time_once,
-)
+from onepass_trl.tools.bench.attention import check_memory, time_once
+from onepass_trl.tools.bench.peers import DENSE_MASK, FLEX, make_inputs, make_peers
 from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.timing import reason
 from onepass_trl.tools.bench.workload import AttentionShape, chat_passes
@@ -92,11 +86,9 @@ def measure(name: str, turns: int, threads: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128])
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--here", choices=PEERS, help="measure this peer in this process")
-    parser.add_argument("--json", help="write the result to this file")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     if args.here is not None:

@@ -13,7 +13,6 @@ A conversation file has one JSON object per line, with ``messages`` and optional
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 
 import datasets
 import torch
-from bench_rendering import SHARED, any_missing, print_table
+from command import SHARED, any_missing, make_parser, print_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -99,14 +98,11 @@ def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     files = [SHARED / "data" / f"{name}.jsonl" for name in FILES]
     parser.add_argument("--data", type=Path, nargs="+", default=files)
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "qwen3")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="write the result to this file")
     args = parser.parse_args(arguments)
     if any_missing(*args.data, args.tokenizer):
         return

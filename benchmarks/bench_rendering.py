@@ -10,27 +10,17 @@ A conversation file has one JSON object per line, with ``messages`` and optional
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from command import SHARED, any_missing, make_parser, print_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from onepass_trl.chat import render_passes
 from onepass_trl.tools.bench.results import write
-
-SHARED = Path(__file__).parents[2] / "shared"
-
-
-def any_missing(*paths: Path) -> bool:
-    """Return whether any of the paths doesn't exist, and print which."""
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        print(f"skipped: {' and '.join(missing)} not found; give --data and --tokenizer")
-    return bool(missing)
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -68,22 +58,11 @@ def measure(
     }
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    columns = list(results[0])
-    lines = [columns, *([str(result[column]) for column in columns] for result in results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "agent_long.jsonl")
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "qwen3")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="write the result to this file")
     args = parser.parse_args(arguments)
     if any_missing(args.data, args.tokenizer):
         return

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_step import make_model
+from command import add_model, make_model, make_parser, print_figures
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -164,23 +164,14 @@ def measure(args: argparse.Namespace, trainer: SetSFTTrainer, question: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=6, help="forking tokens")
     parser.add_argument("--traces", type=int, default=4)
     parser.add_argument("--questions", type=int, nargs="+", default=[60, 400, 1600])
     parser.add_argument("--trace", type=int, default=400, help="tokens of a trace")
     parser.add_argument("--common", type=float, default=0.1, help="share common to two traces")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=2)
+    add_model(parser, layers=2)
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--json", help="write the result to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -188,8 +179,7 @@ def main() -> None:
         results = [measure(args, trainer, question) for question in args.questions]
     for result in results:
         print()
-        for key, value in result.items():
-            print(f"{key:26} {value:.4g}" if isinstance(value, float) else f"{key:26} {value}")
+        print_figures(result)
     if args.json:
         write(args.json, "setsft", results)
 

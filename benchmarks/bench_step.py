@@ -13,43 +13,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from transformers import PreTrainedModel
+from command import add_model, add_turns, make_model, make_parser, print_figures
 
 from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.step import measure_step
-from onepass_trl.tools.bench.workload import chat_passes, random_model, small_config
-
-
-def add_turns(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a chat's turns and those that every benchmark of a step has."""
-    parser.add_argument("--user", type=int, default=60, help="tokens of a user message")
-    parser.add_argument("--reasoning", type=int, default=260, help="tokens of a turn's reasoning")
-    parser.add_argument("--response", type=int, default=150, help="tokens of a turn's response")
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the result to this file")
-
-
-def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a chat's turns and of a small model."""
-    add_turns(parser)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-
-
-def make_model(args: argparse.Namespace) -> PreTrainedModel:
-    config = small_config(
-        num_layers=args.layers,
-        hidden_size=args.hidden_size,
-        heads=args.heads,
-        kv_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        vocab_size=args.vocab_size,
-    )
-    return random_model(config, torch.float32)
+from onepass_trl.tools.bench.workload import chat_passes
 
 
 def measure(args: argparse.Namespace, turns: int) -> dict[str, object]:
@@ -64,18 +32,16 @@ def measure(args: argparse.Namespace, turns: int) -> dict[str, object]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
-    add_shape(parser)
+    add_turns(parser)
+    add_model(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     result = measure(args, args.turns)
     del result["note"]  # both ways have run
-    for key, value in result.items():
-        print(f"{key:26} {value:.4g}" if isinstance(value, float) else f"{key:26} {value}")
+    print_figures(result)
     if args.json:
         write(args.json, "step", [result])
 

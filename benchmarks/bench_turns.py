@@ -7,12 +7,12 @@ The step of bench_step.py on chats with an increasing number of equal turns.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import datasets
 import torch
-from bench_step import add_shape, measure
+from bench_step import measure
+from command import add_model, add_turns, make_parser
 
 from onepass_trl.tools.bench.results import write
 
@@ -38,10 +38,11 @@ def print_speedup(what: str, result: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 3, 5, 8, 12, 16])
     parser.add_argument("--repeats", type=int, default=3)
-    add_shape(parser)
+    add_turns(parser)
+    add_model(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()

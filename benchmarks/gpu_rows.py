@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -9,59 +10,51 @@ from numpy.typing import NDArray
 
 from onepass_trl import Pass
 from onepass_trl.data import Layout, build_tree, concatenate, linearize
+from onepass_trl.tools.bench.workload import chat_passes
 from onepass_trl.visibility import causal_visible_end
-
-Ints = NDArray[np.int32]
 
 
 class Row(NamedTuple):
-    """What attention needs from a row."""
+    """What attention needs from a row: ``(seq,)`` int32 each."""
 
-    visible_end: Ints
-    positions: Ints
+    visible_end: NDArray[np.int32]
+    positions: NDArray[np.int32]
 
 
-def conversation(turns: int, low: int, high: int, rng: np.random.Generator) -> list[Pass]:
-    """Return the passes of a chat: messages, reasoning and responses of `low` to `high` tokens."""
+def chats(turns: int, low: int, high: int) -> Iterator[list[Pass]]:
+    """Yield the passes of one chat after another, always the same ones.
 
-    def tokens() -> list[int]:
-        return rng.integers(3, 1000, rng.integers(low, high + 1)).tolist()
-
-    trunk: list[int] = []
-    passes = []
-    for _ in range(turns):
-        trunk += tokens()
-        reasoning, response = tokens(), tokens()
-        completion = reasoning + response
-        passes.append(Pass(trunk + completion, [0] * len(trunk) + [1] * len(completion)))
-        trunk += response
-    return passes
+    Messages, reasoning and responses have `low` to `high` tokens.
+    """
+    rng, length = np.random.default_rng(0), (low, high)
+    while True:
+        yield chat_passes(turns, length, length, length, 1000, rng)
 
 
 def conversations(num_tokens: int, turns: int, low: int, high: int) -> list[list[Pass]]:
     """Return as many chats as fit into a row of `num_tokens`; at least one, which may be longer."""
-    rng = np.random.default_rng(0)
     chosen: list[list[Pass]] = []
     used = 0
-    while True:
-        passes = conversation(turns, low, high, rng)
+    for passes in chats(turns, low, high):
         used += build_tree(passes).num_row_tokens()
         if chosen and used > num_tokens:
-            return chosen
+            break
         chosen.append(passes)
+    return chosen
 
 
-def lay_out(chats: list[list[Pass]]) -> Layout:
+def lay_out(passes_of_chats: list[list[Pass]]) -> Layout:
     """Return the row of the chats, one after another."""
-    return concatenate([linearize(build_tree(passes)) for passes in chats])
+    return concatenate([linearize(build_tree(passes)) for passes in passes_of_chats])
 
 
 def chat_row(seq: int, turns: int, low: int, high: int) -> Row:
     """Return a row of exactly `seq` tokens: chats one after another, the last cut off."""
-    rng = np.random.default_rng(0)
     layouts: list[Layout] = []
-    while sum(map(len, layouts)) < seq:
-        layouts.append(linearize(build_tree(conversation(turns, low, high, rng))))
+    for passes in chats(turns, low, high):
+        layouts.append(linearize(build_tree(passes)))
+        if sum(map(len, layouts)) >= seq:
+            break
     row = concatenate(layouts)
     return Row(np.minimum(row.visible_end[:seq], np.int32(seq)), row.position_ids[:seq])
 

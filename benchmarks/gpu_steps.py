@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import inspect
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,15 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gpu_rows import conversations, lay_out
-from gpu_timing import median_ms, peak_mib
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, Qwen3Config, Qwen3ForCausalLM
 
-from onepass_trl import Pass
+from onepass_trl import OnePassCollator, Pass
 from onepass_trl.attention.reference import visibility_mask
 from onepass_trl.attention.transformers_backend import use_onepass_attention
-from onepass_trl.tools.bench.timing import reason
+from onepass_trl.tools.bench.timing import peak_mib, reason, repeated_seconds
 
 _CONFIG = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
 MODELS: dict[str, dict[str, Any]] = {
@@ -116,17 +116,14 @@ def packed_causal_attention(
 
 def one_pass_batch(chats: list[list[Pass]], device: str, impl: str) -> Batch:
     """Return the row of the chats' trees; `impl` is of tree attention, or "dense mask"."""
-    row = lay_out(chats)
-    tensors = {
-        name: torch.from_numpy(np.asarray(getattr(row, name)))[None].to(device)
-        for name in ("input_ids", "position_ids", "visible_end", "shift_labels", "weights")
-    }
-    inputs = {name: tensors[name].long() for name in ("input_ids", "position_ids")}
+    batch = OnePassCollator()([lay_out(chats)])
+    tensors = {name: values.to(device) for name, values in batch.items()}
+    inputs = {name: tensors[name] for name in ("input_ids", "position_ids")}
     if impl == "dense mask":
         inputs["attention_mask"] = visibility_mask(tensors["visible_end"])[:, None]
     else:
         inputs |= {"visible_end": tensors["visible_end"], "attention_impl": impl}
-    return Batch(inputs, tensors["shift_labels"].long(), tensors["weights"])
+    return Batch(inputs, tensors["shift_labels"], tensors["weights"])
 
 
 def n_pass_batches(chats: list[list[Pass]], device: str, max_tokens: int) -> list[Batch]:
@@ -246,9 +243,15 @@ def measure_way(
         optimizer.step()
         optimizer.zero_grad()
 
-    memory = peak_mib(step, args.device)
-    step_ms = median_ms(step, args.device, repeats=args.step_repeats, budget_s=args.budget * 10)
-    return {"step_ms": step_ms, "peak_mib": memory, "loss": loss, "unavailable": None}
+    device = torch.device(args.device)
+    memory = peak_mib(step, device)
+    seconds = repeated_seconds(step, device, repeats=args.step_repeats, budget_s=args.budget * 10)
+    return {
+        "step_ms": 1e3 * statistics.median(seconds),
+        "peak_mib": memory,
+        "loss": loss,
+        "unavailable": None,
+    }
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from onepass_trl import Layout, Pass, build_tree, linearize
+from onepass_trl.tools.bench.workload import passes_of_turns
 from onepass_trl.visibility import dense_mask, num_visible_pairs
 
 FOLDER = Path(__file__).parent / "figures"
@@ -23,12 +24,7 @@ H, T, R = [[11, 12], [13], [14]], [[21, 22], [23, 24], [25, 26]], [[31], [32], [
 
 def conversation() -> list[Pass]:
     """Return the passes of the three turns."""
-    passes, context = [], []
-    for h, t, r in zip(H, T, R, strict=True):
-        context = context + h
-        passes.append(Pass(context + t + r, [0] * len(context) + [1] * len(t + r)))
-        context = context + r
-    return passes
+    return passes_of_turns(zip(H, T, R, strict=True))
 
 
 def name_of(token: int) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from onepass_trl import Pass
+from onepass_trl.tools.bench.workload import passes_of_turns
 from tests.models import VOCAB_SIZE
 
 
@@ -18,15 +21,8 @@ def random_chat(
     def tokens() -> list[int]:
         return rng.integers(3, vocab_size, rng.integers(low, high)).tolist()
 
-    trunk = [1]
-    passes = []
-    for _ in range(num_turns):
-        trunk += tokens()
-        thought, answer = tokens(), [*tokens(), 2]
-        completion = thought + answer
-        passes.append(Pass(trunk + completion, [0] * len(trunk) + [1] * len(completion)))
-        trunk += answer
-    return passes
+    turns = ((tokens(), tokens(), [*tokens(), 2]) for _ in range(num_turns))
+    return passes_of_turns(turns, start=[1])
 
 
 def forked_rollouts(num_rollouts: int, seed: int = 0) -> list[Pass]:
@@ -56,15 +52,11 @@ def as_record(passes: list[Pass]) -> dict[str, list[dict[str, list[int]]]]:
 
 def chat_passes(num_turns: int, user: int, reasoning: int, response: int) -> list[Pass]:
     """Passes of a chat whose template drops the reasoning of earlier turns; all tokens differ."""
-    fresh = iter(range(10**6))
-    trunk: list[int] = []
-    passes = []
-    for _ in range(num_turns):
-        trunk += [next(fresh) for _ in range(user)]
-        thought = [next(fresh) for _ in range(reasoning)]
-        answer = [next(fresh) for _ in range(response)]
-        passes.append(
-            Pass([*trunk, *thought, *answer], [0] * len(trunk) + [1] * (reasoning + response))
-        )
-        trunk += answer
-    return passes
+    fresh = itertools.count()
+
+    def tokens(number: int) -> list[int]:
+        return list(itertools.islice(fresh, number))
+
+    return passes_of_turns(
+        (tokens(user), tokens(reasoning), tokens(response)) for _ in range(num_turns)
+    )

@@ -78,7 +78,7 @@ def test_the_work_that_benchmarks_count(row):
 
 @pytest.mark.long("tests/gpu", "benchmarks", "onepass_trl/attention")
 def test_dry_run_of_the_gpu_benchmark(tmp_path):
-    """On a CPU all but FlexAttention's backward runs; every way to train has the same loss."""
+    """On a CPU every way to train has the same loss."""
     command = [sys.executable, "benchmarks/bench_gpu.py", "--device", "cpu", "--tiny"]
     run = subprocess.run(
         [*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
@@ -88,10 +88,11 @@ def test_dry_run_of_the_gpu_benchmark(tmp_path):
     assert [record["name"] for record in records] == ["gpu_attention", "gpu_steps"]
     attention, steps = (record["results"] for record in records)
     for row in attention:
-        runs = row["implementation"] != "flex"
-        assert (row["unavailable"] is None) == runs == (row["backward_ms"] is not None)
+        assert row["forward_tflops"] > 0
+        assert row["backward_tflops"] > 0
         assert row["executed_over_useful_forward"] >= 1
-    assert len({row["implementation"] for row in attention}) == 4
+    peers = {row["implementation"] for row in attention}
+    assert peers == {"onepass cpu", "sdpa dense mask", "sdpa causal"}
     losses = {row["way"]: row["loss"] for row in steps if row["unavailable"] is None}
     assert len(losses) == 3
     assert np.ptp(list(losses.values())) < 2e-3 * max(losses.values())

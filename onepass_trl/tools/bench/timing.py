@@ -11,18 +11,57 @@ import torch
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a run, until the device has finished its work."""
-    synchronize(device)
+    """Return the seconds of a run, until the device has finished its work.
+
+    On CUDA devices by events on the current stream, which time the device rather than the call.
+    """
+    _synchronize(device)
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
     begin = time.perf_counter()
     run()
-    synchronize(device)
+    _synchronize(device)
     return time.perf_counter() - begin
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
+def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def repeated_seconds(
+    run: Callable[[], object], device: torch.device, *, repeats: int, budget_s: float
+) -> list[float]:
+    """Return the seconds of repeated runs, after one to warm up.
+
+    Args:
+        run: starts the work.
+        device: which does it.
+        repeats: how many runs at most.
+        budget_s: no further run begins after this many seconds of runs; one is always timed.
+    """
+    run()
+    times: list[float] = []
+    while len(times) < repeats and (not times or sum(times) < budget_s):
+        times.append(seconds_of(run, device))
+    return times
+
+
+def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
+    """Return the memory that a run takes beyond what was held before it; None except on CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def min_and_median(name: str, unit: str, times: Sequence[float]) -> dict[str, float | None]:

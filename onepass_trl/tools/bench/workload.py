@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,9 @@ from onepass_trl.tools.flops import has_latent_keys, head_sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+Length = int | tuple[int, int]
 
 
 class AttentionShape(NamedTuple):
@@ -32,30 +36,58 @@ class AttentionShape(NamedTuple):
     d_v: int
 
 
+def passes_of_turns(
+    turns: Iterable[tuple[Sequence[int], Sequence[int], Sequence[int]]], start: Sequence[int] = ()
+) -> list[Pass]:
+    """Return the passes of a chat whose reasoning is hidden from later turns.
+
+    Args:
+        turns: the tokens of each turn: of the user's message, the reasoning and the response.
+        start: tokens before the first turn.
+
+    >>> [pass_.token_ids.tolist() for pass_ in passes_of_turns([([1], [2], [3]), ([4], [5], [6])])]
+    [[1, 2, 3], [1, 3, 4, 5, 6]]
+    """
+    trunk = [*start]
+    passes = []
+    for user, reasoning, response in turns:
+        trunk += user
+        completion = [*reasoning, *response]
+        passes.append(Pass(trunk + completion, [0] * len(trunk) + [1] * len(completion)))
+        trunk += response
+    return passes
+
+
 def chat_passes(
-    num_turns: int, user: int, reasoning: int, response: int, vocab_size: int
+    num_turns: int,
+    user: Length,
+    reasoning: Length,
+    response: Length,
+    vocab_size: int,
+    rng: np.random.Generator | None = None,
 ) -> list[Pass]:
     """Return the passes of a chat of random tokens whose reasoning is hidden from later turns.
 
     Args:
         num_turns: at least 1.
-        user: tokens of a user message.
+        user: tokens of a user message: a number, or the least and the largest of random ones.
         reasoning: tokens of a turn's reasoning.
         response: tokens of a turn's response.
-        vocab_size: of the tokens, which are always the same.
+        vocab_size: of the tokens.
+        rng: draws tokens and lengths; by default they are always the same.
 
     >>> [len(pass_) for pass_ in chat_passes(2, 3, 5, 2, vocab_size=9)]
     [10, 15]
     """
-    rng = np.random.default_rng(0)
-    trunk: list[int] = []
-    passes = []
-    for _ in range(num_turns):
-        trunk += rng.integers(0, vocab_size, user).tolist()
-        completion = rng.integers(0, vocab_size, reasoning + response).tolist()
-        passes.append(Pass(trunk + completion, [0] * len(trunk) + [1] * len(completion)))
-        trunk += completion[reasoning:]
-    return passes
+    rng = rng or np.random.default_rng(0)
+
+    def tokens(length: Length) -> list[int]:
+        number = length if isinstance(length, int) else rng.integers(length[0], length[1] + 1)
+        return rng.integers(0, vocab_size, number).tolist()
+
+    return passes_of_turns(
+        (tokens(user), tokens(reasoning), tokens(response)) for _ in range(num_turns)
+    )
 
 
 def small_config(

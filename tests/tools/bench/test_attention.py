@@ -4,12 +4,14 @@ import torch
 from onepass_trl import build_tree, linearize
 from onepass_trl.attention import available_impls
 from onepass_trl.tools.bench import attention
-from onepass_trl.tools.bench.attention import CAUSAL, DENSE_MASK, FLEX, measure_attention
+from onepass_trl.tools.bench.attention import measure_attention
+from onepass_trl.tools.bench.peers import CAUSAL, DENSE_MASK, FLEX, make_inputs, make_peers
 from onepass_trl.tools.bench.report import attention_table
 from onepass_trl.tools.bench.workload import AttentionShape, chat_passes
 from onepass_trl.visibility import dense_mask, num_visible_pairs
 
-ROW = linearize(build_tree(chat_passes(3, 5, 20, 10, vocab_size=50))).visible_end
+LAYOUT = linearize(build_tree(chat_passes(3, 5, 20, 10, vocab_size=50)))
+ROW = LAYOUT.visible_end
 OURS = ["onepass cpu", "onepass dense"]
 
 
@@ -32,6 +34,21 @@ def test_peers_compute_the_same_but_for_the_causal_one(dtype):
     assert causal["difference"] is None
     assert "something else" in causal["note"]
     assert rows[0]["times_onepass"] == 1
+
+
+def test_a_window_is_that_of_every_tree_and_its_work_too():
+    window = dict(positions=LAYOUT.position_ids, window=9)
+    ours, *others = measure([*OURS, DENSE_MASK], **window)
+    assert all(other["difference"] < 1e-5 for other in others)
+    assert ours["window"] == 9
+    mask = dense_mask(ROW, LAYOUT.position_ids, 9)
+    assert ours["useful_share_of_causal"] == mask.sum() / (ROW.size * (ROW.size + 1) / 2)
+
+
+def test_what_is_built_once_per_batch_is_timed_apart():
+    ours, dense = measure(["onepass cpu", DENSE_MASK])
+    assert ours["build_min_ms"] is None
+    assert 0 < dense["build_min_ms"] <= dense["build_median_ms"]
 
 
 def test_repeats_are_those_that_were_run():
@@ -77,8 +94,8 @@ def test_unknown_peers_are_refused():
 
 def test_every_usable_implementation_is_a_peer():
     shape = AttentionShape(4, 2, 16, 8)
-    inputs = attention.make_inputs(ROW, shape, torch.float32, torch.device("cpu"))
-    peers = attention.make_peers(inputs)
+    inputs = make_inputs(ROW, shape, torch.float32, torch.device("cpu"))
+    peers = make_peers(inputs)
     usable = [f"onepass {status.name}" for status in available_impls() if "cpu" in status.devices]
     assert list(peers) == [*usable, FLEX, DENSE_MASK, CAUSAL]
     assert not peers[FLEX].has_backward
