@@ -1,4 +1,4 @@
-"""Rows that stand in pieces on several processes: context parallelism by heads.
+"""Rows that are divided among several processes: context parallelism by heads.
 
 Where tokens don't mix, a process computes its piece of each row. Where they do, it has whole rows
 and its share of the heads, by an exchange before and one after it (DeepSpeed-Ulysses, arXiv

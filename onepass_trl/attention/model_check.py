@@ -90,7 +90,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_rotary_embedding(model: nn.Module, max_length: int | None) -> None:
-    """Raise ValueError if rotary frequencies would depend on what else stands in a row.
+    """Raise ValueError if rotary frequencies would depend on what else is in a row.
 
     The types "dynamic" and "longrope" choose them by the longest position of the whole batch: a
     short pass in a long row would not get those that it gets alone.

@@ -1,4 +1,4 @@
-"""Values that all layers of a pass would make anew from the same tensors, made once."""
+"""A cache of values computed from tensors, shared by all layers of a forward."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class _Known(NamedTuple, Generic[Value]):
 class Remembered(Generic[Value]):
     """Remembers what was made from a tensor for as long as it lives unchanged.
 
-    A change is seen by the tensor's version counter or its address. What changes the contents past
-    both is not: writes through ``.data``, and a replayed CUDA graph that writes the tensor itself.
+    Invalidated by the tensor's version counter or its address. Writes that bypass both go
+    unnoticed: through ``.data``, and by a replayed CUDA graph that writes the tensor itself.
     """
 
     def __init__(self) -> None:
@@ -32,13 +32,13 @@ class Remembered(Generic[Value]):
     def get(
         self, tensor: Tensor, others: tuple[Tensor, ...], key: Hashable, make: Callable[[], Value]
     ) -> Value:
-        """Return `make()`, or what it has returned for these tensors and this key before.
+        """Return `make()`, or what it returned before for these tensors and this key.
 
         Args:
-            tensor: what is made belongs to this tensor and goes when it goes.
-            others: what else it is made of.
-            key: what it is made for.
-            make: makes it, on the current stream.
+            tensor: the value is forgotten together with this tensor.
+            others: the other tensors that it is made from.
+            key: tells values of the same tensors apart.
+            make: computes the value, on the current stream.
         """
         tensors = (tensor, *others)
         if _must_be_made(tensors):

@@ -86,7 +86,7 @@ class DeferredMask:
         raise AttributeError(_reads_its_mask(name))
 
     def __getitem__(self, index: Any) -> DeferredMask | Tensor | None:
-        """Return the mask of some queries, which layers that share their keys take (Gemma 4).
+        """Slice the mask to some queries, as layers that reuse keys do (Gemma 4).
 
         Such layers need to compute only the last tokens, whose logits are asked for. In training
         these are all, and the mask remains deferred.
@@ -196,7 +196,7 @@ def onepass_attention(
         position_ids: ``(batch, seq)`` or ``(1, seq)``, with any leading axes; needed with a window.
         visible_end: ``(batch, seq)`` int32, or None to compute what "sdpa" or "eager" would.
         attention_impl: implementation of `tree_attention`.
-        context_parallel: if rows stand in pieces on several processes. Then `seq` above is that of
+        context_parallel: if rows are divided among several processes. Then `seq` above is that of
             the piece, but `visible_end` is ``(batch, seq * processes)``, of whole rows.
         **kwargs: what else the model passes, handed on to "sdpa" without `visible_end`.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 VERBS = {
     "sft": "train on conversations in one pass: the flags and YAML files of `trl sft`",
-    "setsft": "train several reasoning traces per question, each behind its own forking token",
+    "setsft": "train several reasoning traces per question, each after its own forking token",
     "verify": "compare one pass with N separate passes on your model and conversations",
     "inspect": "show how a conversation is cut, who sees whom, what is trained and what that saves",
     "estimate": "count what one pass saves on a dataset, and predict how much faster a step is",

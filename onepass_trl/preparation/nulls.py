@@ -27,7 +27,7 @@ _LISTS = (
     "passes",
     "images",
 )
-_CALLS = ("tool_calls", "function", "value")  # where arguments may stand, the last in ShareGPT
+_CALLS = ("tool_calls", "function", "value")  # keys of arguments, the last in ShareGPT
 _SETTINGS = ("tools", "chat_template_kwargs")
 
 

@@ -21,7 +21,7 @@ from transformers.utils.chat_parsing.response_templates import (
 
 from onepass_trl.chat import ChatFormatError, RenderedTurn
 
-# The parser reads so many characters of the context, to see what of the message the prompt holds.
+# The parser reads this many characters of the context, to see what the prompt has of the message.
 PROMPT_LENGTH = 200
 
 KnownTemplates: TypeAlias = Callable[[str], ResponseTemplate | None]

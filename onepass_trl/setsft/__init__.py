@@ -1,7 +1,7 @@
 """Set supervised fine-tuning (SSFT, arXiv 2510.05132): several reasoning traces per question.
 
-Each of K forking tokens learns a way of reasoning of its own: the traces of a question are matched
-to the tokens under which they are likeliest, and each is trained behind its token.
+Each of K forking tokens learns its own way of reasoning: the traces of a question are matched
+to the tokens under which they are likeliest, and each is trained after its token.
 """
 
 from onepass_trl.setsft.config import SetSFTConfig

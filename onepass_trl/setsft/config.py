@@ -26,9 +26,9 @@ class SetSFTConfig(OnePassSFTConfig):
             token, relative to the embedding's root mean square.
         thinking_opener: the text with which reasoning begins and which the forking token replaces.
             None: the chat template's own, such as ``<think>``. "": nothing is replaced, the
-            forking token stands between prompt and completion.
+            forking token is put between prompt and completion.
         matching: how the traces of a question get their forking tokens: ``"hungarian"`` (least
-            total loss), ``"random"`` (drawn anew at each step) or ``"fixed"`` (completion j gets
+            total loss), ``"random"`` (drawn again at each step) or ``"fixed"`` (completion j gets
             token j). The last two are baselines and compute no costs.
         matching_tokens: how many tokens of a trace count for its cost, from the begin of the
             reasoning. None: all.

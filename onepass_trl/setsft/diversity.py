@@ -1,4 +1,4 @@
-"""How differently a model answers behind its forking tokens."""
+"""How differently a model answers after its forking tokens."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def mutual_information(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
 
 
 def distance(a: Sequence[int], b: Sequence[int]) -> float:
-    """Return the share of token bigrams that stand in one of two completions only: 0 to 1.
+    """Return the share of token bigrams that occur in only one of two completions: 0 to 1.
 
-    The first token counts as a bigram with the begin of the text.
+    The first token counts as a bigram with the beginning of the text.
 
     >>> distance([1, 2, 3], [1, 2, 4])
     0.5
@@ -45,12 +45,12 @@ def distance(a: Sequence[int], b: Sequence[int]) -> float:
 
 
 class ForkingDiversityCallback(TrainerCallback):
-    """Reports at each evaluation how differently the model answers behind its forking tokens.
+    """Reports at each evaluation how differently the model answers after its forking tokens.
 
     It generates one completion for each held-out prompt and forking token, greedily, and logs
 
-    - ``eval_diversity_1`` to ``eval_diversity_K``: the mean `distance` of the completions behind a
-      token to those behind the others, on the same prompt; and ``eval_diversity``, their mean
+    - ``eval_diversity_1`` to ``eval_diversity_K``: the mean `distance` of the completions after a
+      token to those after the others, on the same prompt; and ``eval_diversity``, their mean
     - ``eval_distinct_completions``: the mean share of completions of a prompt that differ
     - ``eval_mutual_information``: with `classify`, the `mutual_information` in nats between token
       and class

@@ -113,7 +113,7 @@ def add_costs(
     """Enter what a forward scored into the sets' cost matrices.
 
     Args:
-        costs: ``(K, num_traces)`` for each set: the loss of a trace behind a forking token.
+        costs: ``(K, num_traces)`` for each set: the loss of a trace after a forking token.
         forward: the forward.
         log_probs: ``(num_tokens,)``, of the target at each position of its row.
         reduction: ``"mean"`` or ``"sum"`` over the targets of a trace.

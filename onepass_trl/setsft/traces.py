@@ -32,7 +32,7 @@ class Trace:
     """One solution of a question: the question, a forking token, the reasoning and the answer.
 
     Attributes:
-        pass_: the tokens, and which of them are trained. Whatever stands at `fork` is replaced.
+        pass_: the tokens, and which of them are trained. The token at `fork` is replaced.
         fork: index of the forking token. It is given, not learned, so it isn't trained.
         number: the trace's number among the completions of its record.
     """
@@ -42,11 +42,11 @@ class Trace:
     number: int
 
     def behind(self, token_id: int, num_targets: int | None = None) -> Pass:
-        """Return the pass of this trace behind a forking token.
+        """Return the pass of this trace after a forking token.
 
         Args:
             token_id: the forking token.
-            num_targets: cut the pass behind its so many first trained tokens; None: leave it whole.
+            num_targets: keep only the first `num_targets` trained tokens; None keeps all.
 
         >>> Trace(Pass([5, 0, 6, 7], [0, 0, 1, 1]), fork=1, number=0).behind(9, 1).token_ids
         array([5, 9, 6], dtype=int32)
@@ -72,7 +72,7 @@ class TraceSet:
     index: int
 
     def num_row_tokens(self) -> int:
-        """Return how many tokens the traces have as one row, each behind a token of its own.
+        """Return how many tokens the traces have as one row, each after a different token.
 
         >>> traces = [Trace(Pass([5, 0, *ids], [0, 0, *ids]), 1, 0) for ids in ([6, 7], [6])]
         >>> TraceSet(tuple(traces), 0).num_row_tokens()
@@ -82,7 +82,7 @@ class TraceSet:
         return question + sum(len(trace.pass_) - trace.fork for trace in self.traces)
 
     def behind(self, token_ids: Sequence[int]) -> list[Pass]:
-        """Return the pass of each trace behind its own forking token."""
+        """Return the pass of each trace after its own forking token."""
         return [trace.behind(token) for trace, token in zip(self.traces, token_ids, strict=True)]
 
 

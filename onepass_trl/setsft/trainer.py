@@ -35,7 +35,7 @@ from onepass_trl.training import OnePassSFTTrainer, first_check
 from onepass_trl.training.arguments import one_pass_model_kwargs, to_config
 from onepass_trl.training.trainer import AnyDataset
 
-# A forward of the matching may have so many, however little a batch trains.
+# A matching forward may always have this many tokens.
 MATCHING_TOKENS = 32_768
 
 Costs = NDArray[np.float64]
@@ -43,12 +43,12 @@ Assignment = NDArray[np.int64]
 
 
 class SetSFTTrainer(OnePassSFTTrainer):
-    """Trains several reasoning traces per question, each behind a forking token of its own.
+    """Trains several reasoning traces per question, each after its own forking token.
 
     Set supervised fine-tuning (SSFT, arXiv 2510.05132): the loss of each trace j of a question
-    behind each of K forking tokens i is ``cost[i, j]``, from one forward without gradient over the
+    after each of K forking tokens i is ``cost[i, j]``, from one forward without gradient over the
     tree {question -> forking token -> trace}. The traces get the tokens that make the total least,
-    and are trained behind them, in one pass over {question -> matched token -> trace}.
+    and are trained after them, in one pass over {question -> matched token -> trace}.
 
     The forking tokens are added to the tokenizer and to the model, which change in place, see
     `onepass_trl.setsft.add_forking_tokens`. With a `peft_config` their embeddings are trained too.
@@ -59,13 +59,13 @@ class SetSFTTrainer(OnePassSFTTrainer):
     - ``prompt``: a list of messages that ends before the answer, or text
     - ``completions``: a list of assistant messages with reasoning, or of strings
 
-    ``system``, ``tools`` and ``chat_template_kwargs`` may stand beside them. ``max_length`` bounds
+    ``system``, ``tools`` and ``chat_template_kwargs`` may accompany them. ``max_length`` bounds
     each trace with its question. Where the matched traces of a question don't fit into one row of
     that length, they become several rows of the same batch.
 
-    Logged beside the metrics of `OnePassSFTTrainer`, whose ``turns`` are traces here, as means:
-    ``matched_cost`` (of a matched pair), ``matching_gap`` (how much less that is than in a random
-    assignment), ``matching_time_share``; and for the run: ``matched_share_1`` to
+    Logged in addition to the metrics of `OnePassSFTTrainer`, whose ``turns`` are traces here, as
+    means: ``matched_cost`` (of a matched pair), ``matching_gap`` (how much less that is than in a
+    random assignment), ``matching_time_share``; and for the run: ``matched_share_1`` to
     ``matched_share_K``, the share of traces that got each token, and ``assignment_entropy``, their
     entropy in nats.
 
@@ -323,7 +323,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; each evaluation has totals of its own."""
+        """Evaluate; each evaluation has separate totals."""
         self._matched["eval"][:] = 0
         return super().evaluation_loop(*args, **kwargs)
 

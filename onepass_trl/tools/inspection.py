@@ -39,7 +39,7 @@ class Segment:
         role: of the message; ``"context"`` or ``"completion"`` where the message isn't known.
         message: index of the message, or -1.
         trained: whether its tokens are targets of the loss.
-        multiplicity: in how many passes it stands.
+        multiplicity: how many passes hold it.
         num_copies: fork copies among its tokens.
     """
 

@@ -37,10 +37,10 @@ def adapt_accelerator(accelerator: Accelerator) -> None:
 def _gather_for_metrics(
     accelerator: Accelerator, tensor: Tensor, use_gather_object: bool = False
 ) -> Tensor:
-    """Return the entries of all processes, one set for each batch, and of each sample only one.
+    """Gather one copy of each sample, in the order of the batches.
 
-    accelerate's own takes the entries of all processes for those of different samples: of the last
-    batch it would drop some, and keep all duplicates of the others.
+    accelerate's own takes copies for different samples: it would drop some of the last batch, and
+    keep all copies of the others.
     """
     del use_gather_object  # these are the losses of an evaluation, nothing else is computed
     copies = accelerator.parallelism_config.non_data_parallel_size

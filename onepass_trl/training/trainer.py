@@ -87,11 +87,11 @@ class OnePassSFTTrainer(SFTTrainer):
     - one sequence, trained as ``SFTTrainer`` does: ``text``, ``prompt`` and ``completion`` as text,
       or ``input_ids`` with ``labels`` or masks
 
-    ``system`` (a prompt), ``tools`` and ``chat_template_kwargs`` may stand beside them.
+    ``system`` (a prompt), ``tools`` and ``chat_template_kwargs`` may accompany them.
 
-    Logged beside TRL's metrics, as totals since training began or was resumed: ``row_tokens``,
-    ``npass_tokens`` (what N passes would have computed), ``npass_ratio`` (their quotient),
-    ``trained_tokens`` and ``turns``.
+    Logged in addition to TRL's metrics, as totals since training began or was resumed:
+    ``row_tokens``, ``npass_tokens`` (what N passes would have computed), ``npass_ratio`` (their
+    quotient), ``trained_tokens`` and ``turns``.
 
     Args:
         model: a model id or path, a model, or a PEFT model, as for ``SFTTrainer``. Its attention
