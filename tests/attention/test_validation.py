@@ -46,7 +46,10 @@ BAD_INPUTS = {
     "sinks shape": ({"sinks": torch.zeros(2)}, r"sinks is torch.float32 of shape \(2,\), .*\(4,\)"),
     "sinks dtype": ({"sinks": torch.zeros(4, dtype=torch.int32)}, "expected a floating dtype"),
     "sinks device": ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta"),
-    "impl": ({"impl": "fast"}, "impl is 'fast', expected one of auto, cuda, cpu, flex, dense"),
+    "impl": (
+        {"impl": "fast"},
+        "impl is 'fast', expected one of auto, cuda, cpu, varlen, flex, dense",
+    ),
     "cuda": ({"impl": "cuda"}, "impl='cuda' and q is on cpu: use impl='auto'"),
     "float16": (
         {"q": Q.half(), "k": KV.half(), "v": KV.half()},
@@ -112,7 +115,7 @@ def test_every_name_is_an_implementation():
 
 def test_impls_say_where_they_run():
     impls = {impl.name: impl for impl in available_impls()}
-    assert list(impls) == ["cuda", "cpu", "flex", "dense"]
+    assert list(impls) == ["cuda", "cpu", "varlen", "flex", "dense"]
     if not torch.cuda.is_available():
         assert impls["cuda"].devices == ()
     assert impls["cpu"].devices == ("cpu",)
