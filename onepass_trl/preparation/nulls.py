@@ -28,6 +28,7 @@ _LISTS = (
     "images",
 )
 _CALLS = ("tool_calls", "function", "value")  # keys of arguments, the last in ShareGPT
+_PER_TOKEN = ("input_ids", "labels", "completion_mask", "assistant_masks")
 _SETTINGS = ("tools", "chat_template_kwargs")
 
 
@@ -40,8 +41,8 @@ def read_record(
 ) -> dict[str, Any]:
     """Return a record as plain Python, without what Arrow filled it up with.
 
-    Messages, passes, tools and template arguments that are JSON text are decoded; the nulls in it
-    are real.
+    Messages, passes, token ids, tools and template arguments that are JSON text are decoded; the
+    nulls in it are real.
 
     Args:
         record: a line of a dataset.
@@ -72,6 +73,9 @@ def read_record(
         if items is not None and (column == "completions" or all(map(_is_object, items)))
     }
     read = {**record, **decoded}
+    for column in _PER_TOKEN:
+        if (numbers := _json_list(record.get(column))) is not None:
+            read[column] = numbers
     for column in _SETTINGS:
         if record.get(column) is not None:
             read[column] = _setting(record[column], column, types.get(column))

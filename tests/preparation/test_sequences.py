@@ -6,6 +6,7 @@ import pytest
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.preparation import sequences
+from onepass_trl.preparation.loading import load_conversations
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import render_record
 from onepass_trl.preparation.sequences import sequence_of
@@ -93,3 +94,13 @@ def test_a_loss_on_what_the_user_wrote_is_for_sequences_only(tiny_tokenizer):
     sequence = {"prompt": "a b", "completion": "c"}
     [pass_] = render_record(sequence, tiny_tokenizer, options).passes
     assert pass_.num_trained == len(pass_) - 1
+
+
+def test_token_ids_of_a_file_of_json_lines(tmp_path, tiny_tokenizer):
+    """Files are read exactly: their lists come as JSON text."""
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}\n')
+    [record] = load_conversations(str(path))
+    [pass_] = render_record(record, tiny_tokenizer).passes
+    assert pass_.token_ids.tolist() == [5, 6, 7]
+    assert pass_.trained.tolist() == [False, False, True]
