@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from onepass_trl.chat.errors import TurnError
-from onepass_trl.chat.messages import THINK_CLOSE, THINK_OPEN, Message
+from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
+from onepass_trl.chat.messages import Message, as_text
 
 _INLINE = re.compile(rf"\s*{THINK_OPEN}\s*")
 # A text may well mention the mark; on a line's end or beginning it ends reasoning.
@@ -223,7 +224,7 @@ def _find_arguments(text: str, arguments: Mapping[str, Any], begin: int, number:
     """Return where the arguments end: as JSON, or each key and value, in any order."""
     if not arguments:
         return begin
-    as_json = _ends(text, _json_forms(arguments), begin)
+    as_json = _ends(text, [*_json_forms(arguments), as_text(arguments)], begin)
     try:
         ends = [begin]
         for key, value in arguments.items():

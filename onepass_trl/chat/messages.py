@@ -3,20 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.marks import THINK_OPEN, other_mark, split_inline
 
 Message = dict[str, Any]
 
+
+class TextArguments(dict[str, Any]):
+    """The arguments of a tool call that was given as JSON text.
+
+    Attributes:
+        text: The text, for templates that take one: it may have other white space, escapes and
+            forms of numbers than the arguments written anew.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], text: str) -> None:
+        super().__init__(arguments)
+        self.text = text
+
+
+MAX_DEPTH = 100
+"""To how many levels arguments may be nested: Python's JSON, Jinja and the checks recurse."""
+_TOO_DEEP = f"are nested more than {MAX_DEPTH} levels deep; make them flatter"
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_CALL_FORM = "{'function': {'name': .., 'arguments': {..}}}"
+_PART_REMEDIES = {
+    **dict.fromkeys(("thinking", "reasoning"), "give its text as 'reasoning_content'"),
+    "redacted_thinking": "nobody can read it, so remove the turn",
+    **dict.fromkeys(
+        ("tool_use", "tool_call", "function_call"),
+        f"give it in the message's 'tool_calls', as {_CALL_FORM}",
+    ),
+    **dict.fromkeys(
+        ("tool_result", "function_call_output"),
+        "make it a message of its own, {'role': 'tool', 'content': ..}, after the call's",
+    ),
+    "refusal": "give its text as a part of type 'text'",
+}
+_OTHER_PART = (
+    "only text can be read, images and audio can't: train such rows with TRL's SFTTrainer or "
+    "remove the part"
+)
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_FLAGS = ("weight", "loss", "trainable")  # of OpenAI's files and others, for ``train``
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+_FLAGS = ("weight", "loss", "loss_mask", "trainable")  # of OpenAI's files and others, for ``train``
 
 
-def normalize_messages(messages: Iterable[Any], *, inline_reasoning: bool) -> list[Message]:
+def normalize_messages(
+    messages: Iterable[Any],
+    *,
+    inline_reasoning: bool,
+    part_separator: Callable[[], str] = lambda: "\n",
+) -> list[Message]:
     """Return copies of the messages in the one form that the rest of this package works with.
 
     Every message has a known ``role`` and a string ``content``. An assistant message may have
@@ -30,6 +73,8 @@ def normalize_messages(messages: Iterable[Any], *, inline_reasoning: bool) -> li
         messages: Messages in the OpenAI form.
         inline_reasoning: Whether ``<think>..</think>`` at the start of an assistant's content is
             reasoning. If not, it is left in the content.
+        part_separator: Returns what comes between two text parts of a content: a line end in what
+            servers give to templates that take strings.
 
     Raises:
         ChatFormatError: if a message isn't in a form that is understood; it names the message.
@@ -43,10 +88,15 @@ def normalize_messages(messages: Iterable[Any], *, inline_reasoning: bool) -> li
             f"messages must be a list of {{'role': .., 'content': ..}} dicts, got "
             f"{type(messages).__name__}"
         )
-    return [_normalize(message, index, inline_reasoning) for index, message in enumerate(messages)]
+    return [
+        _normalize(message, index, inline_reasoning, part_separator)
+        for index, message in enumerate(messages)
+    ]
 
 
-def _normalize(message: Any, index: int, inline_reasoning: bool) -> Message:
+def _normalize(
+    message: Any, index: int, inline_reasoning: bool, part_separator: Callable[[], str]
+) -> Message:
     if not isinstance(message, Mapping):
         _refuse(index, f"must be a dict with 'role' and 'content', got {type(message).__name__}")
     out = {key: value for key, value in message.items() if value is not None}
@@ -56,7 +106,7 @@ def _normalize(message: Any, index: int, inline_reasoning: bool) -> Message:
     for key in ("text", "value"):
         if "content" not in out and out.get(key):
             _refuse(index, f"has {key!r} and no 'content'; rename it")
-    out["content"] = _text(out.get("content", ""), index)
+    out["content"] = _text(out.get("content", ""), index, part_separator)
     if out.get("function_call"):
         _refuse(index, "has 'function_call', the old form of 'tool_calls'; make it a list of one")
     for name in _FLAGS:
@@ -97,7 +147,7 @@ def _refuse(index: int, problem: str) -> NoReturn:
     raise ChatFormatError(f"message {index} {problem}")
 
 
-def _text(content: Any, index: int) -> str:
+def _text(content: Any, index: int, part_separator: Callable[[], str]) -> str:
     """Return the content as one string, from a string or a list of text parts."""
     if not isinstance(content, str):
         if not isinstance(content, (list, tuple)):
@@ -106,7 +156,8 @@ def _text(content: Any, index: int) -> str:
                 f"has content of type {type(content).__name__}, expected a string or a list of "
                 "text parts",
             )
-        content = "".join(_part_text(part, index) for part in content)
+        parts = [_part_text(part, index) for part in content]
+        content = (part_separator() if len(parts) > 1 else "").join(parts)
     if not _encodable(content):
         _refuse(
             index, "has content with an unpaired surrogate, which no tokenizer encodes; remove it"
@@ -124,16 +175,12 @@ def _part_text(part: Any, index: int) -> str:
             f"..}}",
         )
     kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
+    if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return part["text"]
-    if kind == "text":
-        _refuse(index, "has a text part without a 'text' string")
-    if kind in ("thinking", "reasoning"):
-        _refuse(index, f"has a content part of type {kind!r}; give its text as 'reasoning_content'")
+    if kind in _TEXT_PARTS:
+        _refuse(index, f"has a content part of type {kind!r} without a 'text' string; give it one")
     _refuse(
-        index,
-        f"has a content part of type {kind!r}: vision and audio data isn't supported, only text; "
-        "train such rows with TRL's SFTTrainer or remove the part",
+        index, f"has a content part of type {kind!r}; {_PART_REMEDIES.get(str(kind), _OTHER_PART)}"
     )
 
 
@@ -160,21 +207,26 @@ def _move_reasoning(message: Message, index: int, inline_reasoning: bool) -> Non
     if len(values) > 1:
         _refuse(index, f"has different reasoning in {' and '.join(given)}; keep one of them")
     reasoning = values.pop() if values else ""
-    if inline_reasoning and message["content"].lstrip().startswith(THINK_OPEN):
-        inner, closed, rest = message["content"].lstrip()[len(THINK_OPEN) :].partition(THINK_CLOSE)
-        if not closed:
+    if inline_reasoning:
+        if not given and (mark := other_mark(message["content"])):
             _refuse(
                 index,
-                f"has content that opens {THINK_OPEN} and never closes it with {THINK_CLOSE}; "
-                "close it",
+                f"has content that begins with {mark!r}; if that is reasoning, give it as "
+                "'reasoning_content' without such marks, else say so by an empty "
+                "'reasoning_content'",
             )
-        if reasoning:
+        try:
+            inline = split_inline(message["content"])
+        except ValueError as error:
+            _refuse(index, str(error))
+        if inline and reasoning:
             _refuse(
                 index,
                 f"has reasoning twice, in {' and '.join(given)} and as {THINK_OPEN} in its "
                 "content; keep one of them",
             )
-        reasoning, message["content"] = inner.strip("\n"), rest.lstrip("\n")
+        if inline:
+            reasoning, message["content"] = inline
     if reasoning:
         message["reasoning_content"] = message["thinking"] = reasoning
 
@@ -189,9 +241,10 @@ def _tool_calls(calls: Any, index: int) -> list[dict[str, Any]]:
 
 def _tool_call(call: Any, index: int, number: int) -> dict[str, Any]:
     """Return the call in its nested form, with the arguments as a dict and other keys kept."""
-    form = "{'function': {'name': .., 'arguments': {..}}}"
     if not isinstance(call, Mapping):
-        _refuse(index, f"has tool call {number} of type {type(call).__name__}, expected {form}")
+        _refuse(
+            index, f"has tool call {number} of type {type(call).__name__}, expected {_CALL_FORM}"
+        )
     out = {key: value for key, value in call.items() if value is not None}
     if "function" in out:
         function = out.pop("function")
@@ -201,11 +254,11 @@ def _tool_call(call: Any, index: int, number: int) -> dict[str, Any]:
         _refuse(
             index,
             f"has tool call {number} with function of type {type(function).__name__}, expected "
-            f"{form}",
+            f"{_CALL_FORM}",
         )
     function = {key: value for key, value in function.items() if value is not None}
     if not isinstance(function.get("name"), str) or not function["name"]:
-        _refuse(index, f"has tool call {number} without a function name, expected {form}")
+        _refuse(index, f"has tool call {number} without a function name, expected {_CALL_FORM}")
     if "arguments" not in function:
         for key in ("parameters", "args", "input"):
             if key in function or key in out:
@@ -216,19 +269,22 @@ def _tool_call(call: Any, index: int, number: int) -> dict[str, Any]:
     return {"type": "function", **out, "function": function}
 
 
-def _arguments(arguments: Any, index: int, number: int) -> dict[str, Any]:
+def _arguments(given: Any, index: int, number: int) -> dict[str, Any]:
     problem = f"has tool call {number} with arguments that"
-    if isinstance(arguments, str):
+    arguments = given
+    if isinstance(given, str):
         try:
-            arguments = json.loads(
-                arguments, object_pairs_hook=_unique, parse_constant=_no_constant
-            )
+            arguments = json.loads(given, object_pairs_hook=_unique, parse_constant=_no_constant)
+        except RecursionError:
+            _refuse(index, f"{problem} {_TOO_DEEP}; got {given[:80]!r}")
         except ValueError as error:
-            _refuse(index, f"{problem} aren't valid JSON: {error}; got {arguments[:80]!r}")
+            _refuse(index, f"{problem} aren't valid JSON: {error}; got {given[:80]!r}")
     if not isinstance(arguments, Mapping):
         _refuse(
             index, f"{problem} are {type(arguments).__name__}, expected a dict or a JSON object"
         )
+    if _is_deeper(arguments, MAX_DEPTH):
+        _refuse(index, f"{problem} {_TOO_DEEP}")
     try:
         encodable = _encodable(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -237,7 +293,23 @@ def _arguments(arguments: Any, index: int, number: int) -> dict[str, Any]:
         _refuse(
             index, f"{problem} hold an unpaired surrogate, which no tokenizer encodes; remove it"
         )
-    return dict(arguments)
+    return TextArguments(arguments, given) if isinstance(given, str) else dict(arguments)
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Return whether lists and dicts are nested in a value to more than this depth."""
+    level = [value]
+    for _ in range(depth):
+        level = [inner for outer in level for inner in _inner(outer)]
+        if not level:
+            return False
+    return any(isinstance(value, (Mapping, list, tuple)) for value in level)
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def with_text_arguments(message: Message) -> Message:
@@ -247,9 +319,17 @@ def with_text_arguments(message: Message) -> Message:
     calls = []
     for call in message["tool_calls"]:
         function = call["function"]
-        arguments = json.dumps(function["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**function, "arguments": arguments}})
+        calls.append(
+            {**call, "function": {**function, "arguments": as_text(function["arguments"])}}
+        )
     return {**message, "tool_calls": calls}
+
+
+def as_text(arguments: Mapping[str, Any]) -> str:
+    """Return arguments as JSON text, as they were given if they were given so."""
+    if isinstance(arguments, TextArguments):
+        return arguments.text
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal
-from onepass_trl.chat.messages import REASONING_KEYS, THINK_CLOSE, THINK_OPEN
+from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
+from onepass_trl.chat.messages import REASONING_KEYS
 from onepass_trl.chat.template_source import TemplateSource, read_source
 
 if TYPE_CHECKING:
@@ -168,6 +169,21 @@ class Template:
             return False
 
         return refuses({"a": "b"}) and not refuses('{"a": "b"}')
+
+    @cached_property
+    def part_separator(self) -> str:
+        """What comes between two text parts of a content, for inference.
+
+        A template that takes parts writes it. To others servers give one text, joined by line ends.
+        """
+        first, second = "stand-in for part 1", "stand-in for part 2"
+        parts = [{"type": "text", "text": text} for text in (first, second)]
+        try:
+            text = self.render([{"role": "user", "content": parts}], prompt=False)
+        except TemplateRefusal:
+            return "\n"
+        between, found, _ = text.partition(first)[2].partition(second)
+        return between if found and not between.strip() else "\n"
 
     def render_behind_question(self, message: dict[str, Any]) -> str:
         """Return the text of an empty question and an assistant's message."""

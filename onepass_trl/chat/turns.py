@@ -23,13 +23,8 @@ from onepass_trl.chat.encoding import added_tokens
 from onepass_trl.chat.endings import Ending, find_ending
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
 from onepass_trl.chat.families import Turn, family_of
-from onepass_trl.chat.messages import (
-    THINK_CLOSE,
-    THINK_OPEN,
-    Message,
-    normalize_messages,
-    with_text_arguments,
-)
+from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
+from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
 from onepass_trl.chat.template import Template
 from onepass_trl.chat.unread import check_keys, report_left_out
 
@@ -136,7 +131,11 @@ class TurnRenderer:
         self, messages: Sequence[Mapping[str, Any]], train_on: TrainOn
     ) -> tuple[list[Message], list[tuple[int, int]]]:
         """Return the messages in their normal form, and number and index of each turn to train."""
-        normal = normalize_messages(messages, inline_reasoning=self._reads_reasoning)
+        normal = normalize_messages(
+            messages,
+            inline_reasoning=self._reads_reasoning,
+            part_separator=lambda: self._template.part_separator,
+        )
         trained = _trained_turns(normal, train_on)
         check_keys(self._template, normal)
         return normal, trained

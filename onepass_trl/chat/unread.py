@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from onepass_trl.chat.checks import written_forms
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal
+from onepass_trl.chat.marks import REASONING_WORDS, words_of
 from onepass_trl.chat.messages import REASONING_KEYS, Message
 from onepass_trl.chat.template import Template
 
 # `tool_call_id` and `name` go with tool messages, which templates tell apart by their order.
 _READ_HERE = {"role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS}
-_REASONING = ("thought", "thoughts", "think", "thinking_content", "reasoning_text", "cot")
+# The words of other names that assistant messages have for what is trained.
+_SWITCHES = {"loss", "mask", "masked", "train", "trained", "trainable", "training"}
+_CALLS = {"call", "calls", "invocation", "invocations", "use", "uses"}
 
 logger = logging.getLogger(__name__)
 # What has been logged: the template, the kind, the name.
@@ -30,19 +34,19 @@ def check_keys(template: Template, messages: Sequence[Message]) -> None:
         messages: in their normal form, without ``train`` flags.
 
     Raises:
-        ChatFormatError: if such a key is a usual name for reasoning: the turn would be trained
-            without it.
+        ChatFormatError: if the name of such a key is one for reasoning, calls or a loss switch:
+            the turn would be trained without it.
     """
     unread = set()
     for index, message in enumerate(messages):
         for key in message.keys() - _READ_HERE:
             if message[key] in ("", [], {}) or template.reads(key):
                 continue
-            if key in _REASONING and message["role"] == "assistant":
+            remedy = _remedy(key, message[key]) if message["role"] == "assistant" else None
+            if remedy:
                 raise ChatFormatError(
                     f"message {index} has {key!r}, which neither this package nor the chat "
-                    "template reads; rename it to 'reasoning_content', if it is the turn's "
-                    "reasoning, or remove it"
+                    f"template reads; {remedy}, or remove it"
                 )
             unread.add(key)
     new = sorted(key for key in unread if _is_new(template.text, "key", key))
@@ -53,6 +57,20 @@ def check_keys(template: Template, messages: Sequence[Message]) -> None:
             ", ".join(map(repr, new)),
             ", ".join(REASONING_KEYS),
         )
+
+
+def _remedy(key: str, value: Any) -> str | None:
+    """Return what to do if the key means something for training, None if it doesn't."""
+    words = words_of(key)
+    if words & _SWITCHES:
+        return "rename it to 'train' (true or false), if it says whether the turn is trained"
+    if isinstance(value, (bool, int, float)):  # how many tokens, calls or seconds there were
+        return None
+    if words & REASONING_WORDS:
+        return "rename it to 'reasoning_content', if it is the turn's reasoning"
+    if words & _CALLS:
+        return "give it as 'tool_calls', if the turn calls tools"
+    return None
 
 
 def report_left_out(

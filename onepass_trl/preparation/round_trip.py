@@ -20,6 +20,7 @@ from transformers.utils.chat_parsing.response_templates import (
 )
 
 from onepass_trl.chat import ChatFormatError, RenderedTurn
+from onepass_trl.chat.marks import split_inline
 
 # The parser reads this many characters of the context, to see what the prompt has of the message.
 PROMPT_LENGTH = 200
@@ -119,13 +120,25 @@ def _fields(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield what each field is called, as it was given and as it was parsed."""
     reasoning = parsed.get("reasoning_content") or parsed.get("thinking") or ""
-    yield "reasoning", message.get("reasoning_content", ""), reasoning
-    yield "content", message["content"], parsed.get("content") or ""
+    given_reasoning, content = message.get("reasoning_content", ""), message["content"]
+    read_content = parsed.get("content") or ""
+    if not given_reasoning and not _same(content, read_content):
+        # Where a template takes inline reasoning for content, the parser may still split it off.
+        given_reasoning, content = _split(content)
+    yield "reasoning", given_reasoning, reasoning
+    yield "content", content, read_content
     given, read = _calls(message), _calls(parsed)
     if len(given) != len(read):
         yield "number of tool calls", given, read
     for number, pair in enumerate(zip(given, read, strict=False)):
         yield f"tool call {number}", *pair
+
+
+def _split(content: str) -> tuple[str, str]:
+    try:
+        return split_inline(content) or ("", content)
+    except ValueError:  # it can't be told where the reasoning ends
+        return "", content
 
 
 def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:

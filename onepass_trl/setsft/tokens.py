@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.families import family_of
-from onepass_trl.chat.messages import THINK_OPEN
+from onepass_trl.chat.marks import THINK_OPEN
 from onepass_trl.chat.template import Template
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from onepass_trl.chat import ChatFormatError
@@ -12,13 +14,30 @@ def normalize(*messages, inline_reasoning=True):
     return normalize_messages(messages, inline_reasoning=inline_reasoning)
 
 
+def nested(depth):
+    value = {}
+    for _ in range(depth - 1):
+        value = {"a": value}
+    return value
+
+
 def calling(*calls):
     return {"role": "assistant", "tool_calls": list(calls)}
 
 
 def test_text_parts_are_joined():
-    parts = [{"type": "text", "text": "a", "image": None}, {"type": "text", "text": "b"}, "c"]
-    assert normalize({"role": "user", "content": parts}) == [{"role": "user", "content": "abc"}]
+    parts = [
+        {"type": "text", "text": "a", "image": None},
+        {"type": "input_text", "text": "b"},
+        {"type": "output_text", "text": "c", "annotations": []},
+        "d",
+    ]
+    message = {"role": "user", "content": parts}
+    assert normalize(message) == [{"role": "user", "content": "a\nb\nc\nd"}]
+    [joined] = normalize_messages([message], inline_reasoning=True, part_separator=lambda: "")
+    assert joined["content"] == "abcd"
+    for parts, text in ([], ""), (["a"], "a"):
+        assert normalize({"role": "user", "content": parts}) == [{"role": "user", "content": text}]
 
 
 def test_nulls_and_empty_tool_calls_are_dropped():
@@ -61,9 +80,62 @@ def test_tool_call_forms(arguments):
         ]
 
 
+def test_nested_arguments():
+    for arguments in (nested(100), json.dumps(nested(100))):
+        [message] = normalize(calling({"name": "f", "arguments": arguments}))
+        assert message["tool_calls"][0]["function"]["arguments"] == nested(100)
+
+
 def test_a_call_without_arguments_has_none():
     [message] = normalize(calling({"function": {"name": "f", "arguments": None}}))
     assert message["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "answer"),
+    [
+        ("<think>a</think>b", "a", "b"),
+        (" <think>\na\n\n</think>\n\nb", "a", "b"),
+        ("<think>\n`</think>` ends it\n</think>\n\nb", "`</think>` ends it", "b"),
+        ("<think>'</think>' and \"</think>\"</think>b", "'</think>' and \"</think>\"", "b"),
+        ("<think>\na\n</think>\n\nWrite `</think>`.", "a", "Write `</think>`."),
+    ],
+)
+def test_inline_reasoning_ends_at_the_mark_that_isnt_quoted(content, reasoning, answer):
+    [message] = normalize({"role": "assistant", "content": content})
+    assert (message["reasoning_content"], message["content"]) == (reasoning, answer)
+
+
+MARKS = [
+    "<thinking>\nAdd.\n</thinking>\n\n2",
+    "<reasoning>\nAdd.\n</reasoning>\n<answer>2</answer>",
+    "<|begin_of_thought|>\nAdd.\n<|end_of_thought|>\n\n2",
+    "[THINK]Add.[/THINK]2",
+    "\n<Thought>Add.</Thought>2",
+    "<seed:think>Add.</seed:think>2",
+    "◁think▷Add.◁/think▷2",
+    "<think effort='low'>Add.</think>2",
+    "<|channel|>analysis<|message|>Add.<|end|>",
+]
+
+
+@pytest.mark.parametrize("content", MARKS)
+def test_reasoning_between_other_marks(content):
+    message = {"role": "assistant", "content": content}
+    with pytest.raises(ChatFormatError, match=r"begins with .*give it as 'reasoning_content'"):
+        normalize(message)
+    assert normalize(message, inline_reasoning=False) == [message]
+    assert normalize({**message, "reasoning_content": ""}) == [message]
+    [both] = normalize({**message, "reasoning": "Really."})
+    assert both["content"] == content
+
+
+@pytest.mark.parametrize(
+    "content", ["<answer>2</answer>", "[1] Think.", "2 <thinking>", "<b>I</b>"]
+)
+def test_other_marks_are_content(content):
+    message = {"role": "assistant", "content": content}
+    assert normalize(message) == [message]
 
 
 ERRORS = [
@@ -71,12 +143,25 @@ ERRORS = [
     ({"role": "human", "content": "x"}, "role 'human', expected one of system, developer"),
     ({"content": "x"}, "role None"),
     ({"role": "user", "content": 3}, "content of type int"),
-    ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "'image': vision"),
+    (
+        {"role": "user", "content": [{"type": "image", "url": "x"}]},
+        "'image'; only text can be read",
+    ),
     (
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]},
         "'thinking'; give its text as 'reasoning_content'",
     ),
     ({"role": "user", "content": [{"type": "text"}]}, "without a 'text'"),
+    ({"role": "user", "content": [{"type": "output_text", "text": 1}]}, "without a 'text'"),
+    (
+        {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {}}]},
+        "'tool_use'; give it in the message's 'tool_calls', as",
+    ),
+    (
+        {"role": "user", "content": [{"type": "tool_result", "content": "x"}]},
+        "'tool_result'; make it a message of its own, {'role': 'tool'",
+    ),
+    ({"role": "user", "content": [{"type": ["text"]}]}, "only text can be read"),
     ({"role": "user", "content": [3]}, "part of type int"),
     ({"role": "user", "content": "\ud800"}, "surrogate"),
     ({"role": "user", "content": "x", "tool_calls": [1]}, "only assistant messages call tools"),
@@ -89,6 +174,9 @@ ERRORS = [
     ),
     ({"role": "assistant", "content": "<think>a</think>x", "thinking": "a"}, "reasoning twice"),
     ({"role": "assistant", "content": "<think>a"}, "never closes"),
+    ({"role": "assistant", "content": "<think>It is `</think>`."}, "never closes"),
+    ({"role": "assistant", "content": "<think>a </think> b\n</think>\n\nc"}, "</think> 2 times"),
+    ({"role": "assistant", "content": "<think>\na\n</think>\nb\n</think>"}, "</think> 2 times"),
     ({"role": "assistant", "tool_calls": "f"}, "tool_calls of type str, expected a list"),
     (calling("f"), "tool call 0 of type str"),
     (calling({"function": "f"}), "function of type str"),
@@ -103,6 +191,10 @@ ERRORS = [
     (calling({"function": {"name": "f", "arguments": '{"a":1,"a":2}'}}), "stands twice"),
     (calling({"function": {"name": "f", "arguments": '{"a":NaN}'}}), "NaN isn't JSON"),
     (calling({"function": {"name": "f", "arguments": {"a": object()}}}), "can't be written"),
+    (calling({"name": "f", "arguments": nested(101)}), "nested more than 100 levels deep"),
+    (calling({"name": "f", "arguments": nested(100_000)}), "nested more than 100 levels deep"),
+    (calling({"name": "f", "arguments": json.dumps(nested(101))}), "nested more than 100"),
+    (calling({"name": "f", "arguments": '{"a":' + "[" * 100_000}), "nested more than 100"),
     (calling({"function": {"name": "f", "arguments": {"a": float("nan")}}}), "can't be written"),
 ]
 
@@ -119,7 +211,7 @@ def test_messages_must_be_a_list(messages):
         normalize_messages(messages, inline_reasoning=True)
 
 
-@pytest.mark.parametrize("name", ["weight", "loss", "trainable"])
+@pytest.mark.parametrize("name", ["weight", "loss", "loss_mask", "trainable"])
 def test_flags_of_other_names_are_train_flags(name):
     messages = [
         {"role": "user", "content": "Hi"},

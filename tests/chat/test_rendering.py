@@ -57,6 +57,10 @@ def test_llama_keeps_inline_reasoning_in_later_contexts():
     assert answer in texts(tokenizer, second)[0]
 
 
+def without_reasoning(messages):
+    return [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+
+
 @pytest.mark.parametrize("family", SMALL)
 def test_context_is_the_prompt_of_inference(family):
     tokenizer = small_tokenizer(family)
@@ -85,16 +89,67 @@ def test_every_spelling_of_reasoning_gives_the_same_passes(family, key):
         assert a.trained.tolist() == b.trained.tolist()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "deepseekv3", "gptoss"])
+@pytest.mark.parametrize("family", ["qwen3", "llama3_1", "gptoss"])
 def test_arguments_as_json_text_and_flat_calls_give_the_same_passes(family):
-    messages = copy.deepcopy(TOOL_TURNS)
+    messages = copy.deepcopy(without_reasoning(TOOL_TURNS))
     arguments = '{"query": "tr\\u00e4ge",  "limit": 3}'
     messages[1]["tool_calls"] = [{"name": "search", "arguments": arguments}]
     tokenizer = small_tokenizer(family)
-    for a, b in zip(
-        render_passes(messages, tokenizer), render_passes(TOOL_TURNS, tokenizer), strict=True
-    ):
+    expected = render_passes(without_reasoning(TOOL_TURNS), tokenizer)
+    for a, b in zip(render_passes(messages, tokenizer), expected, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"query":"tr\\u00e4ge","limit":1.50}',
+        ' {"limit": 1E2,\n "query": "a\\/b"}',
+        '{"list": [1,2 ,{"a":null}], "flag":true}',
+        "{ }",
+    ],
+)
+def test_arguments_given_as_text_are_written_as_given_where_the_template_takes_text(arguments):
+    messages = without_reasoning(TOOL_TURNS)
+    messages[1] = {**messages[1], "tool_calls": [{"name": "search", "arguments": arguments}]}
+    tokenizer = small_tokenizer("deepseekv3")
+    called, answered = (texts(tokenizer, item) for item in render_passes(messages, tokenizer))
+    written = f"```json\n{arguments}\n```"
+    assert written in called[1]
+    assert written in answered[0]
+
+
+PARTS = [{"type": "text", "text": "First."}, {"type": "text", "text": "Second."}]
+
+
+@pytest.mark.parametrize("template", ["qwen3", "llama3_1", "deepseekv3", "gptoss", "phi3"])
+def test_text_parts_are_joined_as_by_servers_where_the_template_takes_text(template):
+    tokenizer = small_tokenizer(template)
+    messages = [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS}]
+    joined = [{**message, "content": "First.\nSecond."} for message in messages]
+    [item], [expected] = (render_passes(m, tokenizer) for m in (messages, joined))
+    assert item.token_ids.tolist() == expected.token_ids.tolist()
+
+
+@pytest.mark.parametrize(("template", "between"), [("qwen3_vl", ""), ("lfm2_2_5_vl", "")])
+def test_text_parts_are_joined_as_by_the_template_where_it_takes_parts(template, between):
+    tokenizer = small_tokenizer(template)
+    messages = [{"role": "user", "content": PARTS}, answer()]
+    [item] = render_passes(messages, tokenizer)
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    assert item.token_ids[~item.trained].tolist() == prompt
+    assert f"First.{between}Second." in texts(tokenizer, item)[0]
+
+
+def test_what_a_template_writes_between_parts():
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.content is string %}"
+        "{{ m.content }}{% else %}{{ m.content | map(attribute='text') | join('  ') }}{% endif %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    [item] = render_passes([{"role": "user", "content": PARTS}, answer()], tokenizer)
+    assert "First.  Second.<|im_end|>" in texts(tokenizer, item)[0]
 
 
 @pytest.mark.parametrize("template", ["deepseekv3", "deepseekv3_training"])

@@ -51,12 +51,39 @@ def test_keys_that_nobody_reads_are_named_once(caplog):
     assert "messages have 'reason', which neither" in second.message
 
 
-@pytest.mark.parametrize("key", unread._REASONING)
 @pytest.mark.parametrize("template", sorted({case.template for case in CASES.values()}))
-def test_other_names_for_reasoning_are_errors(template, key):
-    match = rf"message 1 has '{key}', .*; rename it to 'reasoning_content'"
+def test_other_names_for_reasoning_are_errors(template):
+    match = "message 1 has 'thought', .*; rename it to 'reasoning_content'"
     with pytest.raises(ChatFormatError, match=match):
-        render_passes([USER, ANSWER | {key: "Hm."}], small_tokenizer(template))
+        render_passes([USER, ANSWER | {"thought": "Hm."}], small_tokenizer(template))
+
+
+BLOCK = [{"type": "reasoning.text", "text": "Hm."}]
+MEANT = [
+    *((key, "Hm.", "reasoning_content") for key in ("thoughts", "think", "cot", "rationale")),
+    *((key, "Hm.", "reasoning_content") for key in ("thinking_content", "reasoningText")),
+    *((key, BLOCK, "reasoning_content") for key in ("reasoning_details", "thinking_blocks")),
+    *((key, [{"name": "f"}], "tool_calls") for key in ("function_calls", "tool_call", "tool_uses")),
+    ("toolCalls", {"name": "f"}, "tool_calls"),
+    ("train_detail", [{"begin_offset": 0, "end_offset": 3, "train": False}], "train"),
+    *((key, 0, "train") for key in ("train_on_turn", "is_trained", "mask", "masked")),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "name"), MEANT)
+def test_other_names_for_what_is_trained_are_errors(key, value, name):
+    match = rf"message 1 has '{key}', which neither .*'{name}'.*, or remove it"
+    with pytest.raises(ChatFormatError, match=match):
+        render_passes([USER, ANSWER | {key: value}], small_tokenizer("qwen3"))
+
+
+def test_what_only_counts_reasoning_or_calls_is_reported(caplog):
+    counts = {"reasoning_tokens": 12, "thinking_time": 1.5, "num_calls": 0, "finish_reason": "stop"}
+    question = USER | {"train_id": "a7", "thought": "Hm."}
+    render_passes([question, ANSWER | counts], small_tokenizer("qwen3"))
+    [record] = caplog.records
+    for key in (*counts, "train_id", "thought"):
+        assert repr(key) in record.message
 
 
 def test_a_template_may_read_any_key(caplog):

@@ -42,6 +42,26 @@ def test_turns_are_parsed_back():
     assert tokenizer.response_template is None
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["<think>\nEasy.\n</think>\n\n4", "<think>Easy.</think>4", "<think>\n\n</think>\n\n4", "4"],
+)
+def test_inline_reasoning_that_is_content(content):
+    """Qwen2.5's template reads no reasoning, and its parser splits it off all the same."""
+    tokenizer = small_tokenizer("qwen2_5")
+    [turn] = render_turns([QUESTION, {"role": "assistant", "content": content}], tokenizer)
+    assert turn.completion == f"{content}<|im_end|>"
+    assert check_round_trip(turn, tokenizer, trl_response_template)
+
+
+def test_inline_reasoning_that_the_parser_cuts_elsewhere():
+    tokenizer = small_tokenizer("qwen2_5")
+    content = "<think>\nIt ends at `</think>`.\n</think>\n\n4"
+    [turn] = render_turns([QUESTION, {"role": "assistant", "content": content}], tokenizer)
+    with pytest.raises(ChatFormatError, match="gives back another reasoning"):
+        check_round_trip(turn, tokenizer, trl_response_template)
+
+
 @pytest.mark.parametrize("value", ["5", 5, 5.5, True, None, ["a", 1], {"a": [None]}, "[1]", ""])
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_8", "glm4moe", "gemma4_v5", "lfm2_2_5_vl"])
 def test_types_of_arguments_do_not_count(template, value):

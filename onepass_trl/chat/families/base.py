@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from onepass_trl.chat.errors import TurnError
-from onepass_trl.chat.messages import THINK_OPEN, Message
+from onepass_trl.chat.marks import THINK_OPEN
+from onepass_trl.chat.messages import Message
 from onepass_trl.chat.template import Template
 
 _REASONING_FIELDS = ("reasoning_content", "thinking")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from onepass_trl.chat.encoding import shared_prefix
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.families.base import Family, Turn
-from onepass_trl.chat.messages import THINK_CLOSE, THINK_OPEN
+from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
 from onepass_trl.chat.template import Template
 
 _STAND_IN = "[reasoning]"
