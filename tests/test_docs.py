@@ -90,7 +90,7 @@ class TestCode:
             "model": str(tiny_model_dir),
             "dataset": Dataset.from_list(CHATS[:1]),
             "tokenizer": tokenizer,
-            "messages": CHATS[0]["messages"],
+            "messages": CHATS[0]["messages"][:-1],
         }
         for block in blocks_of(page):
             if block.not_run:

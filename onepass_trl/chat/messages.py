@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from onepass_trl.chat.errors import ChatFormatError
-from onepass_trl.chat.marks import THINK_OPEN, other_mark, split_inline
+from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN, other_mark, split_inline
 
 Message = dict[str, Any]
 
@@ -49,6 +49,7 @@ _OTHER_PART = (
     "remove the part"
 )
 
+_CALL_ROLES = ("tool_call", "function_call")  # of messages that hold the assistant's calls as JSON
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _FLAGS = ("weight", "loss", "loss_mask", "trainable")  # of OpenAI's files and others, for ``train``
@@ -100,6 +101,7 @@ def _normalize(
     if not isinstance(message, Mapping):
         _refuse(index, f"must be a dict with 'role' and 'content', got {type(message).__name__}")
     out = {key: value for key, value in message.items() if value is not None}
+    out = with_calls(out, index)
     role = out.get("role")
     if role not in ROLES:
         _refuse(index, f"has role {role!r}, expected one of {', '.join(ROLES)}; rename it")
@@ -229,6 +231,32 @@ def _move_reasoning(message: Message, index: int, inline_reasoning: bool) -> Non
             reasoning, message["content"] = inline
     if reasoning:
         message["reasoning_content"] = message["thinking"] = reasoning
+
+
+def with_calls(message: Message, index: int) -> Message:
+    """Return a message that holds calls as JSON as one of the assistant, and others as they are.
+
+    Raises:
+        ChatFormatError: if it isn't JSON; the message is called by its index.
+    """
+    if message.get("role") not in _CALL_ROLES:
+        return message
+    content = message.get("content")
+    thought, calls = "", content
+    if isinstance(content, str):
+        before, closed, after = content.rpartition(THINK_CLOSE)
+        if closed and before.lstrip().startswith(THINK_OPEN):
+            thought, content = before + closed, after
+        try:
+            calls = json.loads(content, object_pairs_hook=_unique, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            _refuse(
+                index,
+                f"has role {message['role']!r}, but its content isn't JSON: {error}; got "
+                f"{content[:80]!r}, expected {{'name': .., 'arguments': {{..}}}}",
+            )
+    calls = calls if isinstance(calls, list) else [calls]
+    return {**message, "role": "assistant", "content": thought, "tool_calls": calls}
 
 
 def _tool_calls(calls: Any, index: int) -> list[dict[str, Any]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from onepass_trl.chat.errors import ChatFormatError, errors_named
-from onepass_trl.chat.messages import Message
+from onepass_trl.chat.messages import Message, with_calls
 from onepass_trl.chat.turns import TrainOn
 
 Form: TypeAlias = tuple[str, ...]
@@ -23,7 +22,6 @@ _SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "function_call": "assistant",
     "observation": "tool",
     "function_response": "tool",
 }
@@ -198,9 +196,10 @@ def _message_list(record: Mapping[str, Any], column: str) -> list[Message]:
             f"column {column!r} must be a list of message dicts, got {type(value).__name__}: "
             f"{str(value)[:80]!r}"
         )
+    messages = [dict(message) for message in value]
     if column == "conversations":
-        return [_from_sharegpt_message(dict(m), index) for index, m in enumerate(value)]
-    return [dict(message) for message in value]
+        messages = [_from_sharegpt_message(m, index) for index, m in enumerate(messages)]
+    return [with_calls(message, index) for index, message in enumerate(messages)]
 
 
 def _with_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -225,31 +224,7 @@ def _from_sharegpt_message(message: Message, index: int) -> Message:
             f"message {index} of 'conversations' must have 'from' and 'value', or 'role' and "
             f"'content', got {', '.join(map(repr, message))}"
         )
-    out = {"role": _SHAREGPT_ROLES.get(sender, sender), "content": out.pop("value"), **out}
-    if sender == "function_call":
-        out["content"], out["tool_calls"] = _function_calls(out["content"], index)
-    return out
-
-
-def _function_calls(value: Any, index: int) -> tuple[str, list[Any]]:
-    """Return the inline reasoning before the calls, if any, and the calls."""
-    thought = ""
-    if isinstance(value, str):
-        before, closed, after = value.rpartition("</think>")
-        if closed and before.lstrip().startswith("<think>"):
-            thought, value = before + closed, after
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ChatFormatError(
-                f"message {index} of 'conversations' is from function_call, but its value isn't "
-                f"JSON: {error}; got {value[:80]!r}, expected {{'name': .., 'arguments': {{..}}}}"
-            ) from error
-    return thought, _as_list(value)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return {"role": _SHAREGPT_ROLES.get(sender, sender), "content": out.pop("value"), **out}
 
 
 def _settings(record: Mapping[str, Any]) -> tuple[list[Any] | None, dict[str, Any]]:

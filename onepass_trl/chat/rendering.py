@@ -114,11 +114,7 @@ def render_each_turn(
     renderer = TurnRenderer(tokenizer, tools, chat_template_kwargs)
     normal, trained = renderer.read(messages, train_on)
     whole = renderer.context(normal)
-    contexts = [whole.up_to(index) for _, index in trained]
-    turns = [
-        renderer.turn(context, normal[index], number)
-        for context, (number, index) in zip(contexts, trained, strict=True)
-    ]
+    turns = [renderer.turn(whole.up_to(turn.index), normal[turn.index], turn) for turn in trained]
     valid = [turn for turn in turns if isinstance(turn, TurnTexts)]
     if valid:
         whole.up_to(valid[-1].index).report_left_out()
@@ -149,12 +145,12 @@ def render_answers(
     turns: list[TurnTexts | InvalidTurn] = []
     for answer in answers:
         try:
-            normal, [(number, index)] = renderer.read([*messages, answer], "last")
+            normal, [last] = renderer.read([*messages, answer], "last")
         except ChatFormatError as error:
             turns.append(InvalidTurn(error))
             continue
-        context = context or renderer.context(normal[:index])
-        turns.append(renderer.turn(context, normal[index], number))
+        context = context or renderer.context(normal[: last.index])
+        turns.append(renderer.turn(context, normal[last.index], last))
     if context and any(isinstance(turn, TurnTexts) for turn in turns):
         context.report_left_out()
     return turns

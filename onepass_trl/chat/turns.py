@@ -23,6 +23,7 @@ from onepass_trl.chat.encoding import added_tokens
 from onepass_trl.chat.endings import Ending, find_ending
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
 from onepass_trl.chat.families import Turn, family_of
+from onepass_trl.chat.joining import Joined, join_turns
 from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
 from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
 from onepass_trl.chat.template import Template
@@ -38,6 +39,10 @@ _NOTHING_BEFORE = (
     "nothing stands before it, so there is no context from which it could be generated; put a "
     "system or user message before it, or switch it off with 'train': false"
 )
+_CONSECUTIVE = (
+    "the message {} it is from the assistant too, and generation would go on from one to the "
+    "other: join the two, or put a user or tool message between them"
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,11 @@ class TurnTexts:
     """A trained turn as text, and what it was rendered from.
 
     Attributes:
-        message: The turn's message in its normal form, see
-            :func:`onepass_trl.chat.messages.normalize_messages`.
-        number: The turn's number among the assistant turns of the conversation, from 0.
-        index: Index of its message in the conversation.
+        messages: The messages of the conversation up to and including the turn's own, in their
+            normal form, see :func:`onepass_trl.chat.messages.normalize_messages`. Those that are
+            parts of one turn are joined.
+        number: The turn's number among the assistant messages of the conversation, from 0; that of
+            its last part if it was joined.
         context: What inference would feed before the turn.
         completion: What the model must generate after it.
         name: What to call the turn in messages.
@@ -56,14 +62,23 @@ class TurnTexts:
         tools: The tools, or None.
     """
 
-    message: Message
+    messages: Sequence[Message]
     number: int
-    index: int
     context: str
     completion: str
     name: str
     template: str
     tools: Sequence[Any] | None
+
+    @property
+    def message(self) -> Message:
+        """The turn's own message."""
+        return self.messages[-1]
+
+    @property
+    def index(self) -> int:
+        """Index of the turn's own message in `messages`."""
+        return len(self.messages) - 1
 
 
 @dataclass(frozen=True)
@@ -129,16 +144,20 @@ class TurnRenderer:
 
     def read(
         self, messages: Sequence[Mapping[str, Any]], train_on: TrainOn
-    ) -> tuple[list[Message], list[tuple[int, int]]]:
-        """Return the messages in their normal form, and number and index of each turn to train."""
+    ) -> tuple[list[Message], list[TurnToTrain]]:
+        """Return the messages in their normal form, parts of a turn joined, and what to train."""
         normal = normalize_messages(
             messages,
             inline_reasoning=self._reads_reasoning,
             part_separator=lambda: self._template.part_separator,
         )
-        trained = _trained_turns(normal, train_on)
-        check_keys(self._template, normal)
-        return normal, trained
+        joined = join_turns(normal)
+        trained = _turns_to_train(joined, _trained_turns(normal, train_on))
+        for message, _ in joined:
+            message.pop("train", None)
+        together = [message for message, _ in joined]
+        check_keys(self._template, together)
+        return together, trained
 
     def context(self, messages: Sequence[Message]) -> TurnContext:
         """Return messages in their normal form as a context."""
@@ -150,20 +169,25 @@ class TurnRenderer:
             return with_text_arguments(message)
         return message
 
-    def turn(self, context: TurnContext, message: Message, number: int) -> TurnTexts | InvalidTurn:
+    def turn(
+        self, context: TurnContext, message: Message, turn: TurnToTrain
+    ) -> TurnTexts | InvalidTurn:
         """Return the turn of a message after its context, through its end-of-turn token."""
-        index = len(context.messages)
-        name = f"assistant turn {number} (message {index}, template family {self._family.name})"
+        name = (
+            f"assistant turn {turn.number} (message {turn.given_index}, template family "
+            f"{self._family.name})"
+        )
         try:
+            if turn.goes_on:
+                raise TurnError(_CONSECUTIVE.format("after"))
             completion = self._checked_completion(context, message)
         except TurnError as error:
             invalid = ChatFormatError(f"{name}: {error}")
             invalid.__cause__ = error
             return InvalidTurn(invalid)
         return TurnTexts(
-            message=message,
-            number=number,
-            index=index,
+            messages=[*context.messages, message],
+            number=turn.number,
             context=context.text,
             completion=completion,
             name=name,
@@ -186,6 +210,8 @@ class TurnRenderer:
             )
         if not context.messages:
             raise TurnError(_NOTHING_BEFORE)
+        if context.messages[-1]["role"] == "assistant":
+            raise TurnError(_CONSECUTIVE.format("before"))
         try:
             return self._completion(context, message)
         except TemplateRefusal as refusal:
@@ -193,14 +219,7 @@ class TurnRenderer:
             for part, remedy in self._family.remedies.items():
                 if part in problem:
                     problem += f" ({remedy})"
-        except TurnError as error:
-            problem = str(error)
-        if context.messages[-1]["role"] == "assistant":
-            problem += (
-                "; the message before it is from the assistant too, which most templates can't "
-                "continue: join the two, or put a user or tool message between them"
-            )
-        raise TurnError(problem)
+            raise TurnError(problem) from refusal
 
     def _completion(self, context: TurnContext, message: Message) -> str:
         if not context.text:
@@ -244,6 +263,23 @@ class TurnRenderer:
         return find_ending(last, followed, self.added.special, self._eos, context.text)
 
 
+@dataclass(frozen=True)
+class TurnToTrain:
+    """Which turn of a conversation is trained.
+
+    Attributes:
+        number: Its number among the assistant messages as given, from 0.
+        index: The index of its message, parts of a turn joined.
+        given_index: The index of its message, or last part, as given.
+        goes_on: Whether the next message is from the assistant too.
+    """
+
+    number: int
+    index: int
+    given_index: int
+    goes_on: bool
+
+
 class _Shape(NamedTuple):
     """What turns have in common that a template writes alike."""
 
@@ -283,9 +319,8 @@ def _next_messages(message: Message) -> list[Message]:
     ] or [{"role": "user", "content": "some"}]
 
 
-def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple[int, int]]:
-    """Return number and message index of each turn to train; takes out the ``train`` flags."""
-    flags = [message.pop("train", True) for message in messages]
+def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> dict[int, int]:
+    """Return the number of each assistant message to train by its index."""
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise ChatFormatError(
@@ -293,15 +328,36 @@ def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[tuple
             "train; remove the conversation or add an assistant message"
         )
     chosen = chosen_turns(train_on, len(turns))
-    trained = [
-        (number, index) for number, index in enumerate(turns) if number in chosen and flags[index]
-    ]
+    trained = {
+        index: number
+        for number, index in enumerate(turns)
+        if number in chosen and messages[index].get("train", True)
+    }
     if not trained:
         raise ChatFormatError(
             f"train_on={train_on!r} and the messages' 'train' flags leave none of the {len(turns)} "
             "assistant turns to train; remove the conversation or change them"
         )
     return trained
+
+
+def _turns_to_train(joined: Sequence[Joined], trained: Mapping[int, int]) -> list[TurnToTrain]:
+    """Return the turns whose messages, the keys of `trained`, are trained."""
+    turns = []
+    for index, (_, given) in enumerate(joined):
+        parts = [part for part in given if part in trained]
+        if not parts:
+            continue
+        if len(parts) < len(given):
+            raise ChatFormatError(
+                f"messages {given[0]} to {given[-1]} are one turn of the assistant, of which only "
+                f"a part would be trained: train all of them or none, or put a user or tool "
+                "message between them"
+            )
+        following = joined[index + 1].message if index + 1 < len(joined) else {"role": None}
+        goes_on = following["role"] == "assistant"
+        turns.append(TurnToTrain(trained[parts[-1]], index, parts[-1], goes_on))
+    return turns
 
 
 def chosen_turns(train_on: TrainOn, num_turns: int) -> set[int]:

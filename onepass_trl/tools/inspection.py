@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onepass_trl.chat.messages import normalize_messages
 from onepass_trl.chat.rendering import RenderedTurn
 from onepass_trl.data.layout import Layout, linearize, node_spans
 from onepass_trl.data.tree import ROOT, TokenTree
@@ -143,17 +142,13 @@ def inspect_record(
     """Return what becomes of a dataset's record; arguments and errors are those of
     `onepass_trl.preparation.rows.render_record`."""
     found = render_record(record, tokenizer, options, features=features)
-    messages = normalize_messages(found.messages, inline_reasoning=True)
-    for turn in found.turns:
-        messages[turn.index] = turn.message
-    return inspect_passes(found.passes, tokenizer, found.turns, messages, numbers=found.numbers)
+    return inspect_passes(found.passes, tokenizer, found.turns, numbers=found.numbers)
 
 
 def inspect_passes(
     passes: Sequence[Pass],
     tokenizer: PreTrainedTokenizerBase,
     turns: Sequence[RenderedTurn] = (),
-    messages: Sequence[Mapping[str, Any]] = (),
     *,
     numbers: Sequence[int] | None = None,
 ) -> Inspection:
@@ -163,7 +158,6 @@ def inspect_passes(
         passes: of one conversation, at least one.
         tokenizer: gives the text of tokens.
         turns: what the passes were rendered from, if known: gives segments their roles.
-        messages: of the conversation, in their normal form.
         numbers: which turns of the conversation the passes are, in ascending order; all by default.
     """
     tree = TokenTree()
@@ -171,7 +165,8 @@ def inspect_passes(
     view = _View(tree, tokenizer)
     paths = tree.paths(ends)
     if turns:
-        view.find_messages(turns, messages, paths)
+        view.find_messages(turns, paths)
+    messages = turns[-1].messages if turns else []
     reasoning = any(turn.message.get("reasoning_content") for turn in turns) if turns else None
     return Inspection(
         row=view.row,
@@ -211,12 +206,7 @@ class _View:
         """Return the row indices of a node's tokens, fork copies included."""
         return np.arange(self.spans[index].begin, self.spans[index].end)
 
-    def find_messages(
-        self,
-        turns: Sequence[RenderedTurn],
-        messages: Sequence[Mapping[str, Any]],
-        paths: Sequence[list[int]],
-    ) -> None:
+    def find_messages(self, turns: Sequence[RenderedTurn], paths: Sequence[list[int]]) -> None:
         """Set the message of each token."""
         names = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         added = (
@@ -231,7 +221,7 @@ class _View:
         for turn, where in zip(reversed(turns), reversed(tokens), strict=True):
             in_context = where[: len(where) - turn.rendered.num_trained]
             texts = [self.texts[token] for token in in_context.tolist()]
-            starts = message_starts("".join(texts), messages[: turn.index], added, ends)
+            starts = message_starts("".join(texts), turn.messages[:-1], added, ends)
             known = [(start, number) for number, start in enumerate(starts) if start is not None]
             offsets = np.cumsum([0, *map(len, texts)])[:-1]
             at = np.searchsorted([start for start, _ in known], offsets, side="right") - 1
