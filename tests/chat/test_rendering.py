@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -351,3 +352,57 @@ def test_invalid_turns_are_values():
         render_turns(messages, tokenizer)
     with pytest.raises(ChatFormatError, match="none of the 1 messages"):
         render_each_turn([question], tokenizer)
+
+
+RAISING = {
+    "{{ 1 / 0 }}": "ZeroDivisionError: division by zero",
+    "{{ 1 // none }}": "TypeError: unsupported operand",
+    "{{ 'a' * 10 ** 15 }}": "MemoryError",
+    "{{ 10.0 ** 1000 }}": "OverflowError",
+    "{{ messages[9].role }}": "has no element 9",
+    "{{ ''.join([1]) }}": "TypeError: sequence item 0",
+    "{{ raise_exception('Not so.') }}": "Not so.",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+}
+
+
+@pytest.mark.parametrize("code", RAISING)
+def test_whatever_a_template_raises_is_the_error_of_its_turn(code):
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content == 'odd' %}" + code + "{% endif %}"
+        "<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    messages = [user(), answer(), user("odd"), answer()]
+    first, second = render_each_turn(messages, tokenizer)
+    assert first.completion == "Hello<|im_end|>"
+    match = rf"turn 1 .*the template refuses the messages up to it: .*({RAISING[code]})"
+    assert re.search(match, str(second.error))
+
+
+def test_messages_that_are_nested_too_deep():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    messages = [user(), answer(), {**user(), "metadata": deep}, answer()]
+    first, second = render_each_turn(messages, small_tokenizer("qwen3"))
+    assert first.completion.endswith("Hello<|im_end|>")
+    assert "the template refuses the messages up to it: RecursionError" in str(second.error)
+
+
+def test_tools_that_are_nested_too_deep():
+    deep: dict = {}
+    for _ in range(2_000):
+        deep = {"items": deep}
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    with pytest.raises(ChatFormatError, match=r"turn 0 .*the template refuses .*RecursionError"):
+        render_passes([user(), answer()], small_tokenizer("qwen3"), tools=[tool])
+
+
+def test_a_template_that_is_no_jinja():
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    for code in ("{{ '", "{% if %}x{% endif %}", "{{ " + "(" * 300 + "1" + ")" * 300 + " }}"):
+        tokenizer.chat_template = code
+        with pytest.raises(ChatFormatError, match=r"isn't valid Jinja|the template refuses"):
+            render_passes([user(), answer()], tokenizer)
