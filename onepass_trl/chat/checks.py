@@ -155,6 +155,8 @@ def with_stand_ins(message: Message) -> tuple[Message, dict[str, str]]:
         out["tool_calls"] = []
     for number, call in enumerate(message.get("tool_calls", ())):
         name, key, value = (f"stand_in_{kind}_{number}" for kind in ("name", "key", "value"))
+        if isinstance(call.get("id"), str):  # Kimi K2 has the name in the id, and nowhere else
+            call = {**call, "id": call["id"].replace(f".{call['function']['name']}:", f".{name}:")}
         texts[f"the name of its tool call {number}"] = name
         texts[f"an argument of its tool call {number}"] = key
         texts[f"the value of an argument of its tool call {number}"] = value
@@ -168,7 +170,7 @@ def after_stand_ins(text: str, texts: Mapping[str, str]) -> str | None:
     return text[max(ends) :] if ends else None
 
 
-def check_stand_ins(completion: str, texts: Mapping[str, str]) -> None:
+def check_stand_ins(completion: str, message: Message, texts: Mapping[str, str]) -> None:
     """Check that the texts of :func:`with_stand_ins` stand in the completion of its message.
 
     Raises:
@@ -176,6 +178,12 @@ def check_stand_ins(completion: str, texts: Mapping[str, str]) -> None:
     """
     for what, text in texts.items():
         if text not in completion:
+            ids = [call["id"] for call in message.get("tool_calls", ()) if call.get("id")]
+            if what.startswith("the name") and any(call_id in completion for call_id in ids):
+                raise TurnError(
+                    f"{what} isn't written by the template, which writes the id {ids[0]!r} in its "
+                    "place: give calls the ids that the model generates, such as 'functions.NAME:0'"
+                )
             raise TurnError(
                 f"{what} isn't written by the template, which writes such a turn as "
                 f"{_short(completion)}; {_REMEDY}"

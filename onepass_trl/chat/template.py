@@ -37,6 +37,7 @@ RESERVED = frozenset(
     }
 )
 THINKING_SWITCHES = ("enable_thinking", "thinking")
+_CONTENT = "stand-in for content"
 _EMPTY_QUESTION = {"role": "user", "content": ""}
 # What the code of a template may raise: it is a program, given whatever a conversation holds.
 _REFUSALS = (
@@ -132,14 +133,14 @@ class Template:
         """Whether the template leaves out what earlier messages have in ``<think>..</think>``."""
         if THINK_CLOSE not in self.source.texts:
             return False
-        reasoning, content = "stand-in for reasoning", "stand-in for content"
-        inline = f"{THINK_OPEN}\n{reasoning}\n{THINK_CLOSE}\n\n{content}"
+        reasoning = "stand-in for reasoning"
+        inline = f"{THINK_OPEN}\n{reasoning}\n{THINK_CLOSE}\n\n{_CONTENT}"
         answer = {"role": "assistant", "content": inline}
         try:
             text = self.render([_EMPTY_QUESTION, answer, _EMPTY_QUESTION], prompt=True)
         except TemplateRefusal:
             return False
-        return content in text and reasoning not in text
+        return _CONTENT in text and reasoning not in text
 
     @cached_property
     def question(self) -> str:
@@ -155,6 +156,23 @@ class Template:
     def thinking_switch(self) -> str | None:
         """The template argument that turns thinking on and off, None if it has none."""
         return _switch(self.text)
+
+    @cached_property
+    def takes_only_parts(self) -> bool:
+        """Whether contents must be lists of parts, as for some vision models."""
+
+        def writes(content: Any) -> bool:
+            try:
+                text = self.render([{"role": "user", "content": content}], prompt=False)
+            except TemplateRefusal:
+                return False
+            return _CONTENT in text
+
+        return (
+            "type" in self.source.texts
+            and not writes(_CONTENT)
+            and writes([{"type": "text", "text": _CONTENT}])
+        )
 
     @cached_property
     def takes_text_arguments(self) -> bool:

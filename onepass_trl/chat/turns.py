@@ -166,7 +166,9 @@ class TurnRenderer:
     def _prepare(self, message: Message) -> Message:
         """Return the message as the template takes it."""
         if "tool_calls" in message and self._template.takes_text_arguments:
-            return with_text_arguments(message)
+            message = with_text_arguments(message)
+        if self._template.takes_only_parts:
+            message = {**message, "content": [{"type": "text", "text": message["content"]}]}
         return message
 
     def turn(
@@ -247,13 +249,14 @@ class TurnRenderer:
         """
         other, texts = with_stand_ins(message)
         completion = self._written(context, other)
-        check_stand_ins(completion, texts)
+        check_stand_ins(completion, other, texts)
         check_marks(context.text, completion)
         if not (texts.keys() - {"its reasoning"}):  # of which later contexts may have nothing
             other, texts = with_stand_ins({**other, "content": "some"})
             completion = self._written(context, other)
         last = after_stand_ins(completion, texts) or ""
-        messages = [*context.prepared, self._prepare(other), *_next_messages(other)]
+        after = map(self._prepare, [other, *_next_messages(other)])
+        messages = [*context.prepared, *after]
         try:
             followed = after_stand_ins(self._template.render(messages, prompt=False), texts)
         except TemplateRefusal:  # it takes one question

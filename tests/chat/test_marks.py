@@ -144,10 +144,70 @@ def test_inline_reasoning_goes_on_from_the_prompt_that_opens_it():
     assert "assistant\n<think>Add.</think>4<|im_end|>" in second[0]
     assert second[1] == "\n</think>5<|im_end|>"
     for wrong in (answer(), answer("a </think> b")):
-        with pytest.raises(ChatFormatError, match=r"which must begin as the prompt ends"):
+        with pytest.raises(
+            ChatFormatError, match=r"takes the reasoning from the content: begin that with"
+        ):
             turns(template, user(), wrong)
     with pytest.raises(ChatFormatError, match=r"put it into the content as <think>"):
         turns(template, user(), answer(reasoning_content="Add."))
+
+
+def test_white_space_that_only_the_prompt_has():
+    """axolotl's template for Qwen3: turns have one line end behind the mark, the prompt has two."""
+    prompt = "<|im_start|>assistant\n<think>\n\n"
+    fields = "<think>\n{{ m.reasoning_content }}\n</think>\n\n{{ m.content }}"
+    [(context, completion)] = turns(chatml(fields, prompt), user(), answer(reasoning="Add."))
+    assert context.endswith(prompt)
+    assert completion == "Add.\n</think>\n\n4<|im_end|>"
+    [(_, completion)] = turns(chatml(fields, prompt), user(), answer())
+    assert completion == "</think>\n\n4<|im_end|>"
+    inline = answer("<think>Add.</think>4")
+    assert (
+        turns(chatml("{{ m.content }}", prompt), user(), inline)[0][1] == "Add.</think>4<|im_end|>"
+    )
+
+
+# Kimi K2 Thinking: the last answer has an empty fence whatever its reasoning, calls before it keep
+# theirs; of a call the id is written, which has its name. K2.5's prompt opens the reasoning.
+KIMI = """
+{%- set ns = namespace(last=-1) -%}
+{%- for m in messages -%}{%- if m.role == 'assistant' and not m.tool_calls -%}
+{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for m in messages -%}{{ '<|im_start|>' + m.role + '<|im_middle|>' }}
+{%- if m.role == 'assistant' -%}
+{{ '<think>' + (m.reasoning_content or '' if loop.index0 > ns.last else '') + '</think>' }}
+{%- endif -%}{{ m.content }}{%- for call in m.tool_calls or [] -%}
+{{ '<tool_call>' + call.id + call.function.arguments | tojson + '</tool_call>' }}{%- endfor -%}
+{{ '<|im_end|>' }}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant<|im_middle|>OPENER' }}{%- endif -%}"""
+
+
+@pytest.mark.parametrize("opener", ["", "<think>"])
+def test_a_template_that_empties_the_fence_of_the_last_answer(opener):
+    call = {"id": "functions.add:0", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages = [
+        user(),
+        answer("", reasoning="Ask.", tool_calls=[call]),
+        {"role": "tool", "name": "add", "tool_call_id": call["id"], "content": "4"},
+        answer(reasoning="4"),
+        user(),
+        answer(),
+    ]
+    called, answered, plain = turns(KIMI.replace("OPENER", opener), *messages)
+    start = "<think>".removeprefix(opener)
+    written = '</think><tool_call>functions.add:0{"a": 2}</tool_call><|im_end|>'
+    assert called[1] == f"{start}Ask.{written}"
+    assert f"<think>Ask.{written}" in answered[0]
+    assert answered[1] == f"{start}4</think>4<|im_end|>"
+    assert f"<think>{written}" in plain[0]
+    assert plain[1] == f"{start}</think>4<|im_end|>"
+    with pytest.raises(ChatFormatError, match=r"turn 0 .*says that there is none"):
+        turns(KIMI.replace("OPENER", "<think></think>"), *messages)
+    messages[1] = answer("", tool_calls=[call | {"id": "c1"}])
+    with pytest.raises(
+        ChatFormatError, match=r"writes the id 'c1' in its place: give calls the ids"
+    ):
+        turns(KIMI.replace("OPENER", opener), *messages)
 
 
 def test_inline_reasoning_after_a_prompt_that_excludes_it():

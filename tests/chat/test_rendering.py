@@ -406,3 +406,22 @@ def test_a_template_that_is_no_jinja():
         tokenizer.chat_template = code
         with pytest.raises(ChatFormatError, match=r"isn't valid Jinja|the template refuses"):
             render_passes([user(), answer()], tokenizer)
+
+
+@pytest.mark.parametrize("template", ["idefics3", "smolvlm", "llava_next", "smolvlm_training"])
+def test_templates_that_take_lists_of_parts_only(template):
+    tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
+    tokenizer.chat_template = trl_template(template)
+    tokenizer.add_tokens(["<end_of_utterance>", "</s>"], special_tokens=True)
+    tokenizer.bos_token = "<|im_start|>"
+    messages = [user("2+2?"), answer("4"), user("3+3?"), answer("6")]
+    served = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    first, second = render_turns(messages, tokenizer)
+    for turn, index in ((first, 1), (second, 3)):
+        assert turn.context == tokenizer.apply_chat_template(
+            served[:index], add_generation_prompt=True, tokenize=False
+        )
+    assert first.completion.strip().startswith("4")
+    assert second.completion.strip().startswith("6")
+    for given, expected in zip(render_turns(served, tokenizer), (first, second), strict=True):
+        assert (given.context, given.completion) == (expected.context, expected.completion)

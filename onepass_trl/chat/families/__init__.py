@@ -9,6 +9,7 @@ from onepass_trl.chat.families.fenced import Fenced
 from onepass_trl.chat.families.gemma4 import Gemma4
 from onepass_trl.chat.families.glm4 import Glm4
 from onepass_trl.chat.families.gpt_oss import GptOss
+from onepass_trl.chat.families.kimi import Kimi
 from onepass_trl.chat.families.qwq import Qwq
 from onepass_trl.chat.families.registry import (
     FAMILIES,
@@ -26,6 +27,7 @@ __all__ = [
     "Gemma4",
     "Glm4",
     "GptOss",
+    "Kimi",
     "Qwq",
     "Turn",
     "family_of",

@@ -51,11 +51,15 @@ class Composable(Family):
             filled = turn.template.render(turn.with_reasoning(_STAND_IN).messages, prompt=False)
             if filled.startswith(opened):
                 return filled[len(opened) :]
+        opened = turn.context.rstrip()
+        if turn.ends_prompt(THINK_OPEN) and full.startswith(opened):
+            # The prompt ends in other white space than turns have there, as axolotl's for Qwen3.
+            return full[len(opened) :].lstrip()
         if turn.ends_prompt(THINK_OPEN) and not reads_reasoning:
             raise TurnError(
                 f"the prompt before it, which ends in {turn.context[-20:]!r}, opens its reasoning. "
-                "This template takes the reasoning from the content, which must begin as the "
-                f"prompt ends and close it, as in {THINK_OPEN}..{THINK_CLOSE}.."
+                "This template takes the reasoning from the content: begin that with the "
+                f"reasoning, as in {THINK_OPEN}..{THINK_CLOSE}.."
             )
         if turn.ends_prompt(THINK_CLOSE):
             turn.refuse_reasoning()

@@ -8,11 +8,12 @@ from onepass_trl.chat.families.deepseek import DeepSeek
 from onepass_trl.chat.families.gemma4 import Gemma4
 from onepass_trl.chat.families.glm4 import Glm4
 from onepass_trl.chat.families.gpt_oss import GptOss
+from onepass_trl.chat.families.kimi import Kimi
 from onepass_trl.chat.families.qwq import Qwq
 from onepass_trl.chat.template import Template
 
 # The first that matches is taken; the last matches everything.
-FAMILIES: tuple[Family, ...] = (GptOss(), DeepSeek(), Gemma4(), Glm4(), Qwq(), Composable())
+FAMILIES: tuple[Family, ...] = (GptOss(), DeepSeek(), Gemma4(), Glm4(), Kimi(), Qwq(), Composable())
 
 _registered: list[Family] = []
 
