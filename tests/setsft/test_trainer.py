@@ -358,7 +358,8 @@ class TestOptions:
 
     def test_a_completion_that_is_parsed_as_another_is_an_error(self, make, monkeypatch):
         def check_another(turn, *arguments):
-            another = replace(turn, message={**turn.message, "content": "another"})
+            message = {**turn.message, "content": "another"}
+            another = replace(turn, messages=[*turn.messages[:-1], message])
             return check_round_trip(another, *arguments)
 
         monkeypatch.setattr(rendering, "check_round_trip", check_another)
