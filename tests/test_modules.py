@@ -9,6 +9,7 @@ COVERED_BY = {
     "attention/cuda_library.py": "cuda/test_build.py",
     "attention/head_exchange.py": "training/test_context_parallel.py",
     "attention/implementations/": "attention/test_op.py",
+    "attention/layer_inputs.py": "attention/branching/test_layers.py",
     "attention/ops.py": "attention/test_op.py",
     "chat/checks.py": "chat/test_rendering.py",
     "chat/errors.py": "chat/test_rendering.py",

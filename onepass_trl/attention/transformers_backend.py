@@ -13,31 +13,24 @@ lacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from onepass_trl.attention.api import tree_attention
-from onepass_trl.attention.branching.layers import branch_states, layer_name
+from onepass_trl.attention.branching.layers import branch_states
+from onepass_trl.attention.deferred_mask import DeferredMask, onepass_mask
 from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.attention.implementations.registry import Impl
+from onepass_trl.attention.layer_inputs import check_not_required, layer_name
 from onepass_trl.attention.model_check import base_model, carries_state, check_model
 from onepass_trl.attention.remembered import Remembered
 
-__all__ = [
-    "DeferredMask",
-    "check_model",
-    "onepass_attention",
-    "register",
-    "use_onepass_attention",
-    "visible_end_required",
-]
+__all__ = ["check_model", "onepass_attention", "register", "use_onepass_attention"]
 
 NAME = "onepass"
 # Attribute of the modules of a model whose layers all follow the tree.
@@ -45,118 +38,6 @@ _PREPARED = "_onepass_prepared"
 
 # Of position_ids (int64) the int32 positions of the op, so that layers share them.
 _int32_positions: Remembered[Tensor] = Remembered()
-
-
-_visible_end_required = False
-
-
-@contextmanager
-def visible_end_required() -> Iterator[None]:
-    """Make a layer that gets no `visible_end` raise: its model dropped it on the way.
-
-    Such a layer would fall back to plain causal attention over the whole row.
-    """
-    global _visible_end_required
-    before, _visible_end_required = _visible_end_required, True
-    try:
-        yield
-    finally:
-        _visible_end_required = before
-
-
-class DeferredMask:
-    """The arguments of `sdpa_mask`, and the mask once a layer without `visible_end` needs it.
-
-    Models build their masks before the first layer, where `visible_end` is not known. Deferring
-    them keeps training free of ``(seq, seq)`` tensors.
-    """
-
-    # `generate` hands the masks that it prepares for a static cache to the model. By the number of
-    # axes transformers tells them from masks of padding, which have two.
-    ndim = 4
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.arguments = arguments
-        self.window: int | None = arguments.get("local_size")
-        self.is_custom: bool = arguments.get("use_vmap", False)
-        self._mask: Tensor | None = None
-        self._is_built = False
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(_reads_its_mask(name))
-
-    def __getitem__(self, index: Any) -> DeferredMask | Tensor | None:
-        """Slice the mask to some queries, as layers that reuse keys do (Gemma 4).
-
-        Such layers need to compute only the last tokens, whose logits are asked for. In training
-        these are all, and the mask remains deferred.
-        """
-        of_queries = index[2] if isinstance(index, tuple) and len(index) == 4 else None
-        everything = slice(None)
-        if not isinstance(of_queries, slice) or (
-            index != (everything, everything, of_queries, everything)
-        ):
-            raise TypeError(_reads_its_mask(index))
-        num_queries = self.arguments["q_length"]
-        queries = range(num_queries)[of_queries]
-        if len(queries) == num_queries:
-            return self
-        mask = self.materialize()
-        if mask is None and queries == range(num_queries - 1, num_queries):
-            return None  # the last token sees all keys
-        if mask is None:
-            # None would be read as the causal mask of the first queries.
-            mask = sdpa_mask(**{**self.arguments, "allow_is_causal_skip": False})
-        return mask[index]
-
-    def materialize(self) -> Tensor | None:
-        """Return the ``(batch, 1, seq, seq)`` bool mask, or None for plain causal attention."""
-        if not self._is_built:
-            self._mask, self._is_built = sdpa_mask(**self.arguments), True
-        return self._mask
-
-    def contiguous(self) -> Tensor | None:
-        """Return the mask: before transformers 5.24, `generate` calls this for a static cache."""
-        mask = self.materialize()
-        return None if mask is None else mask.contiguous()
-
-
-def _reads_its_mask(what: object) -> str:
-    return (
-        f"the model reads {what!r} of its attention mask, which one-pass attention replaces by "
-        "visible_end: models that compute with the mask themselves can't be trained in one pass"
-    )
-
-
-def onepass_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    **kwargs: Any,
-) -> DeferredMask | Tensor | None:
-    """Return a `DeferredMask`, or with cached keys (so without a tree) the mask of "sdpa"."""
-    prepared = kwargs.get("attention_mask")
-    if isinstance(prepared, DeferredMask):
-        return prepared
-    arguments = {
-        "batch_size": batch_size,
-        "q_length": q_length,
-        "kv_length": kv_length,
-        "q_offset": q_offset,
-        "kv_offset": kv_offset,
-        **kwargs,
-    }
-    # A static cache counts with tensors: their values may not be read while compiling.
-    is_static = isinstance(q_offset, Tensor)
-    if is_static or q_length != kv_length or q_offset != 0 or kv_offset != 0:
-        num_sharing: int = getattr(kwargs.get("config"), "num_kv_shared_layers", 0)
-        if q_length > 1 and num_sharing > 0:
-            # None can't be sliced, see `DeferredMask.__getitem__`; a static cache has unused keys.
-            arguments["allow_is_causal_skip"] = False
-        return sdpa_mask(**arguments)
-    return DeferredMask(arguments)
 
 
 def onepass_attention(
@@ -204,7 +85,7 @@ def onepass_attention(
         ValueError: the layer asks for something that the one rule does not cover.
     """
     if visible_end is None:
-        _check_not_required(module)
+        check_not_required(module)
         mask = attention_mask
         if isinstance(mask, DeferredMask):
             mask = mask.materialize()
@@ -251,45 +132,6 @@ def onepass_attention(
     if context_parallel is not None:
         return context_parallel.to_own_piece(out), None
     return out.contiguous(), None
-
-
-def _check_not_required(module: nn.Module) -> None:
-    if _visible_end_required:
-        raise ValueError(
-            f"{layer_name(module)} got no visible_end: the model doesn't hand what it gets on to "
-            "this layer, so it can't be trained in one pass. Use SFTTrainer with one row per turn"
-        )
-
-
-def _before_mixer(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Withhold the mask of padding from a layer that follows `visible_end`."""
-    if kwargs.get("visible_end") is None:
-        _check_not_required(module)
-        return None
-    # By its type: its name is "cache", and before transformers 5.24 one of several others.
-    if any(isinstance(argument, Cache) for argument in (*args, *kwargs.values())):
-        raise ValueError(
-            f"{layer_name(module)} got a cache: visible_end describes a whole row, so pass "
-            "use_cache=False and no cache with it"
-        )
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{layer_name(module)} got {name} and visible_end: pass only visible_end, which "
-                "says where packed sequences begin too"
-            )
-    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    batch, seq = hidden_states.shape[:2]
-    if (context_parallel := kwargs.get("context_parallel")) is not None:
-        seq *= context_parallel.size
-    if (shape := tuple(kwargs["visible_end"].shape)) != (batch, seq):
-        raise ValueError(
-            f"{layer_name(module)}: visible_end has shape {shape}, expected (batch, seq) "
-            f"{(batch, seq)}"
-        )
-    return args, {**kwargs, "attention_mask": None}
 
 
 def _check_layer(
@@ -430,7 +272,7 @@ def use_onepass_attention(model: nn.Module) -> None:
                 f"attn_implementation={module.config._attn_implementation!r}, expected {NAME!r}: "
                 "its attention cannot be replaced"
             )
-    branch_states(base, _before_mixer)
+    branch_states(base)
     for module in base.modules():
         setattr(module, _PREPARED, True)
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from onepass_trl.attention.implementations.registry import Impl
+from onepass_trl.attention.layer_inputs import visible_end_required
 from onepass_trl.attention.model_check import base_model
-from onepass_trl.attention.transformers_backend import visible_end_required
 from onepass_trl.training.context_parallel import forward_in_pieces
 from onepass_trl.training.lm_head import add_fused_lm_head
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache, LlamaModel, StaticCache
 
 from onepass_trl.attention import transformers_backend as backend
+from onepass_trl.attention.deferred_mask import onepass_mask
 from onepass_trl.attention.transformers_backend import use_onepass_attention
 
 from ..models import MODELS, VOCAB_SIZE, WINDOW, make_model
@@ -108,65 +109,6 @@ def test_without_visible_end_it_computes_what_the_model_computed(name):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"cache_implementation": "static", "disable_compile": True},
-        {"prompt_lookup_num_tokens": 3},
-    ],
-    ids=["dynamic", "static", "assisted"],
-)
-def test_layers_that_share_keys_generate_what_they_generated(options):
-    """They compute the last tokens of a prompt only, by a slice of its mask, whose first rows these
-    are not."""
-    model, ids = make_model("gemma4", sliding_window=4 * SEQ), random_ids(batch=1)
-    ids[:, SEQ // 2 :] = ids[:, : SEQ // 2]  # something to look up
-
-    def generate():
-        generated = model.generate(
-            ids,
-            max_new_tokens=8,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **options,
-        )
-        return torch.stack(generated.logits)
-
-    model.set_attn_implementation("sdpa")
-    expected = generate()
-    use_onepass_attention(model)
-    torch.testing.assert_close(generate(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_mask_is_sliced_by_queries_only():
-    mask = deferred()
-    everything = slice(None)
-    assert mask[:, :, 0:, :] is mask
-    assert mask[:, :, -1:, :] is None
-    sliced = mask[:, :, -2:, :]
-    assert sliced.tolist() == [[[[True, True, True, False], [True] * 4]]]
-    for index in (0, (everything, everything, everything), (..., 0, everything)):
-        with pytest.raises(TypeError, match="compute with the mask themselves can't be trained"):
-            mask[index]
-    with pytest.raises(TypeError, match="compute with the mask themselves can't be trained"):
-        mask[:, :, :, :2]
-
-
-@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
-def test_training_builds_no_dense_mask(name, monkeypatch):
-    def fail(**_):
-        raise AssertionError("a (seq, seq) mask was built")
-
-    model, ids = make_model(name), random_ids()
-    use_onepass_attention(model)
-    monkeypatch.setattr(backend, "sdpa_mask", fail)
-    model(ids, **causal(ids))
-    with pytest.raises(AssertionError, match="mask was built"):
-        model(ids)
-
-
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_gradient_checkpointing(name):
@@ -229,7 +171,7 @@ def call(layer=None, *, keys=4, mask=None, **kwargs):
 
 
 def deferred(**kwargs):
-    return backend.onepass_mask(batch_size=1, q_length=4, kv_length=4, **kwargs)
+    return onepass_mask(batch_size=1, q_length=4, kv_length=4, **kwargs)
 
 
 BAD_CALLS = {

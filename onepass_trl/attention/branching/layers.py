@@ -14,10 +14,12 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
+from transformers import Cache
 
 from onepass_trl.attention.branching.convolutions import convolution
 from onepass_trl.attention.branching.delta_rule import delta_rule
 from onepass_trl.attention.branching.mamba2 import chunk_scan, fused_scan
+from onepass_trl.attention.layer_inputs import check_not_required, layer_name
 
 # Layers whose forward mixes tokens by the functions of `REPLACEMENTS` only. Tested, each of them.
 MIXERS = (
@@ -64,28 +66,49 @@ def is_mixer(module: nn.Module) -> bool:
     return kind.__name__ in MIXERS and kind.__module__.startswith("transformers.models.")
 
 
-def layer_name(module: nn.Module) -> str:
-    """Return the class and the number of a layer, for messages."""
-    return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
-
-
-def branch_states(model: nn.Module, before: Callable[..., Any]) -> None:
-    """Make the layers of `MIXERS` in a model follow `visible_end`. Harmless to repeat.
-
-    Args:
-        model: any module.
-        before: a forward pre-hook with keyword arguments for each of these layers.
-    """
+def branch_states(model: nn.Module) -> None:
+    """Make the layers of `MIXERS` in a model follow `visible_end`. Harmless to repeat."""
     for module in model.modules():
         if not is_mixer(module):
             continue
         names = _replace(sys.modules[type(module).__module__])
-        if before not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(before, with_kwargs=True)
+        if _check_inputs not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_check_inputs, with_kwargs=True)
             module.register_forward_pre_hook(_forget_reached)
             module.register_forward_hook(
                 functools.partial(_check_reached, names - {_FUSED}), with_kwargs=True
             )
+
+
+def _check_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Withhold the mask of padding from a layer that follows `visible_end`, and refuse a cache."""
+    if kwargs.get("visible_end") is None:
+        check_not_required(module)
+        return None
+    # By its type: its name is "cache", and before transformers 5.24 one of several others.
+    if any(isinstance(argument, Cache) for argument in (*args, *kwargs.values())):
+        raise ValueError(
+            f"{layer_name(module)} got a cache: visible_end describes a whole row, so pass "
+            "use_cache=False and no cache with it"
+        )
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{layer_name(module)} got {name} and visible_end: pass only visible_end, which "
+                "says where packed sequences begin too"
+            )
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    batch, seq = hidden_states.shape[:2]
+    if (context_parallel := kwargs.get("context_parallel")) is not None:
+        seq *= context_parallel.size
+    if (shape := tuple(kwargs["visible_end"].shape)) != (batch, seq):
+        raise ValueError(
+            f"{layer_name(module)}: visible_end has shape {shape}, expected (batch, seq) "
+            f"{(batch, seq)}"
+        )
+    return args, {**kwargs, "attention_mask": None}
 
 
 def _replace(modeling: ModuleType) -> set[str]:

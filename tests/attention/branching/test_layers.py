@@ -8,7 +8,8 @@ import torch
 from transformers import DynamicCache
 
 from onepass_trl.attention.branching.layers import REPLACEMENTS, is_mixer
-from onepass_trl.attention.transformers_backend import use_onepass_attention, visible_end_required
+from onepass_trl.attention.layer_inputs import visible_end_required
+from onepass_trl.attention.transformers_backend import use_onepass_attention
 from tests.attention.cases import random_visible_end
 from tests.models import MODELS, VOCAB_SIZE, make_model
 
