@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import (
     Dataset,
     Features,
@@ -22,7 +24,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
-from onepass_trl.preparation.cache import code_digest
+from onepass_trl.preparation.cache import code_digest, files_digest
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
@@ -39,8 +41,8 @@ def load_conversations(
 
     Args:
         name: a dataset of the Hub or a local folder, as for `datasets.load_dataset`; or the path of
-            a .jsonl, .ndjson, .json (each also with .gz) or .parquet file, or a pattern such as
-            ``data/*.jsonl`` for several.
+            a .jsonl, .ndjson, .json (each also with .gz) or .parquet file, or, unless there is a
+            file of that very name, a pattern such as ``data/*.jsonl`` for several.
         split: a split, or a slice of one: ``train``, ``train[:90%]``, ``train[-100:]``. Local files
             have one split, ``train``; a folder has those that the names of its files say.
         config: the dataset's configuration, where it has several.
@@ -51,12 +53,16 @@ def load_conversations(
         ValueError: if there is no such split, or a line of a file is not a JSON object.
     """
     suffix = _suffix(name)
-    is_folder = Path(name).is_dir()
-    if is_folder and (splits := _json_folder(name, config)) is not None:
-        return _load_json(name, splits, split, streaming)
-    if is_folder or suffix is None:
-        return _load_split(name, split, {"path": name, "name": config}, streaming)
-    files = sorted(glob.glob(name, recursive=True)) or [name]
+    if Path(name).is_dir():
+        splits = _folder_splits(name, config)
+        files = [file for of_split in splits.values() for file in of_split]
+        if files and all(_suffix(file) in _JSON_SUFFIXES for file in files):
+            return _load_json(name, splits, split, streaming)
+        local = [file for file in files if Path(file).is_file()]
+        return _load_split(name, split, {"path": name, "name": config}, local, streaming)
+    if suffix is None:
+        return _load_split(name, split, {"path": name, "name": config}, [], streaming)
+    files = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True)) or [name]
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(
@@ -69,8 +75,8 @@ def load_conversations(
             "(--dataset_config)"
         )
     if suffix == ".parquet":
-        source = {"path": "parquet", "data_files": {"train": files}}
-        return _load_split(name, split, source, streaming)
+        source = {"path": "parquet", "data_files": {"train": list(map(glob.escape, files))}}
+        return _load_split(name, split, source, files, streaming)
     return _load_json(name, {"train": files}, split, streaming)
 
 
@@ -79,15 +85,20 @@ def _suffix(name: str) -> str | None:
     return next((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix)), None)
 
 
-def _json_folder(name: str, config: str | None) -> dict[str, list[str]] | None:
-    """Return the files of each split of a local folder, None unless all are JSON."""
+def _folder_splits(name: str, config: str | None) -> dict[str, list[str]]:
+    """Return the files of each split of a local folder."""
     found = load_dataset_builder(name, config).config.data_files or {}
-    splits = {str(split): list(files) for split, files in found.items()}
-    files = [file for files in splits.values() for file in files]
-    return splits if files and all(_suffix(file) in _JSON_SUFFIXES for file in files) else None
+    return {str(split): list(files) for split, files in found.items()}
 
 
-def _load_split(name: str, split: str, source: dict[str, Any], streaming: bool) -> Any:
+def _load_split(
+    name: str, split: str, source: dict[str, Any], files: list[str], streaming: bool
+) -> Any:
+    """Return what `datasets` reads of a source; `files` are those of a local one."""
+    if files and not streaming:
+        # `datasets` takes a file for the one it has read before if path and time are the same.
+        cache = os.path.join(datasets.config.HF_DATASETS_CACHE, files_digest(files))
+        source = {**source, "cache_dir": cache}
     try:
         return load_dataset(**source, split=split, streaming=streaming)
     except DatasetGenerationError as error:
@@ -114,8 +125,8 @@ def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: b
         if split not in splits:
             raise _no_split(name, split, ValueError("a stream can't be sliced."))
         return _records_of_json(name, splits[split], streaming)
-    datasets = {one: _records_of_json(name, splits[one], streaming) for one in wanted}
-    lengths = {one: len(dataset) for one, dataset in datasets.items()}
+    whole = {one: _records_of_json(name, splits[one], streaming) for one in wanted}
+    lengths = {one: len(dataset) for one, dataset in whole.items()}
     try:
         parts = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
@@ -125,7 +136,7 @@ def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: b
         length = lengths[part.splitname]
         records = range(part.from_ or 0, length if part.to is None else min(part.to, length))
         if records:
-            chosen.append(datasets[part.splitname].select(records))
+            chosen.append(whole[part.splitname].select(records))
     if not chosen:
         raise ValueError(f"{split!r} of {name!r} holds none of its {sum(lengths.values())} rows")
     return concatenate_datasets(chosen)
@@ -142,9 +153,7 @@ def _records_of_json(name: str, files: list[str], streaming: bool) -> Any:
         return IterableDataset.from_generator(
             _text_records, features=features, gen_kwargs=arguments
         )
-    # For the cache of `datasets`: it must not outlive the files' content, nor the code.
-    stamps = [(Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
-    version = (tuple(stamps), code_digest())
+    version = (files_digest(files), code_digest())  # for the cache of `datasets`
     try:
         return Dataset.from_generator(
             _text_records, features=features, gen_kwargs={**arguments, "version": version}

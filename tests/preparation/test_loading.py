@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import pytest
+from datasets import Dataset
 
 from onepass_trl import load_conversations
 
@@ -60,8 +62,6 @@ def test_the_splits_of_a_folder(tmp_path):
 
 
 def test_other_folders_are_left_to_datasets(tmp_path):
-    from datasets import Dataset
-
     Dataset.from_list(RECORDS).to_parquet(tmp_path / "train.parquet")
     assert load_conversations(str(tmp_path), "train").num_rows == len(RECORDS)
 
@@ -101,9 +101,48 @@ def test_changed_files_are_read_again(tmp_path):
     assert len(load_conversations(str(path), "train")) == 2
 
 
-def test_parquet(tmp_path):
-    from datasets import Dataset
+def _write_at_one_time(path, number):
+    """Write a file of one record; like those of archives, it has a fixed time and length."""
+    if path.suffix == ".parquet":
+        Dataset.from_list([{"text": str(number)}]).to_parquet(path)
+    elif path.suffix == ".csv":
+        path.write_text(f"text\na{number}\n")
+    else:
+        path.write_text(json.dumps({"text": str(number)}))
+    os.utime(path, ns=(10**18, 10**18))
 
+
+@pytest.mark.parametrize("name", ["s.jsonl", "s.json", "s.parquet"])
+def test_files_of_one_name_size_and_time_are_told_apart(tmp_path, monkeypatch, name):
+    for number, folder in enumerate(["one", "two"]):
+        (tmp_path / folder).mkdir()
+        _write_at_one_time(tmp_path / folder / name, number)
+        monkeypatch.chdir(tmp_path / folder)
+        assert load_conversations(name)["text"][:] == [str(number)]
+    _write_at_one_time(tmp_path / "two" / name, 2)  # in the same place
+    assert load_conversations(name)["text"][:] == ["2"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.csv"])
+def test_folders_with_files_of_one_size_and_time_are_told_apart(tmp_path, name):
+    texts = []
+    for number in range(2):
+        _write_at_one_time(tmp_path / name, number)
+        texts += load_conversations(str(tmp_path))["text"][:]
+    assert len(set(texts)) == 2
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_name_with_brackets_is_first_that_of_a_file(tmp_path, suffix):
+    (tmp_path / "runs[2]").mkdir()
+    for folder in (tmp_path, tmp_path / "runs[2]"):
+        for number, name in enumerate(["a[1]", "a1"]):
+            _write_at_one_time(folder / f"{name}{suffix}", number)
+        assert load_conversations(str(folder / f"a[1]{suffix}"))["text"][:] == ["0"]
+    assert load_conversations(str(tmp_path / f"[a]1{suffix}"))["text"][:] == ["1"]
+
+
+def test_parquet(tmp_path):
     path = tmp_path / "rows.parquet"
     Dataset.from_list(RECORDS).to_parquet(path)
     assert len(load_conversations(str(path), "train[2:]")) == 6
