@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from copy import copy
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from onepass_trl.data import Layout, build_tree, linearize, split_passes
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.setsft import matching
 from onepass_trl.setsft.collator import SetCollator
 from onepass_trl.setsft.config import SetSFTConfig
+from onepass_trl.setsft.models import give_bias, load_model, read_template, with_trained_embeddings
 from onepass_trl.setsft.preparation import SetMaker
 from onepass_trl.setsft.rendering import ForkingTokens
 from onepass_trl.setsft.tokens import add_forking_tokens
 from onepass_trl.setsft.traces import SET_COLUMNS, TraceSet, from_row
 from onepass_trl.training import OnePassSFTTrainer, first_check
-from onepass_trl.training.arguments import one_pass_model_kwargs, to_config
+from onepass_trl.training.arguments import to_config
 from onepass_trl.training.trainer import AnyDataset
 
 # A matching forward may always have this many tokens.
@@ -115,7 +108,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
             )
         revision = (args.model_init_kwargs or {}).get("revision")
         if isinstance(model, str):
-            model = _load_model(model, args, quantization_config)
+            model = load_model(model, args, quantization_config)
             args.model_init_kwargs = quantization_config = None
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
@@ -125,7 +118,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
             )
         if args.chat_template_path is not None:
             # Before the forking tokens: they begin as what begins reasoning in the template.
-            processing_class.chat_template = _read_template(args.chat_template_path)
+            processing_class.chat_template = read_template(args.chat_template_path)
         self._token_ids = add_forking_tokens(
             model,
             getattr(processing_class, "tokenizer", processing_class),
@@ -143,10 +136,10 @@ class SetSFTTrainer(OnePassSFTTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             quantization_config=quantization_config,
-            peft_config=_with_trained_embeddings(peft_config, model, self._token_ids),
+            peft_config=with_trained_embeddings(peft_config, model, self._token_ids),
             **kwargs,
         )
-        _give_bias(self.model.get_output_embeddings())
+        give_bias(self.model.get_output_embeddings())
         self._row_collator = self.data_collator
         self.data_collator: Any = SetCollator()
         self._matched = {mode: np.zeros(args.num_forking_tokens) for mode in ("train", "eval")}
@@ -333,66 +326,3 @@ class SetSFTTrainer(OnePassSFTTrainer):
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         return time.perf_counter()
-
-
-def _load_model(model_id: str, args: SetSFTConfig, quantization_config: Any) -> PreTrainedModel:
-    """Return the model as ``SFTTrainer`` would load it: it has to get its tokens before that."""
-    set_seed(args.seed)
-    kwargs = one_pass_model_kwargs(args.model_init_kwargs)
-    if quantization_config is not None:
-        if "quantization_config" in kwargs:
-            raise ValueError(
-                "quantization_config is given twice, as an argument and in model_init_kwargs: "
-                "give it once"
-            )
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(model_id, **kwargs)
-
-
-def _read_template(path: str) -> str:
-    """Return the chat template of a file, as ``SFTTrainer`` would read it."""
-    if not path.endswith((".jinja", ".j2")):
-        raise ValueError(
-            f"chat_template_path={path!r} names a tokenizer, whose template would come with tokens "
-            "of its own after the forking tokens are there. Give the template as a .jinja file, or "
-            "call trl.clone_chat_template on the model and its tokenizer first, and pass both"
-        )
-    return Path(path).read_text(encoding="utf-8")
-
-
-def _with_trained_embeddings(peft_config: Any, model: PreTrainedModel, token_ids: list[int]) -> Any:
-    """Return the configuration of an adapter that also trains the forking tokens' embeddings.
-
-    Only their input embeddings have to be: forking tokens are given, never generated.
-    """
-    if peft_config is None or getattr(peft_config, "is_prompt_learning", False):
-        return peft_config  # OnePassSFTTrainer refuses the latter
-    if not hasattr(peft_config, "trainable_token_indices"):
-        raise ValueError(
-            f"{type(peft_config).__name__} can't train single embeddings, so the forking tokens "
-            "would stay alike. Use an adapter with trainable_token_indices, such as LoraConfig"
-        )
-    embeddings = model.get_input_embeddings()
-    path = next(name for name, module in model.named_modules() if module is embeddings)
-    if any(path.endswith(name) for name in peft_config.modules_to_save or ()):
-        return peft_config  # all embeddings are trained
-    peft_config = copy(peft_config)
-    given = peft_config.trainable_token_indices or {}
-    indices = given if isinstance(given, dict) else {path.split(".")[-1]: given}
-    key = next((name for name in indices if path.endswith(name)), path.split(".")[-1])
-    indices = {**indices, key: sorted({*indices.get(key, ()), *token_ids})}
-    peft_config.trainable_token_indices = indices
-    return peft_config
-
-
-def _give_bias(head: Any) -> None:
-    """Give a head that PEFT wrapped the ``bias`` that TRL's fused LM head reads.
-
-    The wrapper of trained embeddings, which takes the place of a head tied to them, hands on only
-    the weight.
-    """
-    if head is not None and not hasattr(head, "bias"):
-        head.register_parameter("bias", getattr(head.original_module, "bias", None))
