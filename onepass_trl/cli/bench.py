@@ -56,6 +56,8 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
+    from onepass_trl.cli.arguments import at_least
+
     parser = argparse.ArgumentParser(
         prog="onepass-trl bench",
         description="Time attention of one layer against SDPA and FlexAttention, and a training "
@@ -75,9 +77,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="dtype of weights and inputs (default: float32 on a CPU, else bfloat16)",
     )
     parser.add_argument("--use_cpu", action="store_true", help="don't use the accelerator")
-    parser.add_argument("--threads", type=_count, help="threads of the CPU (default: torch's)")
+    parser.add_argument("--threads", type=at_least(1), help="threads of the CPU (default: torch's)")
     parser.add_argument(
-        "--repeats", type=_count, default=5, help="timed runs, after one to warm up"
+        "--repeats", type=at_least(1), default=5, help="timed runs, after one to warm up"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     options = parser.parse_args(argv)
@@ -97,37 +99,33 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _add_subject(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what is measured: conversations and model."""
-    from onepass_trl.cli.arguments import DATASET_HELP, add_reading_arguments
+    from onepass_trl.cli.arguments import DATASET_HELP, add_reading_arguments, at_least
 
     parser.add_argument("dataset", nargs="?", help=DATASET_HELP)
     parser.add_argument(
         "--model_name_or_path",
         help="model of the Hub, or a folder: its config, and for a dataset its tokenizer",
     )
-    parser.add_argument("--num_layers", type=_count, help="keep only the first layers of the model")
+    parser.add_argument(
+        "--num_layers", type=at_least(1), help="keep only the first layers of the model"
+    )
     add_reading_arguments(parser)
     parser.add_argument(
         "-k",
         "--num_conversations",
-        type=_count,
+        type=at_least(1),
         default=1,
         help="how many conversations a step takes, from the first; attention takes the longest",
     )
-    parser.add_argument("--max_length", type=_count, help="cut each pass to its first tokens")
+    parser.add_argument("--max_length", type=at_least(2), help="cut each pass to its first tokens")
     for name, value in _TURN.items():
         what = "turns" if name == "turns" else f"tokens of a turn's {name}"
         parser.add_argument(
             f"--{name}",
-            type=_count,
+            type=at_least(1),
             default=argparse.SUPPRESS,
             help=f"without a dataset: {what} (default: {value})",
         )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
-    return int(text)
 
 
 def _check(

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.arguments import add_conversation_arguments
+    from onepass_trl.cli.arguments import add_conversation_arguments, at_least
     from onepass_trl.data.packing import OVERFLOW_POLICIES
 
     parser = argparse.ArgumentParser(
@@ -93,12 +93,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "-k",
         "--num_conversations",
-        type=int,
+        type=at_least(0),
         default=1000,
         help="how many conversations, drawn at random from more; 0 for all",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
-    parser.add_argument("--max_length", type=int, help="longest row in tokens; unset: any length")
+    parser.add_argument(
+        "--max_length", type=at_least(2), help="longest row in tokens; unset: any length"
+    )
     parser.add_argument(
         "--overflow",
         choices=OVERFLOW_POLICIES,
@@ -118,12 +120,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="also write all figures as JSON")
     parser.add_argument("--png", metavar="FILE", help="also draw them (needs matplotlib)")
-    options = parser.parse_args(argv)
-    if options.num_conversations < 0:
-        parser.error(f"--num_conversations must be 0 or more, got {options.num_conversations}")
-    if options.max_length is not None and options.max_length < 2:
-        parser.error(f"--max_length must be at least 2, got {options.max_length}")
-    return options
+    return parser.parse_args(argv)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

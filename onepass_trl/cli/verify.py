@@ -77,7 +77,7 @@ def _line(name: str, items: list[Comparison]) -> str:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.arguments import DATASET_HELP, add_reading_arguments
+    from onepass_trl.cli.arguments import DATASET_HELP, add_reading_arguments, at_least
 
     parser = argparse.ArgumentParser(
         prog="onepass-trl verify",
@@ -98,20 +98,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "-k",
         "--num_conversations",
-        type=int,
+        type=at_least(1),
         default=4,
         help="how many conversations, from the first one",
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32"
     )
-    parser.add_argument("--max_length", type=int, help="cut each pass to its first tokens")
+    parser.add_argument("--max_length", type=at_least(2), help="cut each pass to its first tokens")
     parser.add_argument(
-        "--loss_tolerance", type=float, default=1e-6, help="largest relative difference of the loss"
+        "--loss_tolerance",
+        type=at_least(0, float),
+        default=1e-6,
+        help="largest relative difference of the loss",
     )
     parser.add_argument(
         "--gradient_tolerance",
-        type=float,
+        type=at_least(0, float),
         default=1e-4,
         help="largest difference of a parameter's gradient, relative in norm",
     )
@@ -119,8 +122,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if (options.dataset is None) == (options.dataset_name is None):
         parser.error("name one dataset: as the first argument, or with --dataset_name")
     options.dataset = options.dataset or options.dataset_name
-    if options.num_conversations < 1:
-        parser.error(f"--num_conversations must be at least 1, got {options.num_conversations}")
     return options
 
 

@@ -70,6 +70,12 @@ class OnePassCollator:
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(
+                f"pad_to_multiple_of must be at least 1, or None, got {self.pad_to_multiple_of}"
+            )
+
     def __call__(self, rows: Sequence[Layout | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch of `rows`: layouts, or rows of a dataset with the same columns."""
         layouts = [row if isinstance(row, Layout) else as_layout(row) for row in rows]
@@ -79,7 +85,7 @@ class OnePassCollator:
         if self.padding_free:
             layouts = [concatenate(layouts)]
         length = max(len(layout) for layout in layouts)
-        if self.pad_to_multiple_of:
+        if self.pad_to_multiple_of is not None:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
         fill: dict[str, int] = {"input_ids": self.pad_token_id, "shift_labels": IGNORE_INDEX}

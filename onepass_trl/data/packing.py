@@ -12,6 +12,15 @@ from onepass_trl.passes import Pass
 OVERFLOW_POLICIES = ("truncate", "error", "drop")
 
 
+def check_max_length(max_length: int) -> None:
+    """Raise ValueError for a `max_length` within which nothing can be trained."""
+    if not max_length >= 2:
+        raise ValueError(
+            f"max_length must be at least 2 (a token of context and its target) or None, got "
+            f"{max_length}"
+        )
+
+
 class PassTooLongError(ValueError):
     """A pass is longer than ``max_length`` and the policy is ``overflow="error"``."""
 
@@ -51,7 +60,8 @@ def limit_passes(
 
     Raises:
         PassTooLongError: under ``"error"``, if a pass is longer.
-        ValueError: for any other policy.
+        ValueError: for any other policy, and unless `max_length` has room for a token of context
+            and its target.
 
     >>> limit_passes([Pass([1, 2, 3, 4], [0, 0, 1, 1])], 3, "truncate")[1]
     Overflow(num_passes=1, num_lost_turns=0, num_lost_tokens=1, longest=4)
@@ -60,6 +70,7 @@ def limit_passes(
         raise ValueError(
             f"overflow must be one of {', '.join(OVERFLOW_POLICIES)}, got {overflow!r}"
         )
+    check_max_length(max_length)
     kept: list[Pass] = []
     lost = Overflow(longest=max((len(pass_) for pass_ in passes), default=0))
     for index, pass_ in enumerate(passes):

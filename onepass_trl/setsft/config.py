@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from onepass_trl.setsft.matching import METHODS, REDUCTIONS
 from onepass_trl.setsft.preparation import EXCESS_POLICIES
@@ -45,6 +46,13 @@ class SetSFTConfig(OnePassSFTConfig):
     Raises:
         ValueError: for an option that has no such value, or no meaning here.
     """
+
+    _LEAST: ClassVar[dict[str, float]] = {
+        **OnePassSFTConfig._LEAST,
+        "forking_token_noise": 0,
+        "matching_tokens": 1,
+        "matching_batch": 1,
+    }
 
     num_forking_tokens: int = field(
         default=6, metadata={"help": "Number of forking tokens, at least one per trace."}
@@ -94,13 +102,6 @@ class SetSFTConfig(OnePassSFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         forking_tokens(self.num_forking_tokens, self.forking_token_format)
-        for name in ("matching_tokens", "matching_batch"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None, got {value}")
-        if self.forking_token_noise < 0:
-            raise ValueError(
-                f"forking_token_noise must not be negative, got {self.forking_token_noise}"
-            )
         if self.invalid_turns != "error":
             raise ValueError(
                 f"invalid_turns={self.invalid_turns!r} leaves out turns of conversations; a set "

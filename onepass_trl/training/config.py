@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from accelerate.parallelism_config import ParallelismConfig
@@ -64,6 +64,27 @@ class OnePassSFTConfig(SFTConfig):
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
+
+    _LEAST: ClassVar[dict[str, float]] = {
+        "max_steps": -1,  # none
+        "num_train_epochs": 0,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "pad_to_multiple_of": 1,
+        "dataset_num_proc": 1,
+        "learning_rate": 0,
+        "weight_decay": 0,
+        "max_grad_norm": 0,
+        "neftune_noise_alpha": 0,
+        "router_aux_loss_coef": 0,
+        "eval_delay": 0,
+        "logging_steps": 0,
+        "eval_steps": 0,
+        "save_steps": 0,
+    }
+    """The least values of options. Some that are less would be taken for another value: clipping
+    would be off, or nothing trained."""
 
     max_length: int | None = field(
         default=None,
@@ -154,11 +175,12 @@ class OnePassSFTConfig(SFTConfig):
                 raise ValueError(
                     f"{option.name} must be one of {', '.join(choices)}, got {value!r}"
                 )
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(
-                f"max_length must be at least 2 (a token of context and its target) or None, got "
-                f"{self.max_length}"
-            )
+        if self.max_length is not None:
+            packing.check_max_length(self.max_length)
+        for name, least in self._LEAST.items():
+            value = getattr(self, name, None)
+            if isinstance(value, (int, float)) and not value >= least:  # so that NaN is refused
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.chat_template_kwargs is not None and not isinstance(
             self.chat_template_kwargs, dict
         ):

@@ -270,6 +270,22 @@ def test_verify_ends_with_one_if_they_differ(tiny_model_dir, chats, capsys):
     assert "One pass differs from N-pass" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--max_length=-3", "a whole number of at least 2, got -3"),
+        ("--num_conversations=0", "a whole number of at least 1, got 0"),
+        ("--num_conversations=two", "a whole number of at least 1, got two"),
+        ("--loss_tolerance=-1", "a number of at least 0, got -1"),
+        ("--gradient_tolerance=nan", "a number of at least 0, got nan"),
+    ],
+)
+def test_verify_takes_numbers_that_make_sense(tiny_model_dir, chats, flag, expected, capsys):
+    with pytest.raises(SystemExit):
+        main(["verify", str(chats), f"--model_name_or_path={tiny_model_dir}", flag])
+    assert f"{flag.split('=')[0]}: expected {expected}" in capsys.readouterr().err
+
+
 def test_verify_names_what_is_missing(tiny_model_dir, tmp_path, capsys):
     flags = [str(tmp_path / "no.jsonl"), f"--model_name_or_path={tiny_model_dir}"]
     assert main(["verify", *flags]) == 2

@@ -114,6 +114,19 @@ def test_bad_input(estimate, flag, message):
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--max_length=-3", "--max_length: expected a whole number of at least 2, got -3"),
+        ("--num_conversations=-1", "expected a whole number of at least 0, got -1"),
+    ],
+)
+def test_numbers_that_make_no_sense(estimate, flag, message, capsys):
+    with pytest.raises(SystemExit):
+        estimate(CHATS, flag)
+    assert message in capsys.readouterr().err
+
+
 def test_a_missing_file(tiny_model_dir, capsys):
     assert main(["estimate", "none.jsonl", f"--model_name_or_path={tiny_model_dir}"]) == 2
     assert "no such file" in capsys.readouterr().err

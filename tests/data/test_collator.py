@@ -57,6 +57,11 @@ def test_padding_goes_in_runs():
     assert ends.tolist() == [2] * 2 + [66] * 64 + [130] * 64 + [150] * 20
 
 
+def test_padding_needs_a_positive_multiple():
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1, or None, got -8"):
+        OnePassCollator(pad_to_multiple_of=-8)
+
+
 def test_rows_of_another_collator_are_an_error():
     with pytest.raises(
         ValueError, match=r"missing: position_ids, shift_labels.*got: input_ids, labels"

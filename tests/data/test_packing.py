@@ -107,6 +107,13 @@ def test_nothing_is_lost_where_everything_fits():
     assert (lost.num_passes, lost.num_lost_turns, lost.num_lost_tokens) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("max_length", [-3, 0, 1])
+def test_a_length_within_which_nothing_can_be_trained_is_an_error(max_length):
+    for policy in ("truncate", "drop", "error"):
+        with pytest.raises(ValueError, match=f"must be at least 2 .*, got {max_length}"):
+            limit_passes([Pass([1, 2], [0, 1])], max_length, policy)
+
+
 def test_an_unknown_policy_is_an_error():
     with pytest.raises(
         ValueError, match="overflow must be one of truncate, error, drop, got 'cut'"

@@ -268,7 +268,7 @@ class TestOptions:
             (dict(invalid_turns="drop"), "Leave invalid_turns unset"),
             (dict(num_forking_tokens=0), "num_forking_tokens must be at least 1"),
             (dict(forking_token_format="x"), "must differ"),
-            (dict(forking_token_noise=-1.0), "must not be negative"),
+            (dict(forking_token_noise=-1.0), "forking_token_noise must be at least 0, got -1"),
             (dict(train_on="last"), "Leave train_on unset"),
             (dict(completion_only_loss=False), "Leave completion_only_loss unset"),
             (dict(packing=True), "set max_length"),

@@ -1,5 +1,6 @@
 """Every option of TRL's trainer keeps its meaning; what can't be honoured is an error."""
 
+import math
 import subprocess
 import sys
 from itertools import chain
@@ -283,6 +284,14 @@ def test_a_model_id_is_loaded_with_one_pass_attention(train, tmp_path, caplog):
         (dict(fp16=True), "fp16=True needs an accelerator"),
         (dict(attention_impl="foo"), "attention_impl must be one of auto, cuda"),
         (dict(max_length=1), "max_length must be at least 2"),
+        (dict(max_length=-3), "max_length must be at least 2"),
+        (dict(max_steps=-5), "max_steps must be at least -1, got -5"),
+        (dict(max_steps=-1, num_train_epochs=-1), "num_train_epochs must be at least 0, got -1"),
+        (dict(max_grad_norm=-1.0), "max_grad_norm must be at least 0, got -1"),
+        (dict(max_grad_norm=math.nan), "max_grad_norm must be at least 0, got nan"),
+        (dict(gradient_accumulation_steps=-4), "gradient_accumulation_steps must be at least 1"),
+        (dict(pad_to_multiple_of=-8), "pad_to_multiple_of must be at least 1, got -8"),
+        (dict(router_aux_loss_coef=-0.1), "router_aux_loss_coef must be at least 0"),
         (dict(overflow="cut"), "overflow must be one of"),
         (dict(train_on="first"), "train_on must be"),
         (dict(train_on="[0, 0.5]"), "train_on must be"),
