@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from copy import copy
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pyarrow.compute as compute
 from datasets import Dataset, IterableDataset
@@ -14,7 +14,10 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from onepass_trl.attention.model_check import check_token_ids
+from onepass_trl.data.collator import OnePassCollator
+from onepass_trl.preparation.options import NullArguments, PreparationOptions
 from onepass_trl.training.config import OnePassSFTConfig
+from onepass_trl.training.response_templates import trl_response_template
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,52 @@ def to_config(
     known = {field.name for field in fields(kind)}
     given = [field.name for field in fields(args) if field.init and field.name in known]
     return kind(**{name: getattr(args, name) for name in given})
+
+
+def preparation_options(args: OnePassSFTConfig, packing: bool) -> PreparationOptions:
+    """Return how rows are made by this configuration.
+
+    Raises:
+        ValueError: if they are packed, but up to no length.
+    """
+    if packing and args.max_length is None:
+        raise ValueError(
+            "packing fills rows up to max_length, which is None: set max_length, or packing=False"
+        )
+    return PreparationOptions(
+        max_length=args.max_length,
+        overflow=args.overflow,
+        train_on=args.trained_turns,
+        packing=packing,
+        invalid_turns=args.invalid_turns,
+        null_arguments=cast(NullArguments, args.null_arguments),
+        chat_template_kwargs=args.template_arguments,
+        verify_rendering=args.verify_rendering,
+        num_proc=args.dataset_num_proc,
+        shuffle_seed=args.seed if args.shuffle_dataset else None,
+        text_field=args.dataset_text_field,
+        completion_only_loss=args.completion_only_loss,
+        known_templates=trl_response_template,
+    )
+
+
+def check_collator(collator: Any) -> None:
+    """Raise unless a collator makes batches of rows; None is this package's own."""
+    if collator is not None and not isinstance(collator, OnePassCollator):
+        raise ValueError(
+            f"data_collator must be an OnePassCollator, got {type(collator).__name__}: a batch "
+            "needs visible_end, position_ids and shift_labels. Leave it unset to get the right one"
+        )
+
+
+def check_adapters(*configs: Any) -> None:
+    """Raise for an adapter of PEFT that adds tokens to the row."""
+    for config in configs:
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(config).__name__} puts virtual tokens before the row, which shifts every "
+                "position of the tree. Use an adapter such as LoraConfig"
+            )
 
 
 def refuse_functions_of_logits(**arguments: Any) -> None:

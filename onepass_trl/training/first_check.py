@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +21,8 @@ from transformers import PreTrainedModel
 from onepass_trl.attention.model_check import base_model, reference_attention
 from onepass_trl.data.layout import Layout, separate, target_paths
 from onepass_trl.passes import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 NUM_ROWS = 32  # of the dataset, among which the row to compare is chosen
 MAX_TOKENS = 2048  # of that row
@@ -68,6 +74,53 @@ class Difference:
             "'dense', and please report it with the output of `onepass-trl env`. "
             "verify_model=False trains without this check"
         )
+
+
+@torch.no_grad()
+def verify(
+    model: PreTrainedModel,
+    wrapped: nn.Module,
+    rows: Iterable[Layout],
+    *,
+    log_probs: LogProbs,
+    accelerator: Accelerator,
+) -> None:
+    """Raise ValueError unless one pass gives what N passes give, on one of the rows.
+
+    Args:
+        model: the transformers model.
+        wrapped: the same as it is trained, so perhaps sharded and compiled.
+        rows: of the beginning of the dataset. Each process may have another part of a stream; the
+            first one's choice counts.
+        log_probs: computes rows as training does.
+        accelerator: of the processes.
+    """
+    begin = time.perf_counter()
+    [row] = broadcast_object_list([choose_row(rows)])
+    if row is None:
+        logger.info("The model is not verified: the first rows are all too long for it")
+        return
+    # Not compiled for the length of each pass.
+    causal = getattr(wrapped, "_orig_mod", wrapped)
+    wrapped.eval()
+    try:
+        found = compare(row, log_probs, lambda row: causal_log_probs(model, row, causal))
+    finally:
+        wrapped.train()
+    # All processes come to the same result, or some would wait for others that have raised.
+    own = torch.tensor([[found.one_pass, found.rounding]], device=accelerator.device)
+    one_pass, rounding = accelerator.gather(own).amax(dim=0).tolist()
+    found = replace(found, one_pass=one_pass, rounding=rounding)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    found.check(model, autocast.get(accelerator.mixed_precision, model.dtype))
+    logger.info(
+        "One pass gives the log-probabilities of %d passes: on a row of %d tokens they differ "
+        "by %.2g on average (%.1f s)",
+        found.num_passes,
+        found.num_tokens,
+        found.one_pass,
+        time.perf_counter() - begin,
+    )
 
 
 def choose_row(rows: Iterable[Layout]) -> Layout | None:

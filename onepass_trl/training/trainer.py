@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
@@ -36,16 +32,19 @@ from onepass_trl.attention.transformers_backend import check_model, use_onepass_
 from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator, as_layout
 from onepass_trl.data.layout import Layout
 from onepass_trl.preparation.datasets import Maker, prepare_dataset
-from onepass_trl.preparation.options import NullArguments, PreparationOptions
+from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import ROW_COLUMNS, RowMaker
 from onepass_trl.training import first_check
 from onepass_trl.training.arguments import (
+    check_adapters,
+    check_collator,
     check_not_empty,
     check_prepared,
     check_train_dataset,
     check_vocabulary,
     named_datasets,
     one_pass_model_kwargs,
+    preparation_options,
     refuse_functions_of_logits,
     to_config,
 )
@@ -57,9 +56,6 @@ from onepass_trl.training.context_parallel import (
 )
 from onepass_trl.training.lm_head import add_fused_lm_head
 from onepass_trl.training.loss import check_head, forward, target_losses
-from onepass_trl.training.response_templates import trl_response_template
-
-logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
 # The totals of training and of an evaluation that are logged, and what else is added up with them.
@@ -145,18 +141,8 @@ class OnePassSFTTrainer(SFTTrainer):
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if data_collator is not None and not isinstance(data_collator, OnePassCollator):
-            raise ValueError(
-                f"data_collator must be an OnePassCollator, got {type(data_collator).__name__}: a "
-                "batch needs visible_end, position_ids and shift_labels. Leave it unset to get "
-                "the right one"
-            )
-        for adapter in (peft_config, *getattr(model, "peft_config", {}).values()):
-            if getattr(adapter, "is_prompt_learning", False):
-                raise ValueError(
-                    f"{type(adapter).__name__} puts virtual tokens before the row, which shifts "
-                    "every position of the tree. Use an adapter such as LoraConfig"
-                )
+        check_collator(data_collator)
+        check_adapters(peft_config, *getattr(model, "peft_config", {}).values())
         check_train_dataset(train_dataset)
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             check_prepared(train_dataset, eval_dataset, self._row_columns)
@@ -241,26 +227,7 @@ class OnePassSFTTrainer(SFTTrainer):
         dataset_name: str,
     ) -> AnyDataset:
         check_not_empty(dataset_name, dataset)
-        if packing and args.max_length is None:
-            raise ValueError(
-                "packing fills rows up to max_length, which is None: set max_length, or "
-                "packing=False"
-            )
-        options = PreparationOptions(
-            max_length=args.max_length,
-            overflow=args.overflow,
-            train_on=args.trained_turns,
-            packing=packing,
-            invalid_turns=args.invalid_turns,
-            null_arguments=cast(NullArguments, args.null_arguments),
-            chat_template_kwargs=args.template_arguments,
-            verify_rendering=args.verify_rendering,
-            num_proc=args.dataset_num_proc,
-            shuffle_seed=args.seed if args.shuffle_dataset else None,
-            text_field=args.dataset_text_field,
-            completion_only_loss=args.completion_only_loss,
-            known_templates=trl_response_template,
-        )
+        options = preparation_options(args, packing)
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():
             column_names = get_dataset_column_names(dataset)
@@ -296,40 +263,13 @@ class OnePassSFTTrainer(SFTTrainer):
             self._verify_model(model)
         return super().training_step(model, *args, **kwargs)
 
-    @torch.no_grad()
     def _verify_model(self, model: torch.nn.Module) -> None:
-        """Raise ValueError unless one pass gives what N passes give, on a row of the dataset."""
-        begin = time.perf_counter()
-        # Each process may have another part of a stream.
-        [row] = broadcast_object_list([first_check.choose_row(self._first_rows())])
-        if row is None:
-            logger.info("The model is not verified: the first rows are all too long for it")
-            return
-        base = base_model(self.model)
-        # Not compiled for the length of each pass.
-        causal = getattr(model, "_orig_mod", model)
-        model.eval()
-        try:
-            found = first_check.compare(
-                row,
-                one_pass=lambda row: self._log_probs(model, row),
-                n_pass=lambda row: first_check.causal_log_probs(base, row, causal),
-            )
-        finally:
-            model.train()
-        # All processes come to the same result, or some would wait for others that have raised.
-        own = torch.tensor([[found.one_pass, found.rounding]], device=self.accelerator.device)
-        one_pass, rounding = self.accelerator.gather(own).amax(dim=0).tolist()
-        found = replace(found, one_pass=one_pass, rounding=rounding)
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        found.check(base, autocast.get(self.accelerator.mixed_precision, base.dtype))
-        logger.info(
-            "One pass gives the log-probabilities of %d passes: on a row of %d tokens they differ "
-            "by %.2g on average (%.1f s)",
-            found.num_passes,
-            found.num_tokens,
-            found.one_pass,
-            time.perf_counter() - begin,
+        first_check.verify(
+            base_model(self.model),
+            model,
+            self._first_rows(),
+            log_probs=lambda row: self._log_probs(model, row),
+            accelerator=self.accelerator,
         )
 
     def _first_rows(self) -> Iterator[Layout]:

@@ -106,7 +106,7 @@ def test_a_wrong_kernel_is_found(train, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_supported_model_passes(train, caplog, name, dtype):
     trainer = train(make_model(name).to(dtype), max_steps=1)
-    with caplog.at_level(logging.INFO, "onepass_trl.training.trainer"):
+    with caplog.at_level(logging.INFO, "onepass_trl.training.first_check"):
         trainer._verify_model(trainer.model)
     [record] = [r for r in caplog.records if "One pass gives" in r.message]
     assert record.args[0] >= 2
@@ -118,7 +118,7 @@ def test_a_stream_is_verified_too(train, caplog):
         yield from [as_record(random_chat(2, seed=seed)) for seed in range(4)]
 
     trainer = train(dataset=IterableDataset.from_generator(generate), max_steps=1)
-    with caplog.at_level(logging.INFO, "onepass_trl.training.trainer"):
+    with caplog.at_level(logging.INFO, "onepass_trl.training.first_check"):
         trainer.train()
     assert "One pass gives the log-probabilities of 2 passes" in caplog.text
 
@@ -126,7 +126,7 @@ def test_a_stream_is_verified_too(train, caplog):
 def test_rows_that_are_all_too_long_are_said_to_be(train, caplog, monkeypatch):
     monkeypatch.setattr("onepass_trl.training.first_check.MAX_TOKENS", 10)
     trainer = train(dataset=Dataset.from_list([as_record(random_chat(2))]), max_steps=1)
-    with caplog.at_level(logging.INFO, "onepass_trl.training.trainer"):
+    with caplog.at_level(logging.INFO, "onepass_trl.training.first_check"):
         trainer.train()
     assert "The model is not verified" in caplog.text
 
