@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.turns import TrainOn, chosen_turns
@@ -56,15 +57,24 @@ def _given_pass(given: Any, number: int) -> Pass:
             f"pass {number} needs lists of whole numbers of one length, got input_ids {ids.dtype} "
             f"{ids.shape} and labels {labels.dtype} {labels.shape}"
         )
+    try:
+        return Pass(ids, trained_by_labels(labels, ids))
+    except ValueError as error:
+        raise ChatFormatError(f"pass {number}: {error}") from error
+
+
+def trained_by_labels(labels: NDArray[Any], ids: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which tokens have a label.
+
+    Raises:
+        ChatFormatError: if a label is neither `IGNORE_INDEX` nor the id at the same index.
+    """
     trained = labels != IGNORE_INDEX
     wrong = np.flatnonzero(trained & (labels != ids))
     if wrong.size:
         at = int(wrong[0])
         raise ChatFormatError(
-            f"pass {number} has label {labels[at]} at index {at}, expected {IGNORE_INDEX} or the "
-            f"id there, {ids[at]}: labels stand at their own token, not shifted"
+            f"the label at index {at} is {labels[at]}, expected {IGNORE_INDEX} or the id there, "
+            f"{ids[at]}: labels are at the index of their own token, not shifted"
         )
-    try:
-        return Pass(ids, trained)
-    except ValueError as error:
-        raise ChatFormatError(f"pass {number}: {error}") from error
+    return trained

@@ -15,7 +15,8 @@ import numpy as np
 from onepass_trl.chat.encoding import encode_behind
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.records import CONVERSATIONS, form_of
-from onepass_trl.passes import IGNORE_INDEX, Pass
+from onepass_trl.passes import Pass
+from onepass_trl.preparation.given_passes import trained_by_labels
 from onepass_trl.preparation.options import PreparationOptions
 
 if TYPE_CHECKING:
@@ -134,15 +135,7 @@ def _of_ids(record: Mapping[str, Any], options: PreparationOptions) -> Pass:
             )
     labels = given.pop("labels", None)
     if labels is not None:
-        trained = labels != IGNORE_INDEX
-        wrong = np.flatnonzero(trained & (labels != ids))
-        if wrong.size:
-            at = int(wrong[0])
-            raise ChatFormatError(
-                f"'labels' is {labels[at]} at index {at}, expected {IGNORE_INDEX} or the id there, "
-                f"{ids[at]}: labels are those of their own token, not shifted"
-            )
-        return _pass(ids, trained)
+        return _pass(ids, trained_by_labels(labels, ids))
     mask = given.get("completion_mask")
     if mask is not None and options.completion_only_loss is None:
         _warn_of_unused_mask()

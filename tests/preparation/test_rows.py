@@ -79,7 +79,10 @@ def test_given_passes_that_train_nothing_are_left_out():
         ([{"input_ids": [1]}], "pass 0 must be a dict"),
         ([{"input_ids": [1, 2], "labels": [-100]}], "of one length"),
         ([{"input_ids": [1.5, 2.0], "labels": [-100, 2.0]}], "whole numbers"),
-        ([{"input_ids": [1, 2, 3], "labels": [-100, 3, -100]}], "label 3 at index 1"),
+        (
+            [{"input_ids": [1, 2, 3], "labels": [-100, 3, -100]}],
+            "pass 0: the label at index 1 is 3",
+        ),
         ([{"input_ids": [1, 2], "labels": [1, 2]}], "pass 0: the first token"),
         ([{"input_ids": [1, 2**33], "labels": [-100, 2**33]}], r"less than 2\^31"),
         ([{"input_ids": [1, 2], "labels": [-100, -100]}], "no label .* is trained"),

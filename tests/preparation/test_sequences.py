@@ -63,7 +63,7 @@ def test_a_mask_that_is_not_used_is_said_once(tiny_tokenizer, caplog):
             "'input_ids' has 2 tokens and 'labels' 3: they need one value for each token",
         ),
         ({"input_ids": [1, 2], "completion_mask": [1]}, {}, "'completion_mask' 1"),
-        ({"input_ids": [1, 2], "labels": [2, 0]}, {}, "'labels' is 2 at index 0, expected -100 or"),
+        ({"input_ids": [1, 2], "labels": [2, 0]}, {}, "label at index 0 is 2, expected -100 or"),
         ({"input_ids": [1, 2], "labels": [-100, -100]}, {}, "nothing in the sequence of 2 tokens"),
         ({"input_ids": [1]}, {}, "nothing in the sequence of 1 tokens is trained"),
         ({"input_ids": []}, {}, "the sequence has no token"),
