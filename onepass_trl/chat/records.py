@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from onepass_trl.chat.columns import check_columns
 from onepass_trl.chat.errors import ChatFormatError, errors_named
 from onepass_trl.chat.messages import Message, with_calls
+from onepass_trl.chat.template import RESERVED
 from onepass_trl.chat.turns import TrainOn
 
 Form: TypeAlias = tuple[str, ...]
@@ -29,6 +31,8 @@ _FORMS = (
     "'messages'; 'prompt' and 'completion', both as lists of messages or as text; 'conversations' "
     "(ShareGPT); 'text'; 'input_ids'; 'passes' as a list of {'input_ids', 'labels'}"
 )
+_WITH_MESSAGES = ("system", "tools", "chat_template_kwargs")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,13 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
             `onepass_trl.preparation.nulls.read_record`.
 
     Raises:
-        ChatFormatError: if the record has none of these forms, images, or something that can't be
-            read.
+        ChatFormatError: if the record has none of these forms, images, something that can't be
+            read, or a column that isn't read and may change what is trained.
 
     >>> read_conversation({"conversations": [{"from": "human", "value": "Hi"}]}).messages
     [{'role': 'user', 'content': 'Hi'}]
     """
-    _refuse_images(record)
+    _refuse_media(record)
     columns = form_of(record, CONVERSATIONS)
     if not columns:
         found = [f"{name!r}{' (null)' if value is None else ''}" for name, value in record.items()]
@@ -120,6 +124,7 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
         train_on = list(range(sum(turns[: len(record["prompt"])]), sum(turns)))
         if not train_on:
             raise ChatFormatError("'completion' has no assistant message, so nothing is trained")
+    check_columns(record, (*columns, *_WITH_MESSAGES), messages)
     return Conversation(_with_system(record, messages), *_settings(record), train_on)
 
 
@@ -145,11 +150,6 @@ def read_question(record: Mapping[str, Any]) -> Question:
             f"{', '.join(given) or 'nothing'}. Rename or convert the columns"
         )
     prompt, completions = record["prompt"], record["completions"]
-    if isinstance(prompt, str) and record.get("system"):
-        raise ChatFormatError(
-            "the row has a 'system' column, and a prompt of text has no place for it: write it "
-            "into the prompt, or give the prompt as a list of messages"
-        )
     if not isinstance(completions, (list, tuple)) or not completions:
         raise ChatFormatError(
             "'completions' must be a list with at least one assistant message or string, got "
@@ -157,13 +157,15 @@ def read_question(record: Mapping[str, Any]) -> Question:
         )
     settings = _settings(record)
     if isinstance(prompt, str):
+        check_columns(record, columns, None)
         return Question(prompt, list(completions), *settings)
+    messages = _message_list(record, "prompt")
+    check_columns(record, (*columns, *_WITH_MESSAGES), messages)
     answers = []
     for number, completion in enumerate(completions):
         with errors_named(f"completion {number} of {len(completions)}"):
             answers.append(_as_answer(completion))
-    messages = _with_system(record, _message_list(record, "prompt"))
-    return Question(messages, answers, *settings)
+    return Question(_with_system(record, messages), answers, *settings)
 
 
 def _as_answer(completion: Any) -> Message:
@@ -179,13 +181,13 @@ def _as_answer(completion: Any) -> Message:
     )
 
 
-def _refuse_images(record: Mapping[str, Any]) -> None:
-    """Raise an error for records with images."""
-    for column in ("image", "images"):
+def _refuse_media(record: Mapping[str, Any]) -> None:
+    """Raise an error for records with images, videos or audio."""
+    for column in _MEDIA:
         if record.get(column) is not None and record[column] != []:
             raise ChatFormatError(
-                f"the row has vision data in column {column!r}, which isn't supported, only text; "
-                "train it with TRL's SFTTrainer or remove the column"
+                f"the row has images, video or audio in column {column!r}, which aren't supported, "
+                "only text; train it with TRL's SFTTrainer or remove the column"
             )
 
 
@@ -236,4 +238,11 @@ def _settings(record: Mapping[str, Any]) -> tuple[list[Any] | None, dict[str, An
                 f"column {column!r} must be a {kind.__name__} or JSON text of one, got "
                 f"{type(value).__name__}"
             )
-    return record.get("tools"), record.get("chat_template_kwargs") or {}
+    kwargs = record.get("chat_template_kwargs") or {}
+    if chosen := sorted(kwargs.keys() & (RESERVED | {"chat_template"})):
+        raise ChatFormatError(
+            f"the row's chat_template_kwargs set {', '.join(chosen)}, which isn't a row's to "
+            "choose: remove it. For all rows chat_template may stand in the option "
+            "chat_template_kwargs, or in tokenizer.chat_template"
+        )
+    return record.get("tools"), kwargs

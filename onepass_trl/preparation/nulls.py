@@ -28,7 +28,7 @@ _LISTS = (
     "images",
 )
 _CALLS = ("tool_calls", "function", "value")  # keys of arguments, the last in ShareGPT
-_PER_TOKEN = ("input_ids", "labels", "completion_mask", "assistant_masks")
+_PER_TOKEN = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask")
 _SETTINGS = ("tools", "chat_template_kwargs")
 
 

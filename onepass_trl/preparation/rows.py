@@ -11,6 +11,7 @@ import pyarrow.compute as compute
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from onepass_trl.chat.columns import check_columns
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.messages import Message
 from onepass_trl.chat.records import read_conversation
@@ -102,6 +103,7 @@ def render_record(
     try:
         record = read_record(record, features, options.null_arguments)
         if record.get("passes") is not None:
+            check_columns(record, ("passes",), None, is_whole=True)
             numbered = numbered_passes(record["passes"], options.train_on)
             return RenderedRecord(list(numbered.values()), list(numbered))
         sequence = sequence_of(record, tokenizer, options)

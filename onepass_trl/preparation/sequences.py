@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onepass_trl.chat.columns import check_columns
 from onepass_trl.chat.encoding import encode_behind
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.records import CONVERSATIONS, form_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PER_TOKEN = ("labels", "completion_mask", "assistant_masks")
+_UNUSED = ("attention_mask", "special_tokens_mask")  # what else tokenizers give
 
 
 def sequence_of(
@@ -60,6 +62,9 @@ def sequence_of(
         pass_ = _of_text(record[options.text_field], tokenizer, options)
     else:
         return None
+    is_prompt = messages == ("prompt", "completion")
+    read = messages if is_prompt else (options.text_field, "input_ids", *_PER_TOKEN, *_UNUSED)
+    check_columns(record, read, None, is_whole=not is_prompt)
     if not pass_.num_trained:
         raise ChatFormatError(
             f"nothing in the sequence of {len(pass_)} tokens is trained; remove the row, or change "
@@ -133,6 +138,10 @@ def _of_ids(record: Mapping[str, Any], options: PreparationOptions) -> Pass:
                 f"'input_ids' has {ids.size} tokens and {column!r} {values.size}: they need one "
                 "value for each token"
             )
+    if record.get("attention_mask") and not all(record["attention_mask"]):
+        raise ChatFormatError(
+            "'attention_mask' has zeros, which isn't supported: remove the padding, or the column"
+        )
     labels = given.pop("labels", None)
     if labels is not None:
         return _pass(ids, trained_by_labels(labels, ids))

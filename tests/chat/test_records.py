@@ -53,7 +53,8 @@ def test_sharegpt():
 
 
 ERRORS = [
-    ({"messages": TWO_TURNS, "images": ["x"]}, "vision data in column 'images'"),
+    ({"messages": TWO_TURNS, "images": ["x"]}, "images, video or audio in column 'images'"),
+    ({"messages": TWO_TURNS, "audio": {"path": "x"}}, "images, video or audio in column 'audio'"),
     ({"text": "a"}, "none of the accepted forms: .*columns are 'text'"),
     ({"prompt": "a", "completion": "b"}, "column 'prompt' must be a list of message dicts"),
     ({"a": 1, "b": 2}, "none of the accepted forms: 'messages'.*columns are 'a', 'b'"),
@@ -109,7 +110,10 @@ def test_questions():
         ({"prompt": CHAT[:1], "completions": ["x", CHAT[0]]}, "completion 1 of 2: it must be one"),
         ({"prompt": CHAT[:1], "completions": [[]]}, "must be one assistant message"),
         ({"prompt": ["Hi"], "completions": ["x"]}, "'prompt' must be a list of message dicts"),
-        ({"prompt": "Hi", "system": "x", "completions": ["x"]}, "a prompt of text has no place"),
+        (
+            {"prompt": "Hi", "system": "x", "completions": ["x"]},
+            "'system', which isn't read. Give it in the prompt",
+        ),
         ({"prompt": "Hi", "tools": "f", "completions": ["x"]}, "column 'tools' must be a list"),
     ],
 )

@@ -56,6 +56,13 @@ def test_reasoning_between_other_marks(template, line):
     assert turn.completion.startswith(turn.message["content"])
 
 
+@pytest.mark.parametrize("line", range(3))
+def test_columns_that_change_the_meaning(line):
+    name = ("loss_mask", "enable_thinking", "system_prompt")[line]
+    with pytest.raises(ChatFormatError, match=f"column '{name}', which isn't read"):
+        turns("ignored_columns", line, "qwen3")
+
+
 @pytest.mark.parametrize("template", [*REASONING, "llama3_1"])
 def test_keys_under_other_names(template):
     with pytest.raises(ChatFormatError, match=r"'reasoning_details'.*'reasoning_content'"):
