@@ -90,7 +90,7 @@ def separate_costs(trainer: SetSFTTrainer, set_: TraceSet, token_ids: list[int])
     with torch.no_grad():
         return np.array(
             [
-                [separate_loss(trainer.model, trace.behind(token)).item() for trace in set_.traces]
+                [separate_loss(trainer.model, trace.after(token)).item() for trace in set_.traces]
                 for token in token_ids
             ]
         )
@@ -100,7 +100,7 @@ def separate_step(trainer: SetSFTTrainer, set_: TraceSet, token_ids: list[int]) 
     tokens = match(separate_costs(trainer, set_, token_ids))
     trainer.model.train()
     total = 0.0
-    for pass_ in set_.behind([token_ids[token] for token in tokens]):
+    for pass_ in set_.after([token_ids[token] for token in tokens]):
         loss = separate_loss(trainer.model, pass_) / len(set_.traces)
         loss.backward()
         total += loss.item()

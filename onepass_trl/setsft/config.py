@@ -31,8 +31,8 @@ class SetSFTConfig(OnePassSFTConfig):
         matching: how the traces of a question get their forking tokens: ``"hungarian"`` (least
             total loss), ``"random"`` (drawn again at each step) or ``"fixed"`` (completion j gets
             token j). The last two are baselines and compute no costs.
-        matching_tokens: how many tokens of a trace count for its cost, from the begin of the
-            reasoning. None: all.
+        matching_tokens: how many tokens of a trace count for its cost, from the beginning of
+            the reasoning. None: all.
         matching_reduction: whether the cost of a trace is the ``"mean"`` or the ``"sum"`` of the
             losses of those tokens.
         matching_batch: the most (forking token, trace) pairs that one forward of the matching

@@ -65,7 +65,7 @@ def plan_costs(
         for number in sorted({number for number, _, _ in chunk}):
             row, positions = linearize_with_targets(
                 [
-                    sets[number].traces[trace].behind(token_ids[token], num_targets)
+                    sets[number].traces[trace].after(token_ids[token], num_targets)
                     for number_, token, trace in chunk
                     if number_ == number
                 ]
@@ -90,9 +90,9 @@ def _chunks(
     chunk: list[Pair] = []
     row_length = 0
     for number, set_ in enumerate(sets):
-        behind = [len(trace.behind(0, num_targets)) - trace.fork for trace in set_.traces]
+        lengths = [len(trace.after(0, num_targets)) - trace.fork for trace in set_.traces]
         for token in range(num_tokens):
-            for trace, length in enumerate(behind):
+            for trace, length in enumerate(lengths):
                 question = set_.traces[trace].fork
                 shared = question if chunk and chunk[-1][0] == number else 0
                 added = question - shared + length

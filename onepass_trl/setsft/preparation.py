@@ -60,8 +60,8 @@ class SetReport(Report):
         if self.num_repeated:
             yield (
                 f"{self.num_repeated} traces repeat another one of their question; each is trained "
-                "behind a token of its own, which then learns the same. Remove them if that isn't "
-                "meant"
+                "after a token of its own, which then learns the same. Remove them if that isn't "
+                "intended"
             )
 
     def nothing_left(self, name: str) -> str:
@@ -163,5 +163,5 @@ def _limit(traces: list[Trace], options: PreparationOptions) -> tuple[list[Trace
 
 
 def _row_length(set_: TraceSet) -> int:
-    passes: list[Pass] = [trace.behind(number) for number, trace in enumerate(set_.traces)]
+    passes: list[Pass] = [trace.after(number) for number, trace in enumerate(set_.traces)]
     return build_tree(passes).num_row_tokens()

@@ -1,7 +1,7 @@
 """Questions and their completions as traces, and the prompts with which inference asks for them.
 
-The forking token replaces the template's thinking opener, wherever that stands: at the end of the
-prompt (DeepSeek-R1) or at the begin of the completion (Qwen3).
+The forking token replaces the template's thinking opener, wherever that is: at the end of the
+prompt (DeepSeek-R1) or at the beginning of the completion (Qwen3).
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class _Parts:
     """The text of a turn around its forking token.
 
     Attributes:
-        before: what stands before the forking token.
-        between: what the prompt has behind it: white space.
-        completion: what the model must generate behind that.
+        before: the prompt up to the forking token.
+        between: the white space that follows it in the prompt.
+        completion: what the model must generate.
     """
 
     before: str
@@ -191,7 +191,7 @@ def _any_answer(
     kwargs: Mapping[str, Any] | None,
     opener: str,
 ) -> dict[str, str]:
-    """Return an assistant message with reasoning, to see where its opener stands."""
+    """Return an assistant message with reasoning, to see where its opener is put."""
     template = Template(tokenizer, tools, kwargs)
     answer = {"role": "assistant", "content": "x"}
     if opener and family_of(template).reads_reasoning(template):
@@ -229,8 +229,8 @@ def _split(context: str, completion: str, opener: str) -> _Parts:
         lead = completion[: len(completion) - len(rest)]
         return _Parts(context + lead, "", rest.removeprefix(opener))
     raise ChatFormatError(
-        f"the thinking opener {opener!r}, which the forking token replaces, stands neither at the "
-        f"end of the prompt ({context[-40:]!r}) nor at the begin of the completion "
+        f"the thinking opener {opener!r}, which the forking token replaces, is neither at the end "
+        f"of the prompt ({context[-40:]!r}) nor at the beginning of the completion "
         f"({completion[:40]!r}). Give the completion reasoning, set thinking_opener to the text "
         "with which this template begins it, or to '' if there is nothing to replace"
     )
@@ -269,11 +269,11 @@ class _Encoder:
             [self._prompts[prompt]] = _encode_prompts([prompt], self._tokenizer, self._is_text)
         before = self._prompts[prompt]
         if added_tokens(self._tokenizer).prepends:
-            behind = encode_behind(self._tokenizer, prompt, completion)
+            after = encode_behind(self._tokenizer, prompt, completion)
         else:
-            [behind] = encode_alone(self._tokenizer, [completion])
-        trained = np.repeat([False, True], [before.size, behind.size])
-        return Pass(np.concatenate([before, behind]), trained)
+            [after] = encode_alone(self._tokenizer, [completion])
+        trained = np.repeat([False, True], [before.size, after.size])
+        return Pass(np.concatenate([before, after]), trained)
 
 
 def _to_trace(parts: _Parts, number: int, tokens: ForkingTokens, encoder: _Encoder) -> Trace:

@@ -41,14 +41,14 @@ class Trace:
     fork: int
     number: int
 
-    def behind(self, token_id: int, num_targets: int | None = None) -> Pass:
+    def after(self, token_id: int, num_targets: int | None = None) -> Pass:
         """Return the pass of this trace after a forking token.
 
         Args:
             token_id: the forking token.
             num_targets: keep only the first `num_targets` trained tokens; None keeps all.
 
-        >>> Trace(Pass([5, 0, 6, 7], [0, 0, 1, 1]), fork=1, number=0).behind(9, 1).token_ids
+        >>> Trace(Pass([5, 0, 6, 7], [0, 0, 1, 1]), fork=1, number=0).after(9, 1).token_ids
         array([5, 9, 6], dtype=int32)
         """
         ids, trained = self.pass_.token_ids.copy(), self.pass_.trained
@@ -81,9 +81,9 @@ class TraceSet:
         question = max(trace.fork for trace in self.traces)
         return question + sum(len(trace.pass_) - trace.fork for trace in self.traces)
 
-    def behind(self, token_ids: Sequence[int]) -> list[Pass]:
+    def after(self, token_ids: Sequence[int]) -> list[Pass]:
         """Return the pass of each trace after its own forking token."""
-        return [trace.behind(token) for trace, token in zip(self.traces, token_ids, strict=True)]
+        return [trace.after(token) for trace, token in zip(self.traces, token_ids, strict=True)]
 
 
 def to_row(sets: Sequence[TraceSet]) -> dict[str, Any]:

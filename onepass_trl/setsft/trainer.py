@@ -161,7 +161,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
     def _first_rows(self) -> Iterator[Layout]:
         for row in islice(self.train_dataset, first_check.NUM_ROWS):
             for set_ in from_row(row):
-                passes = set_.behind(self._token_ids[: len(set_.traces)])
+                passes = set_.after(self._token_ids[: len(set_.traces)])
                 yield linearize(build_tree(passes))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -193,7 +193,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         rows: list[Layout] = []
         counted_rows = 0
         for number, (set_, assignment) in enumerate(zip(sets, assignments, strict=True), start=1):
-            passes = set_.behind([self._token_ids[token] for token in assignment])
+            passes = set_.after([self._token_ids[token] for token in assignment])
             trees = (
                 [build_tree(passes)]
                 if self.args.max_length is None

@@ -14,7 +14,7 @@ def words(rng: np.random.Generator, low: int, high: int) -> str:
 
 
 def random_set(seed: int, num_traces: int, *, turns: int = 1) -> dict[str, Any]:
-    """A question of several turns whose traces share the begin of their reasoning two by two."""
+    """A question of several turns whose traces share the beginning of their reasoning in pairs."""
     rng = np.random.default_rng(seed)
     prompt: list[dict[str, str]] = []
     for turn in range(turns):

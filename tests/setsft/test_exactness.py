@@ -20,11 +20,11 @@ MODELS = ("llama", "qwen3", "gpt_oss", "qwen3_5")
 
 
 def separate_costs(model, set_, token_ids, num_targets=None, reduction="mean"):
-    """The loss of each trace behind each token, one plain causal forward for each pair."""
+    """The loss of each trace after each token, one plain causal forward for each pair."""
     costs = np.zeros((len(token_ids), len(set_.traces)))
     for i, token in enumerate(token_ids):
         for j, trace in enumerate(set_.traces):
-            pass_ = trace.behind(token)
+            pass_ = trace.after(token)
             ids = torch.from_numpy(pass_.token_ids).long()[None]
             with torch.no_grad():
                 log_probs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
@@ -43,7 +43,7 @@ def matched_passes(trainer, batch, model):
     for set_ in batch["sets"]:
         tokens, traces = linear_sum_assignment(separate_costs(model, set_, token_ids))
         assert sorted(traces) == list(range(len(set_.traces)))
-        passes += [set_.traces[j].behind(token_ids[i]) for i, j in zip(tokens, traces, strict=True)]
+        passes += [set_.traces[j].after(token_ids[i]) for i, j in zip(tokens, traces, strict=True)]
     return passes
 
 

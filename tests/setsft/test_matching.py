@@ -96,7 +96,7 @@ def test_a_forward_has_so_many_tokens_or_a_single_pair(num_targets):
     sets = [make_set(3, common=0, index=0), make_set(2, index=1), make_set(1, question=30, index=2)]
     token_ids = [7, 8, 9]
     [whole] = plan_costs(sets, token_ids, num_targets=num_targets)
-    least = max(len(t.behind(7, num_targets)) for set_ in sets for t in set_.traces)
+    least = max(len(t.after(7, num_targets)) for set_ in sets for t in set_.traces)
     for max_tokens in (1, least, 50, 90, 10_000):
         forwards = list(plan_costs(sets, token_ids, num_targets=num_targets, max_tokens=max_tokens))
         assert [pair for forward in forwards for pair in forward.pairs] == whole.pairs
@@ -104,7 +104,7 @@ def test_a_forward_has_so_many_tokens_or_a_single_pair(num_targets):
             assert len(forward.row) <= max(max_tokens, least)
             assert len(forward.row) <= max_tokens or len(forward.pairs) == 1
             for (number, token, trace), at in zip(forward.pairs, forward.targets, strict=True):
-                pass_ = sets[number].traces[trace].behind(token_ids[token], num_targets)
+                pass_ = sets[number].traces[trace].after(token_ids[token], num_targets)
                 targets = pass_.token_ids[pass_.trained]
                 np.testing.assert_array_equal(forward.row.shift_labels[at], targets)
         if max_tokens == 10_000:
@@ -117,7 +117,7 @@ def test_a_forward_has_so_many_tokens_or_a_single_pair(num_targets):
 
 def test_the_tokens_of_a_matched_row_are_counted():
     for set_ in (make_set(3), make_set(3, common=0), make_set(1)):
-        passes = set_.behind(range(500, 500 + len(set_.traces)))
+        passes = set_.after(range(500, 500 + len(set_.traces)))
         assert set_.num_row_tokens() == build_tree(passes).num_row_tokens()
 
 

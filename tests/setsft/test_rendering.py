@@ -1,4 +1,4 @@
-"""The forking token stands where the thinking opener stood, in training as in inference."""
+"""The forking token is where the thinking opener was, in training as in inference."""
 
 import json
 
@@ -40,7 +40,7 @@ def traces_of(record, tokenizer, tokens, *, verify=False):
 
 
 def check_traces(record, tokenizer, tokens, opener):
-    """Each trace is the turn with a forking token for the opener, behind inference's prompt."""
+    """Each trace is the turn with a forking token for the opener, after inference's prompt."""
     traces = traces_of(record, tokenizer, tokens)
     prompts = forking_prompts(record["prompt"], tokenizer, K, tools=record.get("tools"))
     texts = forking_prompts(
@@ -54,7 +54,7 @@ def check_traces(record, tokenizer, tokens, opener):
         before, _, after = (turn.context + turn.completion).rpartition(opener)
         assert trace.number == number
         for id_, name, prompt, text in zip(tokens.ids, tokens.names, prompts, texts, strict=True):
-            pass_ = trace.behind(id_)
+            pass_ = trace.after(id_)
             assert tokenizer.decode(pass_.token_ids) == before + name + after
             assert pass_.token_ids[~pass_.trained].tolist() == prompt
             assert tokenizer.decode(prompt) == text
@@ -151,7 +151,7 @@ def test_without_an_opener_the_token_stands_between_prompt_and_completion():
         record = {**random_set(1, 1), "completions": [{"role": "assistant", "content": "four"}]}
         [trace] = traces_of(record, tokenizer, tokens)
         [turn] = render_turns([*record["prompt"], *record["completions"]], tokenizer)
-        decoded = tokenizer.decode(trace.behind(tokens.ids[2]).token_ids)
+        decoded = tokenizer.decode(trace.after(tokens.ids[2]).token_ids)
         assert decoded == f"{turn.context}<think3>{turn.completion}"
         prompts = forking_prompts(
             record["prompt"], tokenizer, K, thinking_opener="", tokenize=False
@@ -164,10 +164,10 @@ def test_an_opener_that_is_ordinary_text_is_replaced():
     completion = {"role": "assistant", "content": "<think>two and two</think>four"}
     record = {**random_set(1, 1), "completions": [completion]}
     [trace] = traces_of(record, tokenizer, tokens)
-    decoded = tokenizer.decode(trace.behind(tokens.ids[0]).token_ids)
+    decoded = tokenizer.decode(trace.after(tokens.ids[0]).token_ids)
     assert decoded.endswith("<think1>two and two</think>four<|eot_id|>")
     prompts = forking_prompts(record["prompt"], tokenizer, K, thinking_opener="<think>")
-    assert trace.behind(tokens.ids[0]).token_ids[~trace.pass_.trained].tolist() == prompts[0]
+    assert trace.after(tokens.ids[0]).token_ids[~trace.pass_.trained].tolist() == prompts[0]
 
 
 class TestText:
@@ -189,7 +189,7 @@ class TestText:
         tokenizer, tokens = with_tokens(fresh_tokenizer())
         record = {"prompt": prompt, "completions": [completion]}
         [trace] = traces_of(record, tokenizer, tokens)
-        pass_ = trace.behind(tokens.ids[1])
+        pass_ = trace.after(tokens.ids[1])
         assert tokenizer.decode(pass_.token_ids) == expected
         context = pass_.token_ids[~pass_.trained].tolist()
         assert forking_prompts(prompt, tokenizer, K)[1] == context
@@ -203,13 +203,13 @@ class TestText:
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
         )
         [trace] = traces_of({"prompt": "two", "completions": ["four"]}, tokenizer, tokens)
-        text = tokenizer.decode(trace.behind(tokens.ids[0]).token_ids)
+        text = tokenizer.decode(trace.after(tokens.ids[0]).token_ids)
         assert text == f"{bos}two<think1>four<|eot_id|>"
 
     def test_a_prompt_that_happens_to_be_a_json_list_is_text(self):
         tokenizer, tokens = with_tokens(fresh_tokenizer("llama3_1"), opener="")
         [trace] = traces_of({"prompt": "[1, 2]", "completions": ["b"]}, tokenizer, tokens)
-        text = tokenizer.decode(trace.behind(tokens.ids[0]).token_ids)
+        text = tokenizer.decode(trace.after(tokens.ids[0]).token_ids)
         assert text == "[1, 2]<think1>b<|eot_id|>"
 
 
