@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "gemm.h"
+#include "scores.h"
 
 namespace onepass::cpu::ONEPASS_VARIANT {
 
@@ -59,7 +60,7 @@ ONEPASS_INLINE QueryTile visiting(const KeyTile& queries, const KeyTile& keys) {
 }
 
 ONEPASS_INLINE bool visits(const Params& p, const KeyTile& queries, const KeyTile& keys) {
-  return coverage(query_tile(queries), keys, p.window) != Coverage::skipped;
+  return coverage(query_tile(queries), keys, p.scoring.window) != Coverage::skipped;
 }
 
 // From scores and dP, in place: probability = P, dscores = dS with respect to scale Q K^T.
@@ -67,32 +68,28 @@ template <typename T, bool kPartial>
 void differentiate(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
                    int64_t b, int64_t head) {
   constexpr int lanes = Simd<T>::lanes;
-  const int64_t row_offset = (b * p.heads + head) * p.seq;
-  const T* lse = static_cast<const T*>(p.lse) + row_offset;
-  const T* delta = static_cast<const T*>(p.delta) + row_offset;
-  const T cap = p.softcap, inverse_cap = p.softcap > 0 ? 1 / p.softcap : 0;
+  const int64_t head_begin = (b * p.heads + head) * p.seq;
+  const T* lse = static_cast<const T*>(p.lse) + head_begin;
+  const T* delta = static_cast<const T*>(p.delta) + head_begin;
+  const ScoreFunction<T> score_of(p.scoring);
   for (int32_t query = queries.first; query <= queries.last; ++query) {
-    const int64_t row = (query - queries.first) * kTile;
-    const Int<T> position = p.window > 0 ? p.positions[b * p.seq + query] : 0;
+    const int64_t line = (query - queries.first) * kTile;
+    const Int<T> position = p.scoring.window > 0 ? p.positions[b * p.seq + query] : 0;
     for (int lane = 0; lane < kTile; lane += lanes) {
-      Vec<T> score = load(tile.probability + row + lane), slope = broadcast<T>(1);
-      if (p.softcap > 0) {
-        const Vec<T> capped = tanh(score * inverse_cap);
-        score = capped * cap;
-        slope = 1 - capped * capped;
-      }
-      Vec<T> probability = exp(score - lse[query]);
-      Vec<T> dscore = probability * (load(tile.dscores + row + lane) - delta[query]) * slope;
+      const Score<T> score = score_of(load(tile.probability + line + lane));
+      Vec<T> probability = exp(score.value - lse[query]);
+      Vec<T> dscore = probability * (load(tile.dscores + line + lane) - delta[query]) * score.slope;
       if constexpr (kPartial) {
         const IntVec<T> i = IntVec<T>{} + static_cast<Int<T>>(query);
         IntVec<T> mask = visible(i, load_int<T>(tile.index + lane), load_int<T>(tile.end + lane));
-        if (p.window > 0)
-          mask &= in_window(IntVec<T>{} + position, load_int<T>(tile.position + lane), p.window);
+        if (p.scoring.window > 0)
+          mask &= in_window(IntVec<T>{} + position, load_int<T>(tile.position + lane),
+                            p.scoring.window);
         probability = mask ? probability : Vec<T>{};
         dscore = mask ? dscore : Vec<T>{};
       }
-      store(tile.probability + row + lane, probability);
-      store(tile.dscores + row + lane, dscore);
+      store(tile.probability + line + lane, probability);
+      store(tile.dscores + line + lane, dscore);
     }
   }
 }
@@ -111,19 +108,22 @@ inline void wait_for_turn(const BackwardParams& p, const KeyTile* tiles, const i
 template <typename Storage, typename T>
 void visit(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
            const KeyTile& keys, int64_t b, int64_t head) {
-  const int rows = queries.last - queries.first + 1, num_keys = keys.last - keys.first + 1;
-  const auto q = rows_of<Storage>(p.q, b, head, queries.first, rows, p.d_qk, tile.queries);
-  const auto dout = rows_of<Storage>(p.dout, b, head, queries.first, rows, p.d_v, tile.douts);
-  gemm<false>(rows, kTile, p.d_qk, q, tile.keys_t, kTile, tile.probability, kTile);
-  gemm<false>(rows, kTile, p.d_v, dout, tile.values_t, kTile, tile.dscores, kTile);
-  if (coverage(queries, keys, p.window) == Coverage::full) {
+  const int num_queries = queries.last - queries.first + 1;
+  const int num_keys = keys.last - keys.first + 1;
+  const auto q = tokens_of<Storage>(p.q, b, head, queries.first, num_queries, p.d_qk, tile.queries);
+  const auto dout =
+      tokens_of<Storage>(p.dout, b, head, queries.first, num_queries, p.d_v, tile.douts);
+  gemm<false>(num_queries, kTile, p.d_qk, q, tile.keys_t, kTile, tile.probability, kTile);
+  gemm<false>(num_queries, kTile, p.d_v, dout, tile.values_t, kTile, tile.dscores, kTile);
+  if (coverage(queries, keys, p.scoring.window) == Coverage::full) {
     differentiate<T, false>(p, tile, queries, b, head);
   } else {
     differentiate<T, true>(p, tile, queries, b, head);
   }
-  gemm<true>(p.d_v, kTile, rows, dout.transposed(), tile.probability, kTile, tile.dvalues_t, kTile);
-  gemm<true>(p.d_qk, kTile, rows, q.transposed(), tile.dscores, kTile, tile.dkeys_t, kTile);
-  gemm<false, T>(rows, tile.d_qk_padded, num_keys, {tile.dscores, kTile, 1}, tile.keys,
+  gemm<true>(p.d_v, kTile, num_queries, dout.transposed(), tile.probability, kTile, tile.dvalues_t,
+             kTile);
+  gemm<true>(p.d_qk, kTile, num_queries, q.transposed(), tile.dscores, kTile, tile.dkeys_t, kTile);
+  gemm<false, T>(num_queries, tile.d_qk_padded, num_keys, {tile.dscores, kTile, 1}, tile.keys,
                  tile.d_qk_padded, tile.dqueries, tile.d_qk_padded);
 }
 
@@ -142,9 +142,9 @@ template <typename Storage, typename T>
 void start_tile(const BackwardParams& p, const BackwardTile<T>& tile, const KeyTile& keys,
                 int64_t b, int64_t kv_head) {
   const int num_keys = keys.last - keys.first + 1;
-  const T scale = p.scale;
-  load_rows<Storage, T>(p.k, b, kv_head, keys.first, num_keys, p.d_qk, scale, tile.keys,
-                        tile.d_qk_padded);
+  const T scale = p.scoring.scale;
+  load_tokens<Storage, T>(p.k, b, kv_head, keys.first, num_keys, p.d_qk, scale, tile.keys,
+                          tile.d_qk_padded);
   load_transposed<Storage, T>(p.k, b, kv_head, keys.first, num_keys, p.d_qk, scale, tile.keys_t);
   load_transposed<Storage, T>(p.v, b, kv_head, keys.first, num_keys, p.d_v, T(1), tile.values_t);
   for (int64_t i = 0; i < p.d_qk * kTile; ++i) tile.dkeys_t[i] = 0;
@@ -153,7 +153,7 @@ void start_tile(const BackwardParams& p, const BackwardTile<T>& tile, const KeyT
     const int64_t key = b * p.seq + keys.first + lane;
     tile.index[lane] = keys.first + lane;
     tile.end[lane] = lane < num_keys ? p.visible_end[key] : 0;
-    tile.position[lane] = lane < num_keys && p.window > 0 ? p.positions[key] : 0;
+    tile.position[lane] = lane < num_keys && p.scoring.window > 0 ? p.positions[key] : 0;
   }
 }
 
@@ -180,7 +180,7 @@ void backward(const BackwardParams& p, int64_t task, void* memory) {
     }
   }
   const int num_keys = keys.last - keys.first + 1;
-  for (int lane = 0; lane < kTile; ++lane) tile.factor[lane] = p.scale;
+  for (int lane = 0; lane < kTile; ++lane) tile.factor[lane] = p.scoring.scale;
   store_transposed<Storage>(p.dk, b, kv_head, keys.first, num_keys, p.d_qk, tile.dkeys_t,
                             tile.factor);
   for (int lane = 0; lane < kTile; ++lane) tile.factor[lane] = 1;
@@ -207,9 +207,9 @@ void delta(const BackwardParams& p, int64_t task) {
     for (; d < p.d_v; ++d) partial[0] += widen<T>(dout[d]) * widen<T>(out[d]);
     T sum = 0;
     for (T x : partial) sum += x;
-    const int64_t row = (b * p.heads + head) * p.seq + query;
-    static_cast<T*>(p.delta)[row] =
-        p.dlse == nullptr ? sum : sum - static_cast<const T*>(p.dlse)[row];
+    const int64_t index = (b * p.heads + head) * p.seq + query;
+    static_cast<T*>(p.delta)[index] =
+        p.dlse == nullptr ? sum : sum - static_cast<const T*>(p.dlse)[index];
   }
 }
 

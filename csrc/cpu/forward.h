@@ -6,6 +6,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "scores.h"
 
 namespace onepass::cpu::ONEPASS_VARIANT {
 
@@ -17,8 +18,8 @@ struct ForwardTile {
   T* values;      // (chunk, d_v), likewise
   T* scores;      // (chunk, kTile)
   T* acc;         // (d_v, kTile)
-  T* row_max;     // (kTile)
-  T* row_sum;     // (kTile)
+  T* max;         // (kTile)
+  T* sum;         // (kTile)
   Int<T>* index;  // (kTile)
   Int<T>* position;
 
@@ -29,8 +30,8 @@ struct ForwardTile {
     values = scratch.take<T>(chunk * p.d_v);
     scores = scratch.take<T>(chunk * kTile);
     acc = scratch.take<T>(p.d_v * kTile);
-    row_max = scratch.take<T>(kTile);
-    row_sum = scratch.take<T>(kTile);
+    max = scratch.take<T>(kTile);
+    sum = scratch.take<T>(kTile);
     index = scratch.take<Int<T>>(kTile);
     position = scratch.take<Int<T>>(kTile);
   }
@@ -41,26 +42,26 @@ ONEPASS_INLINE IntVec<T> visible_lanes(const Params& p, const ForwardTile<T>& ti
                                        int64_t key, int lane) {
   const Int<T> first = key, end = p.visible_end[b * p.seq + key];
   IntVec<T> mask = visible(load_int<T>(tile.index + lane), IntVec<T>{} + first, IntVec<T>{} + end);
-  if (p.window > 0) {
+  if (p.scoring.window > 0) {
     const Int<T> position = p.positions[b * p.seq + key];
-    mask &= in_window(load_int<T>(tile.position + lane), IntVec<T>{} + position, p.window);
+    mask &= in_window(load_int<T>(tile.position + lane), IntVec<T>{} + position, p.scoring.window);
   }
   return mask;
 }
 
-// One online softmax step: scores become probabilities up to the final 1 / row_sum.
+// One online softmax step: scores become probabilities up to the final 1 / sum.
 template <typename T>
 void softmax_step(const ForwardTile<T>& tile, int num_keys, int64_t d_v) {
   constexpr int lanes = Simd<T>::lanes, vecs = kTile / lanes;
   Vec<T> highest[vecs];
-  for (int v = 0; v < vecs; ++v) highest[v] = load(tile.row_max + v * lanes);
+  for (int v = 0; v < vecs; ++v) highest[v] = load(tile.max + v * lanes);
   for (int n = 0; n < num_keys; ++n) {
     for (int v = 0; v < vecs; ++v)
       highest[v] = max<T>(highest[v], load(tile.scores + n * kTile + v * lanes));
   }
   for (int v = 0; v < vecs; ++v) {
     const int lane = v * lanes;
-    const Vec<T> old_max = load(tile.row_max + lane), new_max = highest[v];
+    const Vec<T> old_max = load(tile.max + lane), new_max = highest[v];
     Vec<T> sum = Vec<T>{};
     for (int n = 0; n < num_keys; ++n) {
       const Vec<T> probability = exp(load(tile.scores + n * kTile + lane) - new_max);
@@ -68,22 +69,22 @@ void softmax_step(const ForwardTile<T>& tile, int num_keys, int64_t d_v) {
       store(tile.scores + n * kTile + lane, probability);
     }
     const Vec<T> decay = exp(old_max - new_max);
-    store(tile.row_max + lane, new_max);
-    store(tile.row_sum + lane, load(tile.row_sum + lane) * decay + sum);
+    store(tile.max + lane, new_max);
+    store(tile.sum + lane, load(tile.sum + lane) * decay + sum);
     for (int64_t d = 0; d < d_v; ++d)
       store(tile.acc + d * kTile + lane, load(tile.acc + d * kTile + lane) * decay);
   }
 }
 
 template <typename T>
-bool all_finite(MatrixA<T> x, int rows, int64_t columns) {
+bool all_finite(MatrixA<T> x, int m, int64_t k) {
   constexpr int lanes = Simd<T>::lanes;
   Vec<T> sums{};  // 0, or NaN once an element is not finite
   T sum = 0;
-  for (int r = 0; r < rows; ++r, x.data += x.row_stride) {
-    int64_t c = 0;
-    for (; c + lanes <= columns; c += lanes) sums += load(x.data + c) * 0;
-    for (; c < columns; ++c) sum += x.data[c] * 0;
+  for (int i = 0; i < m; ++i, x.data += x.m_stride) {
+    int64_t j = 0;
+    for (; j + lanes <= k; j += lanes) sums += load(x.data + j) * 0;
+    for (; j < k; ++j) sum += x.data[j] * 0;
   }
   for (int lane = 0; lane < lanes; ++lane) sum += sums[lane];
   return sum == 0;
@@ -100,7 +101,7 @@ void add_values_seen(const Params& p, const ForwardTile<T>& tile, MatrixA<T> val
       for (int64_t d = 0; d < p.d_v; ++d) {
         T* acc = tile.acc + d * kTile + lane;
         store(acc,
-              load(acc) + (mask ? probability * values.data[n * values.row_stride + d] : Vec<T>{}));
+              load(acc) + (mask ? probability * values.data[n * values.m_stride + d] : Vec<T>{}));
       }
     }
   }
@@ -110,13 +111,13 @@ template <typename Storage, typename T>
 void attend(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t kv_head, int64_t key,
             int num_keys, bool partial) {
   constexpr int lanes = Simd<T>::lanes;
-  const auto keys = rows_of<Storage>(p.k, b, kv_head, key, num_keys, p.d_qk, tile.keys);
-  const auto values = rows_of<Storage>(p.v, b, kv_head, key, num_keys, p.d_v, tile.values);
+  const auto keys = tokens_of<Storage>(p.k, b, kv_head, key, num_keys, p.d_qk, tile.keys);
+  const auto values = tokens_of<Storage>(p.v, b, kv_head, key, num_keys, p.d_v, tile.values);
   gemm<false>(num_keys, kTile, p.d_qk, keys, tile.queries, kTile, tile.scores, kTile);
-  if (p.softcap > 0) {
-    const T cap = p.softcap, inverse = 1 / p.softcap;
+  const ScoreFunction<T> score_of(p.scoring);
+  if (!score_of.is_identity()) {
     for (int i = 0; i < num_keys * kTile; i += lanes) {
-      store(tile.scores + i, tanh(load(tile.scores + i) * inverse) * cap);
+      store(tile.scores + i, score_of(load(tile.scores + i)).value);
     }
   }
   if (partial) {
@@ -138,7 +139,7 @@ void attend(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t kv_h
 
 template <typename T>
 void start_tile(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t head, int64_t begin,
-                int rows) {
+                int num_queries) {
   // Below any score but finite, so that max - max is 0 for a query that has not seen a key yet.
   const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__ / 4) : T(-__DBL_MAX__ / 4);
   T max = lowest, sum = 0;
@@ -148,11 +149,11 @@ void start_tile(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t 
     sum = ::exp(static_cast<double>(sink - max));
   }
   for (int lane = 0; lane < kTile; ++lane) {
-    const int64_t query = begin + (lane < rows ? lane : rows - 1);
-    tile.row_max[lane] = max;
-    tile.row_sum[lane] = sum;
+    const int64_t query = begin + (lane < num_queries ? lane : num_queries - 1);
+    tile.max[lane] = max;
+    tile.sum[lane] = sum;
     tile.index[lane] = query;
-    tile.position[lane] = p.window > 0 ? p.positions[b * p.seq + query] : 0;
+    tile.position[lane] = p.scoring.window > 0 ? p.positions[b * p.seq + query] : 0;
   }
   for (int64_t i = 0; i < p.d_v * kTile; ++i) tile.acc[i] = 0;
 }
@@ -163,11 +164,12 @@ void forward(const Params& p, int64_t task, void* memory) {
   const int64_t t = p.num_tiles - 1 - task % p.num_tiles, head = task / p.num_tiles % p.heads;
   const int64_t b = task / p.num_tiles / p.heads, kv_head = head / (p.heads / p.kv_heads);
   const QueryTile queries = query_tile(p.tiles[b * p.num_tiles + t]);
-  const int rows = queries.last - queries.first + 1;
+  const int num_queries = queries.last - queries.first + 1;
   Scratch scratch{static_cast<char*>(memory)};
   const ForwardTile<T> tile(p, scratch);
-  start_tile(p, tile, b, head, queries.first, rows);
-  load_transposed<Storage, T>(p.q, b, head, queries.first, rows, p.d_qk, T(p.scale), tile.queries);
+  start_tile(p, tile, b, head, queries.first, num_queries);
+  load_transposed<Storage, T>(p.q, b, head, queries.first, num_queries, p.d_qk, T(p.scoring.scale),
+                              tile.queries);
 
   const KeyTile* blocks = p.key_blocks + b * p.num_blocks;
   const int64_t num_blocks = queries.last / kKeyBlock + 1;
@@ -175,7 +177,7 @@ void forward(const Params& p, int64_t task, void* memory) {
     const int64_t begin = block;
     bool partial = false;
     for (; block < num_blocks && block < begin + kChunkBlocks; ++block) {
-      const Coverage covered = coverage(queries, blocks[block], p.window);
+      const Coverage covered = coverage(queries, blocks[block], p.scoring.window);
       if (covered == Coverage::skipped) break;
       partial |= covered == Coverage::partial;
     }
@@ -188,11 +190,11 @@ void forward(const Params& p, int64_t task, void* memory) {
   }
 
   T* lse = static_cast<T*>(p.lse) + (b * p.heads + head) * p.seq + queries.first;
-  for (int r = 0; r < rows; ++r) {
-    lse[r] = tile.row_max[r] + static_cast<T>(::log(static_cast<double>(tile.row_sum[r])));
-    tile.row_sum[r] = 1 / tile.row_sum[r];
+  for (int lane = 0; lane < num_queries; ++lane) {
+    lse[lane] = tile.max[lane] + static_cast<T>(::log(static_cast<double>(tile.sum[lane])));
+    tile.sum[lane] = 1 / tile.sum[lane];
   }
-  store_transposed<Storage>(p.out, b, head, queries.first, rows, p.d_v, tile.acc, tile.row_sum);
+  store_transposed<Storage>(p.out, b, head, queries.first, num_queries, p.d_v, tile.acc, tile.sum);
 }
 
 template <typename T>

@@ -6,81 +6,80 @@
 
 namespace onepass::cpu::ONEPASS_VARIANT {
 
-// A is given by two strides, so it may be read transposed. B and C are row-major.
+// A (m, k) is given by two strides, so it may be read transposed. B (k, n) and C (m, n) are
+// contiguous in n.
 template <typename T>
 struct MatrixA {
   const T* data;
-  int64_t row_stride, depth_stride;
+  int64_t m_stride, k_stride;
 
-  MatrixA transposed() const { return {data, depth_stride, row_stride}; }
+  MatrixA transposed() const { return {data, k_stride, m_stride}; }
 };
 
-// Rows [begin, begin + rows) of one head: in place, or widened into `copy` (rows, columns). A
+// Tokens [begin, begin + count) of one head: in place, or widened into `copy` (count, width). A
 // product reads A too few times for a copy to pay off where no widening is needed.
 template <typename Storage, typename T>
-MatrixA<T> rows_of(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int rows,
-                   int64_t columns, T* copy) {
+MatrixA<T> tokens_of(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int count,
+                     int64_t width, T* copy) {
   if constexpr (std::is_same_v<Storage, T>) {
-    return {row_of<Storage>(tensor, b, h, begin), tensor.seq_stride, 1};
+    return {token_of<Storage>(tensor, b, h, begin), tensor.seq_stride, 1};
   } else {
-    load_rows<Storage, T>(tensor, b, h, begin, rows, columns, T(1), copy, columns);
-    return {copy, columns, 1};
+    load_tokens<Storage, T>(tensor, b, h, begin, count, width, T(1), copy, width);
+    return {copy, width, 1};
   }
 }
 
 // Sums from zero and adds to C once: over many products, that rounds less than one long sum.
-template <typename T, int kRows, int kVecs, bool kAccumulate>
+template <typename T, int kM, int kVecs, bool kAccumulate>
 ONEPASS_INLINE void gemm_block(int depth, MatrixA<T> a, const T* b, int64_t ldb, T* c,
                                int64_t ldc) {
   constexpr int lanes = Simd<T>::lanes;
-  Vec<T> sum[kRows][kVecs] = {};
+  Vec<T> sum[kM][kVecs] = {};
   for (int k = 0; k < depth; ++k) {
     Vec<T> column[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) column[v] = load(b + k * ldb + v * lanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> x = broadcast(a.data[r * a.row_stride + k * a.depth_stride]);
+    for (int i = 0; i < kM; ++i) {
+      const Vec<T> x = broadcast(a.data[i * a.m_stride + k * a.k_stride]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sum[r][v] += x * column[v];
+      for (int v = 0; v < kVecs; ++v) sum[i][v] += x * column[v];
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+  for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      T* to = c + r * ldc + v * lanes;
-      store(to, kAccumulate ? load(to) + sum[r][v] : sum[r][v]);
+      T* to = c + i * ldc + v * lanes;
+      store(to, kAccumulate ? load(to) + sum[i][v] : sum[i][v]);
     }
   }
 }
 
 template <typename T, int kVecs, bool kAccumulate>
-void gemm_columns(int64_t rows, int depth, MatrixA<T> a, const T* b, int64_t ldb, T* c,
-                  int64_t ldc) {
-  int64_t r = 0;
-  for (; r + ONEPASS_GEMM_ROWS <= rows; r += ONEPASS_GEMM_ROWS) {
-    gemm_block<T, ONEPASS_GEMM_ROWS, kVecs, kAccumulate>(depth, a, b, ldb, c, ldc);
-    a.data += ONEPASS_GEMM_ROWS * a.row_stride;
-    c += ONEPASS_GEMM_ROWS * ldc;
+void gemm_columns(int64_t m, int depth, MatrixA<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + ONEPASS_GEMM_M <= m; i += ONEPASS_GEMM_M) {
+    gemm_block<T, ONEPASS_GEMM_M, kVecs, kAccumulate>(depth, a, b, ldb, c, ldc);
+    a.data += ONEPASS_GEMM_M * a.m_stride;
+    c += ONEPASS_GEMM_M * ldc;
   }
-  for (; r < rows; ++r, a.data += a.row_stride, c += ldc) {
+  for (; i < m; ++i, a.data += a.m_stride, c += ldc) {
     gemm_block<T, 1, kVecs, kAccumulate>(depth, a, b, ldb, c, ldc);
   }
 }
 
-// C (rows, columns) = A (rows, depth) B (depth, columns), or += ; `columns` is a multiple of the
-// vector length.
+// C (m, n) = A (m, depth) B (depth, n), or += ; n is a multiple of the vector length.
 template <bool kAccumulate, typename T>
-void gemm(int64_t rows, int64_t columns, int depth, MatrixA<T> a, const T* b, int64_t ldb, T* c,
+void gemm(int64_t m, int64_t n, int depth, MatrixA<T> a, const T* b, int64_t ldb, T* c,
           int64_t ldc) {
   constexpr int lanes = Simd<T>::lanes;
   int64_t v = 0;
-  for (; v + ONEPASS_GEMM_VECS * lanes <= columns; v += ONEPASS_GEMM_VECS * lanes) {
-    gemm_columns<T, ONEPASS_GEMM_VECS, kAccumulate>(rows, depth, a, b + v, ldb, c + v, ldc);
+  for (; v + ONEPASS_GEMM_VECS * lanes <= n; v += ONEPASS_GEMM_VECS * lanes) {
+    gemm_columns<T, ONEPASS_GEMM_VECS, kAccumulate>(m, depth, a, b + v, ldb, c + v, ldc);
   }
-  for (; v < columns; v += lanes) {
-    gemm_columns<T, 1, kAccumulate>(rows, depth, a, b + v, ldb, c + v, ldc);
+  for (; v < n; v += lanes) {
+    gemm_columns<T, 1, kAccumulate>(m, depth, a, b + v, ldb, c + v, ldc);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../scoring.h"
 #include "../visibility.h"
 
 namespace onepass::cpu {
@@ -19,9 +20,7 @@ struct Tensor {
 
 struct Params {
   int64_t batch, heads, kv_heads, seq, d_qk, d_v;
-  double scale;
-  double softcap;  // 0: none
-  int32_t window;  // 0: none
+  Scoring<double> scoring;
 
   const int32_t* visible_end;  // (batch, seq)
   const int32_t* positions;    // (batch, seq), null without a window

@@ -150,44 +150,46 @@ struct Scratch {
 };
 
 template <typename Storage>
-ONEPASS_INLINE const Storage* row_of(const Tensor& tensor, int64_t b, int64_t h, int64_t row) {
+ONEPASS_INLINE const Storage* token_of(const Tensor& tensor, int64_t b, int64_t h, int64_t token) {
   return static_cast<const Storage*>(tensor.data) + b * tensor.batch_stride +
-         h * tensor.head_stride + row * tensor.seq_stride;
+         h * tensor.head_stride + token * tensor.seq_stride;
 }
 
-// rows [begin, begin + rows) of one head, widened into a dense (rows, width) array padded with
+// Tokens [begin, begin + count) of one head, widened into a dense (count, width) array padded with
 // zeros; times `scale`.
 template <typename Storage, typename T>
-void load_rows(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int rows, int64_t columns,
-               T scale, T* to, int64_t width) {
-  const Storage* from = row_of<Storage>(tensor, b, h, begin);
-  for (int r = 0; r < rows; ++r, from += tensor.seq_stride, to += width) {
+void load_tokens(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int count,
+                 int64_t columns, T scale, T* to, int64_t width) {
+  const Storage* from = token_of<Storage>(tensor, b, h, begin);
+  for (int i = 0; i < count; ++i, from += tensor.seq_stride, to += width) {
     for (int64_t c = 0; c < columns; ++c) to[c] = widen<T>(from[c]) * scale;
     for (int64_t c = columns; c < width; ++c) to[c] = 0;
   }
 }
 
-// The same rows transposed: (columns, kTile), lanes beyond `rows` zero.
+// The same tokens transposed: (columns, kTile), lanes beyond `count` zero.
 template <typename Storage, typename T>
-void load_transposed(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int rows,
+void load_transposed(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int count,
                      int64_t columns, T scale, T* to) {
-  const Storage* from = row_of<Storage>(tensor, b, h, begin);
+  const Storage* from = token_of<Storage>(tensor, b, h, begin);
   for (int64_t c = 0; c < columns; ++c) {
-    for (int r = 0; r < rows; ++r)
-      to[c * kTile + r] = widen<T>(from[r * tensor.seq_stride + c]) * scale;
-    for (int r = rows; r < kTile; ++r) to[c * kTile + r] = 0;
+    for (int lane = 0; lane < count; ++lane)
+      to[c * kTile + lane] = widen<T>(from[lane * tensor.seq_stride + c]) * scale;
+    for (int lane = count; lane < kTile; ++lane) to[c * kTile + lane] = 0;
   }
 }
 
-// The transpose of a (columns, kTile) array, each lane times its own factor, into rows of one head.
+// The transpose of a (columns, kTile) array, each lane times its own factor, into tokens of one
+// head.
 template <typename Storage, typename T>
-void store_transposed(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int rows,
+void store_transposed(const Tensor& tensor, int64_t b, int64_t h, int64_t begin, int count,
                       int64_t columns, const T* from, const T* factor) {
   Storage* to = static_cast<Storage*>(tensor.data) + b * tensor.batch_stride +
                 h * tensor.head_stride + begin * tensor.seq_stride;
-  for (int r = 0; r < rows; ++r) {
+  for (int lane = 0; lane < count; ++lane) {
     for (int64_t c = 0; c < columns; ++c) {
-      to[r * tensor.seq_stride + c] = Narrow<Storage, T>::from(from[c * kTile + r] * factor[r]);
+      to[lane * tensor.seq_stride + c] =
+          Narrow<Storage, T>::from(from[c * kTile + lane] * factor[lane]);
     }
   }
 }

@@ -111,7 +111,7 @@ struct Call {
     Params& p = params;
     p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.seq = seq;
     p.d_qk = q.size(3), p.d_v = v.size(3);
-    p.scale = scale, p.softcap = softcap, p.window = static_cast<int32_t>(window);
+    p.scoring = {scale, softcap, static_cast<int32_t>(window)};
     p.q = raw(q), p.k = raw(k), p.v = raw(v);
     p.visible_end = visible_end.const_data_ptr<int32_t>();
     p.positions = positions.defined() ? positions.const_data_ptr<int32_t>() : nullptr;
@@ -187,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> tree_attention_backwa
   check_shape("dout", dout, {p.batch, p.heads, p.seq, p.d_v});
   check_shape("out", out, {p.batch, p.heads, p.seq, p.d_v});
   check_shape("lse", lse, {p.batch, p.heads, p.seq});
-  const at::Tensor out_rows = last_dim_contiguous(out), dout_rows = last_dim_contiguous(dout),
+  const at::Tensor out_ = last_dim_contiguous(out), dout_ = last_dim_contiguous(dout),
                    lse_ = lse.contiguous();
   at::Tensor dlse_;
   if (dlse.has_value()) {
@@ -199,7 +199,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> tree_attention_backwa
   at::Tensor dk = empty_heads_last(k, p.d_qk, type), dv = empty_heads_last(v, p.d_v, type);
   at::Tensor delta = at::empty_like(lse_);
   at::Tensor progress = at::zeros({p.batch, p.kv_heads, p.num_tiles}, q.options().dtype(at::kInt));
-  p.out = raw(out_rows), p.dout = raw(dout_rows);
+  p.out = raw(out_), p.dout = raw(dout_);
   p.dq = raw(dq), p.dk = raw(dk), p.dv = raw(dv);
   p.lse = lse_.data_ptr(), p.delta = delta.data_ptr();
   p.dlse = dlse_.defined() ? dlse_.const_data_ptr() : nullptr;

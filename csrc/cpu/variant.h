@@ -1,7 +1,7 @@
 // Defines one variant of the kernels. Before including this file, variant_<name>.cpp sets
 //   ONEPASS_VARIANT, ONEPASS_VARIANT_FUNCTION  its namespace and the function that returns it
 //   ONEPASS_VECTOR_BYTES                       the length of a vector register
-//   ONEPASS_GEMM_ROWS, ONEPASS_GEMM_VECS       a product's block of C that is kept in registers
+//   ONEPASS_GEMM_M, ONEPASS_GEMM_VECS          a product's block of C that is kept in registers
 // and the instruction set itself by a pragma: no flags per file are needed, and code of the
 // standard library, which is included above the pragma, stays portable.
 #include "backward.h"

@@ -14,7 +14,7 @@
 #define ONEPASS_VARIANT avx2
 #define ONEPASS_VARIANT_FUNCTION variant_avx2
 #define ONEPASS_VECTOR_BYTES 32
-#define ONEPASS_GEMM_ROWS 4
+#define ONEPASS_GEMM_M 4
 #define ONEPASS_GEMM_VECS 2
 #include "variant.h"
 

@@ -15,7 +15,7 @@
 #define ONEPASS_VARIANT avx512
 #define ONEPASS_VARIANT_FUNCTION variant_avx512
 #define ONEPASS_VECTOR_BYTES 64
-#define ONEPASS_GEMM_ROWS 4
+#define ONEPASS_GEMM_M 4
 #define ONEPASS_GEMM_VECS 4
 #include "variant.h"
 

@@ -7,6 +7,6 @@
 #define ONEPASS_VARIANT portable
 #define ONEPASS_VARIANT_FUNCTION variant_portable
 #define ONEPASS_VECTOR_BYTES 16
-#define ONEPASS_GEMM_ROWS 4
+#define ONEPASS_GEMM_M 4
 #define ONEPASS_GEMM_VECS 2
 #include "variant.h"

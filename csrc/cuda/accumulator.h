@@ -1,4 +1,4 @@
-// What the threads of a warp hold of 16-row slices: accumulators of products, and left factors of
+// What the threads of a warp hold of 16-token slices: accumulators of products, and left factors of
 // others. mma.sync and wgmma use the same layout for both.
 #pragma once
 
@@ -6,15 +6,15 @@
 
 namespace onepass::cuda {
 
-// Accumulators of 16 rows x 8 kBlocks columns, in kRowTiles pieces: element [m][n] holds rows
+// Accumulators of kSlices x 16 tokens and 8 kBlocks columns: element [m][n] holds tokens
 // 16 m + l / 4 (and 8 below), columns 8 n + 2 (l % 4) (and the next).
-template <int kRowTiles, int kBlocks>
-using Accumulator = float[kRowTiles][kBlocks][4];
+template <int kSlices, int kBlocks>
+using Accumulator = float[kSlices][kBlocks][4];
 
-template <int kRowTiles, int kBlocks>
-__device__ __forceinline__ void clear(Accumulator<kRowTiles, kBlocks>& c) {
+template <int kSlices, int kBlocks>
+__device__ __forceinline__ void clear(Accumulator<kSlices, kBlocks>& c) {
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
+  for (int m = 0; m < kSlices; ++m) {
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
@@ -23,16 +23,16 @@ __device__ __forceinline__ void clear(Accumulator<kRowTiles, kBlocks>& c) {
   }
 }
 
-// A warp's rows as the left factor of a product over 16 kSteps.
-template <int kRowTiles, int kSteps>
-using LeftFactor = uint32_t[kRowTiles][kSteps][4];
+// A warp's tokens as the left factor of a product over 16 kSteps.
+template <int kSlices, int kSteps>
+using LeftFactor = uint32_t[kSlices][kSteps][4];
 
 // An accumulator has the layout of a left factor, except for the rounding.
-template <typename Element, int kRowTiles, int kBlocks>
-__device__ __forceinline__ void round_to_factor(LeftFactor<kRowTiles, kBlocks / 2>& factor,
-                                                const Accumulator<kRowTiles, kBlocks>& c) {
+template <typename Element, int kSlices, int kBlocks>
+__device__ __forceinline__ void round_to_factor(LeftFactor<kSlices, kBlocks / 2>& factor,
+                                                const Accumulator<kSlices, kBlocks>& c) {
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
+  for (int m = 0; m < kSlices; ++m) {
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll

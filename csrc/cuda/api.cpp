@@ -54,7 +54,7 @@ StableTensor empty_heads_last(const StableTensor& like, int64_t width) {
       new_empty(like, {like.size(0), like.size(2), like.size(1), width}, like.scalar_type()), 1, 2);
 }
 
-// The kernels read rows in 16-byte chunks; tensors with another layout are copied.
+// The kernels read a token in 16-byte chunks; tensors with another layout are copied.
 StableTensor aligned(const StableTensor& x) {
   bool fits = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim < 3; ++dim) {
@@ -120,17 +120,19 @@ StableTensor tree_plan(const StableTensor& visible_end, const OptionalTensor& po
   if (batch == 0 || seq == 0) return plan;
 
   const StableTensor ends = torch::stable::contiguous(visible_end);
-  OptionalTensor row_positions;
+  OptionalTensor contiguous_positions;
   if (window > 0) {
     check("positions", *positions, {batch, seq}, ScalarType::Int, device);
-    row_positions = torch::stable::contiguous(*positions);
+    contiguous_positions = torch::stable::contiguous(*positions);
   }
   StableTensor counts = torch::stable::new_empty(plan, plan.sizes());
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const PlanParams params{
-      static_cast<int32_t>(batch),     static_cast<int32_t>(seq),
-      static_cast<int32_t>(window),    static_cast<const int32_t*>(ends.const_data_ptr()),
-      pointer<int32_t>(row_positions), static_cast<int32_t*>(plan.mutable_data_ptr())};
+  const PlanParams params{static_cast<int32_t>(batch),
+                          static_cast<int32_t>(seq),
+                          static_cast<int32_t>(window),
+                          static_cast<const int32_t*>(ends.const_data_ptr()),
+                          pointer<int32_t>(contiguous_positions),
+                          static_cast<int32_t*>(plan.mutable_data_ptr())};
   launch_plan(params, static_cast<int32_t*>(counts.mutable_data_ptr()), current_stream(device));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return plan;
@@ -187,8 +189,8 @@ struct Call {
     Params& p = params;
     p.batch = static_cast<int32_t>(batch), p.heads = static_cast<int32_t>(heads);
     p.kv_heads = static_cast<int32_t>(kv_heads), p.seq = static_cast<int32_t>(seq);
-    p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
-    p.window = static_cast<int32_t>(window);
+    p.scoring = {static_cast<float>(scale), static_cast<float>(softcap),
+                 static_cast<int32_t>(window)};
     p.visible_end = static_cast<const int32_t*>(visible_end.const_data_ptr());
     p.positions = pointer<int32_t>(positions);
     p.plan = static_cast<const int32_t*>(plan.const_data_ptr());
@@ -226,37 +228,38 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   check("dout", dout, {q.size(0), q.size(1), q.size(2), v.size(3)}, type, call.device);
   check("out", out, {q.size(0), q.size(1), q.size(2), v.size(3)}, type, call.device);
   check("lse", lse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, call.device);
-  const StableTensor dout_rows = aligned(dout), out_rows = aligned(out);
-  const StableTensor lse_rows = torch::stable::contiguous(lse);
-  OptionalTensor dlse_rows;
+  const StableTensor aligned_dout = aligned(dout), aligned_out = aligned(out);
+  const StableTensor contiguous_lse = torch::stable::contiguous(lse);
+  OptionalTensor contiguous_dlse;
   if (dlse.has_value()) {
     check("dlse", *dlse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, call.device);
-    dlse_rows = torch::stable::contiguous(*dlse);
+    contiguous_dlse = torch::stable::contiguous(*dlse);
   }
   StableTensor dq = empty_heads_last(q, q.size(3)), dk = empty_heads_last(k, k.size(3)),
                dv = empty_heads_last(v, v.size(3));
   const int64_t padded = padded_seq(static_cast<int32_t>(q.size(2)));
   StableTensor statistics =
-      new_empty(lse_rows, {q.size(0), q.size(1), padded, 2}, ScalarType::Float);
+      new_empty(contiguous_lse, {q.size(0), q.size(1), padded, 2}, ScalarType::Float);
   // Zeros, which remain where there is no query.
   StableTensor dsinks = call.sinks.has_value()
                             ? torch::stable::new_zeros(*call.sinks, call.sinks->sizes())
-                            : new_empty(lse_rows, {0}, ScalarType::Float);
+                            : new_empty(contiguous_lse, {0}, ScalarType::Float);
   if (call.empty()) {
     torch::stable::zero_(dk), torch::stable::zero_(dv);  // there may be keys without a query head
     return {dq, dk, dv, dsinks};
   }
-  p.out = raw(out_rows), p.dout = raw(dout_rows);
+  p.out = raw(aligned_out), p.dout = raw(aligned_dout);
   p.dq = raw(dq), p.dk = raw(dk), p.dv = raw(dv);
-  p.lse = static_cast<float*>(const_cast<void*>(lse_rows.const_data_ptr()));
-  p.dlse = pointer<float>(dlse_rows);
+  p.lse = static_cast<float*>(const_cast<void*>(contiguous_lse.const_data_ptr()));
+  p.dlse = pointer<float>(contiguous_dlse);
   p.statistics = static_cast<Statistics*>(statistics.mutable_data_ptr());
   p.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, call.device);
   const auto* kernel = find_backward(major, call.element, q.size(3), v.size(3));
   OptionalTensor dq_sums;
   if (kernel != nullptr && kernel->adds_dq && !deterministic) {
-    dq_sums = new_empty(lse_rows, {q.size(0), q.size(1), padded, q.size(3)}, ScalarType::Float);
+    dq_sums =
+        new_empty(contiguous_lse, {q.size(0), q.size(1), padded, q.size(3)}, ScalarType::Float);
     p.dq_sums = static_cast<float*>(dq_sums->mutable_data_ptr());
   }
   launch(kernel, p, call.device);

@@ -3,14 +3,14 @@
 #pragma once
 
 #include "launch.h"
-#include "mask.h"
-#include "rows.h"
+#include "scores.h"
+#include "tokens.h"
 
 namespace onepass::cuda {
 
 constexpr int kStatisticsThreads = 128;
-constexpr int kLanesPerRow = 8;
-constexpr int kRowsPerBlock = kStatisticsThreads / kLanesPerRow;
+constexpr int kLanesPerQuery = 8;
+constexpr int kQueriesPerBlock = kStatisticsThreads / kLanesPerQuery;
 
 // The statistics of every query; the score gradients are P * (dP - delta). Eight lanes per query.
 // This also sets the sums of dq to zero. Each translation unit has a copy, since they are compiled
@@ -18,24 +18,25 @@ constexpr int kRowsPerBlock = kStatisticsThreads / kLanesPerRow;
 template <typename Element>
 static __global__ void __launch_bounds__(kStatisticsThreads)
     statistics_kernel(const BackwardParams params, int32_t head_qk, int32_t head_v) {
-  const int32_t query = blockIdx.x * kRowsPerBlock + threadIdx.x / kLanesPerRow;
-  const int32_t head = blockIdx.y, row = blockIdx.z;
-  const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
-  const int64_t padded_query = head_of_row * padded(params.seq) + query;
+  const int32_t query = blockIdx.x * kQueriesPerBlock + threadIdx.x / kLanesPerQuery;
+  const int32_t head = blockIdx.y, b = blockIdx.z;
+  const int64_t head_index = index_of_head(params, b, head);
+  const int64_t padded_query = head_index * padded(params.seq) + query;
   if (params.dq_sums != nullptr) {
     uint4* sums = reinterpret_cast<uint4*>(params.dq_sums + padded_query * head_qk);
-    for (int32_t i = threadIdx.x % kLanesPerRow; i < head_qk / 4; i += kLanesPerRow) {
+    for (int32_t i = threadIdx.x % kLanesPerQuery; i < head_qk / 4; i += kLanesPerQuery) {
       sums[i] = uint4{0, 0, 0, 0};
     }
   }
   float delta = 0;
   if (query < params.seq) {
-    const Element* out = head_of<Element>(params.out, row, head) + query * params.out.seq_stride;
-    const Element* dout = head_of<Element>(params.dout, row, head) + query * params.dout.seq_stride;
-    for (int32_t d = threadIdx.x % kLanesPerRow * 8; d < head_v; d += kLanesPerRow * 8) {
-      const uint4 a = *reinterpret_cast<const uint4*>(out + d);
-      const uint4 b = *reinterpret_cast<const uint4*>(dout + d);
-      const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+    const Element* out = head_of<Element>(params.out, b, head) + query * params.out.seq_stride;
+    const Element* dout = head_of<Element>(params.dout, b, head) + query * params.dout.seq_stride;
+    for (int32_t d = threadIdx.x % kLanesPerQuery * 8; d < head_v; d += kLanesPerQuery * 8) {
+      const uint4 of_out = *reinterpret_cast<const uint4*>(out + d);
+      const uint4 of_dout = *reinterpret_cast<const uint4*>(dout + d);
+      const uint32_t left[4] = {of_out.x, of_out.y, of_out.z, of_out.w};
+      const uint32_t right[4] = {of_dout.x, of_dout.y, of_dout.z, of_dout.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 x = unpack<Element>(left[i]), y = unpack<Element>(right[i]);
@@ -44,11 +45,11 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
     }
   }
 #pragma unroll
-  for (int mask = kLanesPerRow / 2; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
-  if (threadIdx.x % kLanesPerRow == 0) {
+  for (int mask = kLanesPerQuery / 2; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
+  if (threadIdx.x % kLanesPerQuery == 0) {
     Statistics statistics{INFINITY, 0};
     if (query < params.seq) {
-      const int64_t index = head_of_row * params.seq + query;
+      const int64_t index = head_index * params.seq + query;
       if (params.dlse != nullptr) delta -= params.dlse[index];
       statistics = {params.lse[index] * kLog2E, delta};
     }
@@ -63,9 +64,9 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
   const int32_t head = blockIdx.x;
   const float sink = params.sinks[head] * kLog2E;
   float total = 0;
-  for (int32_t row = 0; row < params.batch; ++row) {
+  for (int32_t b = 0; b < params.batch; ++b) {
     const Statistics* of_head =
-        params.statistics + (static_cast<int64_t>(row) * params.heads + head) * padded(params.seq);
+        params.statistics + index_of_head(params, b, head) * padded(params.seq);
     for (int32_t query = threadIdx.x; query < params.seq; query += kStatisticsThreads) {
       total -= fast_exp2(sink - of_head[query].lse) * of_head[query].delta;
     }
@@ -103,7 +104,7 @@ __device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
   for_each([&](float, float& dp, int n, int half, int column) {
     dp -= statistics_of(n, half, column).delta;
   });
-  if (score_scale.softcap != 0) {
+  if (score_scale.capped()) {
     for_each([&](float score, float& dp, int, int, int) { dp *= ScoreScale::derivative(score); });
   }
   for_each([&](float& score, float, int n, int half, int column) {
@@ -111,25 +112,24 @@ __device__ __forceinline__ void differentiate(Accumulator<1, kBlocks>& scores,
   });
 }
 
-// Writes a warp's 16 rows of a gradient through a part of shared memory that only this warp uses by
-// then.
+// Writes a warp's 16 tokens of a gradient through a part of shared memory that only this warp uses
+// by then.
 template <typename Element, int kCols>
-__device__ __forceinline__ void store_gradient(Element* staging, const Tensor& gradient,
-                                               int32_t row, int32_t head, int32_t first,
-                                               int32_t seq,
+__device__ __forceinline__ void store_gradient(Element* staging, const Tensor& gradient, int32_t b,
+                                               int32_t head, int32_t first, int32_t seq,
                                                const Accumulator<1, kCols / 8>& values) {
   sync_warp();
   round_to_tile<Element, kCols>(staging, values);
   sync_warp();
-  store_rows<Element, 16, kCols>(head_of<Element>(gradient, row, head), staging,
-                                 gradient.seq_stride, first, seq);
+  store_tokens<Element, 16, kCols>(head_of<Element>(gradient, b, head), staging,
+                                   gradient.seq_stride, first, seq);
 }
 
 // Static, like its kernels: the linker would keep one family's copy for both.
 template <typename Element>
 static void launch_statistics(const BackwardParams& params, int32_t head_qk, int32_t head_v,
                               Stream stream) {
-  const Grid by_query{padded(params.seq) / kRowsPerBlock, params.heads, params.batch};
+  const Grid by_query{padded(params.seq) / kQueriesPerBlock, params.heads, params.batch};
   launch(statistics_kernel<Element>, by_query, kStatisticsThreads, 0, stream, params, head_qk,
          head_v);
   if (params.sinks != nullptr) {

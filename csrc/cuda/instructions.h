@@ -89,8 +89,8 @@ __device__ __forceinline__ T shuffle(T value, int lane) {
 }
 __device__ __forceinline__ int first_bit(uint32_t bits) { return __ffs(bits) - 1; }
 
-// c (16 x 8) += a (16 x 16) * b (16 x 8), one warp. Of lane l: c[0..1] are row l / 4, columns
-// 2 (l % 4) and the next, c[2..3] the same eight rows below.
+// c (16 x 8) += a (16 x 16) * b (16 x 8), one warp. Of lane l: c[0..1] are matrix row l / 4,
+// columns 2 (l % 4) and the next, c[2..3] the same eight rows below.
 template <typename Element>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                     uint32_t b1);
@@ -111,20 +111,20 @@ __device__ __forceinline__ void mma<Fp16>(float (&c)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8 x 8 matrices of 16-bit elements: lane l provides the address of row l % 8 of matrix l / 8,
-// and receives from each matrix the elements of row l / 4, columns 2 (l % 4) and the next.
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+// Four 8 x 8 matrices of 16-bit elements: lane l provides the address of matrix row l % 8 of matrix
+// l / 8, and receives from each the elements of matrix row l / 4, columns 2 (l % 4) and the next.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* matrix_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(shared_address(matrix_row))
                : "memory");
 }
 
 // The same, each matrix transposed.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* matrix_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(shared_address(matrix_row))
                : "memory");
 }
 

@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "../scoring.h"
+
 namespace onepass::cuda {
 
-// A (batch, heads, seq, head_dim) tensor of bf16 or fp16 whose head_dim is contiguous, every row
+// A (batch, heads, seq, head_dim) tensor of bf16 or fp16 whose head_dim is contiguous, every token
 // aligned to 16 bytes; strides in elements.
 struct Tensor {
   void* data;
@@ -20,9 +22,7 @@ struct TileRange {
 
 struct Params {
   int32_t batch, heads, kv_heads, seq;
-  float scale;     // positive
-  float softcap;   // 0: none
-  int32_t window;  // 0: none
+  Scoring<float> scoring;  // its scale is positive
 
   const int32_t* visible_end;  // (batch, seq)
   const int32_t* positions;    // (batch, seq), null without a window

@@ -21,13 +21,14 @@ __global__ void __launch_bounds__(kPlanThreads) range_kernel(const PlanParams pa
   const int32_t tile = blockIdx.x * kPlanWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (tile >= num_tiles(params.seq)) return;
-  const int64_t row = blockIdx.y * static_cast<int64_t>(params.seq);
+  const int32_t b = blockIdx.y;
+  const int64_t row_begin = static_cast<int64_t>(b) * params.seq;
   TileRange range{INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};  // maxima negated
   for (int32_t token = tile * kTile + lane; token < min_of((tile + 1) * kTile, params.seq);
        token += 32) {
-    const int32_t end = params.visible_end[row + token];
+    const int32_t end = params.visible_end[row_begin + token];
     assert(token < end && end <= params.seq && "visible_end[j] has to be in [j + 1, seq]");
-    const int32_t position = params.positions != nullptr ? params.positions[row + token] : 0;
+    const int32_t position = params.positions != nullptr ? params.positions[row_begin + token] : 0;
     range.min_end = min_of(range.min_end, end);
     range.max_end = min_of(range.max_end, -end);
     range.min_position = min_of(range.min_position, position);
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kPlanThreads) range_kernel(const PlanParams pa
   range = {warp_min(range.min_end), -warp_min(range.max_end), warp_min(range.min_position),
            -warp_min(range.max_position)};
   if (lane == 0) {
-    int32_t* plan = params.plan + blockIdx.y * plan_stride(params.seq);
+    int32_t* plan = params.plan + b * plan_stride(params.seq);
     reinterpret_cast<TileRange*>(plan)[tile] = range;
   }
 }
@@ -46,11 +47,11 @@ __global__ void __launch_bounds__(kPlanThreads) range_kernel(const PlanParams pa
 // the first of the former and the end of the latter at their place in the plan.
 __global__ void __launch_bounds__(kPlanThreads)
     count_kernel(const PlanParams params, int32_t* counts) {
-  const int32_t seq = params.seq, tiles = num_tiles(seq);
+  const int32_t b = blockIdx.y, seq = params.seq, tiles = num_tiles(seq);
   const int32_t tile = blockIdx.x * kPlanWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (tile >= tiles) return;
-  const TileRange* ranges = plan_of_row(params.plan, blockIdx.y, seq).ranges;
+  const TileRange* ranges = plan_of_row(params.plan, b, seq).ranges;
   const int32_t both = tiles + ceil_div(tiles, 2);
   const int32_t places[] = {tile, tiles + tile / 2, both + tile, both + tiles + tile / 2};
 
@@ -74,8 +75,8 @@ __global__ void __launch_bounds__(kPlanThreads)
     add(2, coverage(other_query, key, params.window), -number - 1);
     add(3, coverage(other_query, key_pair, params.window), -number - 1);
   }
-  counts += blockIdx.y * plan_stride(seq);
-  int32_t* in_plan = params.plan + blockIdx.y * plan_stride(seq) + 4 * tiles + 2 * both;
+  counts += b * plan_stride(seq);
+  int32_t* in_plan = params.plan + b * plan_stride(seq) + 4 * tiles + 2 * both;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     for (int mask = 16; mask > 0; mask /= 2) totals[i] += shuffle_xor(totals[i], mask);
@@ -92,13 +93,14 @@ __global__ void __launch_bounds__(kPlanThreads)
 // earlier entries first among equals.
 __global__ void __launch_bounds__(kPlanThreads)
     order_kernel(const PlanParams params, const int32_t* counts) {
+  const int32_t b = blockIdx.y;
   const int32_t tiles = num_tiles(params.seq), pairs = ceil_div(tiles, 2);
   const int32_t entries = tiles + pairs;  // of the queries, and the same number of the keys
   int32_t entry = blockIdx.x * kPlanWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (entry >= 2 * entries) return;
-  int32_t* order = params.plan + blockIdx.y * plan_stride(params.seq) + 4 * tiles;
-  counts += blockIdx.y * plan_stride(params.seq);
+  int32_t* order = params.plan + b * plan_stride(params.seq) + 4 * tiles;
+  counts += b * plan_stride(params.seq);
 
   const bool of_pair = entry % entries >= tiles;
   const int32_t begin = entry / entries * entries + (of_pair ? tiles : 0);

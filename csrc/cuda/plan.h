@@ -2,7 +2,7 @@
 // plan, and the walks over it. The plan is made once per batch (plan.cu) and serves all layers and
 // heads.
 //
-// For each entry of the batch, int32:
+// For each row, int32:
 //   ranges           4 x num_tiles: TileRange of every tile of kTile tokens
 //   query_order      num_tiles: tiles as queries, most visited key tiles first
 //   query_order_2    ceil(num_tiles / 2): the same for pairs of tiles
@@ -44,9 +44,9 @@ struct Plan {
   const int32_t* key_end_2;
 };
 
-ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t row, int32_t seq) {
+ONEPASS_INLINE Plan plan_of_row(const int32_t* plan, int32_t b, int32_t seq) {
   const int32_t tiles = num_tiles(seq), both = tiles + ceil_div(tiles, 2);
-  const int32_t* begin = plan + row * plan_stride(seq);
+  const int32_t* begin = plan + b * plan_stride(seq);
   const int32_t* of[4];
   for (int i = 0; i < 4; ++i) of[i] = begin + 4 * tiles + i * both;
   return {reinterpret_cast<const TileRange*>(begin),
@@ -80,12 +80,12 @@ ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t first, int32_t 
   return key;
 }
 
-// kRows queries from `first`, within one tile or over whole tiles.
-template <int kRows>
+// kQueries queries from `first`, within one tile or over whole tiles.
+template <int kQueries>
 ONEPASS_INLINE QueryTile query_tile(const TileRange* ranges, int32_t first, int32_t seq) {
-  QueryTile query{first, min_of(first + kRows, seq) - 1, INT32_MAX, INT32_MIN};
+  QueryTile query{first, min_of(first + kQueries, seq) - 1, INT32_MAX, INT32_MIN};
 #pragma unroll
-  for (int i = 0; i < (kRows + kTile - 1) / kTile; ++i) {
+  for (int i = 0; i < (kQueries + kTile - 1) / kTile; ++i) {
     const TileRange range = ranges[min_of(first / kTile + i, query.last / kTile)];
     query.min_position = min_of(query.min_position, range.min_position);
     query.max_position = max_of(query.max_position, range.max_position);
@@ -98,33 +98,33 @@ struct alignas(8) Visit {
   bool full;     // every query sees every key of it
 };
 
-// The tiles of kKeys keys that kRows queries from `first` visit, in ascending order, found 32 at a
-// time by a warp. Where all warps of a block walk (portable kernels), they agree without
+// The tiles of kKeys keys that kQueries queries from `first` visit, in ascending order, found 32 at
+// a time by a warp. Where all warps of a block walk (portable kernels), they agree without
 // synchronizing. A walk keeps little state and reads the rest again for every 32 tiles: registers
 // are scarce in their main loops, and in the warp that walks for others (Hopper).
-template <int kRows, int kKeys = kTile>
+template <int kQueries, int kKeys = kTile>
 class KeyTileWalk {
-  static_assert(kRows == kTile || kRows == 2 * kTile);
+  static_assert(kQueries == kTile || kQueries == 2 * kTile);
 
  public:
-  __device__ __forceinline__ KeyTileWalk(const Params& params, int32_t row, int32_t first)
-      : params_(params), row_(row), first_(first), visited_(0), full_(0) {
-    const Plan plan = plan_of_row(params.plan, row, params.seq);
-    const int32_t* begin = kRows == kTile ? plan.query_begin : plan.query_begin_2;
-    base_ = begin[first / kRows] * kTile / kKeys - 32;
+  __device__ __forceinline__ KeyTileWalk(const Params& params, int32_t b, int32_t first)
+      : params_(params), b_(b), first_(first), visited_(0), full_(0) {
+    const Plan plan = plan_of_row(params.plan, b, params.seq);
+    const int32_t* begin = kQueries == kTile ? plan.query_begin : plan.query_begin_2;
+    base_ = begin[first / kQueries] * kTile / kKeys - 32;
   }
 
   __device__ __forceinline__ Visit next() {
     while (visited_ == 0) {
       const int32_t seq = params_.seq;
-      const TileRange* ranges = plan_of_row(params_.plan, row_, seq).ranges;
-      const QueryTile query = query_tile<kRows>(ranges, first_, seq);
+      const TileRange* ranges = plan_of_row(params_.plan, b_, seq).ranges;
+      const QueryTile query = query_tile<kQueries>(ranges, first_, seq);
       base_ += 32;
       if (base_ > query.last / kKeys) return {-1, false};
       const int32_t first_key = (base_ + threadIdx.x % 32) * kKeys;
       const Coverage covered =
           first_key <= query.last
-              ? coverage(query, key_tile<kKeys>(ranges, first_key, seq), params_.window)
+              ? coverage(query, key_tile<kKeys>(ranges, first_key, seq), params_.scoring.window)
               : Coverage::skipped;
       visited_ = ballot(covered != Coverage::skipped);
       full_ = ballot(covered == Coverage::full);
@@ -136,7 +136,7 @@ class KeyTileWalk {
 
  private:
   const Params& params_;
-  const int32_t row_, first_;
+  const int32_t b_, first_;
   int32_t base_;
   uint32_t visited_, full_;
 };
@@ -147,52 +147,52 @@ struct QueryStep {
   bool full;      // every query sees every key
 };
 
-// The tiles of kRows queries that visit a tile of kKeys keys, for each of `heads` query heads in
+// The tiles of kQueries queries that visit a tile of kKeys keys, for each of `heads` query heads in
 // turn, found as in KeyTileWalk.
-template <int kRows, int kKeys = kTile>
+template <int kQueries, int kKeys = kTile>
 class QueryTileWalk {
-  static_assert((kKeys == kTile || kKeys == 2 * kTile) && kKeys % kRows == 0);
+  static_assert((kKeys == kTile || kKeys == 2 * kTile) && kKeys % kQueries == 0);
 
  public:
-  __device__ __forceinline__ QueryTileWalk(const Params& params, int32_t row, int32_t tile,
+  __device__ __forceinline__ QueryTileWalk(const Params& params, int32_t b, int32_t tile,
                                            int32_t heads)
       : params_(params),
-        row_(row),
+        b_(b),
         first_key_(tile * kKeys),
         heads_(heads),
         head_(0),
-        first_(first_key_ - 32 * kRows),
+        first_(first_key_ - 32 * kQueries),
         visited_(0),
         full_(0) {}
 
   __device__ __forceinline__ QueryStep next() {
     while (visited_ == 0) {
       const int32_t seq = params_.seq;
-      const Plan plan = plan_of_row(params_.plan, row_, seq);
+      const Plan plan = plan_of_row(params_.plan, b_, seq);
       const int32_t* ends = kKeys == kTile ? plan.key_end : plan.key_end_2;
       const int32_t end = min_of(ends[first_key_ / kKeys] * kTile, seq);
-      first_ += 32 * kRows;
+      first_ += 32 * kQueries;
       if (first_ >= end) {
-        first_ = first_key_ - 32 * kRows;
+        first_ = first_key_ - 32 * kQueries;
         if (++head_ >= heads_) return {-1, 0, false};
         continue;
       }
       const KeyTile key = key_tile<kKeys>(plan.ranges, first_key_, seq);
-      const int32_t first = first_ + threadIdx.x % 32 * kRows;
-      const Coverage covered =
-          first < end ? coverage(query_tile<kRows>(plan.ranges, first, seq), key, params_.window)
-                      : Coverage::skipped;
+      const int32_t first = first_ + threadIdx.x % 32 * kQueries;
+      const Coverage covered = first < end ? coverage(query_tile<kQueries>(plan.ranges, first, seq),
+                                                      key, params_.scoring.window)
+                                           : Coverage::skipped;
       visited_ = ballot(covered != Coverage::skipped);
       full_ = ballot(covered == Coverage::full);
     }
     const int bit = first_bit(visited_);
     visited_ &= visited_ - 1;
-    return {head_, first_ + bit * kRows, ((full_ >> bit) & 1) != 0};
+    return {head_, first_ + bit * kQueries, ((full_ >> bit) & 1) != 0};
   }
 
  private:
   const Params& params_;
-  const int32_t row_, first_key_, heads_;
+  const int32_t b_, first_key_, heads_;
   int32_t head_, first_;
   uint32_t visited_, full_;
 };

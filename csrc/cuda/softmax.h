@@ -1,34 +1,35 @@
 // The online softmax of the forward kernels.
 #pragma once
 
-#include "mask.h"
+#include "scores.h"
 
 namespace onepass::cuda {
 
-// The running maximum and sum of the softmax of a warp's rows. Four lanes share 2 kRowTiles rows:
-// each has its part of every row's sum but, to save registers, the maximum of only one row.
-template <int kRowTiles>
+// The running maximum and sum of the softmax of a warp's queries. Four lanes share 2 kSlices
+// queries: each has its part of every query's sum but, to save registers, the maximum of only one
+// query.
+template <int kSlices>
 struct Softmax {
-  float maximum, sum[kRowTiles][2];
+  float maximum, sum[kSlices][2];
 
   __device__ __forceinline__ Softmax() : maximum(-INFINITY) {
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) sum[m][0] = sum[m][1] = 0;
+    for (int m = 0; m < kSlices; ++m) sum[m][0] = sum[m][1] = 0;
   }
 
   __device__ __forceinline__ float maximum_of(int m, int half) const {
     return shuffle(maximum, threadIdx.x % 32 / 4 * 4 + 2 * m + half);
   }
 
-  // Passes the probabilities of scores (in units of 1 / factor), not yet divided by the row's sum,
-  // to `take(m, n, half, left, right)`, two columns at a time; `rescale` is the factor that brings
-  // earlier output to the new maximum.
+  // Passes the probabilities of scores (in units of 1 / factor), not yet divided by the query's
+  // sum, to `take(m, n, half, left, right)`, two columns at a time; `rescale` is the factor that
+  // brings earlier output to the new maximum.
   template <int kBlocks, typename Take>
-  __device__ __forceinline__ void exponentiate(const Accumulator<kRowTiles, kBlocks>& scores,
-                                               float factor, float (&rescale)[kRowTiles][2],
+  __device__ __forceinline__ void exponentiate(const Accumulator<kSlices, kBlocks>& scores,
+                                               float factor, float (&rescale)[kSlices][2],
                                                const Take& take) {
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int m = 0; m < kSlices; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float before = maximum_of(m, half);
@@ -39,7 +40,7 @@ struct Softmax {
         }
         highest = fmaxf(highest, shuffle_xor(highest, 1));
         highest = fmaxf(highest, shuffle_xor(highest, 2));
-        // A row that has seen no key yet: any finite maximum gives it probabilities of 0.
+        // A query that has seen no key yet: any finite maximum gives it probabilities of 0.
         const float offset = highest == -INFINITY ? 0.0f : highest * factor;
         rescale[m][half] = fast_exp2(before * factor - offset);
         if (threadIdx.x % 4 == 2 * m + half) maximum = highest;
@@ -57,10 +58,10 @@ struct Softmax {
   }
 
   template <int kOutBlocks>
-  __device__ __forceinline__ void rescale_out(Accumulator<kRowTiles, kOutBlocks>& out,
-                                              const float (&rescale)[kRowTiles][2]) const {
+  __device__ __forceinline__ void rescale_out(Accumulator<kSlices, kOutBlocks>& out,
+                                              const float (&rescale)[kSlices][2]) const {
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int m = 0; m < kSlices; ++m) {
 #pragma unroll
       for (int n = 0; n < kOutBlocks; ++n) {
 #pragma unroll
@@ -69,10 +70,10 @@ struct Softmax {
     }
   }
 
-  // Normalizes one row of `out` and returns its log-sum-exp (natural logarithm). The sink is one
+  // Normalizes one query of `out` and returns its log-sum-exp (natural logarithm). The sink is one
   // more score without a value.
   template <int kOutBlocks>
-  __device__ __forceinline__ float finish(Accumulator<kRowTiles, kOutBlocks>& out, int m, int half,
+  __device__ __forceinline__ float finish(Accumulator<kSlices, kOutBlocks>& out, int m, int half,
                                           float factor, const float* sink) {
     float total = sum[m][half];
     total += shuffle_xor(total, 1);

@@ -45,12 +45,18 @@ class _Tensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((f"stride{i}", ctypes.c_int64) for i in range(3))]
 
 
-class _Params(ctypes.Structure):
+class _Scoring(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "seq")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("window", ctypes.c_int32),
+    ]
+
+
+class _Params(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "seq")),
+        ("scoring", _Scoring),
         *((name, ctypes.c_void_p) for name in ("visible_end", "positions", "plan", "sinks")),
         *((name, _Tensor) for name in ("q", "k", "v", "out")),
         ("lse", ctypes.c_void_p),
@@ -175,7 +181,8 @@ def forward(
     out = guarded(q, v.shape[3])
     lse = torch.full(q.shape[:3], torch.nan)
     params = _Params()
-    _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)
+    scoring = _Scoring(scale, softcap, window)
+    _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scoring)
     assert library().onepass_forward(_MAJOR[family], *_kind(q, v), ctypes.byref(params))
     assert_guards_untouched(out)
     return out, lse, plan
@@ -208,7 +215,8 @@ def backward(
         dq_sums = guarded(lse.new_empty(1, 1, math.prod(rows), 1), q.shape[3])
     dsinks = None if sinks is None else torch.full_like(sinks, torch.nan)
     params = _BackwardParams()
-    _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scale, softcap, window)
+    scoring = _Scoring(scale, softcap, window)
+    _fill(params, q, k, v, out, lse, visible_end, positions, plan, sinks, scoring)
     for name, x in zip(("dout", "dq", "dk", "dv"), (dout, *gradients), strict=True):
         setattr(params, name, _tensor(x))
     params.dlse, params.statistics, params.dsinks = map(_pointer, (dlse, statistics, dsinks))
@@ -261,13 +269,11 @@ def _fill(
     positions: Tensor | None,
     plan: Tensor,
     sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
+    scoring: _Scoring,
 ) -> None:
     params.batch, params.heads, params.seq = q.shape[:3]
     params.kv_heads = k.shape[1]
-    params.scale, params.softcap, params.window = scale, softcap, window
+    params.scoring = scoring
     params.visible_end, params.positions = _pointer(visible_end), _pointer(positions)
     params.plan, params.sinks, params.lse = _pointer(plan), _pointer(sinks), _pointer(lse)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):

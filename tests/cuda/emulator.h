@@ -388,20 +388,20 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     float left[16][16], right[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 2; ++i) {
-        const int row = lane / 4, column = 2 * (lane % 4) + i;
-        left[row][column] = half(lane, 4, i);
-        left[row + 8][column] = half(lane, 5, i);
-        left[row][column + 8] = half(lane, 6, i);
-        left[row + 8][column + 8] = half(lane, 7, i);
-        right[column][row] = half(lane, 8, i);
-        right[column + 8][row] = half(lane, 9, i);
+        const int m = lane / 4, column = 2 * (lane % 4) + i;
+        left[m][column] = half(lane, 4, i);
+        left[m + 8][column] = half(lane, 5, i);
+        left[m][column + 8] = half(lane, 6, i);
+        left[m + 8][column + 8] = half(lane, 7, i);
+        right[column][m] = half(lane, 8, i);
+        right[column + 8][m] = half(lane, 9, i);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int e = 0; e < 4; ++e) {
-        const int row = lane / 4 + 8 * (e / 2), column = 2 * (lane % 4) + e % 2;
+        const int m = lane / 4 + 8 * (e / 2), column = 2 * (lane % 4) + e % 2;
         float sum = emulator::float_of(warp.in[lane][e]);
-        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+        for (int k = 0; k < 16; ++k) sum += left[m][k] * right[k][column];
         warp.out[lane][e] = emulator::bits_of(sum);
       }
     }
@@ -411,8 +411,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 namespace emulator {
 
-inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
-  const uint64_t in = reinterpret_cast<uintptr_t>(row);
+inline void load_matrices(uint32_t (&r)[4], const void* matrix_row, bool transposed) {
+  const uint64_t in = reinterpret_cast<uintptr_t>(matrix_row);
   const uint64_t* out = exchange(&in, 1, [&](Exchange& warp) {
     const uint8_t* begin = shared_memory();
     for (int matrix = 0; matrix < 4; ++matrix) {
@@ -441,11 +441,11 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
 
 }  // namespace emulator
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  emulator::load_matrices(r, row, false);
+inline void load_matrices(uint32_t (&r)[4], const void* matrix_row) {
+  emulator::load_matrices(r, matrix_row, false);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  emulator::load_matrices(r, row, true);
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* matrix_row) {
+  emulator::load_matrices(r, matrix_row, true);
 }
 
 inline void add_to(float* sum, float value) { *sum += value; }

@@ -20,7 +20,7 @@ using emulator::wait_for_change;
 struct TensorMap {
   const uint8_t* data;
   int64_t sizes[4], strides[4];  // head_dim, seq, heads, batch; in elements
-  int32_t box_rows;
+  int32_t box_tokens;
 };
 
 struct BarrierState {
@@ -60,9 +60,9 @@ inline void wait(Barrier* barrier, int parity) {
   while (state(barrier).parity == static_cast<uint64_t>(parity)) wait_for_change(*barrier);
 }
 
-constexpr int kBytesOfRow = 128;
+constexpr int kBytesOfLine = 128;
 
-// The chunk of 16 bytes of a row is permuted by address bits 7 to 9, which are the row modulo 8.
+// The chunk of 16 bytes of a line is permuted by address bits 7 to 9, which are the line modulo 8.
 inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
 inline void copy_later(void* to, std::vector<uint8_t> data, Barrier* barrier) {
@@ -76,18 +76,18 @@ inline void copy_later(void* to, std::vector<uint8_t> data, Barrier* barrier) {
 }
 
 inline void copy_block(void* to, const TensorMap& from, Barrier* barrier, int column, int token,
-                       int head, int row) {
+                       int head, int b) {
   const uint32_t begin = shared_address(to);
   EMULATOR_CHECK(begin % 1024 == 0);
-  const int bytes = from.box_rows * kBytesOfRow;
+  const int bytes = from.box_tokens * kBytesOfLine;
   std::vector<uint8_t> data(bytes, 0);
-  for (int i = 0; i < from.box_rows; ++i) {
+  for (int i = 0; i < from.box_tokens; ++i) {
     if (token + i >= from.sizes[1] || token + i < 0) continue;
-    for (int j = 0; j < kBytesOfRow / 2; ++j) {
+    for (int j = 0; j < kBytesOfLine / 2; ++j) {
       if (column + j >= from.sizes[0]) continue;
-      const int64_t element = column + j + (token + i) * from.strides[1] + head * from.strides[2] +
-                              row * from.strides[3];
-      std::memcpy(&data[swizzled(i * kBytesOfRow + 2 * j)], from.data + 2 * element, 2);
+      const int64_t element =
+          column + j + (token + i) * from.strides[1] + head * from.strides[2] + b * from.strides[3];
+      std::memcpy(&data[swizzled(i * kBytesOfLine + 2 * j)], from.data + 2 * element, 2);
     }
   }
   copy_later(to, std::move(data), barrier);
@@ -184,41 +184,42 @@ struct Descriptor {
     std::memcpy(&bits, shared_memory() + swizzled(begin + offset), 2);
     return emulator::widen<Element>(bits);
   }
-  // Element (row, k) of a factor whose rows are contiguous (K-major).
+  // Element (m, k) of a factor that is contiguous in k (K-major).
   template <typename Element>
-  float row_major(int row, int k) const {
-    return load<Element>(row / 8 * stride_bytes + row % 8 * 128 + 2 * k);
+  float k_major(int m, int k) const {
+    return load<Element>(m / 8 * stride_bytes + m % 8 * 128 + 2 * k);
   }
-  // Element (k, column) of a factor whose columns are contiguous (MN-major).
+  // Element (k, column) of a factor that is contiguous in columns (MN-major).
   template <typename Element>
-  float column_major(int k, int column) const {
+  float mn_major(int k, int column) const {
     return load<Element>(column / 64 * leading_bytes + column % 64 * 2 + k / 8 * stride_bytes +
                          k % 8 * 128);
   }
 };
 
-// One warp's 16 rows of a warpgroup's product; `left(row, k)` and `right(k, column)` give elements.
+// One warp's 16 of the 64 in M of a warpgroup's product; `left(m, k)` and `right(k, column)` give
+// elements.
 template <int kBlocks, typename Left, typename Right>
 void add_product(float* const (&c)[32], bool accumulate, const Left& left, const Right& right) {
   emulator::counters.products += kBlocks;
   static float a[16][16], b[16][8 * kBlocks];
   for (int k = 0; k < 16; ++k) {
-    for (int row = 0; row < 16; ++row) a[row][k] = left(row, k);
+    for (int m = 0; m < 16; ++m) a[m][k] = left(m, k);
     for (int column = 0; column < 8 * kBlocks; ++column) b[k][column] = right(k, column);
   }
   for (int lane = 0; lane < 32; ++lane) {
     for (int n = 0; n < kBlocks; ++n) {
       for (int e = 0; e < 4; ++e) {
-        const int row = lane / 4 + e / 2 * 8, column = 8 * n + 2 * (lane % 4) + e % 2;
+        const int m = lane / 4 + e / 2 * 8, column = 8 * n + 2 * (lane % 4) + e % 2;
         float sum = accumulate ? c[lane][4 * n + e] : 0.0f;
-        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        for (int k = 0; k < 16; ++k) sum += a[m][k] * b[k][column];
         c[lane][4 * n + e] = sum;
       }
     }
   }
 }
 
-// A product of two factors in shared memory: `left_of(a, row, k)` and `right_of(b, k, column)` find
+// A product of two factors in shared memory: `left_of(a, m, k)` and `right_of(b, k, column)` find
 // their elements.
 template <int kBlocks, typename LeftOf, typename RightOf>
 void start_product(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumulate,
@@ -226,14 +227,14 @@ void start_product(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumula
   float* target = &c[0][0];
   emulator::thread().open_products.push_back([=] {
     const uint64_t in[1] = {reinterpret_cast<uintptr_t>(target)};
-    const int first_row = emulator::block->current % 128 / 32 * 16;
+    const int first_m = emulator::block->current % 128 / 32 * 16;
     emulator::exchange(in, 1, [&](emulator::Exchange& warp) {
       float* targets[32];
       for (int lane = 0; lane < 32; ++lane)
         targets[lane] = reinterpret_cast<float*>(warp.in[lane][0]);
       const Descriptor left(a), right(b);
       add_product<kBlocks>(
-          targets, accumulate, [&](int row, int k) { return left_of(left, first_row + row, k); },
+          targets, accumulate, [&](int m, int k) { return left_of(left, first_m + m, k); },
           [&](int k, int column) { return right_of(right, k, column); });
     });
   });
@@ -243,19 +244,17 @@ template <typename Element, int kBlocks>
 void multiply_transposed(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumulate) {
   start_product(
       c, a, b, accumulate,
-      [](const Descriptor& left, int row, int k) { return left.row_major<Element>(row, k); },
-      [](const Descriptor& right, int k, int column) {
-        return right.row_major<Element>(column, k);
-      });
+      [](const Descriptor& left, int m, int k) { return left.k_major<Element>(m, k); },
+      [](const Descriptor& right, int k, int column) { return right.k_major<Element>(column, k); });
 }
 
 template <typename Element, int kBlocks>
 void multiply_columns(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumulate) {
   start_product(
       c, a, b, accumulate,
-      [](const Descriptor& left, int row, int k) { return left.column_major<Element>(k, row); },
+      [](const Descriptor& left, int m, int k) { return left.mn_major<Element>(k, m); },
       [](const Descriptor& right, int k, int column) {
-        return right.column_major<Element>(k, column);
+        return right.mn_major<Element>(k, column);
       });
 }
 
@@ -273,12 +272,12 @@ void multiply_add(float (&c)[kBlocks][4], const uint32_t (&a)[4], uint64_t b) {
       const Descriptor right(b);
       add_product<kBlocks>(
           targets, true,
-          [&](int row, int k) {
-            const int lane = row % 8 * 4 + k % 8 / 2, word = row / 8 + k / 8 * 2;
+          [&](int m, int k) {
+            const int lane = m % 8 * 4 + k % 8 / 2, word = m / 8 + k / 8 * 2;
             const auto* words = reinterpret_cast<const uint32_t*>(warp.in[lane][1]);
             return emulator::widen<Element>(static_cast<uint16_t>(words[word] >> 16 * (k % 2)));
           },
-          [&](int k, int column) { return right.column_major<Element>(k, column); });
+          [&](int k, int column) { return right.mn_major<Element>(k, column); });
     });
   });
 }

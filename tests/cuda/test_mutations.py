@@ -84,13 +84,13 @@ MUTATIONS = {
     ),
     "Hopper forward does not wait for V": (
         "cuda/sm90/forward.cuh",
-        "    wait(v_full + v.index, v.parity);\n",
+        "    wait(memory.v_full(v.index), v.parity);\n",
         "",
     ),
     "Hopper forward does not wait for the next head's Q": (
         "cuda/sm90/forward.cuh",
-        "    wait(q_full, i % 2);\n",
-        "    wait(q_full, 0);\n",
+        "    wait(memory.q_full(), i % 2);\n",
+        "    wait(memory.q_full(), 0);\n",
     ),
     "Hopper forward does not give back the stage that ends a head": (
         "cuda/sm90/forward.cuh",
@@ -152,17 +152,17 @@ MUTATIONS = {
         "    wait_products<0>();\n    hold(dk[0]);\n",
         "",
     ),
-    "Hopper backward describes the wrong rows": (
+    "Hopper backward describes the wrong tokens": (
         "cuda/sm90/tile.h",
-        "Tile::kBlockBytes, 16 * k * kRowBytes",
-        "Tile::kBlockBytes, 8 * k * kRowBytes",
+        "Tile::kBlockBytes, 16 * k * kLineBytes",
+        "Tile::kBlockBytes, 8 * k * kLineBytes",
     ),
 }
 # With wide heads the output goes through the queries' place.
 MUTATIONS_OF_WIDE_HEADS = {
     "Hopper forward brings the next head's Q before the output has left its place": (
         "cuda/sm90/forward.cuh",
-        "      wait(q_empty, i % 2 ^ 1);\n",
+        "      wait(memory.q_empty(), i % 2 ^ 1);\n",
         "",
     ),
     "Hopper forward puts the output where the other consumer still reads Q": (

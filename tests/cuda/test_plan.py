@@ -50,17 +50,17 @@ def tiles_of(x: NDArray, size: int) -> list[NDArray]:
 
 
 def visited_tiles(
-    ends: Ints, positions: Ints | None, window: int, rows: int, keys: int = TILE
+    ends: Ints, positions: Ints | None, window: int, queries: int, keys: int = TILE
 ) -> NDArray[np.bool_]:
-    """Return which tiles of `rows` queries (first index) have to visit which of `keys`: those with
-    a pair that the tree lets see each other, but for those that the window rules out as a whole.
+    """Return which tiles of `queries` (first index) have to visit which of `keys`: those with a
+    pair that the tree lets see each other, but for those that the window rules out as a whole.
     """
     mask = dense_mask(ends)
     visited = np.array(
-        [[block.any() for block in tiles_of(part.T, keys)] for part in tiles_of(mask, rows)]
+        [[block.any() for block in tiles_of(part.T, keys)] for part in tiles_of(mask, queries)]
     )
     if window:
-        nearest = np.array([part.min() for part in tiles_of(positions, rows)])
+        nearest = np.array([part.min() for part in tiles_of(positions, queries)])
         furthest = np.array([part.max() for part in tiles_of(positions, keys)])
         visited &= nearest[:, None] - furthest[None, :] < window
     return visited
@@ -114,9 +114,9 @@ def test_tiles_that_are_visited_hold_every_pair_that_a_window_leaves(seq):
         assert not (np.array(needed) & ~left).any()
 
 
-def products_of(rows: int, columns: int, depth: int) -> int:
+def products_of(m: int, n: int, k: int) -> int:
     """Return the 16 x 8 x 16 products of a product of matrices."""
-    return rows // 16 * columns // 8 * depth // 16
+    return m // 16 * n // 8 * k // 16
 
 
 def run_and_count(visible_end: Tensor, window: int = 0, d: int = 64) -> tuple[int, int]:
@@ -152,8 +152,8 @@ def test_kernels_compute_the_tiles_that_are_not_skipped_and_no_other(seq, window
     single = sum(visited_tiles(*row, window, TILE).sum() for row in rows)
     assert run_and_count(ends, window) == (pairs, single)
     if window == 0:
-        for rows_of_tile, count in ((2 * TILE, pairs), (TILE, single)):
-            counts = [_C.tile_counts(row, rows_of_tile, TILE) for row in ends]
+        for queries, count in ((2 * TILE, pairs), (TILE, single)):
+            counts = [_C.tile_counts(row, queries, TILE) for row in ends]
             assert sum(partial + full for _, partial, full in counts) == count
 
 

@@ -7,9 +7,9 @@
 // group. The scores are computed twice (seven products instead of five); in return nothing is
 // summed in global memory: no atomics, no float32 buffer of dq, and the same bits every time.
 //
-// Both keep their tile (K and V, or Q and dO) in shared memory, with 16 of its rows for each warp,
-// and stream the others through one or two stages. Scores are computed with the kept rows as
-// accumulator rows, so that P and dS enter the next product from registers.
+// Both keep their tile (K and V, or Q and dO) in shared memory, with 16 of its tokens for each
+// warp, and stream the others through one or two stages. The accumulators of the scores are those
+// of the kept tokens, so that P and dS enter the next product from registers.
 #pragma once
 
 #include "../gradients.h"
@@ -21,11 +21,11 @@ namespace onepass::cuda::sm80 {
 template <typename Element, int kHeadQk, int kHeadV>
 __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams params) {
   using Config = BackwardConfig<kHeadQk, kHeadV>;
-  constexpr int kRows = Config::kRows;
+  constexpr int kStreamed = Config::kStreamed;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t head = blockIdx.y, row = blockIdx.z, seq = params.seq;
+  const int32_t head = blockIdx.y, b = blockIdx.z, seq = params.seq;
   const int32_t kv_head = head / (params.heads / params.kv_heads);
-  const Plan plan = plan_of_row(params.plan, row, seq);
+  const Plan plan = plan_of_row(params.plan, b, seq);
   const int32_t first_query = plan.query_order[blockIdx.x] * kTile;
   const int32_t warp_query = first_query + warp * 16;
 
@@ -35,30 +35,30 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
   const auto k_stage = [&](int stage) {
     return reinterpret_cast<Element*>(stages + stage * Config::kStageBytes);
   };
-  const auto v_stage = [&](int stage) { return k_stage(stage) + kRows * kHeadQk; };
+  const auto v_stage = [&](int stage) { return k_stage(stage) + kStreamed * kHeadQk; };
   const auto load = [&](const Visit& visit, int stage) {
     if (visit.tile < 0) return;
-    load_tile<Element, kRows, kHeadQk>(k_stage(stage), params.k, row, kv_head, visit.tile * kRows,
-                                       seq);
-    load_tile<Element, kRows, kHeadV>(v_stage(stage), params.v, row, kv_head, visit.tile * kRows,
-                                      seq);
+    load_tile<Element, kStreamed, kHeadQk>(k_stage(stage), params.k, b, kv_head,
+                                           visit.tile * kStreamed, seq);
+    load_tile<Element, kStreamed, kHeadV>(v_stage(stage), params.v, b, kv_head,
+                                          visit.tile * kStreamed, seq);
   };
 
-  KeyTileWalk<kTile, kRows> walk(params, row, first_query);
-  load_tile<Element, kTile, kHeadQk>(q_tile, params.q, row, head, first_query, seq);
-  load_tile<Element, kTile, kHeadV>(dout_tile, params.dout, row, head, first_query, seq);
+  KeyTileWalk<kTile, kStreamed> walk(params, b, first_query);
+  load_tile<Element, kTile, kHeadQk>(q_tile, params.q, b, head, first_query, seq);
+  load_tile<Element, kTile, kHeadV>(dout_tile, params.dout, b, head, first_query, seq);
   Visit visit = walk.next();
   load(visit, 0);
   commit_copies();
 
   Statistics statistics[2];
-  const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
+  const int64_t head_index = index_of_head(params, b, head);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     statistics[half] =
-        params.statistics[head_of_row * padded(seq) + warp_query + 8 * half + lane / 4];
+        params.statistics[head_index * padded(seq) + warp_query + 8 * half + lane / 4];
   }
-  const ScoreScale score_scale(params);
+  const ScoreScale score_scale(params.scoring);
   Accumulator<1, kHeadQk / 8> dq;
   clear(dq);
   int stage = 0;
@@ -71,13 +71,12 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
     wait_copies<Config::kStages - 1>();
     sync_block();  // this stage has arrived
 
-    Accumulator<1, kRows / 8> scores, dp;
+    Accumulator<1, kStreamed / 8> scores, dp;
     multiply_transposed<Element, kHeadQk>(scores, q_tile, warp * 16, k_stage(stage));
-    score_scale.cap(scores);
-    if (!visit.full) mask_keys(scores, params, row, warp_query, visit.tile * kRows);
+    score_keys(scores, score_scale, params, b, warp_query, visit.tile * kStreamed, visit.full);
     multiply_transposed<Element, kHeadV>(dp, dout_tile, warp * 16, v_stage(stage));
     differentiate(scores, dp, score_scale, [&](int, int half, int) { return statistics[half]; });
-    LeftFactor<1, kRows / 16> ds;
+    LeftFactor<1, kStreamed / 16> ds;
     round_product_to_factor<Element>(ds, scores, dp);
     multiply_add<Element, kHeadQk>(dq, ds, k_stage(stage));
 
@@ -89,21 +88,21 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
     stage ^= Config::kStages - 1;
     visit = next;
   }
-  multiply_by(dq, params.scale);
-  store_gradient<Element, kHeadQk>(q_tile + warp * 16 * kHeadQk, params.dq, row, head, warp_query,
+  multiply_by(dq, params.scoring.scale);
+  store_gradient<Element, kHeadQk>(q_tile + warp * 16 * kHeadQk, params.dq, b, head, warp_query,
                                    seq, dq);
 }
 
 template <typename Element, int kHeadQk, int kHeadV, Want kWant>
 __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams params) {
   using Config = BackwardConfig<kHeadQk, kHeadV>;
-  constexpr int kRows = Config::kRows;
-  using Walk = QueryTileWalk<kRows>;
+  constexpr int kStreamed = Config::kStreamed;
+  using Walk = QueryTileWalk<kStreamed>;
   constexpr bool kWantDk = kWant != Want::dv, kWantDv = kWant != Want::dk;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t kv_head = blockIdx.y, row = blockIdx.z, seq = params.seq;
+  const int32_t kv_head = blockIdx.y, b = blockIdx.z, seq = params.seq;
   const int32_t group = params.heads / params.kv_heads;
-  const Plan plan = plan_of_row(params.plan, row, seq);
+  const Plan plan = plan_of_row(params.plan, b, seq);
   const int32_t tile = plan.key_order[blockIdx.x];
   const int32_t first_key = tile * kTile, warp_key = first_key + warp * 16;
 
@@ -113,28 +112,28 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   const auto q_stage = [&](int stage) {
     return reinterpret_cast<Element*>(stages + stage * Config::kStageBytes);
   };
-  const auto dout_stage = [&](int stage) { return q_stage(stage) + kRows * kHeadQk; };
+  const auto dout_stage = [&](int stage) { return q_stage(stage) + kStreamed * kHeadQk; };
   const auto statistics_stage = [&](int stage) {
-    return reinterpret_cast<Statistics*>(dout_stage(stage) + kRows * kHeadV);
+    return reinterpret_cast<Statistics*>(dout_stage(stage) + kStreamed * kHeadV);
   };
   const auto load = [&](const QueryStep& step, int stage) {
     if (step.head < 0) return;
     const int32_t head = kv_head * group + step.head;
-    load_tile<Element, kRows, kHeadQk>(q_stage(stage), params.q, row, head, step.first, seq);
-    load_tile<Element, kRows, kHeadV>(dout_stage(stage), params.dout, row, head, step.first, seq);
-    load_statistics<kRows>(statistics_stage(stage), params, row, head, step.first);
+    load_tile<Element, kStreamed, kHeadQk>(q_stage(stage), params.q, b, head, step.first, seq);
+    load_tile<Element, kStreamed, kHeadV>(dout_stage(stage), params.dout, b, head, step.first, seq);
+    load_statistics<kStreamed>(statistics_stage(stage), params, b, head, step.first);
   };
 
-  Walk walk(params, row, tile, group);
-  load_tile<Element, kTile, kHeadQk>(k_tile, params.k, row, kv_head, first_key, seq);
+  Walk walk(params, b, tile, group);
+  load_tile<Element, kTile, kHeadQk>(k_tile, params.k, b, kv_head, first_key, seq);
   if constexpr (kWantDk) {
-    load_tile<Element, kTile, kHeadV>(v_tile, params.v, row, kv_head, first_key, seq);
+    load_tile<Element, kTile, kHeadV>(v_tile, params.v, b, kv_head, first_key, seq);
   }
   QueryStep step = walk.next();  // at least the tile on the diagonal
   load(step, 0);
   commit_copies();
 
-  const ScoreScale score_scale(params);
+  const ScoreScale score_scale(params.scoring);
   Accumulator<1, kWantDk ? kHeadQk / 8 : 1> dk;
   Accumulator<1, kWantDv ? kHeadV / 8 : 1> dv;
   clear(dk);
@@ -149,10 +148,9 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     wait_copies<Config::kStages - 1>();
     sync_block();  // this stage has arrived
 
-    Accumulator<1, kRows / 8> scores, dp;
+    Accumulator<1, kStreamed / 8> scores, dp;
     multiply_transposed<Element, kHeadQk>(scores, k_tile, warp * 16, q_stage(stage));
-    score_scale.cap(scores);
-    if (!step.full) mask_queries(scores, params, row, warp_key, step.first);
+    score_queries(scores, score_scale, params, b, warp_key, step.first, step.full);
     if constexpr (kWantDk) {
       multiply_transposed<Element, kHeadV>(dp, v_tile, warp * 16, dout_stage(stage));
     } else {
@@ -162,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     differentiate(scores, dp, score_scale, [&](int n, int, int column) {
       return statistics[8 * n + 2 * (lane % 4) + column];
     });
-    LeftFactor<1, kRows / 16> factor;
+    LeftFactor<1, kStreamed / 16> factor;
     if constexpr (kWantDv) {
       round_to_factor<Element>(factor, scores);
       multiply_add<Element, kHeadV>(dv, factor, dout_stage(stage));
@@ -181,12 +179,12 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     step = next;
   }
   if constexpr (kWantDk) {
-    multiply_by(dk, params.scale);
-    store_gradient<Element, kHeadQk>(k_tile + warp * 16 * kHeadQk, params.dk, row, kv_head,
-                                     warp_key, seq, dk);
+    multiply_by(dk, params.scoring.scale);
+    store_gradient<Element, kHeadQk>(k_tile + warp * 16 * kHeadQk, params.dk, b, kv_head, warp_key,
+                                     seq, dk);
   }
   if constexpr (kWantDv) {
-    store_gradient<Element, kHeadV>(v_tile + warp * 16 * kHeadV, params.dv, row, kv_head, warp_key,
+    store_gradient<Element, kHeadV>(v_tile + warp * 16 * kHeadV, params.dv, b, kv_head, warp_key,
                                     seq, dv);
   }
 }

@@ -21,14 +21,14 @@ constexpr int forward_blocks(int) { return 2; }
 constexpr int forward_blocks(int head_qk) { return head_qk <= 64 ? 3 : 2; }
 #endif
 
-// Forward: a block has kRows queries, each warp 16 kRowTiles of them, and streams key tiles.
+// Forward: a block has kQueries queries, each warp 16 kSlices of them, and streams key tiles.
 template <int kHeadQk, int kHeadV>
 struct ForwardConfig {
   // As many as the accumulators and shared memory leave room for.
-  static constexpr int kRowTiles = kHeadQk <= 192 && kHeadV <= 128 ? 2 : 1;
-  static constexpr int kRows = 16 * kRowTiles * kWarps;
+  static constexpr int kSlices = kHeadQk <= 192 && kHeadV <= 128 ? 2 : 1;
+  static constexpr int kQueries = 16 * kSlices * kWarps;
   static constexpr int kSharedBytes =
-      (kRows * kHeadQk + kTile * (kHeadQk + kHeadV)) * kElementBytes;
+      (kQueries * kHeadQk + kTile * (kHeadQk + kHeadV)) * kElementBytes;
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
@@ -44,15 +44,16 @@ struct FusedBackwardConfig {
 };
 
 // Other backward passes: a block keeps a tile of kTile queries (for dq) or keys (for dk and dv), 16
-// for each warp, and streams tiles of kRows of the others, two at a time where they fit.
+// for each warp, and streams tiles of kStreamed of the others, two at a time where they fit.
 template <int kHeadQk, int kHeadV>
 struct BackwardConfig {
   static constexpr int kStages = kHeadQk <= 128 ? 2 : 1;
-  static constexpr int kRows = kHeadQk + kHeadV <= 384 ? kTile : kTile / 2;
+  static constexpr int kStreamed = kHeadQk + kHeadV <= 384 ? kTile : kTile / 2;
   static constexpr int kKeptBytes = kTile * (kHeadQk + kHeadV) * kElementBytes;
   // Every streamed tile of queries comes with its statistics.
-  static constexpr int kStatisticsBytes = kRows * static_cast<int>(sizeof(Statistics));
-  static constexpr int kStageBytes = kRows * (kHeadQk + kHeadV) * kElementBytes + kStatisticsBytes;
+  static constexpr int kStatisticsBytes = kStreamed * static_cast<int>(sizeof(Statistics));
+  static constexpr int kStageBytes =
+      kStreamed * (kHeadQk + kHeadV) * kElementBytes + kStatisticsBytes;
   static constexpr int kSharedBytes = kKeptBytes + kStages * kStageBytes;
   static_assert(kSharedBytes <= kMaxSharedBytes);
   // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.

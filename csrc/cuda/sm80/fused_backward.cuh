@@ -15,17 +15,17 @@
 
 namespace onepass::cuda::sm80 {
 
-// Of a query tile's dq, warp w computes 32 rows from 32 (w / 2) and, of every 32 columns, 16 from
-// 16 (w % 2). The sums are stored in the order of the accumulators.
+// Of a query tile's dq, warp w computes 32 queries from 32 (w / 2) and, of every 32 columns, 16
+// from 16 (w % 2). The sums are stored in the order of the accumulators.
 template <int kHead>
 using DqOfWarp = Accumulator<2, kHead / 16>;
 
 // The sum to which a lane adds element [0][0][0].
 template <int kHead>
-__device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t row,
-                                             int32_t head, int32_t first, int warp) {
-  const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
-  return params.dq_sums + (head_of_row * padded(params.seq) + first + 16 * warp) * kHead +
+__device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t b, int32_t head,
+                                             int32_t first, int warp) {
+  const int64_t head_index = index_of_head(params, b, head);
+  return params.dq_sums + (head_index * padded(params.seq) + first + 16 * warp) * kHead +
          threadIdx.x % 32;
 }
 
@@ -39,9 +39,9 @@ template <typename Element, int kHead>
 __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
     dq_dk_dv_kernel(const BackwardParams params) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t kv_head = blockIdx.y, row = blockIdx.z, seq = params.seq;
+  const int32_t kv_head = blockIdx.y, b = blockIdx.z, seq = params.seq;
   const int32_t group = params.heads / params.kv_heads;
-  const int32_t tile = plan_of_row(params.plan, row, seq).key_order[blockIdx.x];
+  const int32_t tile = plan_of_row(params.plan, b, seq).key_order[blockIdx.x];
   const int32_t first_key = tile * kTile;
 
   Element* k_tile = reinterpret_cast<Element*>(shared_memory());
@@ -52,28 +52,28 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
   Statistics* statistics = reinterpret_cast<Statistics*>(ds_tile + kTile * kTile);
   const auto load_q = [&](const QueryStep& step) {
     if (step.head >= 0) {
-      load_tile<Element, kTile, kHead>(q_tile, params.q, row, kv_head * group + step.head,
-                                       step.first, seq);
+      load_tile<Element, kTile, kHead>(q_tile, params.q, b, kv_head * group + step.head, step.first,
+                                       seq);
     }
     commit_copies();
   };
   const auto load_dout = [&](const QueryStep& step) {
     if (step.head >= 0) {
       const int32_t head = kv_head * group + step.head;
-      load_tile<Element, kTile, kHead>(dout_tile, params.dout, row, head, step.first, seq);
-      load_statistics<kTile>(statistics, params, row, head, step.first);
+      load_tile<Element, kTile, kHead>(dout_tile, params.dout, b, head, step.first, seq);
+      load_statistics<kTile>(statistics, params, b, head, step.first);
     }
     commit_copies();
   };
 
-  QueryTileWalk<kTile> walk(params, row, tile, group);
-  load_tile<Element, kTile, kHead>(k_tile, params.k, row, kv_head, first_key, seq);
-  load_tile<Element, kTile, kHead>(v_tile, params.v, row, kv_head, first_key, seq);
+  QueryTileWalk<kTile> walk(params, b, tile, group);
+  load_tile<Element, kTile, kHead>(k_tile, params.k, b, kv_head, first_key, seq);
+  load_tile<Element, kTile, kHead>(v_tile, params.v, b, kv_head, first_key, seq);
   QueryStep step = walk.next();  // at least the tile on the diagonal
   load_q(step);
   load_dout(step);
 
-  const ScoreScale score_scale(params);
+  const ScoreScale score_scale(params.scoring);
   Accumulator<1, kHead / 8> dk, dv;
   clear(dk);
   clear(dv);
@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
 
     Accumulator<1, kTile / 8> scores, dp;
     multiply_transposed<Element, kHead>(scores, k_tile, warp * 16, q_tile);
-    score_scale.cap(scores);
-    if (!step.full) mask_queries(scores, params, row, first_key + warp * 16, step.first);
+    score_queries(scores, score_scale, params, b, first_key + warp * 16, step.first, step.full);
     multiply_transposed<Element, kHead>(dp, v_tile, warp * 16, dout_tile);
     differentiate(scores, dp, score_scale, [&](int n, int, int column) {
       return statistics[8 * n + 2 * (lane % 4) + column];
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
       load_transposed<Element, kTile>(of_keys, ds_tile + k * kTile, warp / 2 * 32);
       multiply_add<Element, kHead, 2>(dq, of_keys, k_tile + k * kHead, warp % 2);
     }
-    float* sums = dq_of_warp<kHead>(params, row, kv_head * group + step.head, step.first, warp);
+    float* sums = dq_of_warp<kHead>(params, b, kv_head * group + step.head, step.first, warp);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -123,31 +122,31 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
   }
   sync_block();  // every warp is done with K
   const int32_t warp_key = recomputed(first_key) + warp * 16;
-  multiply_by(dk, params.scale);
-  store_gradient<Element, kHead>(k_tile + warp * 16 * kHead, params.dk, row, kv_head, warp_key, seq,
+  multiply_by(dk, params.scoring.scale);
+  store_gradient<Element, kHead>(k_tile + warp * 16 * kHead, params.dk, b, kv_head, warp_key, seq,
                                  dk);
-  store_gradient<Element, kHead>(v_tile + warp * 16 * kHead, params.dv, row, kv_head, warp_key, seq,
+  store_gradient<Element, kHead>(v_tile + warp * 16 * kHead, params.dv, b, kv_head, warp_key, seq,
                                  dv);
 }
 
 // dq from its sums: a block per tile of queries, 16 of them for each warp.
 template <typename Element, int kHead>
 __global__ void __launch_bounds__(kThreads) round_dq_kernel(const BackwardParams params) {
-  const int32_t first = blockIdx.x * kTile, head = blockIdx.y, row = blockIdx.z;
+  const int32_t first = blockIdx.x * kTile, head = blockIdx.y, b = blockIdx.z;
   const int warp = threadIdx.x / 32;
   Accumulator<1, kHead / 8> dq;
 #pragma unroll
   for (int n = 0; n < kHead / 8; ++n) {
     const int of_warp = warp / 2 * 2 + n / 2 % 2;
-    const float* sums = dq_of_warp<kHead>(params, row, head, first, of_warp);
+    const float* sums = dq_of_warp<kHead>(params, b, head, first, of_warp);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       dq[0][n][e] = sums[dq_offset<kHead>(warp % 2, n / 4 * 2 + n % 2, e)];
     }
   }
-  multiply_by(dq, params.scale);
+  multiply_by(dq, params.scoring.scale);
   Element* staging = reinterpret_cast<Element*>(shared_memory()) + warp * 16 * kHead;
-  store_gradient<Element, kHead>(staging, params.dq, row, head, first + 16 * warp, params.seq, dq);
+  store_gradient<Element, kHead>(staging, params.dq, b, head, first + 16 * warp, params.seq, dq);
 }
 
 template <typename Element, int kHead>

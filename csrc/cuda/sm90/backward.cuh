@@ -6,8 +6,8 @@
 // two warpgroups, the 64 tokens that it keeps (Q and dO for dq, K and V for dk and dv), then the
 // tiles of 64 others through two stages (one stage of dO and V for large head sizes), and tells the
 // consumers which they are. A consumer computes the scores and the gradient of the probabilities
-// with its kept tokens as rows, with P and dS in registers, and multiplies these with a streamed
-// tile. While one consumer exponentiates, the products of the other run.
+// with its kept tokens, with P and dS in registers, and multiplies these with a streamed tile.
+// While one consumer exponentiates, the products of the other run.
 #pragma once
 
 #include "../gradients.h"
@@ -22,12 +22,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Config = BackwardConfig<kHeadQk, kHeadV>;
   using TileQk = typename Config::TileQk;
   using TileV = typename Config::TileV;
-  constexpr int kRows = Config::kRows;
-  using Walk = KeyTileWalk<kConsumers * kRows, kRows>;
+  constexpr int kStreamed = Config::kStreamed;
+  using Walk = KeyTileWalk<kConsumers * kStreamed, kStreamed>;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
-  const int32_t head = blockIdx.y, row = blockIdx.z, seq = params.seq;
+  const int32_t head = blockIdx.y, b = blockIdx.z, seq = params.seq;
   const int32_t first_query =
-      plan_of_row(params.plan, row, seq).query_order_2[blockIdx.x] * kConsumers * kRows;
+      plan_of_row(params.plan, b, seq).query_order_2[blockIdx.x] * kConsumers * kStreamed;
   const BackwardMemory<Config> memory;
   memory.init_barriers();
 
@@ -35,20 +35,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     release_registers<kProducerRegisters>();
     if (threadIdx.x >= 32) return;
     const int32_t kv_head = head / (params.heads / params.kv_heads);
-    if (lane == 0) memory.copy_kept(maps.q, maps.dout, true, first_query, head, row);
-    Walk walk(params, row, first_query);
+    if (lane == 0) memory.copy_kept(maps.q, maps.dout, true, first_query, head, b);
+    Walk walk(params, b, first_query);
     Stage<Config::kStagesQk> qk;
     Stage<Config::kStagesV> v;
     Visit visit = walk.next();
     for (; visit.tile >= 0; visit = walk.next()) {
-      const int32_t first_key = visit.tile * kRows;
+      const int32_t first_key = visit.tile * kStreamed;
       wait(memory.empty_qk(qk.index), qk.parity ^ 1);  // returns at once in the first round
       if (lane == 0) {
         *memory.visit(qk.index) = visit;
-        memory.copy_qk(qk.index, maps.k, first_key, kv_head, row, 0);
+        memory.copy_qk(qk.index, maps.k, first_key, kv_head, b, 0);
       }
       wait(memory.empty_v(v.index), v.parity ^ 1);
-      if (lane == 0) memory.copy_v(v.index, maps.v, first_key, kv_head, row);
+      if (lane == 0) memory.copy_v(v.index, maps.v, first_key, kv_head, b);
       qk.advance();
       v.advance();
     }
@@ -62,15 +62,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   take_registers<kConsumerRegisters>();
   const int consumer = consumer_of_warp(), warp = threadIdx.x / 32 % 4;
-  const int32_t warp_query = first_query + consumer * kRows + warp * 16;
-  const ScoreScale score_scale(params);
-  const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
+  const int32_t warp_query = first_query + consumer * kStreamed + warp * 16;
+  const ScoreScale score_scale(params.scoring);
+  const int64_t head_index = index_of_head(params, b, head);
   Statistics statistics[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int32_t query = warp_query + 8 * half + lane / 4;
-    statistics[half] = query < seq ? params.statistics[head_of_row * padded(seq) + query]
-                                   : Statistics{INFINITY, 0};
+    statistics[half] =
+        query < seq ? params.statistics[head_index * padded(seq) + query] : Statistics{INFINITY, 0};
   }
   Accumulator<1, kHeadQk / 8> dq;
   clear(dq);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait(memory.full_qk(qk.index), qk.parity);
     const Visit visit = *memory.visit(qk.index);
     if (visit.tile < 0) break;
-    Accumulator<1, kRows / 8> scores, dp;
+    Accumulator<1, kStreamed / 8> scores, dp;
     start_transposed<Element, TileQk, TileQk>(scores[0], memory.kept_qk(consumer), 0,
                                               memory.stage_qk(qk.index));
     wait(memory.full_v(v.index), v.parity);
@@ -93,10 +93,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     hold(dp[0]);
     release(memory.empty_v(v.index));
     v.advance();
-    score_scale.cap(scores);
-    if (!visit.full) mask_keys(scores, params, row, warp_query, visit.tile * kRows);
+    score_keys(scores, score_scale, params, b, warp_query, visit.tile * kStreamed, visit.full);
     differentiate(scores, dp, score_scale, [&](int, int half, int) { return statistics[half]; });
-    LeftFactor<1, kRows / 16> ds;
+    LeftFactor<1, kStreamed / 16> ds;
     round_product_to_factor<Element>(ds, scores, dp);
     start_add<Element, TileQk>(dq[0], ds[0], memory.stage_qk(qk.index));
     commit_products();
@@ -106,9 +105,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     qk.advance();
   }
   sync_threads(1 + consumer, kWarpgroup);  // the whole consumer is done with its kept tiles
-  multiply_by(dq, params.scale);
+  multiply_by(dq, params.scoring.scale);
   Element* staging = reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp * 16 * kHeadQk;
-  store_gradient<Element, kHeadQk>(staging, params.dq, row, head, warp_query, seq, dq);
+  store_gradient<Element, kHeadQk>(staging, params.dq, b, head, warp_query, seq, dq);
 }
 
 template <typename Element, int kHeadQk, int kHeadV, Want kWant>
@@ -117,22 +116,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Config = BackwardConfig<kHeadQk, kHeadV>;
   using TileQk = typename Config::TileQk;
   using TileV = typename Config::TileV;
-  constexpr int kRows = Config::kRows;
+  constexpr int kStreamed = Config::kStreamed;
   constexpr bool kWantDk = kWant != Want::dv, kWantDv = kWant != Want::dk;
   const int warpgroup = threadIdx.x / kWarpgroup;
-  const int32_t kv_head = blockIdx.y, row = blockIdx.z, seq = params.seq;
-  const int32_t tile = plan_of_row(params.plan, row, seq).key_order_2[blockIdx.x];
+  const int32_t kv_head = blockIdx.y, b = blockIdx.z, seq = params.seq;
+  const int32_t tile = plan_of_row(params.plan, b, seq).key_order_2[blockIdx.x];
   const BackwardMemory<Config> memory;
   memory.init_barriers();
 
   if (warpgroup == 0) {
-    bring_keys_and_queries(memory, params, maps, row, tile, kv_head, kWantDk);
+    bring_keys_and_queries(memory, params, maps, b, tile, kv_head, kWantDk);
     return;
   }
 
   take_registers<kConsumerRegisters>();
   const int consumer = consumer_of_warp(), warp = threadIdx.x / 32 - 4;  // of eight
-  const ScoreScale score_scale(params);
+  const ScoreScale score_scale(params.scoring);
   Accumulator<1, kWantDk ? kHeadQk / 8 : 1> dk;
   Accumulator<1, kWantDv ? kHeadV / 8 : 1> dv;
   clear(dk);
@@ -144,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait(memory.full_qk(qk.index), qk.parity);
     const auto [step, first_key] = *memory.step(qk.index);
     if (step.head < 0) break;
-    Accumulator<1, kRows / 8> scores, dp;
+    Accumulator<1, kStreamed / 8> scores, dp;
     start_transposed<Element, TileQk, TileQk>(scores[0], memory.kept_qk(consumer), 0,
                                               memory.stage_qk(qk.index));
     if constexpr (kWantDk) {
@@ -159,8 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     hold(scores[0]);
     hold(dp[0]);
     if constexpr (!kWantDv) release(memory.empty_v(v.index));
-    score_scale.cap(scores);
-    if (!step.full) mask_queries(scores, params, row, first_key + warp * 16, step.first);
+    score_queries(scores, score_scale, params, b, first_key + warp * 16, step.first, step.full);
     const Statistics* of_queries = memory.statistics(qk.index) + 2 * (recomputed(threadIdx.x) % 4);
     differentiate(scores, dp, score_scale,
                   [&](int n, int, int column) { return of_queries[8 * n + column]; });
@@ -169,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       wait(memory.full_v(v.index), v.parity);
     }
     if constexpr (kWantDv) {
-      LeftFactor<1, kRows / 16> probabilities;
+      LeftFactor<1, kStreamed / 16> probabilities;
       round_to_factor<Element>(probabilities, scores);
       start_add<Element, TileV>(dv[0], probabilities[0], memory.stage_v(v.index));
       commit_products();
@@ -178,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       release(memory.empty_v(v.index));
     }
     if constexpr (kWantDk) {
-      LeftFactor<1, kRows / 16> ds;
+      LeftFactor<1, kStreamed / 16> ds;
       round_product_to_factor<Element>(ds, scores, dp);
       start_add<Element, TileQk>(dk[0], ds[0], memory.stage_qk(qk.index));
       commit_products();
@@ -192,14 +190,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int32_t warp_key = memory.step(qk.index)->first_key + warp * 16;
   sync_threads(1 + consumer, kWarpgroup);  // the whole consumer is done with its kept tiles
   if constexpr (kWantDk) {
-    multiply_by(dk, params.scale);
+    multiply_by(dk, params.scoring.scale);
     Element* staging =
         reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp % 4 * 16 * kHeadQk;
-    store_gradient<Element, kHeadQk>(staging, params.dk, row, kv_head, warp_key, seq, dk);
+    store_gradient<Element, kHeadQk>(staging, params.dk, b, kv_head, warp_key, seq, dk);
   }
   if constexpr (kWantDv) {
     Element* staging = reinterpret_cast<Element*>(memory.kept_v(consumer)) + warp % 4 * 16 * kHeadV;
-    store_gradient<Element, kHeadV>(staging, params.dv, row, kv_head, warp_key, seq, dv);
+    store_gradient<Element, kHeadV>(staging, params.dv, b, kv_head, warp_key, seq, dv);
   }
 }
 
@@ -209,14 +207,14 @@ void launch_backward(const BackwardParams& params, Stream stream) {
   if constexpr (Config::kCanFuse) {
     if (params.dq_sums != nullptr) return launch_fused_backward<Element, kHeadQk>(params, stream);
   }
-  constexpr int kRows = Config::kRows;
+  constexpr int kStreamed = Config::kStreamed;
   const auto map = [&](const Tensor& tensor, int32_t heads, int32_t head_dim) {
-    return make_tensor_map<Element>(tensor, params.batch, heads, params.seq, head_dim, kRows);
+    return make_tensor_map<Element>(tensor, params.batch, heads, params.seq, head_dim, kStreamed);
   };
   const BackwardMaps maps{
       map(params.q, params.heads, kHeadQk), map(params.k, params.kv_heads, kHeadQk),
       map(params.v, params.kv_heads, kHeadV), map(params.dout, params.heads, kHeadV)};
-  const int32_t pairs = ceil_div(params.seq, kConsumers * kRows);
+  const int32_t pairs = ceil_div(params.seq, kConsumers * kStreamed);
   launch_statistics<Element>(params, kHeadQk, kHeadV, stream);
   launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{pairs, params.heads, params.batch}, kThreads,
          Config::kSharedBytes, stream, params, maps);

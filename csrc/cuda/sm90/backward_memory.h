@@ -5,7 +5,7 @@
 // both consumers are done with it (one arrival per warp).
 #pragma once
 
-#include "../params.h"
+#include "../tokens.h"
 #include "tensor_map.h"
 #include "tile.h"
 
@@ -41,7 +41,8 @@ struct BackwardMemory {
   }
   __device__ __forceinline__ uint8_t* scratch() const { return stage_v(Config::kStagesV); }
   __device__ __forceinline__ Statistics* statistics(int stage) const {
-    return reinterpret_cast<Statistics*>(scratch() + Config::kScratchBytes) + stage * Config::kRows;
+    return reinterpret_cast<Statistics*>(scratch() + Config::kScratchBytes) +
+           stage * Config::kStreamed;
   }
   __device__ __forceinline__ StreamedStep* step(int stage) const {
     return reinterpret_cast<StreamedStep*>(statistics(Config::kStagesQk)) + stage;
@@ -83,25 +84,25 @@ struct BackwardMemory {
 
   // Called by one thread: each consumer's tokens, starting at `first`; those of `v` only if needed.
   __device__ __forceinline__ void copy_kept(const TensorMap& qk, const TensorMap& v, bool want_v,
-                                            int first, int head, int row) const {
+                                            int first, int head, int b) const {
     arrive_and_expect(kept_full(), kConsumers * (want_v ? Config::kPairBytes : KeptQk::kBytes));
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       const int token = first + consumer * kTile;
-      copy_tile<KeptQk>(kept_qk(consumer), qk, kept_full(), token, head, row);
-      if (want_v) copy_tile<KeptV>(kept_v(consumer), v, kept_full(), token, head, row);
+      copy_tile<KeptQk>(kept_qk(consumer), qk, kept_full(), token, head, b);
+      if (want_v) copy_tile<KeptV>(kept_v(consumer), v, kept_full(), token, head, b);
     }
   }
 
   // Called by one thread, with `more_bytes` to follow.
   __device__ __forceinline__ void copy_qk(int stage, const TensorMap& qk, int first, int head,
-                                          int row, int more_bytes) const {
+                                          int b, int more_bytes) const {
     arrive_and_expect(full_qk(stage), TileQk::kBytes + more_bytes);
-    copy_tile<TileQk>(stage_qk(stage), qk, full_qk(stage), first, head, row);
+    copy_tile<TileQk>(stage_qk(stage), qk, full_qk(stage), first, head, b);
   }
   __device__ __forceinline__ void copy_v(int stage, const TensorMap& v, int first, int head,
-                                         int row) const {
+                                         int b) const {
     arrive_and_expect(full_v(stage), TileV::kBytes);
-    copy_tile<TileV>(stage_v(stage), v, full_v(stage), first, head, row);
+    copy_tile<TileV>(stage_v(stage), v, full_v(stage), first, head, b);
   }
 };
 
@@ -111,16 +112,16 @@ struct BackwardMemory {
 template <typename Config>
 __device__ __forceinline__ void bring_keys_and_queries(const BackwardMemory<Config>& memory,
                                                        const BackwardParams& params,
-                                                       const BackwardMaps& maps, int32_t row,
+                                                       const BackwardMaps& maps, int32_t b,
                                                        int32_t tile, int32_t kv_head, bool want_v) {
   release_registers<kProducerRegisters>();
   if (threadIdx.x >= 32) return;
   const int lane = threadIdx.x;
   if (lane == 0) {
-    memory.copy_kept(maps.k, maps.v, want_v, tile * kConsumers * kTile, kv_head, row);
+    memory.copy_kept(maps.k, maps.v, want_v, tile * kConsumers * kTile, kv_head, b);
   }
   const int32_t group = params.heads / params.kv_heads;
-  QueryTileWalk<Config::kRows, kConsumers * kTile> walk(params, row, tile, group);
+  QueryTileWalk<Config::kStreamed, kConsumers * kTile> walk(params, b, tile, group);
   Stage<Config::kStagesQk> qk;
   Stage<Config::kStagesV> v;
   QueryStep step = walk.next();
@@ -134,14 +135,14 @@ __device__ __forceinline__ void bring_keys_and_queries(const BackwardMemory<Conf
     const int32_t head = kv_head * group + step.head;
     if (lane == 0) {
       tell_step();
-      memory.copy_qk(qk.index, maps.q, step.first, head, row, Config::kStatisticsBytes);
-      const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
+      memory.copy_qk(qk.index, maps.q, step.first, head, b, Config::kStatisticsBytes);
+      const int64_t head_index = index_of_head(params, b, head);
       copy_bytes(memory.statistics(qk.index),
-                 params.statistics + head_of_row * padded(params.seq) + step.first,
+                 params.statistics + head_index * padded(params.seq) + step.first,
                  Config::kStatisticsBytes, memory.full_qk(qk.index));
     }
     wait(memory.empty_v(v.index), v.parity ^ 1);
-    if (lane == 0) memory.copy_v(v.index, maps.dout, step.first, head, row);
+    if (lane == 0) memory.copy_v(v.index, maps.dout, step.first, head, b);
     qk.advance();
     v.advance();
   }

@@ -17,17 +17,17 @@ constexpr int kRegisters = 168;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kRegisters,
               "consumers would wait for registers forever");
 
-// A tile in shared memory is a row of blocks of 64 columns, each of kRows rows of 128 bytes, the
-// size of one bulk copy. The 16-byte chunks of a row are permuted by the row's index modulo 8,
-// which is the 128-byte swizzle of the copy engine and the tensor cores.
+// A tile in shared memory is a series of blocks of 64 columns, each of kTokens lines of 128 bytes,
+// the size of one bulk copy. The 16-byte chunks of a line are permuted by its index modulo 8, which
+// is the 128-byte swizzle of the copy engine and the tensor cores.
 constexpr int kBlockColumns = 64;
-constexpr int kRowBytes = 128;
+constexpr int kLineBytes = 128;
 
-template <int kRows, int kColumns>
+template <int kTokens, int kColumns>
 struct TileShape {
-  static_assert(kColumns % kBlockColumns == 0 && kRows % 8 == 0);
+  static_assert(kColumns % kBlockColumns == 0 && kTokens % 8 == 0);
   static constexpr int kBlocks = kColumns / kBlockColumns;
-  static constexpr int kBlockBytes = kRows * kRowBytes;
+  static constexpr int kBlockBytes = kTokens * kLineBytes;
   static constexpr int kBytes = kBlocks * kBlockBytes;
 };
 
@@ -37,14 +37,14 @@ constexpr int kMaxSharedBytes = 227 * 1024;
 
 template <int kHeadQk, int kHeadV>
 struct ForwardConfig {
-  static constexpr int kRows = 128;  // queries of a block
+  static constexpr int kQueries = 128;  // queries of a block
   // Of a streamed tile: its scores must fit into the registers together with the output.
   static constexpr int kKeys = kHeadV <= 128 ? 128 : 64;
   static constexpr int kStages = 2;
-  using TileQ = TileShape<kRows, kHeadQk>;
+  using TileQ = TileShape<kQueries, kHeadQk>;
   using TileK = TileShape<kKeys, kHeadQk>;
   using TileV = TileShape<kKeys, kHeadV>;
-  using TileOut = TileShape<kRows, kHeadV>;
+  using TileOut = TileShape<kQueries, kHeadV>;
   // The output goes through the memory of the queries if there is no other.
   static constexpr bool kOutApart = kHeadQk <= 128;
   static constexpr int kOutBytes = kOutApart ? TileOut::kBytes : 0;
@@ -77,20 +77,20 @@ struct StreamedStep {
 };
 
 // A backward kernel keeps tiles of 64 tokens for each consumer (Q and dO, or K and V) and streams
-// tiles of kRows others (K and V, or Q and dO).
-template <int kHeadQk, int kHeadV, int kStreamedRows, int kScratch>
+// tiles of kStreamed others (K and V, or Q and dO).
+template <int kHeadQk, int kHeadV, int kStreamedTokens, int kScratch>
 struct BackwardShape {
-  static constexpr int kRows = kStreamedRows;
+  static constexpr int kStreamed = kStreamedTokens;
   using KeptQk = TileShape<kTile, kHeadQk>;
   using KeptV = TileShape<kTile, kHeadV>;
-  using TileQk = TileShape<kRows, kHeadQk>;
-  using TileV = TileShape<kRows, kHeadV>;
+  using TileQk = TileShape<kStreamed, kHeadQk>;
+  using TileV = TileShape<kStreamed, kHeadV>;
   static constexpr int kPairBytes = KeptQk::kBytes + KeptV::kBytes;
   static constexpr int kStagesQk = 2;
   static constexpr int kStagesV = kHeadV <= 128 ? 2 : 1;
   static constexpr int kScratchBytes = kScratch;
   // Every streamed tile of Q comes with statistics and a step.
-  static constexpr int kStatisticsBytes = kRows * static_cast<int>(sizeof(Statistics));
+  static constexpr int kStatisticsBytes = kStreamed * static_cast<int>(sizeof(Statistics));
   static constexpr int kStepBytes = static_cast<int>(sizeof(StreamedStep));
   static constexpr int kSharedBytes =
       kConsumers * kPairBytes + kStagesQk * (TileQk::kBytes + kStatisticsBytes + kStepBytes) +

@@ -17,16 +17,16 @@
 namespace onepass::cuda::sm90 {
 
 // Sums of dq are stored in the order of the accumulators: for a tile of queries, 1,024 floats for
-// each of eight warps, those of an accumulator of 16 rows x 64 columns.
+// each of eight warps, those of an accumulator of 16 tokens x 64 columns.
 constexpr int kDqBlocks = kBlockColumns / 8;
 constexpr int kDqOfWarp = 16 * kBlockColumns;
 
 // The floats of one of the eight warps, of the tile of queries that starts at `first`.
 template <int kHead>
-__device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t row,
-                                             int32_t head, int32_t first, int warp) {
-  const int64_t head_of_row = static_cast<int64_t>(row) * params.heads + head;
-  return params.dq_sums + (head_of_row * padded(params.seq) + first) * kHead + warp * kDqOfWarp;
+__device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t b, int32_t head,
+                                             int32_t first, int warp) {
+  const int64_t head_index = index_of_head(params, b, head);
+  return params.dq_sums + (head_index * padded(params.seq) + first) * kHead + warp * kDqOfWarp;
 }
 
 // P as the factor of dv. The scores become the factor by which dP - delta is multiplied to give dS.
@@ -69,17 +69,17 @@ __device__ __forceinline__ void differentiate_to_factor(LeftFactor<1, kBlocks / 
   }
 }
 
-// Writes a warp's 16 rows of a factor, from `first_row` on, into a block of columns, for products.
+// Writes a warp's 16 tokens of a factor, from `first` on, into a block of columns, for products.
 __device__ __forceinline__ void write_factor(uint8_t* block,
                                              const LeftFactor<1, kBlockColumns / 16>& factor,
-                                             int first_row) {
+                                             int first) {
   const int lane = recomputed(threadIdx.x) % 32;
-  uint8_t* of_row = block + (first_row + lane / 4) * kRowBytes + lane % 4 * 4;
+  uint8_t* line = block + (first + lane / 4) * kLineBytes + lane % 4 * 4;
 #pragma unroll
   for (int n = 0; n < kBlockColumns / 8; ++n) {
-    uint8_t* chunk = of_row + (n ^ lane / 4) * 16;
+    uint8_t* chunk = line + (n ^ lane / 4) * 16;
     write_shared(chunk, factor[0][n / 2][n % 2 * 2]);
-    write_shared(chunk + 8 * kRowBytes, factor[0][n / 2][n % 2 * 2 + 1]);
+    write_shared(chunk + 8 * kLineBytes, factor[0][n / 2][n % 2 * 2 + 1]);
   }
 }
 
@@ -89,15 +89,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Config = FusedBackwardConfig<kHead>;
   using Tile = TileShape<kTile, kHead>;  // kept, or part of a streamed tile
   using TileDs = typename Config::TileDs;
-  constexpr int kParts = Config::kRows / kTile;
+  constexpr int kParts = Config::kStreamed / kTile;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
-  const int32_t kv_head = blockIdx.y, row = blockIdx.z, seq = params.seq;
-  const int32_t tile = plan_of_row(params.plan, row, seq).key_order_2[blockIdx.x];
+  const int32_t kv_head = blockIdx.y, b = blockIdx.z, seq = params.seq;
+  const int32_t tile = plan_of_row(params.plan, b, seq).key_order_2[blockIdx.x];
   const BackwardMemory<Config> memory;
   memory.init_barriers();
 
   if (warpgroup == 0) {
-    bring_keys_and_queries(memory, params, maps, row, tile, kv_head, true);
+    bring_keys_and_queries(memory, params, maps, b, tile, kv_head, true);
     return;
   }
 
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Which 64 x 64 of dq are this consumer's.
   const int query_block = kParts == 2 ? consumer : 0, column_block = kParts == 2 ? 0 : consumer;
 
-  const ScoreScale score_scale(params);
+  const ScoreScale score_scale(params.scoring);
   Accumulator<1, kHead / 8> dk, dv;
   clear(dk);
   clear(dv);
@@ -142,12 +142,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       commit_products();
       wait_products<1>();
       hold(scores[0]);
-      score_scale.cap(scores);
-      if (!step.full) {
-        mask_queries(scores, params, row, first_key + warp * 16, step.first + part * kTile);
-      }
+      score_queries(scores, score_scale, params, b, first_key + warp * 16,
+                    step.first + part * kTile, step.full);
       LeftFactor<1, kTile / 16> probabilities;
-      if (score_scale.softcap == 0) {
+      if (!score_scale.capped()) {
         exponentiate<Element, kTile / 8, false>(probabilities, scores, score_scale.factor,
                                                 of_queries);
       } else {
@@ -205,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     sync_warp();
     if (lane == 0) {
       const int32_t head = kv_head * (params.heads / params.kv_heads) + step.head;
-      add_floats(dq_of_warp<kHead>(params, row, head, step.first, warp), staging(), kDqOfWarp * 4);
+      add_floats(dq_of_warp<kHead>(params, b, head, step.first, warp), staging(), kDqOfWarp * 4);
     }
     sync_warp();
     Barrier* empty = memory.empty_qk(stage.index);
@@ -219,11 +217,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (lane == 0) wait_added();
   sync_warp();
   sync_threads(1, kConsumerThreads);  // both are done with the kept tiles
-  multiply_by(dk, params.scale);
+  multiply_by(dk, params.scoring.scale);
   Element* kept_k = reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp % 4 * 16 * kHead;
-  store_gradient<Element, kHead>(kept_k, params.dk, row, kv_head, warp_key, seq, dk);
+  store_gradient<Element, kHead>(kept_k, params.dk, b, kv_head, warp_key, seq, dk);
   Element* kept_v = reinterpret_cast<Element*>(memory.kept_v(consumer)) + warp % 4 * 16 * kHead;
-  store_gradient<Element, kHead>(kept_v, params.dv, row, kv_head, warp_key, seq, dv);
+  store_gradient<Element, kHead>(kept_v, params.dv, b, kv_head, warp_key, seq, dv);
 }
 
 // dq from its sums: a block per tile of queries, with a warp for the sums of each warp.
@@ -232,43 +230,43 @@ constexpr int kRoundThreads = 256;
 template <typename Element, int kHead>
 __global__ void __launch_bounds__(kRoundThreads) round_dq_kernel(const BackwardParams params) {
   using Config = FusedBackwardConfig<kHead>;
-  const int32_t first = blockIdx.x * Config::kRows, head = blockIdx.y, row = blockIdx.z;
+  const int32_t first = blockIdx.x * Config::kStreamed, head = blockIdx.y, b = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float4* sums =
-      reinterpret_cast<const float4*>(dq_of_warp<kHead>(params, row, head, first, warp));
+      reinterpret_cast<const float4*>(dq_of_warp<kHead>(params, b, head, first, warp));
   Accumulator<1, kDqBlocks> dq;
 #pragma unroll
   for (int n = 0; n < kDqBlocks; ++n) {
     const float4 four = sums[n * 32 + lane];
     dq[0][n][0] = four.x, dq[0][n][1] = four.y, dq[0][n][2] = four.z, dq[0][n][3] = four.w;
   }
-  multiply_by(dq, params.scale);
+  multiply_by(dq, params.scoring.scale);
   Tensor columns = params.dq;
   int32_t query = first + warp % 4 * 16;
-  if constexpr (Config::kRows == kTile) {
+  if constexpr (Config::kStreamed == kTile) {
     columns.data = static_cast<Element*>(columns.data) + warp / 4 * kBlockColumns;
   } else {
     query += warp / 4 * kTile;
   }
   Element* staging = reinterpret_cast<Element*>(shared_memory()) + warp * kDqOfWarp;
-  store_gradient<Element, kBlockColumns>(staging, columns, row, head, query, params.seq, dq);
+  store_gradient<Element, kBlockColumns>(staging, columns, b, head, query, params.seq, dq);
 }
 
 template <typename Element, int kHead>
 void launch_fused_backward(const BackwardParams& params, Stream stream) {
   using Config = FusedBackwardConfig<kHead>;
-  const auto map = [&](const Tensor& tensor, int32_t heads, int32_t rows) {
-    return make_tensor_map<Element>(tensor, params.batch, heads, params.seq, kHead, rows);
+  const auto map = [&](const Tensor& tensor, int32_t heads, int32_t tokens) {
+    return make_tensor_map<Element>(tensor, params.batch, heads, params.seq, kHead, tokens);
   };
   const BackwardMaps maps{
-      map(params.q, params.heads, Config::kRows), map(params.k, params.kv_heads, kTile),
-      map(params.v, params.kv_heads, kTile), map(params.dout, params.heads, Config::kRows)};
+      map(params.q, params.heads, Config::kStreamed), map(params.k, params.kv_heads, kTile),
+      map(params.v, params.kv_heads, kTile), map(params.dout, params.heads, Config::kStreamed)};
   launch_statistics<Element>(params, kHead, kHead, stream);
   launch(dq_dk_dv_kernel<Element, kHead>,
          Grid{ceil_div(params.seq, kConsumers * kTile), params.kv_heads, params.batch}, kThreads,
          Config::kSharedBytes, stream, params, maps);
   launch(round_dq_kernel<Element, kHead>,
-         Grid{ceil_div(params.seq, Config::kRows), params.heads, params.batch}, kRoundThreads,
+         Grid{ceil_div(params.seq, Config::kStreamed), params.heads, params.batch}, kRoundThreads,
          kRoundThreads / 32 * kDqOfWarp * static_cast<int>(sizeof(Element)), stream, params);
 }
 

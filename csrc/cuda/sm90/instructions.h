@@ -51,10 +51,10 @@ __device__ __forceinline__ void wait(Barrier* barrier, int parity) {
 // Starts to copy one block of columns of one head, with the map's number of tokens; tokens beyond
 // the tensor become zeros.
 __device__ __forceinline__ void copy_block(void* to, const TensorMap& from, Barrier* barrier,
-                                           int column, int token, int head, int row) {
+                                           int column, int token, int head, int b) {
   cute::SM90_TMA_LOAD_4D::copy(&from, barrier,
                                static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to,
-                               column, token, head, row);
+                               column, token, head, b);
 }
 
 // Starts to copy contiguous memory, in multiples of 16 bytes.
@@ -184,7 +184,7 @@ __device__ __forceinline__ void multiply(float (&c)[kBlocks][4], const uint32_t 
 
 }  // namespace detail
 
-// c (64 x 8 kBlocks) = or += a b^T over 16 columns: `a` and `b` describe rows in shared memory.
+// c (64 x 8 kBlocks) = or += a b^T over 16 columns: `a` and `b` describe tokens in shared memory.
 template <typename Element, int kBlocks>
 __device__ __forceinline__ void multiply_transposed(float (&c)[kBlocks][4], uint64_t a, uint64_t b,
                                                     bool accumulate) {
@@ -192,7 +192,7 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[kBlocks][4], uint
   detail::multiply<Atom>(c, a, b, accumulate, std::make_index_sequence<4 * kBlocks>{});
 }
 
-// c (64 x 8 kBlocks) = or += a^T b over 16 rows: `a` and `b` describe columns in shared memory.
+// c (64 x 8 kBlocks) = or += a^T b over 16 tokens: `a` and `b` describe columns in shared memory.
 template <typename Element, int kBlocks>
 __device__ __forceinline__ void multiply_columns(float (&c)[kBlocks][4], uint64_t a, uint64_t b,
                                                  bool accumulate) {
@@ -200,7 +200,8 @@ __device__ __forceinline__ void multiply_columns(float (&c)[kBlocks][4], uint64_
   detail::multiply<Atom>(c, a, b, accumulate, std::make_index_sequence<4 * kBlocks>{});
 }
 
-// c (64 x 8 kBlocks) += a b over 16 rows of `b`: `a` is in registers, `b` describes shared memory.
+// c (64 x 8 kBlocks) += a b over 16 tokens of `b`: `a` is in registers, `b` describes shared
+// memory.
 template <typename Element, int kBlocks>
 __device__ __forceinline__ void multiply_add(float (&c)[kBlocks][4], const uint32_t (&a)[4],
                                              uint64_t b) {

@@ -27,20 +27,20 @@ inline auto tensor_map_encoder() {
   return encoder;
 }
 
-// The map of a tensor that is copied in blocks of `box_rows` tokens.
+// The map of a tensor that is copied in blocks of `box_tokens` tokens.
 template <typename Element>
 TensorMap make_tensor_map(const Tensor& tensor, int32_t batch, int32_t heads, int32_t seq,
-                          int32_t head_dim, int32_t box_rows) {
+                          int32_t head_dim, int32_t box_tokens) {
   constexpr bool is_bf16 = std::is_same_v<Element, Bf16>;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(seq),
                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-  // A dimension of size 1 may have any stride, which the encoder might refuse: use a row's.
+  // A dimension of size 1 may have any stride, which the encoder might refuse: use a token's.
   const auto bytes = [&](int64_t stride, int32_t size) {
     return static_cast<cuuint64_t>(size == 1 ? head_dim : stride) * sizeof(Element);
   };
   const cuuint64_t strides[] = {bytes(tensor.seq_stride, seq), bytes(tensor.head_stride, heads),
                                 bytes(tensor.batch_stride, batch)};
-  const cuuint32_t box[] = {kBlockColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t box[] = {kBlockColumns, static_cast<cuuint32_t>(box_tokens), 1, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   TensorMap map;
   const CUresult result = tensor_map_encoder()(
@@ -59,11 +59,11 @@ TensorMap make_tensor_map(const Tensor& tensor, int32_t batch, int32_t heads, in
 
 template <typename Element>
 TensorMap make_tensor_map(const Tensor& tensor, int32_t batch, int32_t heads, int32_t seq,
-                          int32_t head_dim, int32_t box_rows) {
+                          int32_t head_dim, int32_t box_tokens) {
   return {static_cast<const uint8_t*>(tensor.data),
           {head_dim, seq, heads, batch},
           {1, tensor.seq_stride, tensor.head_stride, tensor.batch_stride},
-          box_rows};
+          box_tokens};
 }
 
 #endif
