@@ -1,4 +1,5 @@
-// Starts a kernel on a stream. The caller checks whether the launch failed.
+// Starts a kernel on a stream, or fails before that: the caller's check for the last CUDA error
+// reports both.
 #pragma once
 
 #include "instructions.h"
@@ -22,8 +23,10 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, int shared_bytes,
             const Arguments&... arguments) {
   constexpr int kDefaultLimit = 48 * 1024;
   if (shared_bytes > kDefaultLimit) {
-    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                         cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid.x, grid.y, grid.z);

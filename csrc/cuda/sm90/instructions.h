@@ -69,7 +69,11 @@ template <typename T>
 __device__ __forceinline__ void write_shared(void* to, const T& value) {
   *static_cast<T*>(to) = value;
 }
-__device__ __forceinline__ void publish_writes() { cutlass::arch::fence_view_async_shared(); }
+__device__ __forceinline__ void publish_writes() {
+  asm volatile("" ::: "memory");  // CuTe does not declare that its fence orders memory
+  cutlass::arch::fence_view_async_shared();
+  asm volatile("" ::: "memory");
+}
 
 // Starts to add floats of shared memory to those of global memory, in multiples of 16 bytes.
 __device__ __forceinline__ void add_floats(float* to, const void* from, int bytes) {
