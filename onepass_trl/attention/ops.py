@@ -110,32 +110,32 @@ def _(visible_end: Tensor, positions: Tensor | None, window: int) -> Tensor:
     return visible_end.new_empty((batch, plan_size(seq)))
 
 
+_ARGUMENTS = tuple(x.name for x in torch.ops.onepass.tree_attention.default._schema.arguments)
+_SCORING = ("scale", "window", "softcap")
+_TENSORS = tuple(name for name in _ARGUMENTS if name not in _SCORING)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, visible_end, positions, sinks, ctx.scale, ctx.window, ctx.softcap, plan = inputs
-    ctx.save_for_backward(q, k, v, *output, visible_end, positions, sinks, plan)
+    given = dict(zip(_ARGUMENTS, inputs, strict=True))
+    ctx.scoring = {name: given[name] for name in _SCORING}
+    ctx.save_for_backward(*output, *(given[name] for name in _TENSORS))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, visible_end, positions, sinks, plan = ctx.saved_tensors
+    out, lse, *saved = ctx.saved_tensors
+    tensors = dict(zip(_TENSORS, saved, strict=True))
     dq, dk, dv, dsinks = torch.ops.onepass.tree_attention_backward(
-        torch.zeros_like(out) if dout is None else dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        visible_end,
-        positions,
-        sinks,
-        ctx.scale,
-        ctx.window,
-        ctx.softcap,
-        plan,
-        torch.are_deterministic_algorithms_enabled(),
+        dout=torch.zeros_like(out) if dout is None else dout,
+        dlse=dlse,
+        out=out,
+        lse=lse,
+        **tensors,
+        **ctx.scoring,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return dq, dk, dv, None, None, None if sinks is None else dsinks, None, None, None, None
+    gradients = {"q": dq, "k": dk, "v": dv, "sinks": None if tensors["sinks"] is None else dsinks}
+    return tuple(gradients.get(name) for name in _ARGUMENTS)
 
 
 torch.library.register_autograd(

@@ -73,7 +73,5 @@ def check_dtype(impl: str, call: Call, supported: tuple[torch.dtype, ...]) -> No
 
 def run_op(call: Call, plan: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return what the op computes, on the device of the call's tensors."""
-    q, k, v, visible_end, scale, positions, window, softcap, sinks = call
-    return torch.ops.onepass.tree_attention(
-        q, k, v, visible_end, positions, sinks, scale, window or 0, softcap or 0.0, plan
-    )
+    given = call._asdict() | {"window": call.window or 0, "softcap": call.softcap or 0.0}
+    return torch.ops.onepass.tree_attention(**given, plan=plan)

@@ -19,18 +19,7 @@ def _check(call: Call) -> None:
 
 
 def _run(call: Call) -> tuple[Tensor, Tensor]:
-    q, k, v, visible_end, *_ = call
-    return dense_tree_attention(
-        q,
-        k,
-        v,
-        visible_end,
-        scale=call.scale,
-        positions=call.positions,
-        window=call.window,
-        softcap=call.softcap,
-        sinks=call.sinks,
-    )
+    return dense_tree_attention(**call._asdict())
 
 
 DENSE = Implementation("dense", _status, _check, _run)
