@@ -74,7 +74,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("attention_probs_dropout_prob", "hidden_dropout_prob"), 0.0),
     **dict.fromkeys(("dropout", "activation_dropout", "residual_dropout"), 0.0),
 }
-# What some need beside, or instead.
+# What some need in addition, or instead.
 _ALL_HEADS = dict(num_key_value_heads=4)
 _SHARED_KEYS = dict(
     num_hidden_layers=4,
@@ -207,7 +207,7 @@ def reason(message: str) -> str:
         "chunked": "chunked attention",
         "its own rule": "a mask of its own",
         "no backbone": "no backbone for the fused LM head to call",
-        "beside its backbone": "weights between backbone and LM head",
+        "besides its backbone": "weights between backbone and LM head",
     }.items():
         if part in message:
             return words

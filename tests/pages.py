@@ -14,7 +14,7 @@ PAGES = [
     REPOSITORY / "benchmarks" / "README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
-# The first words of the commands that may stand in a page. An indented block whose line begins with
+# The first words of the commands that a page may have. An indented block whose line begins with
 # another word is a formula or a picture.
 PROGRAMS = ("make", "onepass-trl", "pip", "python", "accelerate", "torchrun")
 NOT_RUN = re.compile(r"^<!-- not run: (\S.*) -->$", re.MULTILINE)
@@ -28,8 +28,8 @@ class Block:
     Attributes:
         page: its file.
         line: number of its first line of text, from 1.
-        language: what stands behind the fence.
-        text: what stands in it.
+        language: the word after the opening fence.
+        text: what it holds.
         not_run: why it isn't run, where a comment before it says so.
     """
 

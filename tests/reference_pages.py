@@ -2,8 +2,7 @@
 
 python -m tests.reference_pages    # writes both, 10 seconds
 
-What stands there is this package's own: flags that are TRL's are left out, and signatures are those
-that the sources write.
+Only this package's own flags are listed, not TRL's, and signatures are written as in the sources.
 """
 
 from __future__ import annotations

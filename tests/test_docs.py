@@ -1,4 +1,4 @@
-"""What README.md and docs/ say can be run as it stands there, and what they name exists."""
+"""What README.md and docs/ say can be run as it is, and what they name exists."""
 
 import ast
 import copy
@@ -125,7 +125,7 @@ class TestCode:
 
 
 def run_session(block, names):
-    """Run what stands behind >>> and compare what it prints."""
+    """Run the lines that begin with >>> and compare what they print."""
     session = doctest.DocTestParser().get_doctest(
         block.text, {}, str(block), str(block.page), block.line - 1
     )
@@ -142,7 +142,7 @@ class TestCommands:
 
     @pytest.mark.parametrize("command", [c for c in COMMANDS if "onepass-trl " in c.values[0]])
     def test_verbs_run(self, command, workspace, monkeypatch, tiny_model_dir):
-        """As they stand, on a tiny model; training takes one step and its launcher no process."""
+        """As written, but on a tiny model; training takes one step, and its launcher no process."""
         program, verb, *words = shlex.split(command)
         assert program == "onepass-trl"
         words = [str(tiny_model_dir) if word in PLACEHOLDERS else word for word in words]
@@ -349,7 +349,7 @@ def models_of(row):
 
 
 class TestTroubleshooting:
-    """A heading of the third order is a message of the package; … stands for what varies."""
+    """A heading of the third order is a message of the package; … means any text."""
 
     HEADINGS = re.findall(
         r"^### (.*)$", (DOCS / "troubleshooting.md").read_text("utf-8"), flags=re.MULTILINE
@@ -367,12 +367,12 @@ class TestTroubleshooting:
         assert not occurs("max_length must be at most … or None", messages)
         assert not occurs("…", messages)
 
-    def test_no_heading_stands_twice(self):
+    def test_no_heading_is_repeated(self):
         assert len(set(self.HEADINGS)) == len(self.HEADINGS) > 30
 
 
 def occurs(quoted, messages):
-    """Return whether the pieces of the quotation stand in one message, in order."""
+    """Return whether the pieces of the quotation are in one message, in order."""
     pieces = [piece.strip() for piece in quoted.split("…") if piece.strip()]
     pattern = re.compile(".*?".join(map(re.escape, pieces)), re.DOTALL)
     return sum(map(len, pieces)) >= 12 and any(map(pattern.search, messages))

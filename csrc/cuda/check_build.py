@@ -143,9 +143,9 @@ def overlap_errors(folder: Path) -> Iterator[str]:
         # After the wait for the scores; each thread has half as many as a tile has keys
         # (ForwardConfig::kKeys), of which each takes an exponential for the softmax and one for the
         # softcap.
-        beside = body.partition("DEPBAR.LE gsb0, 0x1")[2].partition("DEPBAR.LE gsb0, 0x0")[0]
+        meanwhile = body.partition("DEPBAR.LE gsb0, 0x1")[2].partition("DEPBAR.LE gsb0, 0x0")[0]
         keys = 128 if int(match[1]) <= 128 else 64
-        found = beside.count("MUFU.EX2")
+        found = meanwhile.count("MUFU.EX2")
         if found < keys:
             yield f"{name} overlaps {found} exponentials with products, expected {keys}"
 

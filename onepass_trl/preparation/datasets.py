@@ -52,7 +52,7 @@ class Maker(ABC):
     def make(
         self, record: Mapping[str, Any], index: int, features: Features | None
     ) -> tuple[list[Mapping[str, Any]], Report]:
-        """Return the rows of a record, and what is to be said of it besides.
+        """Return the rows of a record, and a report on what was left out.
 
         Args:
             record: a line of the dataset.

@@ -1,4 +1,4 @@
-"""What is to be said of the records of a dataset, besides the rows that they became."""
+"""What preparing a dataset reports: what was left out of its rows, and why."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from trl.trainer import utils
 from onepass_trl import versions
 from onepass_trl.passes import IGNORE_INDEX
 
-# So many logits are computed at once: 0.5 GiB in float32.
+# The most logits that are in memory at once: 0.5 GiB in float32.
 _LOGITS_AT_ONCE = 2**27
 
 

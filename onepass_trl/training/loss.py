@@ -92,7 +92,7 @@ def check_head(model: nn.Module) -> None:
     if between:
         others = f" and {len(between) - 3} more" if len(between) > 3 else ""
         raise ValueError(
-            f"{name} cannot be trained in one pass: it has {', '.join(between[:3])}{others} beside "
-            "its backbone and its LM head, expected no other weights: TRL's fused LM head, which "
-            "SFTTrainer trains with too, leaves them out, so the loss would be another one"
+            f"{name} cannot be trained in one pass: it has {', '.join(between[:3])}{others} "
+            "besides its backbone and its LM head, expected no other weights: TRL's fused LM head, "
+            "which SFTTrainer trains with too, leaves them out, so the loss would be another one"
         )

@@ -1,4 +1,4 @@
-"""The oracle against what it stands for: every path of the tree alone, under plain causal
+"""The oracle against its definition: every path of the tree alone, under plain causal
 attention.
 """
 

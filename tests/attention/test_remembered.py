@@ -1,4 +1,4 @@
-"""What is made of tensors once is made anew when they change."""
+"""What was computed from tensors is computed again when they change."""
 
 import gc
 import weakref

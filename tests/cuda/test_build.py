@@ -159,12 +159,12 @@ def test_only_some_head_sizes_have_a_kernel_that_adds_up_dq(tmp_path, monkeypatc
         del code[name, "sm_90a"]
 
 
-@pytest.mark.parametrize(("beside", "errors"), [(128, 0), (127, 1)])
-def test_exponentials_after_the_wait_are_found(tmp_path, monkeypatch, beside, errors):
+@pytest.mark.parametrize(("meanwhile", "errors"), [(128, 0), (127, 1)])
+def test_exponentials_after_the_wait_are_found(tmp_path, monkeypatch, meanwhile, errors):
     body = "HGMMA gsb0 DEPBAR.LE gsb0, 0x1 {} DEPBAR.LE gsb0, 0x0 {} HGMMA"
     code = {
         ("sm90::forward_kernel<__half, 192, 128>", "sm_90a"): body.format(
-            "MUFU.EX2 R1, R1 " * beside, "MUFU.EX2 R1, R1 " * (128 - beside)
+            "MUFU.EX2 R1, R1 " * meanwhile, "MUFU.EX2 R1, R1 " * (128 - meanwhile)
         ),
         ("sm80::forward_kernel<__half, 192, 128>", "sm_90a"): "",
     }

@@ -35,8 +35,8 @@ def test_splitting_repeats_only_the_path_of_each_branch():
     [whole] = map(linearize, split_passes(passes, max_length=10**6))
     assert sum(row.num_turns for row in rows) == num_turns
     assert max(map(len, rows)) <= 200
-    # Depth first the last turns come first. Each further row stands on the trunk up to the latest
-    # of its turns, and repeats nothing else: neither reasoning nor what later turns see.
+    # Depth first, the last turns come first. Each further row begins with the trunk up to the
+    # latest of its turns, and repeats nothing else: neither reasoning nor what later turns see.
     latest = [int(row.position_ids.max() + 1 - reasoning) // (user + response) for row in rows]
     assert latest == [6, 5, 3]
     trunk = passes[-1].token_ids[~passes[-1].trained]
@@ -44,7 +44,7 @@ def test_splitting_repeats_only_the_path_of_each_branch():
     seen = sum((tokens_of(row) for row in rows), Counter())
     assert seen - tokens_of(whole) == sum((Counter(path.tolist()) for path in repeated), Counter())
     assert sum(map(len, rows)) == len(whole) + sum(map(len, repeated))
-    # What is repeated is context: each target stands in one of the rows, once.
+    # What is repeated is context: each target is in one of the rows, once.
     assert sum((examples_of_row(row) for row in rows), Counter()) == examples_of_passes(passes)
     trained = sum((targets_of(row) for row in rows), Counter())
     assert set(trained.values()) == {1}

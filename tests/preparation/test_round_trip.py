@@ -189,7 +189,7 @@ def test_registered_families_reach_other_processes(monkeypatch):
     options = PreparationOptions(
         max_length=None, overflow="error", train_on="all", packing=False, verify_rendering=False
     )
-    monkeypatch.setattr(registry, "_registered", [])  # a process that starts anew
+    monkeypatch.setattr(registry, "_registered", [])  # as a new process begins
     dataset = Dataset.from_list([{"messages": json.dumps(GOOD)}])
     rows = prepare_dataset(dataset, ["messages"], RowMaker(tokenizer, options), "train")
     targets = rows[0]["shift_labels"]

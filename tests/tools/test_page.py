@@ -124,7 +124,7 @@ def test_a_hostile_conversation_is_text_and_runs_nothing(open_page, tiny_tokeniz
     assert page.evaluate("document.querySelectorAll('img').length") == 0
     text = page.evaluate("document.getElementById('tokens').textContent")
     assert text.count("</script><script>window.ran = 1</script><img src=x onerror=") == 2
-    # A dot stands for a token that is a part of a character.
+    # A token that is a part of a character is shown as a dot.
     assert "$DATA $TITLE ⟨2028⟩ ␛[31m ⟨202E⟩ & &lt; \\u003c ]]>" in text.replace("·", "")
 
 
