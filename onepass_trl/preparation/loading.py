@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,14 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from onepass_trl.preparation.cache import code_digest, files_digest
+from onepass_trl.preparation.json_files import JSON_SUFFIXES, read_json
 
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
+_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+_UNREAD = {
+    ".txt": 'write it as {"text": ..}, one a line, into a .jsonl file',
+    ".zst": "decompress it",
+    **dict.fromkeys((".csv", ".tsv", ".arrow", ".zip", ".tar"), "convert it"),
+}
 
 
 def load_conversations(
@@ -41,8 +44,8 @@ def load_conversations(
 
     Args:
         name: a dataset of the Hub or a local folder, as for `datasets.load_dataset`; or the path of
-            a .jsonl, .ndjson, .json (each also with .gz) or .parquet file, or, unless there is a
-            file of that very name, a pattern such as ``data/*.jsonl`` for several.
+            a .jsonl, .ndjson, .json (each also with .gz, .bz2 or .xz) or .parquet file, or, unless
+            there is a file of that very name, a pattern such as ``data/*.jsonl`` for several.
         split: a split, or a slice of one: ``train``, ``train[:90%]``, ``train[-100:]``. Local files
             have one split, ``train``; a folder has those that the names of its files say.
         config: the dataset's configuration, where it has several.
@@ -50,17 +53,25 @@ def load_conversations(
 
     Raises:
         FileNotFoundError: if `name` ends like a file and there is none.
-        ValueError: if there is no such split, or a line of a file is not a JSON object.
+        ValueError: if there is no such split, the file is of another kind or damaged, or a line of
+            it is not a JSON object. One that can't be stored is an error when it is prepared, or
+            left out with ``invalid_turns="drop"``.
     """
     suffix = _suffix(name)
     if Path(name).is_dir():
         splits = _folder_splits(name, config)
         files = [file for of_split in splits.values() for file in of_split]
-        if files and all(_suffix(file) in _JSON_SUFFIXES for file in files):
+        if files and all(_suffix(file) in JSON_SUFFIXES for file in files):
             return _load_json(name, splits, split, streaming)
         local = [file for file in files if Path(file).is_file()]
         return _load_split(name, split, {"path": name, "name": config}, local, streaming)
     if suffix is None:
+        ending = Path(name).suffix.lower()
+        if ending in _UNREAD or Path(name).is_file():
+            raise ValueError(
+                f"{name!r} isn't of the files that are read, {', '.join(_SUFFIXES)}; "
+                f"{_UNREAD.get(ending, 'convert or rename it')}"
+            )
         return _load_split(name, split, {"path": name, "name": config}, [], streaming)
     files = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True)) or [name]
     for file in files:
@@ -143,7 +154,7 @@ def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: b
 
 
 def _records_of_json(name: str, files: list[str], streaming: bool) -> Any:
-    records = (record for file in files for record in _read_json(file))
+    records = (record for file in files for record in read_json(file))
     columns = list(dict.fromkeys(key for record in records for key in record))
     if not columns:
         raise ValueError(f"{name!r} holds no rows: it needs one JSON object a line")
@@ -162,53 +173,11 @@ def _records_of_json(name: str, files: list[str], streaming: bool) -> Any:
         raise error.__cause__ or error from None
 
 
-def _read_json(file: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file: one a line, or those of a JSON list."""
-    try:
-        yield from _objects(file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}; convert it") from None
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"{file} is cut off or damaged: {error}") from None
-
-
-def _objects(file: str) -> Iterator[dict[str, Any]]:
-    open_text = gzip.open if file.lower().endswith(".gz") else open
-    with open_text(file, "rt", encoding="utf-8-sig", newline="\n") as lines:
-        if _suffix(file) in (".json", ".json.gz"):
-            text = lines.read()
-            if text.lstrip().startswith("["):
-                try:
-                    elements = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file} is not JSON: {error}") from None
-                for number, element in enumerate(elements):
-                    yield _as_record(element, f"{file}, element {number}")
-                return
-            lines.seek(0)
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
-            yield _as_record(value, f"{file}, line {number}")
-
-
-def _as_record(value: Any, where: str) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    raise ValueError(
-        f"{where} must be a JSON object with the columns of a row, got {type(value).__name__}"
-    )
-
-
 def _text_records(
     files: tuple[str, ...], columns: tuple[str, ...], version: Any = None
 ) -> Iterator[dict[str, Any]]:
     for file in files:
-        for record in _read_json(file):
+        for record in read_json(file):
             yield {column: _as_text(record.get(column)) for column in columns}
 
 

@@ -15,6 +15,7 @@ from datasets import Features, LargeList, List
 
 from onepass_trl.chat.errors import ChatFormatError, errors_named
 from onepass_trl.chat.records import CONVERSATIONS, Form, form_of
+from onepass_trl.preparation.json_files import UNREADABLE
 from onepass_trl.preparation.options import NullArguments
 
 _ARROW_LISTS = (List, LargeList)
@@ -54,7 +55,8 @@ def read_record(
             messages are looked at.
 
     Raises:
-        ChatFormatError: for a null that may be either, and for JSON text that isn't valid.
+        ChatFormatError: for a null that may be either, for JSON text that isn't valid, and for a
+            record that couldn't be read from its file.
 
     >>> read_record({"messages": '[{"role": "user", "content": null}]', "tools": [{"a": None}]})
     {'messages': [{'role': 'user', 'content': None}], 'tools': [{}]}
@@ -64,6 +66,8 @@ def read_record(
             f"null_arguments must be one of {', '.join(get_args(NullArguments))}, got "
             f"{null_arguments!r}"
         )
+    if record.get(UNREADABLE):
+        raise ChatFormatError(record[UNREADABLE])
     types = features or {}
     decoded = {column: _json_list(record.get(column)) for column in _LISTS}
     decoded = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -12,6 +15,7 @@ from datasets import Dataset
 from onepass_trl import load_conversations
 
 RECORDS = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(8)]
+PACKINGS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
 def test_values_of_any_shape_survive(tmp_path):
@@ -38,11 +42,14 @@ def test_slices_patterns_and_streams(tmp_path):
     assert len(list(load_conversations(pattern, "train", streaming=True))) == 8
 
 
-@pytest.mark.parametrize("name", ["rows.ndjson", "rows.JSONL", "rows.jsonl.gz", "rows.json.gz"])
+NAMES = ["ndjson", "JSONL", "jsonl.gz", "json.gz", "jsonl.bz2", "JSON.BZ2", "ndjson.xz"]
+
+
+@pytest.mark.parametrize("name", [f"rows.{ending}" for ending in NAMES])
 def test_other_names_of_json_files(tmp_path, name):
     text = '{"messages": [{"content": 3.1622776601683795}]}\n'
-    data = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
-    (tmp_path / name).write_bytes(data)
+    pack = PACKINGS.get(Path(name).suffix.lower(), bytes)
+    (tmp_path / name).write_bytes(pack(text.encode()))
     for streaming in (False, True):
         (row,) = load_conversations(str(tmp_path / name), "train", streaming=streaming)
         assert "3.1622776601683795" in row["messages"]
@@ -73,13 +80,6 @@ def test_what_datasets_cannot_read_is_named(tmp_path):
         load_conversations(str(tmp_path), "train")
 
 
-def test_a_file_that_is_cut_off_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"messages": []}\n' * 100)[:-20])
-    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is cut off or damaged"):
-        load_conversations(str(path), "train")
-
-
 def test_a_byte_order_mark_is_skipped(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"messages": []}\n')
@@ -89,7 +89,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
 def test_files_in_other_encodings_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"messages": "é"}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"rows\.jsonl is not text in UTF-8"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1 is not text in UTF-8"):
         load_conversations(str(path), "train")
 
 

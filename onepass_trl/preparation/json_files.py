@@ -1,0 +1,106 @@
+"""The records of a local file of JSON, and which of them can't be read."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_LISTS = tuple(".json" + packing for packing in ("", *_OPENERS))
+JSON_SUFFIXES = (
+    *(kind + packing for kind in (".jsonl", ".ndjson") for packing in ("", *_OPENERS)),
+    *_LISTS,
+)
+"""How the names of files of JSON end."""
+UNREADABLE = "unreadable record"
+"""The only column of a record that can't be read: where it is, and why."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_json(file: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file: the objects of its lines, or those of one JSON list.
+
+    A record that can't be read comes as its column `UNREADABLE`, so that it can be left out.
+
+    Raises:
+        ValueError: if the file is damaged, or holds something else; with the file and the line.
+    """
+    lines: Iterable[str] = _lines(file)
+    if file.lower().endswith(_LISTS):
+        text = "".join(lines)
+        if text.lstrip().startswith("["):
+            for number, element in enumerate(_parsed(text, file)):
+                yield _as_record(element, f"{file}, element {number}", text)
+            return
+        lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            value = _parsed(line, where)
+        except _UnreadableError as error:
+            value = {UNREADABLE: str(error)}
+        yield _as_record(value, where, line)
+
+
+class _UnreadableError(ValueError):
+    """JSON that Python can't hold."""
+
+
+def _lines(file: str) -> Iterator[str]:
+    """Yield the lines of a file, unpacked."""
+    number = 0
+    try:
+        with _open(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}, line {number} is not text in UTF-8: {error}; convert it"
+        ) from None
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{file} is cut off or damaged after line {number}: {error}") from None
+
+
+def _open(file: str) -> IO[bytes]:
+    opener = _OPENERS.get(Path(file).suffix.lower(), open)
+    return cast(IO[bytes], opener(file, "rb"))
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    except RecursionError:
+        raise _UnreadableError(f"{where} is nested too deep to be read; make it flatter") from None
+    except ValueError:  # the only other one is that of a long integer
+        raise _UnreadableError(
+            f"{where} has a number of more than {sys.get_int_max_str_digits()} digits, which can't "
+            "be read; give it as text"
+        ) from None
+
+
+def _as_record(value: Any, where: str, text: str) -> dict[str, Any]:
+    """Return the record that a value of a text is."""
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{where} must be a JSON object with the columns of a row, got {type(value).__name__}"
+        )
+    if _SURROGATE.search(text):  # else there can't be a lone one
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            problem = f"{where} has an unpaired surrogate, which no tokenizer encodes; remove it"
+            return {UNREADABLE: problem}
+    return value
