@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from onepass_trl.data.layout import TOKEN_COLUMNS, Layout, concatenate
+from onepass_trl.data.row_check import check_rows
 from onepass_trl.passes import IGNORE_INDEX
 
 MODEL_INPUTS = ("input_ids", "position_ids", "shift_labels", "visible_end")
@@ -48,6 +49,7 @@ class OnePassCollator:
         padding_free: put all rows one after another into a single row instead of padding them to
             the same length.
         pad_to_multiple_of: pad the sequence to a multiple of this.
+        vocab_size: refuse token ids and targets that aren't less; None takes any.
 
     >>> from onepass_trl import Pass, build_tree, linearize
     >>> long = linearize(build_tree([Pass([1, 2, 3], [0, 1, 1])]))
@@ -69,6 +71,7 @@ class OnePassCollator:
     pad_token_id: int = 0
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
@@ -77,8 +80,16 @@ class OnePassCollator:
             )
 
     def __call__(self, rows: Sequence[Layout | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return the batch of `rows`: layouts, or rows of a dataset with the same columns."""
-        layouts = [row if isinstance(row, Layout) else as_layout(row) for row in rows]
+        """Return the batch of `rows`: layouts, or rows of a dataset with the same columns.
+
+        Raises:
+            ValueError: for a row that no tree of passes has, or of another vocabulary.
+        """
+        layouts = [
+            row if isinstance(row, Layout) else as_layout(row, f"row {number} of the batch")
+            for number, row in enumerate(rows)
+        ]
+        self._check_vocabulary(layouts)
         shape = (1, -1) if self.padding_free else (-1, 1)
         num_turns = torch.tensor([layout.num_turns for layout in layouts]).view(shape)
         row_lengths = torch.tensor([len(layout) for layout in layouts]).view(shape)
@@ -106,12 +117,23 @@ class OnePassCollator:
         batch["attention_mask"] = (torch.arange(length) < lengths).long()
         return {**batch, "num_turns": num_turns, "row_lengths": row_lengths}
 
+    def _check_vocabulary(self, layouts: Sequence[Layout]) -> None:
+        for number, layout in enumerate(layouts if self.vocab_size is not None else ()):
+            for name in ("input_ids", "shift_labels"):
+                if (largest := getattr(layout, name).max()) >= self.vocab_size:
+                    raise ValueError(
+                        f"row {number} of the batch has {largest} among its {name}, but the "
+                        f"vocabulary has {self.vocab_size} tokens: prepare the dataset with the "
+                        "model's own tokenizer"
+                    )
 
-def as_layout(row: Mapping[str, Any]) -> Layout:
+
+def as_layout(row: Mapping[str, Any], name: str = "the row") -> Layout:
     """Return the layout of a prepared row, given its columns.
 
     Raises:
-        ValueError: if a column is missing.
+        ValueError: if a column is missing, or no tree of passes has such a row; the message calls
+            it `name`.
     """
     missing = [name for name in (*TOKEN_COLUMNS, "num_turns") if name not in row]
     if missing:
@@ -120,8 +142,16 @@ def as_layout(row: Mapping[str, Any]) -> Layout:
             f"{', '.join(missing)}; got: {', '.join(row)}. Let OnePassSFTTrainer prepare the "
             "dataset, or make rows with onepass_trl.linearize"
         )
+    given = {column: np.asarray(row[column]) for column in TOKEN_COLUMNS}
+    for column, values in given.items():
+        if values.ndim != 1:
+            raise ValueError(
+                f"{name} has {column} of shape {values.shape}, expected one value for each token"
+            )
+    lengths = {column: np.array([values.size]) for column, values in given.items()}
+    check_rows(given, lengths, lambda _: name)
     arrays: dict[str, Any] = {
-        name: np.asarray(row[name], dtype=np.float32 if name == "weights" else np.int32)
-        for name in TOKEN_COLUMNS
+        column: values.astype(np.float32 if column == "weights" else np.int32, copy=False)
+        for column, values in given.items()
     }
     return Layout(**arrays, num_turns=int(row["num_turns"]))

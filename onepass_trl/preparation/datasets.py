@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import pyarrow
@@ -26,6 +27,7 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 # packed.
 RENDER_BATCH_SIZE = 16
 PACK_BATCH_SIZE = 1000
+CHECK_BATCH_SIZE = 1000
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,6 @@ class Maker(ABC):
 
     features: ClassVar[Mapping[str, Any]]
     """The columns of a row, and their types."""
-    checked: ClassVar[tuple[str, ...]]
-    """The columns that `check_prepared` looks at."""
     report: ClassVar[type[Report]] = Report
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,8 +71,18 @@ class Maker(ABC):
     def join(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return one row that holds several, an empty one for none."""
 
+    @staticmethod
     @abstractmethod
-    def check_prepared(self, columns: pyarrow.Table, name: str) -> None:
+    def check_rows(rows: pyarrow.Table, name: Callable[[int], str]) -> None:
+        """Raise ValueError unless rows that were given are such as a maker makes.
+
+        Args:
+            rows: of the maker's columns.
+            name: returns what to call a row, given its number among these.
+        """
+
+    @abstractmethod
+    def check_prepared(self, rows: pyarrow.Table, name: str) -> None:
         """Raise ValueError for rows that don't suit the options: they can't be changed any more."""
 
 
@@ -216,15 +226,36 @@ def _checked(dataset: AnyDataset, maker: Maker, name: str) -> AnyDataset:
             )
     if isinstance(dataset, IterableDataset):
         return dataset.map(
-            _checked_row, features=dataset.features, fn_kwargs={"maker": maker, "name": name}
+            _checked_row,
+            with_indices=True,
+            features=dataset.features,
+            fn_kwargs={"maker": maker, "name": name},
         )
-    columns = dataset.select_columns(list(maker.checked)).with_format("arrow")[:]
-    maker.check_prepared(columns, name)
+    for rows, name_of in named_rows(dataset, maker.features, name):
+        maker.check_rows(rows, name_of)
+        maker.check_prepared(rows, name)
     return dataset
 
 
-def _checked_row(row: dict[str, Any], maker: Maker, name: str) -> dict[str, Any]:
-    maker.check_prepared(pyarrow.table({column: [row[column]] for column in maker.checked}), name)
+def named_rows(
+    dataset: Dataset, columns: Iterable[str], name: str
+) -> Iterator[tuple[pyarrow.Table, Callable[[int], str]]]:
+    """Yield prepared rows of a dataset, and what returns the name of one of them."""
+    tables = dataset.select_columns(list(columns)).with_format("arrow")
+    first = 0
+    for rows in tables.iter(CHECK_BATCH_SIZE):
+        yield rows, partial(_name_of_row, first=first, name=name)
+        first += len(rows)
+
+
+def _name_of_row(number: int, first: int, name: str) -> str:
+    return f"row {first + number} of the prepared {name} dataset"
+
+
+def _checked_row(row: dict[str, Any], index: int, maker: Maker, name: str) -> dict[str, Any]:
+    rows = pyarrow.table({column: [row[column]] for column in maker.features})
+    maker.check_rows(rows, partial(_name_of_row, first=index, name=name))
+    maker.check_prepared(rows, name)
     return row
 
 

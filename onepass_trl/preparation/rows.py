@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.compute as compute
 from datasets import Features, List, Value
@@ -28,6 +29,7 @@ from onepass_trl.data import (
     split_passes,
 )
 from onepass_trl.data.layout import TOKEN_COLUMNS
+from onepass_trl.data.row_check import check_rows
 from onepass_trl.passes import Pass
 from onepass_trl.preparation.datasets import Maker
 from onepass_trl.preparation.given_passes import numbered_passes
@@ -183,7 +185,6 @@ class RowMaker(Maker):
     """Makes the rows of conversations: those of their prefix trees, in the columns of `Layout`."""
 
     features = ROW_FEATURES
-    checked = ("input_ids",)
 
     def make(
         self, record: Mapping[str, Any], index: int, features: Features | None
@@ -209,12 +210,32 @@ class RowMaker(Maker):
         layouts = [Layout(**row) for row in rows]
         return vars(concatenate(layouts or [linearize(TokenTree())]))
 
-    def check_prepared(self, columns: pyarrow.Table, name: str) -> None:
+    @staticmethod
+    def check_rows(rows: pyarrow.Table, name: Callable[[int], str]) -> None:
+        """Raise ValueError unless the rows are those of trees of passes."""
+        columns, lengths = {}, {}
+        for column in TOKEN_COLUMNS:
+            values = rows[column].combine_chunks()
+            if values.null_count or not _is_list(values.type):
+                row = values.is_null().index(True).as_py() if values.null_count else 0
+                raise ValueError(
+                    f"{name(row)} has {column} = {str(values[row])[:80]}, expected a list"
+                )
+            columns[column] = compute.list_flatten(values).to_numpy(zero_copy_only=False)
+            lengths[column] = compute.list_value_length(values).to_numpy().astype(np.int64)
+        check_rows(columns, lengths, name)
+
+    def check_prepared(self, rows: pyarrow.Table, name: str) -> None:
         """Raise ValueError for a row that is too long: a tree can't be cut afterwards."""
-        length = compute.max(compute.list_value_length(columns["input_ids"])).as_py() or 0
+        length = compute.max(compute.list_value_length(rows["input_ids"])).as_py() or 0
         max_length = self.options.max_length
         if max_length is not None and length > max_length:
             raise ValueError(
                 f"a row of the prepared {name} dataset has {length} tokens, but max_length is "
                 f"{max_length}: prepare the conversations with this max_length, or raise it"
             )
+
+
+def _is_list(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,6 @@ class SetMaker(Maker):
     """
 
     features = SET_FEATURES
-    checked = ("trace_lengths", "set_sizes")
     report = SetReport
 
     tokens: ForkingTokens
@@ -128,13 +127,22 @@ class SetMaker(Maker):
         """Return one row that holds the sets of several."""
         return to_row([set_ for row in rows for set_ in from_row(row)])
 
-    def check_prepared(self, columns: pyarrow.Table, name: str) -> None:
+    @staticmethod
+    def check_rows(rows: pyarrow.Table, name: Callable[[int], str]) -> None:
+        """Raise ValueError unless the rows are those of sets of traces."""
+        for number, row in enumerate(rows.to_pylist()):
+            try:
+                from_row(row)
+            except ValueError as error:
+                raise ValueError(f"{name(number)}: {error}") from error
+
+    def check_prepared(self, rows: pyarrow.Table, name: str) -> None:
         """Raise ValueError for traces that are too long, and for sets of too many."""
         for column, limit, what, option in (
             ("trace_lengths", self.options.max_length, "tokens in a trace", "max_length"),
             ("set_sizes", len(self.tokens.ids), "traces in a set", "num_forking_tokens"),
         ):
-            largest = compute.max(compute.list_flatten(columns[column])).as_py() or 0
+            largest = compute.max(compute.list_flatten(rows[column])).as_py() or 0
             if limit is not None and largest > limit:
                 raise ValueError(
                     f"the prepared {name} dataset has {largest} {what}, but {option} is {limit}: "

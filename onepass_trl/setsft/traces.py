@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onepass_trl.passes import Pass
 
@@ -106,7 +107,7 @@ def from_row(row: Mapping[str, Any]) -> list[TraceSet]:
     """Return the sets of a row.
 
     Raises:
-        ValueError: if columns are missing.
+        ValueError: if columns are missing, or don't belong together.
     """
     missing = [name for name in SET_COLUMNS if name not in row]
     if missing:
@@ -115,6 +116,7 @@ def from_row(row: Mapping[str, Any]) -> list[TraceSet]:
             "SetSFTTrainer prepare the dataset"
         )
     columns = {name: np.asarray(row[name]) for name in SET_COLUMNS}
+    _check_columns(columns)
     ends = np.cumsum(columns["trace_lengths"])
     ids = np.split(columns["input_ids"], ends[:-1])
     trained = np.split(columns["trained"], ends[:-1])
@@ -129,3 +131,46 @@ def from_row(row: Mapping[str, Any]) -> list[TraceSet]:
         TraceSet(tuple(traces[end - size : end]), int(index))
         for end, size, index in zip(ends, columns["set_sizes"], columns["set_indices"], strict=True)
     ]
+
+
+def _check_columns(columns: Mapping[str, NDArray[Any]]) -> None:
+    """Raise ValueError unless the columns of a row belong together."""
+    for name, values in columns.items():
+        if values.ndim != 1 or values.dtype.kind not in ("bi" if name == "trained" else "iu"):
+            raise ValueError(
+                f"{name} is {values.dtype} of shape {values.shape}, expected a list of "
+                f"{'booleans' if name == 'trained' else 'whole numbers'}"
+            )
+    for counts, counted, what in (
+        ("trace_lengths", ("input_ids", "trained"), "one for each token of the traces"),
+        ("set_sizes", ("trace_lengths", "forks", "trace_numbers"), "one for each trace"),
+    ):
+        number = int(columns[counts].sum())
+        if not columns[counts].size or columns[counts].min() < 1:
+            raise ValueError(f"{counts} is {columns[counts].tolist()}, expected positive numbers")
+        for name in counted:
+            if columns[name].size != number:
+                raise ValueError(
+                    f"{name} has {columns[name].size} values, expected {what}: {number}, the sum "
+                    f"of {counts}"
+                )
+    if columns["set_indices"].size != columns["set_sizes"].size:
+        raise ValueError(
+            f"set_indices has {columns['set_indices'].size} values, expected one for each set: "
+            f"{columns['set_sizes'].size}"
+        )
+    forks, lengths = columns["forks"], columns["trace_lengths"]
+    outside = (forks < 0) | (forks >= lengths)
+    if outside.any():
+        at = int(outside.argmax())
+        raise ValueError(
+            f"forks[{at}] is {forks[at]}, expected the index of the forking token in its trace, "
+            f"from 0 to {lengths[at] - 1}"
+        )
+    is_trained = columns["trained"][np.cumsum(lengths) - lengths + forks].astype(bool)
+    if is_trained.any():
+        at = int(is_trained.argmax())
+        raise ValueError(
+            f"trace {at} trains the forking token at forks[{at}] = {forks[at]}: it is given, not "
+            "learned"
+        )

@@ -23,7 +23,7 @@ from onepass_trl.setsft.models import give_bias, load_model, read_template, with
 from onepass_trl.setsft.preparation import SetMaker
 from onepass_trl.setsft.rendering import ForkingTokens
 from onepass_trl.setsft.tokens import add_forking_tokens
-from onepass_trl.setsft.traces import SET_COLUMNS, TraceSet, from_row
+from onepass_trl.setsft.traces import TraceSet, from_row
 from onepass_trl.training import OnePassSFTTrainer, first_check
 from onepass_trl.training.arguments import to_config
 from onepass_trl.training.trainer import AnyDataset
@@ -86,7 +86,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         "id": "2510.05132",
     }
 
-    _row_columns = SET_COLUMNS
+    _maker_type = SetMaker
 
     def __init__(
         self,

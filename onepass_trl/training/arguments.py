@@ -15,6 +15,7 @@ from trl.trainer.utils import get_config_model_id
 
 from onepass_trl.attention.model_check import check_token_ids
 from onepass_trl.data.collator import OnePassCollator
+from onepass_trl.preparation.datasets import Maker, named_rows
 from onepass_trl.preparation.options import NullArguments, PreparationOptions
 from onepass_trl.training.config import OnePassSFTConfig
 from onepass_trl.training.response_templates import trl_response_template
@@ -133,23 +134,32 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any
     return [(name, dataset) for name, dataset in given if dataset is not None]
 
 
-def check_prepared(train_dataset: Any, eval_dataset: Any, row_columns: tuple[str, ...]) -> None:
-    """Raise unless all datasets consist of rows, as ``skip_prepare_dataset`` says."""
+def check_prepared(train_dataset: Any, eval_dataset: Any, maker: type[Maker]) -> None:
+    """Raise unless all datasets consist of rows, as ``skip_prepare_dataset`` says.
+
+    The rows of a stream are checked by the collator.
+    """
     for name, dataset in named_datasets(train_dataset, eval_dataset):
         columns = get_dataset_column_names(dataset)
-        if missing := [column for column in row_columns if column not in columns]:
+        if missing := [column for column in maker.features if column not in columns]:
             raise ValueError(
                 f"dataset_kwargs={{'skip_prepare_dataset': True}}, but the {name} dataset has the "
                 f"columns {', '.join(columns)} and lacks {', '.join(missing)} of a prepared row: "
                 "unset it, and the dataset is prepared"
             )
+        if isinstance(dataset, Dataset):
+            for rows, name_of in named_rows(dataset, maker.features, name):
+                maker.check_rows(rows, name_of)
 
 
 def check_vocabulary(name: str, dataset: Any, model: Any) -> None:
-    """Raise for a token id that the model has no embedding for."""
-    if isinstance(dataset, Dataset):
-        columns = dataset.select_columns("input_ids").with_format("arrow")[:]
-        largest = compute.max(compute.list_flatten(columns["input_ids"])).as_py()
+    """Raise for a token id, or a target, that the model has no embedding for."""
+    if not isinstance(dataset, Dataset):
+        return
+    names = [column for column in ("input_ids", "shift_labels") if column in dataset.column_names]
+    columns = dataset.select_columns(names).with_format("arrow")[:]
+    for column in names:
+        largest = compute.max(compute.list_flatten(columns[column])).as_py()
         check_token_ids(f"the {name} dataset", largest or 0, model)
 
 

@@ -33,7 +33,7 @@ from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator, as_layout
 from onepass_trl.data.layout import Layout
 from onepass_trl.preparation.datasets import Maker, prepare_dataset
 from onepass_trl.preparation.options import PreparationOptions
-from onepass_trl.preparation.rows import ROW_COLUMNS, RowMaker
+from onepass_trl.preparation.rows import RowMaker
 from onepass_trl.training import first_check
 from onepass_trl.training.arguments import (
     check_adapters,
@@ -110,8 +110,8 @@ class OnePassSFTTrainer(SFTTrainer):
         "id": "2504.18246",
     }
 
-    _row_columns: tuple[str, ...] = ROW_COLUMNS
-    """Columns of a prepared dataset."""
+    _maker_type: type[Maker] = RowMaker
+    """What makes the rows of a dataset's records."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class OnePassSFTTrainer(SFTTrainer):
         check_adapters(peft_config, *getattr(model, "peft_config", {}).values())
         check_train_dataset(train_dataset)
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            check_prepared(train_dataset, eval_dataset, self._row_columns)
+            check_prepared(train_dataset, eval_dataset, self._maker_type)
         if isinstance(model, str):
             args.model_init_kwargs = one_pass_model_kwargs(args.model_init_kwargs)
         else:
@@ -189,6 +189,7 @@ class OnePassSFTTrainer(SFTTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             padding_free=self.padding_free,
             pad_to_multiple_of=args.pad_to_multiple_of,
+            vocab_size=getattr(self.model.get_input_embeddings(), "num_embeddings", None),
         )
         self._verifies_model = args.verify_model
         self._totals = {mode: dict.fromkeys(_TOTALS, 0.0) for mode in ("train", "eval")}
@@ -245,7 +246,7 @@ class OnePassSFTTrainer(SFTTrainer):
         return RowMaker(self._tokenizer, options)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(self._row_columns)
+        self._signature_columns = list(self._maker_type.features)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
@@ -106,6 +107,31 @@ def test_a_subset_of_prepared_rows_is_checked_alone():
     shortest = min(len(row["input_ids"]) for row in rows)
     subset = rows.filter(lambda row: len(row["input_ids"]) == shortest)
     assert len(prepare(subset, max_length=shortest)) == len(subset)
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "message"),
+    [
+        ("weights", lambda values: values[:1], "has 1 values of weights and .* of input_ids"),
+        ("weights", lambda values: [-w for w in values], r"has weights\[\d+\] = -1.0, expected a "),
+        (
+            "shift_labels",
+            lambda values: [-5] * len(values),
+            r"has shift_labels\[0\] = -5, expected",
+        ),
+        ("visible_end", lambda values: [0] * len(values), r"has visible_end\[0\] = 0, expected a"),
+        ("position_ids", lambda values: None, "has position_ids = None, expected a list"),
+    ],
+)
+def test_a_prepared_row_that_no_tree_has_is_named(column, change, message):
+    rows = [{key: np.asarray(row[key]).tolist() for key in row} for row in prepare(RECORDS)]
+    rows[1] = {**rows[1], column: change(rows[1][column])}
+    given = Dataset.from_list(rows)
+    name = "row 1 of the prepared train dataset"
+    with pytest.raises(ValueError, match=f"{name}.* {message}"):
+        prepare(given)
+    with pytest.raises(ValueError, match=f"{name}.* {message}"):
+        list(prepare(given.to_iterable_dataset()))
 
 
 def test_prepared_rows_that_became_text_are_named():

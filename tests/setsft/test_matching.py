@@ -139,3 +139,26 @@ def test_rows_keep_their_sets():
             np.testing.assert_array_equal(copy.pass_.trained, trace.pass_.trained)
     with pytest.raises(ValueError, match="lacks the columns trained"):
         from_row({"input_ids": [1]})
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("input_ids", [1, 2], "input_ids has 2 values, expected one for each token .*: 7, the sum"),
+        ("trained", [True], "trained has 1 values, expected one for each token of the traces: 7"),
+        ("forks", [1], "forks has 1 values, expected one for each trace: 2, the sum of set_sizes"),
+        ("forks", [1, 9], r"forks\[1\] is 9, expected .* from 0 to 2"),
+        ("forks", [2, 1], r"trace 0 trains the forking token at forks\[0\] = 2"),
+        ("set_indices", [0, 1], "set_indices has 2 values, expected one for each set: 1"),
+        ("trace_lengths", [8, -1], r"trace_lengths is \[8, -1\], expected positive numbers"),
+        ("input_ids", [0.5] * 7, r"input_ids is float64 of shape \(7,\), expected a list of whole"),
+    ],
+)
+def test_columns_that_do_not_belong_together_are_errors(column, value, message):
+    traces = (
+        Trace(Pass([5, 0, 6, 7], [0, 0, 1, 1]), 1, 0),
+        Trace(Pass([5, 0, 8], [0, 0, 1]), 1, 1),
+    )
+    row = to_row([TraceSet(traces, 0)])
+    with pytest.raises(ValueError, match=message):
+        from_row({**row, column: value})

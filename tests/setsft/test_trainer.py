@@ -243,6 +243,9 @@ class TestSets:
             make(rows, max_length=20)
         with pytest.raises(ValueError, match="4 traces in a set, but num_forking_tokens is 3"):
             make(rows, num_forking_tokens=3)
+        torn = rows.map(lambda row: {"trained": row["trained"][:-1]})
+        with pytest.raises(ValueError, match="row 0 of the prepared train dataset: trained has "):
+            make(torn)
         text = [{key: str(row[key]) for key in row} for row in rows]
         with pytest.raises(ValueError, match=" of the prepared train dataset is text"):
             make(Dataset.from_list(text))

@@ -88,9 +88,33 @@ def test_a_stream_of_prepared_rows_is_checked_as_it_is_read(train):
         train(dataset=stream, max_length=8, max_steps=2).train()
 
 
+SKIP = {"skip_prepare_dataset": True}
+
+
+@pytest.mark.parametrize("skip", [None, SKIP], ids=["checked", "skipped"])
+def test_wrong_rows_are_named_before_anything_is_trained(train, skip):
+    rows = train().train_dataset
+
+    def changed(column, value):
+        return rows.map(
+            lambda row, at: {column: value(row[column])} if at == 1 else {}, with_indices=True
+        )
+
+    broadcast = changed("weights", lambda values: values[:1])
+    with pytest.raises(ValueError, match="row 1 of the prepared train dataset has 1 values of wei"):
+        train(dataset=broadcast, dataset_kwargs=skip)
+    unknown = changed("shift_labels", lambda values: [*values[:-1], 99999])
+    with pytest.raises(ValueError, match="the train dataset has the token id 99999, but the model"):
+        train(dataset=unknown, dataset_kwargs=skip)
+    with pytest.raises(
+        ValueError, match="of the batch has 99999 among its shift_labels, but the v"
+    ):
+        train(dataset=unknown.to_iterable_dataset(), dataset_kwargs=skip).train()
+
+
 def test_skipping_preparation_of_conversations_is_an_error(train):
     with pytest.raises(ValueError, match="the train dataset has the columns passes and lacks inp"):
-        train(dataset_kwargs={"skip_prepare_dataset": True})
+        train(dataset_kwargs=SKIP)
 
 
 def test_ids_without_an_embedding_are_errors(train):
