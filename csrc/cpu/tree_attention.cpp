@@ -26,20 +26,18 @@ const Kernels& kernels_for(at::ScalarType type) {
     case at::kFloat: return variant().float32;
     case at::kDouble: return variant().float64;
     case at::kBFloat16: return variant().bfloat16;
-    default:
-      TORCH_CHECK_VALUE(false, "q is ", type, ", expected float32, float64 or bfloat16 on a CPU");
+    default: TORCH_CHECK_VALUE(false, "q is ", type);
   }
 }
 
-void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
-  TORCH_CHECK_VALUE(tensor.sizes() == expected, name, " has shape ", tensor.sizes(), ", expected ",
-                    expected);
-}
-
-void check_type(const char* name, const at::Tensor& tensor, at::ScalarType expected) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == expected && tensor.device().is_cpu(), name, " is ",
-                    tensor.scalar_type(), " on ", tensor.device(), ", expected ", expected,
-                    " on the CPU");
+// Returns `x` after checking what memory safety needs. onepass_trl/attention/validation.py and
+// implementations/cpu.py have checked the same in more words, unless the ops are called directly.
+const at::Tensor& checked(const char* name, const at::Tensor& x, at::IntArrayRef shape,
+                          at::ScalarType type) {
+  TORCH_CHECK_VALUE(x.sizes() == shape && x.scalar_type() == type, name, " is ", x.scalar_type(),
+                    " ", x.sizes(), ", expected ", type, " ", shape);
+  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device());
+  return x;
 }
 
 // onepass_trl.visibility has the messages of the rule: let it name the key that breaks the tree.
@@ -77,36 +75,23 @@ struct Call {
        const at::Tensor& visible_end_, const OptionalTensor& positions_,
        const OptionalTensor& sinks_, double scale, int64_t window, double softcap) {
     TORCH_CHECK_VALUE(q_.dim() == 4 && k_.dim() == 4 && v_.dim() == 4, "q, k and v have ", q_.dim(),
-                      ", ", k_.dim(), " and ", v_.dim(),
-                      " dimensions, expected (batch, heads, seq, head_dim)");
+                      ", ", k_.dim(), " and ", v_.dim(), " dimensions");
     const auto type = q_.scalar_type();
     const int64_t batch = q_.size(0), heads = q_.size(1), seq = q_.size(2), kv_heads = k_.size(1);
-    check_shape("k", k_, {batch, kv_heads, seq, q_.size(3)});
-    check_shape("v", v_, {batch, kv_heads, seq, v_.size(3)});
-    TORCH_CHECK_VALUE(kv_heads > 0 && heads % kv_heads == 0, "q has ", heads,
-                      " heads, expected a multiple of the ", kv_heads, " heads of k");
+    TORCH_CHECK_VALUE(kv_heads > 0 && heads % kv_heads == 0, "heads is ", heads, ", kv_heads ",
+                      kv_heads);
     TORCH_CHECK_VALUE(seq < (int64_t{1} << 30), "seq is ", seq, ", expected less than 2^30");
-    check_type("k", k_, type);
-    check_type("v", v_, type);
-    check_type("visible_end", visible_end_, at::kInt);
-    check_shape("visible_end", visible_end_, {batch, seq});
-    TORCH_CHECK_VALUE(window >= 0 && window <= INT32_MAX, "window is ", window,
-                      ", expected 0 for none, or an int32");
-    TORCH_CHECK_VALUE(window == 0 || positions_.has_value(),
-                      "a window is measured in positions: pass positions too");
+    TORCH_CHECK_VALUE(0 <= window && window <= INT32_MAX, "window is ", window);
     q = last_dim_contiguous(q_);
-    k = last_dim_contiguous(k_);
-    v = last_dim_contiguous(v_);
-    visible_end = visible_end_.contiguous();
+    k = last_dim_contiguous(checked("k", k_, {batch, kv_heads, seq, q_.size(3)}, type));
+    v = last_dim_contiguous(checked("v", v_, {batch, kv_heads, seq, v_.size(3)}, type));
+    visible_end = checked("visible_end", visible_end_, {batch, seq}, at::kInt).contiguous();
     if (window > 0) {
-      check_type("positions", *positions_, at::kInt);
-      check_shape("positions", *positions_, {batch, seq});
-      positions = positions_->contiguous();
+      TORCH_CHECK_VALUE(positions_.has_value(), "window is ", window, ", without positions");
+      positions = checked("positions", *positions_, {batch, seq}, at::kInt).contiguous();
     }
     if (sinks_.has_value()) {
-      check_type("sinks", *sinks_, accumulation_type(type));
-      check_shape("sinks", *sinks_, {heads});
-      sinks = sinks_->contiguous();
+      sinks = checked("sinks", *sinks_, {heads}, accumulation_type(type)).contiguous();
     }
     Params& p = params;
     p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.seq = seq;
@@ -181,37 +166,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> tree_attention_backwa
   const Kernels& kernels = kernels_for(type);
   Call<BackwardParams> call(q, k, v, visible_end, positions, sinks, scale, window, softcap);
   BackwardParams& p = call.params;
-  check_type("dout", dout, type);
-  check_type("out", out, type);
-  check_type("lse", lse, accumulation);
-  check_shape("dout", dout, {p.batch, p.heads, p.seq, p.d_v});
-  check_shape("out", out, {p.batch, p.heads, p.seq, p.d_v});
-  check_shape("lse", lse, {p.batch, p.heads, p.seq});
-  const at::Tensor out_ = last_dim_contiguous(out), dout_ = last_dim_contiguous(dout),
-                   lse_ = lse.contiguous();
-  at::Tensor dlse_;
-  if (dlse.has_value()) {
-    check_type("dlse", *dlse, accumulation);
-    check_shape("dlse", *dlse, {p.batch, p.heads, p.seq});
-    dlse_ = dlse->contiguous();
-  }
+  const auto shaped_as_out = [&](const char* name, const at::Tensor& x) {
+    return last_dim_contiguous(checked(name, x, {p.batch, p.heads, p.seq, p.d_v}, type));
+  };
+  const auto shaped_as_lse = [&](const char* name, const at::Tensor& x) {
+    return checked(name, x, {p.batch, p.heads, p.seq}, accumulation).contiguous();
+  };
+  const at::Tensor own_dout = shaped_as_out("dout", dout), own_out = shaped_as_out("out", out);
+  const at::Tensor own_lse = shaped_as_lse("lse", lse);
+  const at::Tensor own_dlse = dlse.has_value() ? shaped_as_lse("dlse", *dlse) : at::Tensor();
   at::Tensor dq = empty_heads_last(q, p.d_qk, accumulation).zero_();
   at::Tensor dk = empty_heads_last(k, p.d_qk, type), dv = empty_heads_last(v, p.d_v, type);
-  at::Tensor delta = at::empty_like(lse_);
+  at::Tensor delta = at::empty_like(own_lse);
   at::Tensor progress = at::zeros({p.batch, p.kv_heads, p.num_tiles}, q.options().dtype(at::kInt));
-  p.out = raw(out_), p.dout = raw(dout_);
+  p.out = raw(own_out), p.dout = raw(own_dout);
   p.dq = raw(dq), p.dk = raw(dk), p.dv = raw(dv);
-  p.lse = lse_.data_ptr(), p.delta = delta.data_ptr();
-  p.dlse = dlse_.defined() ? dlse_.const_data_ptr() : nullptr;
+  p.lse = own_lse.data_ptr(), p.delta = delta.data_ptr();
+  p.dlse = own_dlse.defined() ? own_dlse.const_data_ptr() : nullptr;
   p.progress = progress.data_ptr<int32_t>();
   run_tasks(p.batch * p.heads * p.num_tiles, 0,
             [&](int64_t task, void*) { kernels.delta(p, task); });
   run_tasks(p.batch * p.kv_heads * p.num_tiles, kernels.backward_scratch_bytes(p),
             [&](int64_t task, void* scratch) { kernels.backward(p, task, scratch); });
-  at::Tensor dsinks =
-      call.sinks.defined()
-          ? (at::exp(call.sinks.view({1, -1, 1}) - lse_) * delta).sum(at::IntArrayRef{0, 2}).neg()
-          : at::empty({0}, lse.options());
+  at::Tensor dsinks = at::empty({0}, lse.options());
+  if (call.sinks.defined()) {
+    const at::Tensor of_sinks = at::exp(call.sinks.view({1, -1, 1}) - own_lse);
+    dsinks = (of_sinks * delta).sum(at::IntArrayRef{0, 2}).neg();
+  }
   return {dq.to(type), dk, dv, dsinks};
 }
 

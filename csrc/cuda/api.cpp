@@ -30,15 +30,16 @@ std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef values) {
   return text.str();
 }
 
-void check(const char* name, const StableTensor& x, std::initializer_list<int64_t> shape,
-           ScalarType type, int32_t device) {
+// Returns `x` after checking what memory safety needs. onepass_trl/attention/validation.py and
+// implementations/cuda.py have checked the same in more words, unless the ops are called directly.
+const StableTensor& checked(const char* name, const StableTensor& x,
+                            std::initializer_list<int64_t> shape, ScalarType type, int32_t device) {
   const torch::headeronly::IntHeaderOnlyArrayRef expected(shape.begin(), shape.size());
-  STD_TORCH_CHECK(x.sizes() == expected, name, " has shape ", to_string(x.sizes()), ", expected ",
-                  to_string(expected));
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " has dtype ", toString(x.scalar_type()),
-                  ", expected ", toString(type));
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, name,
-                  " is on another device than q");
+  STD_TORCH_CHECK(x.sizes() == expected && x.scalar_type() == type, name, " is ",
+                  toString(x.scalar_type()), " ", to_string(x.sizes()), ", expected ",
+                  toString(type), " ", to_string(expected));
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, name, " is on another device");
+  return x;
 }
 
 StableTensor new_empty(const StableTensor& like, std::initializer_list<int64_t> shape,
@@ -90,8 +91,7 @@ int attribute(cudaDeviceAttr name, int32_t device) {
 // Starts a kernel on the current stream, or raises an error that says why it cannot run.
 template <typename ParamsType>
 void launch(const Kernel<ParamsType>* kernel, const ParamsType& params, int32_t device) {
-  STD_TORCH_CHECK(kernel != nullptr,
-                  "this build has no kernel for these head sizes: use impl='flex'");
+  STD_TORCH_CHECK(kernel != nullptr, "no kernel for these head sizes");
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int available = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int needed = kernel->shared_bytes;
@@ -102,37 +102,44 @@ void launch(const Kernel<ParamsType>* kernel, const ParamsType& params, int32_t 
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// What says which keys the queries of a batch of rows see.
+struct Rows {
+  StableTensor visible_end;
+  OptionalTensor positions;  // none without a window
+};
+
+Rows checked_rows(const StableTensor& visible_end, const OptionalTensor& positions, int64_t window,
+                  int64_t batch, int64_t seq, int32_t device) {
+  STD_TORCH_CHECK(batch < (1 << 16), "batch is ", batch, ", expected less than 65,536");
+  STD_TORCH_CHECK(seq < (int64_t{1} << 30), "seq is ", seq, ", expected less than 2^30");
+  STD_TORCH_CHECK(0 <= window && window <= INT32_MAX, "window is ", window);
+  Rows rows;
+  rows.visible_end = torch::stable::contiguous(
+      checked("visible_end", visible_end, {batch, seq}, ScalarType::Int, device));
+  if (window > 0) {
+    STD_TORCH_CHECK(positions.has_value(), "window is ", window, ", without positions");
+    rows.positions = torch::stable::contiguous(
+        checked("positions", *positions, {batch, seq}, ScalarType::Int, device));
+  }
+  return rows;
+}
+
 StableTensor tree_plan(const StableTensor& visible_end, const OptionalTensor& positions,
                        int64_t window) {
-  STD_TORCH_CHECK(visible_end.dim() == 2, "visible_end has shape ", to_string(visible_end.sizes()),
-                  ", expected (batch, seq)");
+  STD_TORCH_CHECK(visible_end.dim() == 2, "visible_end has ", visible_end.dim(), " dimensions");
   const int32_t device = visible_end.get_device_index();
   const int64_t batch = visible_end.size(0), seq = visible_end.size(1);
-  check("visible_end", visible_end, {batch, seq}, ScalarType::Int, device);
-  STD_TORCH_CHECK(seq < (int64_t{1} << 30), "seq is ", seq, ", expected less than 2^30");
-  STD_TORCH_CHECK(batch < (1 << 16), "batch is ", batch, ", expected less than 65,536");
-  STD_TORCH_CHECK(0 <= window && window <= INT32_MAX, "window is ", window,
-                  ", expected 0 for none, or an int32");
-  STD_TORCH_CHECK(window == 0 || positions.has_value(),
-                  "a window is measured in positions: pass positions too");
+  const Rows rows = checked_rows(visible_end, positions, window, batch, seq, device);
   StableTensor plan =
       new_empty(visible_end, {batch, plan_size(static_cast<int32_t>(seq))}, ScalarType::Int);
   if (batch == 0 || seq == 0) return plan;
 
-  const StableTensor ends = torch::stable::contiguous(visible_end);
-  OptionalTensor contiguous_positions;
-  if (window > 0) {
-    check("positions", *positions, {batch, seq}, ScalarType::Int, device);
-    contiguous_positions = torch::stable::contiguous(*positions);
-  }
   StableTensor counts = torch::stable::new_empty(plan, plan.sizes());
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const PlanParams params{static_cast<int32_t>(batch),
-                          static_cast<int32_t>(seq),
-                          static_cast<int32_t>(window),
-                          static_cast<const int32_t*>(ends.const_data_ptr()),
-                          pointer<int32_t>(contiguous_positions),
-                          static_cast<int32_t*>(plan.mutable_data_ptr())};
+  const PlanParams params{
+      static_cast<int32_t>(batch),      static_cast<int32_t>(seq),
+      static_cast<int32_t>(window),     pointer<int32_t>(rows.visible_end),
+      pointer<int32_t>(rows.positions), static_cast<int32_t*>(plan.mutable_data_ptr())};
   launch_plan(params, static_cast<int32_t*>(counts.mutable_data_ptr()), current_stream(device));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return plan;
@@ -144,55 +151,45 @@ struct Call {
   ParamsType params{};
   ElementType element;
   int32_t device;
-  StableTensor q, k, v, visible_end, plan;
-  OptionalTensor positions, sinks;
+  StableTensor q, k, v, plan;
+  OptionalTensor sinks;
+  Rows rows;
 
   Call(const StableTensor& q_, const StableTensor& k_, const StableTensor& v_,
-       const StableTensor& visible_end_, const OptionalTensor& positions_,
+       const StableTensor& visible_end, const OptionalTensor& positions,
        const OptionalTensor& sinks_, double scale, int64_t window, double softcap,
        const OptionalTensor& plan_)
       : device(q_.get_device_index()) {
     STD_TORCH_CHECK(q_.dim() == 4 && k_.dim() == 4 && v_.dim() == 4, "q, k and v have ", q_.dim(),
-                    ", ", k_.dim(), " and ", v_.dim(),
-                    " dimensions, expected (batch, heads, seq, head_dim)");
+                    ", ", k_.dim(), " and ", v_.dim(), " dimensions");
     const ScalarType type = q_.scalar_type();
-    const int64_t batch = q_.size(0), heads = q_.size(1), seq = q_.size(2), kv_heads = k_.size(1);
-    const int64_t d_qk = q_.size(3), d_v = v_.size(3);
-    check("k", k_, {batch, kv_heads, seq, d_qk}, type, device);
-    check("v", v_, {batch, kv_heads, seq, d_v}, type, device);
-    check("visible_end", visible_end_, {batch, seq}, ScalarType::Int, device);
-    STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && heads < (1 << 16), "q has ", heads,
-                    " heads, expected a multiple of the ", kv_heads,
-                    " heads of k, less than 65,536");
-    STD_TORCH_CHECK(scale > 0, "scale is ", scale, ", expected a positive number");
-    STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "q has dtype ",
-                    toString(type), ", expected BFloat16 or Half");
+    STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "q is ",
+                    toString(type));
     element = type == ScalarType::BFloat16 ? ElementType::bf16 : ElementType::fp16;
-    STD_TORCH_CHECK(0 <= window && window <= INT32_MAX, "window is ", window,
-                    ", expected 0 for none, or an int32");
+    const int64_t batch = q_.size(0), heads = q_.size(1), seq = q_.size(2), kv_heads = k_.size(1);
+    STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "heads is ", heads, ", kv_heads ",
+                    kv_heads);
+    STD_TORCH_CHECK(heads < (1 << 16), "q has ", heads, " heads, expected less than 65,536");
+    STD_TORCH_CHECK(scale > 0, "scale is ", scale);
+    q = aligned(q_);
+    k = aligned(checked("k", k_, {batch, kv_heads, seq, q_.size(3)}, type, device));
+    v = aligned(checked("v", v_, {batch, kv_heads, seq, v_.size(3)}, type, device));
+    rows = checked_rows(visible_end, positions, window, batch, seq, device);
     // Only the size of a plan is checked: the caller must pass the plan of this batch.
-    plan = plan_.has_value() ? *plan_ : tree_plan(visible_end_, positions_, window);
-    check("plan", plan, {batch, plan_size(static_cast<int32_t>(seq))}, ScalarType::Int, device);
-    plan = torch::stable::contiguous(plan);
-    q = aligned(q_), k = aligned(k_), v = aligned(v_);
-    visible_end = torch::stable::contiguous(visible_end_);
-    if (window > 0) {
-      STD_TORCH_CHECK(positions_.has_value(),
-                      "a window is measured in positions: pass positions too");
-      check("positions", *positions_, {batch, seq}, ScalarType::Int, device);
-      positions = torch::stable::contiguous(*positions_);
-    }
+    plan = plan_.has_value() ? *plan_ : tree_plan(rows.visible_end, rows.positions, window);
+    plan = torch::stable::contiguous(checked(
+        "plan", plan, {batch, plan_size(static_cast<int32_t>(seq))}, ScalarType::Int, device));
     if (sinks_.has_value()) {
-      check("sinks", *sinks_, {heads}, ScalarType::Float, device);
-      sinks = torch::stable::contiguous(*sinks_);
+      sinks =
+          torch::stable::contiguous(checked("sinks", *sinks_, {heads}, ScalarType::Float, device));
     }
     Params& p = params;
     p.batch = static_cast<int32_t>(batch), p.heads = static_cast<int32_t>(heads);
     p.kv_heads = static_cast<int32_t>(kv_heads), p.seq = static_cast<int32_t>(seq);
     p.scoring = {static_cast<float>(scale), static_cast<float>(softcap),
                  static_cast<int32_t>(window)};
-    p.visible_end = static_cast<const int32_t*>(visible_end.const_data_ptr());
-    p.positions = pointer<int32_t>(positions);
+    p.visible_end = pointer<int32_t>(rows.visible_end);
+    p.positions = pointer<int32_t>(rows.positions);
     p.plan = static_cast<const int32_t*>(plan.const_data_ptr());
     p.sinks = pointer<float>(sinks);
     p.q = raw(q), p.k = raw(k), p.v = raw(v);
@@ -225,41 +222,42 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   Call<BackwardParams> call(q, k, v, visible_end, positions, sinks, scale, window, softcap, plan);
   BackwardParams& p = call.params;
   const ScalarType type = q.scalar_type();
-  check("dout", dout, {q.size(0), q.size(1), q.size(2), v.size(3)}, type, call.device);
-  check("out", out, {q.size(0), q.size(1), q.size(2), v.size(3)}, type, call.device);
-  check("lse", lse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, call.device);
-  const StableTensor aligned_dout = aligned(dout), aligned_out = aligned(out);
-  const StableTensor contiguous_lse = torch::stable::contiguous(lse);
-  OptionalTensor contiguous_dlse;
-  if (dlse.has_value()) {
-    check("dlse", *dlse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, call.device);
-    contiguous_dlse = torch::stable::contiguous(*dlse);
-  }
-  StableTensor dq = empty_heads_last(q, q.size(3)), dk = empty_heads_last(k, k.size(3)),
-               dv = empty_heads_last(v, v.size(3));
-  const int64_t padded = padded_seq(static_cast<int32_t>(q.size(2)));
-  StableTensor statistics =
-      new_empty(contiguous_lse, {q.size(0), q.size(1), padded, 2}, ScalarType::Float);
+  const int64_t batch = q.size(0), heads = q.size(1), seq = q.size(2);
+  const int64_t d_qk = q.size(3), d_v = v.size(3);
+  const auto shaped_as_out = [&](const char* name, const StableTensor& x) {
+    return aligned(checked(name, x, {batch, heads, seq, d_v}, type, call.device));
+  };
+  const auto shaped_as_lse = [&](const char* name, const StableTensor& x) {
+    return torch::stable::contiguous(
+        checked(name, x, {batch, heads, seq}, ScalarType::Float, call.device));
+  };
+  const StableTensor own_dout = shaped_as_out("dout", dout), own_out = shaped_as_out("out", out);
+  const StableTensor own_lse = shaped_as_lse("lse", lse);
+  OptionalTensor own_dlse;
+  if (dlse.has_value()) own_dlse = shaped_as_lse("dlse", *dlse);
+  StableTensor dq = empty_heads_last(q, d_qk), dk = empty_heads_last(k, d_qk),
+               dv = empty_heads_last(v, d_v);
+  const int64_t padded = padded_seq(static_cast<int32_t>(seq));
+  StableTensor statistics = new_empty(own_lse, {batch, heads, padded, 2}, ScalarType::Float);
   // Zeros, which remain where there is no query.
   StableTensor dsinks = call.sinks.has_value()
                             ? torch::stable::new_zeros(*call.sinks, call.sinks->sizes())
-                            : new_empty(contiguous_lse, {0}, ScalarType::Float);
+                            : new_empty(own_lse, {0}, ScalarType::Float);
   if (call.empty()) {
     torch::stable::zero_(dk), torch::stable::zero_(dv);  // there may be keys without a query head
     return {dq, dk, dv, dsinks};
   }
-  p.out = raw(aligned_out), p.dout = raw(aligned_dout);
+  p.out = raw(own_out), p.dout = raw(own_dout);
   p.dq = raw(dq), p.dk = raw(dk), p.dv = raw(dv);
-  p.lse = static_cast<float*>(const_cast<void*>(contiguous_lse.const_data_ptr()));
-  p.dlse = pointer<float>(contiguous_dlse);
+  p.lse = const_cast<float*>(pointer<float>(own_lse));
+  p.dlse = pointer<float>(own_dlse);
   p.statistics = static_cast<Statistics*>(statistics.mutable_data_ptr());
   p.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, call.device);
-  const auto* kernel = find_backward(major, call.element, q.size(3), v.size(3));
+  const auto* kernel = find_backward(major, call.element, d_qk, d_v);
   OptionalTensor dq_sums;
   if (kernel != nullptr && kernel->adds_dq && !deterministic) {
-    dq_sums =
-        new_empty(contiguous_lse, {q.size(0), q.size(1), padded, q.size(3)}, ScalarType::Float);
+    dq_sums = new_empty(own_lse, {batch, heads, padded, d_qk}, ScalarType::Float);
     p.dq_sums = static_cast<float*>(dq_sums->mutable_data_ptr());
   }
   launch(kernel, p, call.device);

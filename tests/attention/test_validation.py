@@ -93,20 +93,34 @@ def test_not_a_tree_is_the_error_of_the_definition(ends):
 
 
 def test_the_op_checks_what_memory_safety_needs():
-    op = torch.ops.onepass.tree_attention
+    forward = torch.ops.onepass.tree_attention
+    backward = torch.ops.onepass.tree_attention_backward
+    given = {"q": Q, "k": KV, "v": KV, "visible_end": ENDS, "positions": None, "sinks": None}
+    given |= {"scale": 1.0, "window": 0, "softcap": 0.0}
+    out, lse = forward(**given)
+    results = {"dout": out, "dlse": lse, "out": out, "lse": lse}
     for change, message in (
-        ({1: KV[:, :, :5]}, r"k has shape \[2, 2, 5, 8\], expected \[2, 2, 6, 8\]"),
-        ({3: ENDS[:1]}, r"visible_end has shape \[1, 6\]"),
-        ({3: ENDS.long()}, "visible_end is Long"),
-        ({5: torch.zeros(3)}, r"sinks has shape \[3\], expected \[4\]"),
-        ({7: 3}, "pass positions too"),
-        ({0: Q.half(), 1: KV.half(), 2: KV.half()}, "q is Half, expected float32"),
+        ({"q": Q[0]}, "q, k and v have 3, 4 and 4 dimensions"),
+        ({"q": Q.half(), "k": KV.half(), "v": KV.half()}, "q is Half"),
+        ({"q": Q[:, :3]}, "heads is 3, kv_heads 2"),
+        ({"k": KV[:, :, :5]}, r"k is Float \[2, 2, 5, 8\], expected Float \[2, 2, 6, 8\]"),
+        ({"v": KV.double()}, "v is Double"),
+        ({"visible_end": ENDS[:1]}, r"visible_end is Int \[1, 6\], expected Int \[2, 6\]"),
+        ({"visible_end": ENDS.long()}, "visible_end is Long"),
+        ({"window": -1}, "window is -1"),
+        ({"window": 3}, "window is 3, without positions"),
+        ({"window": 3, "positions": ENDS[:, :5]}, "positions is Int"),
+        ({"sinks": torch.zeros(3)}, r"sinks is Float \[3\], expected Float \[4\]"),
     ):
-        arguments = [Q, KV, KV, ENDS, None, None, 1.0, 0, 0.0]
-        for index, value in change.items():
-            arguments[index] = value
         with pytest.raises(ValueError, match=message):
-            op(*arguments)
+            forward(**given | change)
+        with pytest.raises(ValueError, match=message):
+            backward(**results, **given | change)
+    for name, result in results.items():
+        with pytest.raises(ValueError, match=f"{name} is Double"):
+            backward(**given, **results | {name: result.double()})
+        with pytest.raises(ValueError, match=rf"{name} is Float \[2, 3"):
+            backward(**given, **results | {name: result[:, :3]})
 
 
 def test_every_name_is_an_implementation():
