@@ -10,8 +10,7 @@ import torch
 from small_model import make_model, make_tokenizer, read_conversations
 from torch.nn.functional import cross_entropy
 
-from onepass_trl import OnePassCollator, build_tree, linearize, render_passes
-from onepass_trl.attention.transformers_backend import use_onepass_attention
+from onepass_trl import OnePassCollator, build_tree, linearize, render_passes, use_onepass_attention
 
 conversations = read_conversations()
 messages = conversations[0]["messages"]

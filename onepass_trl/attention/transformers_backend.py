@@ -152,7 +152,7 @@ def _check_layer(
     if not getattr(module, _PREPARED, False) and carries_state(module):
         raise refuse(
             "the model has other layers, whose state would run from branch to branch: switch it "
-            "with onepass_trl.attention.transformers_backend.use_onepass_attention(model)"
+            "with onepass_trl.use_onepass_attention(model)"
         )
 
     if key.shape[2] != query.shape[2]:
