@@ -92,20 +92,9 @@ def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase)
     text.vocab_size = max(text.vocab_size, len(tokenizer))
 
 
-def check_folder(flag: str, path: str | None) -> None:
-    """Raise for an output that can't be written, before the work whose result it would get.
-
-    Raises:
-        OSError: if the folder of `path` doesn't exist, or `path` is a folder; None is no output.
-    """
-    if path is None:
-        return
-    if not (folder := Path(path).resolve().parent).is_dir():
-        raise FileNotFoundError(
-            f"{flag} {path}: the folder {folder} does not exist; create it first"
-        )
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{flag} {path} is a folder, name a file in it")
+def inputs_of(options: argparse.Namespace) -> list[str | None]:
+    """Return what the options name that is read: a dataset, a model, a chat template."""
+    return [options.dataset, options.model_name_or_path, options.chat_template_path]
 
 
 def load_config(model: str) -> PreTrainedConfig | None:

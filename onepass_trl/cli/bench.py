@@ -28,10 +28,11 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     import torch
 
-    from onepass_trl.cli.arguments import check_folder
+    from onepass_trl.cli.arguments import inputs_of
     from onepass_trl.tools.bench.results import write
+    from onepass_trl.tools.outputs import check_outputs
 
-    check_folder("--json", options.json)
+    check_outputs({"--json": options.json}, inputs_of(options))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     from onepass_trl.tools.estimation import estimate
     from onepass_trl.tools.estimation_report import as_json, report
     from onepass_trl.tools.flops import model_cost
+    from onepass_trl.tools.outputs import write_output
 
     tokenizer = load_tokenizer(options)
     config = load_config(options.model_name_or_path)
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
     print("\n".join(report(found, **given)))
     if options.json is not None:
         value = {"dataset": options.dataset, **as_json(found, **given)}
-        Path(options.json).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        write_output(options.json, json.dumps(value, indent=1) + "\n")
         print(f"Wrote {options.json}")
     if options.png is not None:
         from onepass_trl.tools import plots
@@ -125,13 +126,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise for a file that can't be written, before the work whose result it would get."""
-    from onepass_trl.cli.arguments import check_folder
+    from onepass_trl.cli.arguments import inputs_of
+    from onepass_trl.tools.outputs import check_outputs
 
     if options.png is not None:
         from onepass_trl.tools.plots import check_png
 
         check_png(options.png)
-    check_folder("--json", options.json)
+    check_outputs({"--json": options.json, "--png": options.png}, inputs_of(options))
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:

@@ -34,9 +34,10 @@ def main(argv: list[str]) -> int:
     for line in [*figures(found, layers), *remarks(found), *problem]:
         console.print(line, markup=False, soft_wrap=True)
     if options.html is not None:
+        from onepass_trl.tools.outputs import write_output
         from onepass_trl.tools.page import to_html
 
-        Path(options.html).write_text(to_html(found, _title(options), layers), encoding="utf-8")
+        write_output(options.html, to_html(found, _title(options), layers))
         console.print(f"Wrote {options.html}", markup=False, soft_wrap=True)
     if options.png is not None:
         from onepass_trl.tools import mask_picture, plots
@@ -73,13 +74,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise unless the requested files can be written, before any work."""
-    from onepass_trl.cli.arguments import check_folder
+    from onepass_trl.cli.arguments import inputs_of
+    from onepass_trl.tools.outputs import check_outputs
 
     if options.png is not None:
         from onepass_trl.tools.plots import check_png
 
         check_png(options.png)
-    check_folder("--html", options.html)
+    check_outputs({"--html": options.html, "--png": options.png}, inputs_of(options))
 
 
 def _inspect(options: argparse.Namespace) -> Inspection:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from onepass_trl.tools.outputs import write_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,12 +17,7 @@ UNREASONED, DISPLACED = "#b91c1c", "#7c3aed"  # of one rendering: without reason
 
 
 def check_png(path: str | Path) -> None:
-    """Raise unless a figure can be written to `path`, before the work that it would show.
-
-    Raises:
-        ValueError: if matplotlib is missing, or `path` doesn't end in ``.png``.
-        FileNotFoundError: if its folder doesn't exist.
-    """
+    """Raise ValueError if matplotlib is missing, or `path` doesn't end in ``.png``."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -29,9 +27,6 @@ def check_png(path: str | Path) -> None:
         ) from error
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path}: figures are PNG files, expected a name that ends in .png")
-    folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {folder} does not exist; create it first")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -43,4 +38,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: str | Path, description: str = "") -> None:
     """Write a figure as a PNG file on white at 150 dpi, with `description` in its metadata."""
-    figure.savefig(path, dpi=150, facecolor="white", metadata={"Description": description})
+    drawn = BytesIO()
+    figure.savefig(
+        drawn, format="png", dpi=150, facecolor="white", metadata={"Description": description}
+    )
+    write_output(path, drawn.getvalue())

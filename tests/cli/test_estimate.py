@@ -101,15 +101,18 @@ def test_a_cuda_build_of_torch_without_a_gpu_uses_the_cpu(
         ("--png=missing/out.png", "does not exist; create it"),
         ("--json=.", "is a folder, name a file in it"),
         ("--png=out.pdf", "expected a name that ends in .png"),
+        ("--json={input}", "would replace {input}, which is read; name another file"),
         ("--overflow=error", None),
     ],
 )
-def test_bad_input(estimate, flag, message):
+def test_bad_input(estimate, tmp_path, flag, message):
     if message is None:
         flag, message = "--overflow=error", "raise max_length to at least"
         status, _, error = estimate(CHATS, flag, "--max_length=20")
     else:
-        status, _, error = estimate(CHATS, flag)
+        names = {"input": tmp_path / "chats.jsonl"}
+        status, _, error = estimate(CHATS, flag.format(**names))
+        message = message.format(**names)
     assert status == 2
     assert message in error
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from onepass_trl.tools.outputs import write_output
+
 _PACKAGES = ("torch", "transformers", "trl", "tokenizers", "numpy")
 _REPOSITORY = Path(__file__).parents[3]
 _NO_RESULTS = ":(exclude)benchmarks/results"
@@ -93,4 +95,4 @@ def write(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "results": results,
     }
-    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    write_output(path, json.dumps(content, indent=2) + "\n")
