@@ -50,19 +50,18 @@ def split_inline(content: str) -> tuple[str, str] | None:
         return None
     text = text.removeprefix(THINK_OPEN)
     quoted = {match.start() for match in _QUOTED.finditer(text)}
-    ends = [match.start() for match in re.finditer(THINK_CLOSE, text)]
-    ends = [end for end in ends if end not in quoted]
-    if not ends:
+    marks = {match.start() for match in re.finditer(THINK_CLOSE, text)}
+    if not marks:
         raise ValueError(
             f"has content that opens {THINK_OPEN} and never closes it with {THINK_CLOSE}; close it"
         )
-    if len(ends) > 1:
+    if len(marks - quoted) != 1:
         raise ValueError(
-            f"has content that opens {THINK_OPEN} and has {THINK_CLOSE} {len(ends)} times after "
-            "it, so it can't be told where the reasoning ends; give the reasoning as "
-            "'reasoning_content'"
+            f"has content that opens {THINK_OPEN} and has {THINK_CLOSE} {len(marks)} times after "
+            f"it, {len(quoted)} of them in quotation marks, so it can't be told where the "
+            "reasoning ends; give the reasoning as 'reasoning_content'"
         )
-    [end] = ends
+    [end] = marks - quoted
     return text[:end].strip("\n"), text[end + len(THINK_CLOSE) :].lstrip("\n")
 
 

@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from onepass_trl.chat.errors import ChatFormatError
-from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN, other_mark, split_inline
+from onepass_trl.chat.marks import (
+    REASONING_WORDS,
+    THINK_CLOSE,
+    THINK_OPEN,
+    other_mark,
+    split_inline,
+    words_of,
+)
 
 Message = dict[str, Any]
 
@@ -31,25 +38,35 @@ _TOO_DEEP = f"are nested more than {MAX_DEPTH} levels deep; make them flatter"
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _CALL_FORM = "{'function': {'name': .., 'arguments': {..}}}"
+# What to do with parts of other types, by a word of the type; the first that it has counts.
 _PART_REMEDIES = {
-    **dict.fromkeys(("thinking", "reasoning"), "give its text as 'reasoning_content'"),
-    "redacted_thinking": "nobody can read it, so remove the turn",
+    "redacted": "nobody can read it, so remove the turn",
+    **dict.fromkeys(sorted(REASONING_WORDS), "give its text as 'reasoning_content'"),
     **dict.fromkeys(
-        ("tool_use", "tool_call", "function_call"),
-        f"give it in the message's 'tool_calls', as {_CALL_FORM}",
-    ),
-    **dict.fromkeys(
-        ("tool_result", "function_call_output"),
+        ("result", "output", "response"),
         "make it a message of its own, {'role': 'tool', 'content': ..}, after the call's",
     ),
-    "refusal": "give its text as a part of type 'text'",
+    **dict.fromkeys(
+        ("tool", "function", "call"), f"give it in the message's 'tool_calls', as {_CALL_FORM}"
+    ),
+    **dict.fromkeys(
+        ("image", "video", "audio"),
+        "only text can be read, images, video and audio can't: train such rows with TRL's "
+        "SFTTrainer or remove the part",
+    ),
 }
-_OTHER_PART = (
-    "only text can be read, images and audio can't: train such rows with TRL's SFTTrainer or "
-    "remove the part"
-)
+_OTHER_PART = "give its text as a part of type 'text', or remove it"
 
-_CALL_ROLES = ("tool_call", "function_call")  # of messages that hold the assistant's calls as JSON
+_CALLS = {"call", "calls"}
+_CALL_ROLES = {"tool", "function", *_CALLS}  # of messages that hold the assistant's calls as JSON
+_OTHER_ROLES = {
+    "human": "user",
+    **dict.fromkeys(("ai", "bot", "chatgpt", "gpt", "model"), "assistant"),
+    **dict.fromkeys(
+        ("environment", "function", "ipython", "observation", "tool"),
+        "tool",
+    ),
+}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _FLAGS = ("weight", "loss", "loss_mask", "trainable")  # of OpenAI's files and others, for ``train``
@@ -104,7 +121,9 @@ def _normalize(
     out = with_calls(out, index)
     role = out.get("role")
     if role not in ROLES:
-        _refuse(index, f"has role {role!r}, expected one of {', '.join(ROLES)}; rename it")
+        meant = {_OTHER_ROLES[word] for word in words_of(str(role)) & _OTHER_ROLES.keys()}
+        rename = f"rename it to {meant.pop()!r}" if len(meant) == 1 else "rename it"
+        _refuse(index, f"has role {role!r}, expected one of {', '.join(ROLES)}; {rename}")
     for key in ("text", "value"):
         if "content" not in out and out.get(key):
             _refuse(index, f"has {key!r} and no 'content'; rename it")
@@ -181,9 +200,9 @@ def _part_text(part: Any, index: int) -> str:
         return part["text"]
     if kind in _TEXT_PARTS:
         _refuse(index, f"has a content part of type {kind!r} without a 'text' string; give it one")
-    _refuse(
-        index, f"has a content part of type {kind!r}; {_PART_REMEDIES.get(str(kind), _OTHER_PART)}"
-    )
+    words = words_of(str(kind))
+    remedy = next((_PART_REMEDIES[word] for word in _PART_REMEDIES if word in words), _OTHER_PART)
+    _refuse(index, f"has a content part of type {kind!r}; {remedy}")
 
 
 def _encodable(text: str) -> bool:
@@ -239,7 +258,8 @@ def with_calls(message: Message, index: int) -> Message:
     Raises:
         ChatFormatError: if it isn't JSON; the message is called by its index.
     """
-    if message.get("role") not in _CALL_ROLES:
+    words = words_of(str(message.get("role")))
+    if not (words & _CALLS and words <= _CALL_ROLES):
         return message
     content = message.get("content")
     thought, calls = "", content

@@ -104,7 +104,7 @@ def test_other_messages_in_a_row_are_errors(template, second):
             rendered(template, messages, train_on=train_on)
 
 
-@pytest.mark.parametrize("role", ["tool_call", "function_call"])
+@pytest.mark.parametrize("role", ["tool_call", "function_call", "tool-calls", "functionCall"])
 def test_calls_in_a_role_of_their_own(role):
     function = {"name": "weather", "arguments": {"city": "Rome"}}
     messages = [QUESTION, {"role": role, "content": json.dumps(function)}, RESULT, ANSWER]

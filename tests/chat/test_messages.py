@@ -140,7 +140,10 @@ def test_other_marks_are_content(content):
 
 ERRORS = [
     ("Hi", r"message 0 must be a dict .* got str"),
-    ({"role": "human", "content": "x"}, "role 'human', expected one of system, developer"),
+    ({"role": "human", "content": "x"}, "role 'human', expected one of system, .* to 'user'"),
+    ({"role": "model", "content": "x"}, "role 'model', .*; rename it to 'assistant'"),
+    ({"role": "tool_response", "content": "x"}, "role 'tool_response', .*; rename it to 'tool'"),
+    ({"role": "narrator", "content": "x"}, "role 'narrator', .*; rename it$"),
     ({"content": "x"}, "role None"),
     ({"role": "user", "content": 3}, "content of type int"),
     (
@@ -161,7 +164,21 @@ ERRORS = [
         {"role": "user", "content": [{"type": "tool_result", "content": "x"}]},
         "'tool_result'; make it a message of its own, {'role': 'tool'",
     ),
-    ({"role": "user", "content": [{"type": ["text"]}]}, "only text can be read"),
+    (
+        {"role": "assistant", "content": [{"type": "server-tool-use", "name": "f"}]},
+        "'server-tool-use'; give it in the message's 'tool_calls', as",
+    ),
+    (
+        {"role": "user", "content": [{"type": "function_call_output", "output": "x"}]},
+        "'function_call_output'; make it a message of its own, {'role': 'tool'",
+    ),
+    (
+        {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]},
+        "nobody can read it, so remove the turn",
+    ),
+    ({"role": "user", "content": [{"type": "document"}]}, "'document'; give its text as a part"),
+    ({"role": "user", "content": [{"type": "input_audio"}]}, "video and audio can't"),
+    ({"role": "user", "content": [{"type": ["image"]}]}, "only text can be read"),
     ({"role": "user", "content": [3]}, "part of type int"),
     ({"role": "user", "content": "\ud800"}, "surrogate"),
     ({"role": "user", "content": "x", "tool_calls": [1]}, "only assistant messages call tools"),
@@ -174,7 +191,16 @@ ERRORS = [
     ),
     ({"role": "assistant", "content": "<think>a</think>x", "thinking": "a"}, "reasoning twice"),
     ({"role": "assistant", "content": "<think>a"}, "never closes"),
-    ({"role": "assistant", "content": "<think>It is `</think>`."}, "never closes"),
+    *(
+        ({"role": "assistant", "content": content}, r"can't be told where .*'reasoning_content'")
+        for content in (
+            "<think>It is `</think>`.",
+            '<think>He said "yes"</think>"Yes."',
+            "<think>\nThe mark (</think>) ends it.\n</think>\n\nTwo.",
+            "<think>\nOk.\n</think>\n\nUse </think> there.",
+            "<think>a</think><think>b</think>c",
+        )
+    ),
     ({"role": "assistant", "content": "<think>a </think> b\n</think>\n\nc"}, "</think> 2 times"),
     ({"role": "assistant", "content": "<think>\na\n</think>\nb\n</think>"}, "</think> 2 times"),
     ({"role": "assistant", "tool_calls": "f"}, "tool_calls of type str, expected a list"),
