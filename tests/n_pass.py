@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from datasets import Dataset
 
@@ -11,6 +15,10 @@ from tests.conversations import as_record
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-4
+SGD: dict[str, Any] = dict(
+    optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0
+)
+"""Options with which a step is easy to repeat by hand, see `assert_same_training`."""
 
 
 def n_pass_loss(model: torch.nn.Module, passes: list[Pass], dft: bool = False) -> torch.Tensor:
@@ -47,3 +55,39 @@ def assert_same_gradients(actual, expected):
     for name, gradient in expected.items():
         difference = torch.linalg.vector_norm(actual[name] - gradient)
         assert difference <= GRADIENT_TOLERANCE * torch.linalg.vector_norm(gradient), name
+
+
+def assert_same_batch(trainer, batch, reference, passes: list[Pass], dft: bool = False):
+    """Compare the loss and the gradients of a trainer's batch with those of a model's passes."""
+    expected = n_pass_loss(reference, passes, dft)
+    expected.backward()
+    num_items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    assert num_items == sum(pass_.num_trained for pass_ in passes)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_items)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=LOSS_TOLERANCE, atol=0)
+    assert_same_gradients(gradients(trainer.model), gradients(reference))
+
+
+def assert_same_training(trainer, reference, passes_of_step: Callable[[], list[Pass]]):
+    """Train with `SGD`, and compare losses and weights with steps of N-pass."""
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = []
+    for _ in logged:
+        reference.zero_grad()
+        loss = n_pass_loss(reference, passes_of_step())
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                if parameter.grad is not None:
+                    parameter -= trainer.args.learning_rate * parameter.grad
+    assert len(logged) == trainer.args.max_steps
+    assert logged == pytest.approx(losses, rel=1e-4)
+    assert logged[-1] < logged[0]
+    for (name, actual), expected in zip(
+        trainer.model.named_parameters(), reference.parameters(), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, msg=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from tests.n_pass import SGD
 from tests.setsft.trainers import forking_model, make_trainer
 from tests.training.distributed_worker import start, train_and_save
 
@@ -12,14 +13,8 @@ from tests.training.distributed_worker import start, train_and_save
 def main(folder: str, options: dict) -> None:
     start(options)
     model, tokenizer = forking_model("qwen3")
-    settings = dict(
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        dataloader_pin_memory=False,
-    )
-    trainer = make_trainer(model, tokenizer, folder, **{**settings, **options})
+    settings = {**SGD, "dataloader_pin_memory": False, **options}
+    trainer = make_trainer(model, tokenizer, folder, **settings)
     train_and_save(trainer, folder)
 
 

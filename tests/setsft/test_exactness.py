@@ -9,7 +9,10 @@ import torch
 from onepass_trl.versions import checkpointing_option
 from tests.n_pass import (
     LOSS_TOLERANCE,
+    SGD,
+    assert_same_batch,
     assert_same_gradients,
+    assert_same_training,
     gradients,
     n_pass_loss,
 )
@@ -101,16 +104,7 @@ def test_a_batch_equals_separate_matched_passes(name, options, tmp_path):
     passes = matched_passes(trainer, batch, reference)
     if options.get("max_length") == 95:
         assert sum(map(len, passes[:4])) - 3 * batch["sets"][0].traces[0].fork > 95
-    expected = n_pass_loss(reference, passes)
-    expected.backward()
-
-    num_items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
-    assert num_items == sum(pass_.num_trained for pass_ in passes)
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_items)
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=LOSS_TOLERANCE, atol=0)
-    assert_same_gradients(gradients(trainer.model), gradients(reference))
+    assert_same_batch(trainer, batch, reference, passes)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -181,26 +175,7 @@ def test_training_equals_training_on_separate_matched_passes(accumulation, tmp_p
         per_device_train_batch_size=4 // accumulation,
         gradient_accumulation_steps=accumulation,
         max_steps=3,
-        optim="sgd",
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
+        **{**SGD, "learning_rate": 0.3},
     )
     batch = batch_of(trainer)
-    trainer.train()
-    losses = []
-    for _ in range(3):
-        reference.zero_grad()
-        loss = n_pass_loss(reference, matched_passes(trainer, batch, reference))
-        loss.backward()
-        losses.append(loss.item())
-        with torch.no_grad():
-            for parameter in reference.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.3 * parameter.grad
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(losses, rel=1e-4)
-    for (name, actual), expected in zip(
-        trainer.model.named_parameters(), reference.parameters(), strict=True
-    ):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert_same_training(trainer, reference, lambda: matched_passes(trainer, batch, reference))

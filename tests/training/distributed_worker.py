@@ -21,16 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
 from onepass_trl.versions import checkpointing_option
-from tests.conversations import as_record, forked_rollouts, random_chat
+from tests.conversations import as_record
 from tests.models import make_model
+from tests.n_pass import SGD
+from tests.training.conversations import WITH_ROLLOUTS
 from tests.training.sharding import shard_on_cpu
-
-CONVERSATIONS = [
-    random_chat(4, seed=1),
-    random_chat(2, seed=2),
-    forked_rollouts(3),
-    random_chat(1, seed=3),
-]
 
 
 def main(folder: str, options: dict) -> None:
@@ -47,16 +42,13 @@ def main(folder: str, options: dict) -> None:
         bf16=False,
         use_cpu=True,
         max_steps=2,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
         logging_steps=1,
         save_strategy="no",
         dataloader_pin_memory=False,
+        **SGD,
     )
     settings[checkpointing_option()] = False
-    rows = Dataset.from_list([as_record(passes) for passes in CONVERSATIONS])
+    rows = Dataset.from_list([as_record(passes) for passes in WITH_ROLLOUTS])
     evaluate = options.pop("evaluate", False)
     trainer = OnePassSFTTrainer(
         make_model(options.pop("model", "qwen3")),

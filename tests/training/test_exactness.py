@@ -16,11 +16,15 @@ from tests.models import MODELS, make_model
 from tests.n_pass import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
+    SGD,
+    assert_same_batch,
     assert_same_gradients,
+    assert_same_training,
     gradients,
     make_trainer,
     n_pass_loss,
 )
+from tests.training.conversations import WITH_ROLLOUTS
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -46,13 +50,8 @@ def test_one_pass_equals_n_passes_on_any_tree(name, passes):
         assert comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE), comparison
 
 
-CONVERSATIONS = [
-    random_chat(4, seed=1),
-    random_chat(2, seed=2),
-    forked_rollouts(3),
-    random_chat(1, seed=3),
-]
-LONGEST = max(len(pass_) for passes in CONVERSATIONS for pass_ in passes)
+PASSES = [pass_ for conversation in WITH_ROLLOUTS for pass_ in conversation]
+LONGEST = max(map(len, PASSES))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma4", "gpt_oss", "qwen3_5_moe", "granitemoehybrid"])
@@ -82,31 +81,21 @@ LONGEST = max(len(pass_) for passes in CONVERSATIONS for pass_ in passes)
 def test_a_batch_of_the_trainer_equals_n_passes(name, options, tmp_path, tiny_tokenizer):
     reference = make_model(name)
     trainer = make_trainer(
-        copy.deepcopy(reference), CONVERSATIONS, tmp_path, tiny_tokenizer, **options
+        copy.deepcopy(reference), WITH_ROLLOUTS, tmp_path, tiny_tokenizer, **options
     )
     rows = list(trainer.train_dataset)
     if options.get("max_length") == LONGEST:
         assert len(rows) > 1
         assert max(len(row["input_ids"]) for row in rows) <= LONGEST
 
-    passes = [pass_ for conversation in CONVERSATIONS for pass_ in conversation]
-    expected = n_pass_loss(reference, passes, dft=options.get("loss_type") == "dft")
-    expected.backward()
-
-    batch = trainer.data_collator(rows)
-    num_items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
-    assert num_items == sum(pass_.num_trained for pass_ in passes)
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_items)
-    loss.backward()
-    torch.testing.assert_close(loss, expected, rtol=LOSS_TOLERANCE, atol=0)
-    assert_same_gradients(gradients(trainer.model), gradients(reference))
+    batch, dft = trainer.data_collator(rows), options.get("loss_type") == "dft"
+    assert_same_batch(trainer, batch, reference, PASSES, dft)
 
 
 def test_activations_may_be_packed_away(tmp_path, tiny_tokenizer):
     """Activation offloading packs and unpacks what forward saves; TRL's own needs an
     accelerator."""
-    trainer = make_trainer(make_model("qwen3"), CONVERSATIONS, tmp_path, tiny_tokenizer)
+    trainer = make_trainer(make_model("qwen3"), WITH_ROLLOUTS, tmp_path, tiny_tokenizer)
     batch = trainer.data_collator(list(trainer.train_dataset))
     trainer.compute_loss(trainer.model, batch).backward()
     expected = {name: gradient.clone() for name, gradient in gradients(trainer.model).items()}
@@ -123,39 +112,17 @@ def test_training_equals_n_pass_training(accumulation, tmp_path, tiny_tokenizer)
     reference = make_model("qwen3")
     trainer = make_trainer(
         copy.deepcopy(reference),
-        CONVERSATIONS,
+        WITH_ROLLOUTS,
         tmp_path,
         tiny_tokenizer,
         per_device_train_batch_size=4 // accumulation,
         gradient_accumulation_steps=accumulation,
         max_steps=3,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
         logging_steps=1,
         save_strategy="no",
+        **SGD,
     )
-    trainer.train()
-
-    passes = [pass_ for conversation in CONVERSATIONS for pass_ in conversation]
-    losses = []
-    for _ in range(3):
-        reference.zero_grad()
-        loss = n_pass_loss(reference, passes)
-        loss.backward()
-        losses.append(loss.item())
-        with torch.no_grad():
-            for parameter in reference.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.1 * parameter.grad
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(losses, rel=1e-4)
-    assert logged[-1] < logged[0]
-    for (name, actual), expected in zip(
-        trainer.model.named_parameters(), reference.parameters(), strict=True
-    ):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert_same_training(trainer, reference, lambda: PASSES)
 
 
 def test_the_router_loss_of_a_mixture_of_experts_is_that_of_n_passes(tmp_path, tiny_tokenizer):
@@ -163,15 +130,14 @@ def test_the_router_loss_of_a_mixture_of_experts_is_that_of_n_passes(tmp_path, t
 
     reference = make_model("qwen3_moe", router_aux_loss_coef=0.5)
     trainer = make_trainer(
-        copy.deepcopy(reference), CONVERSATIONS, tmp_path, tiny_tokenizer, router_aux_loss_coef=0.5
+        copy.deepcopy(reference), WITH_ROLLOUTS, tmp_path, tiny_tokenizer, router_aux_loss_coef=0.5
     )
-    passes = [pass_ for conversation in CONVERSATIONS for pass_ in conversation]
-    expected = n_pass_loss(reference, passes)
+    expected = n_pass_loss(reference, PASSES)
     logits = [
         reference.model(
             input_ids=torch.from_numpy(pass_.token_ids).long()[None], output_router_logits=True
         ).router_logits
-        for pass_ in passes
+        for pass_ in PASSES
     ]
     merged = tuple(torch.cat(layer) for layer in zip(*logits, strict=True))
     expected = expected + 0.5 * load_balancing_loss_func(merged, 4, 2)
