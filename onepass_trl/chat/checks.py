@@ -170,7 +170,9 @@ def after_stand_ins(text: str, texts: Mapping[str, str]) -> str | None:
     return text[max(ends) :] if ends else None
 
 
-def check_stand_ins(completion: str, message: Message, texts: Mapping[str, str]) -> None:
+def check_stand_ins(
+    completion: str, message: Message, texts: Mapping[str, str], *, reads_reasoning: bool
+) -> None:
     """Check that the texts of :func:`with_stand_ins` stand in the completion of its message.
 
     Raises:
@@ -184,9 +186,13 @@ def check_stand_ins(completion: str, message: Message, texts: Mapping[str, str])
                     f"{what} isn't written by the template, which writes the id {ids[0]!r} in its "
                     "place: give calls the ids that the model generates, such as 'functions.NAME:0'"
                 )
+            move = ""
+            if what == "its content" and "tool_calls" in message:
+                place = "put it into its 'reasoning_content'" if reads_reasoning else "remove it"
+                move = f"the template writes no text with a tool call: {place}, "
             raise TurnError(
                 f"{what} isn't written by the template, which writes such a turn as "
-                f"{_short(completion)}; {_REMEDY}"
+                f"{_short(completion)}; {move}{_REMEDY}"
             )
 
 
@@ -214,10 +220,7 @@ def _missing(what: str, part: str, text: str) -> TurnError:
     )
 
 
-_REMEDY = (
-    "put it where the template writes it (text beside a tool call often belongs into the "
-    "reasoning), use another template, or switch the turn off with 'train': false"
-)
+_REMEDY = "use a template that writes it, or switch the turn off with 'train': false"
 
 
 def _find_calls(text: str, calls: Sequence[Mapping[str, Any]], begin: int) -> int:

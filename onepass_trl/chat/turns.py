@@ -249,7 +249,7 @@ class TurnRenderer:
         """
         other, texts = with_stand_ins(message)
         completion = self._written(context, other)
-        check_stand_ins(completion, other, texts)
+        check_stand_ins(completion, other, texts, reads_reasoning=self._reads_reasoning)
         check_marks(context.text, completion)
         if not (texts.keys() - {"its reasoning"}):  # of which later contexts may have nothing
             other, texts = with_stand_ins({**other, "content": "some"})

@@ -35,8 +35,9 @@ KINDS = {
     "call": [QUESTION, said("", 1), RESULT, said("Yes.")],
     "text and call": [QUESTION, said("I look.", 1), RESULT, said("Yes.")],
     "two calls": [QUESTION, said("", 2), RESULT, RESULT, said("Yes.")],
+    "all three": [QUESTION, said("I look.", 1, **HM), RESULT, said("Yes.")],
 }
-CALLS = ("call", "text and call", "two calls")
+CALLS = ("call", "text and call", "two calls", "all three")
 VISION = ("idefics3", "llava_next", "qwen2_5_vl", "smolvlm")
 NO_REASONING = (
     *(case.template for case in CASES.values() if not case.reasoning),
@@ -44,34 +45,106 @@ NO_REASONING = (
 )
 NO_CALLS = ("cohere", "cohere2", "gemma", "gemma3", "lfm2", "llama3", "phi3", "phi3_5", *VISION)
 REFUSED = {
-    **{name: {"reasoning"} for name in NO_REASONING},
+    **{name: {"reasoning", "all three"} for name in NO_REASONING},
     **{name: {"reasoning", *CALLS} for name in NO_CALLS},
     # Calls are written only beside a null content, and one alone isn't ended.
     "deepseek_r1_distill": {*CALLS},
     # TRL's own version keeps contents as they are behind a prompt that opens the reasoning.
     "deepseek_r1_distill_training": {"answer", "reasoning", "system", *CALLS},
     "gemma": {"reasoning", "system", *CALLS},
-    "gptoss": {"two calls"},
-    "llama3_1": {"reasoning", "text and call", "two calls"},
-    "llama3_2": {"reasoning", "text and call", "two calls"},
-    "muse_glimmer": {"text and call"},
+    "gptoss": {"two calls", "all three"},
+    "llama3_1": {"reasoning", "text and call", "two calls", "all three"},
+    "llama3_2": {"reasoning", "text and call", "two calls", "all three"},
+    "muse_glimmer": {"text and call", "all three"},
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_refused(name):
-    original = name.removesuffix("_training")
-    case = BY_TEMPLATE.get(original, CASES["Qwen2.5"])
+def problems(name, messages):
+    """Return why turns of the messages are refused with the template of this name."""
+    case = BY_TEMPLATE.get(name.removesuffix("_training"), CASES["Qwen2.5"])
     tokenizer = copy.deepcopy(make_small_tokenizer(case))
     tokenizer.add_tokens(["<end_of_utterance>", "</s>"], special_tokens=True)
     tokenizer.bos_token = tokenizer.bos_token or "<|im_start|>"
     tokenizer.chat_template = trl_template(name)
-    refused = {
-        kind
-        for kind, messages in KINDS.items()
-        if any(
-            isinstance(turn, InvalidTurn)
-            for turn in render_each_turn(messages, tokenizer, chat_template_kwargs=case.kwargs)
+    turns = render_each_turn(messages, tokenizer, chat_template_kwargs=case.kwargs)
+    return [str(turn.error) for turn in turns if isinstance(turn, InvalidTurn)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_refused(name):
+    refused = {kind for kind, messages in KINDS.items() if problems(name, messages)}
+    assert refused == REFUSED.get(name, REFUSED.get(name.removesuffix("_training"), set()))
+
+
+INLINE = "<think>\nHm.\n</think>\n\n"
+REMEDIES = [
+    ("qwen2_5", KINDS["reasoning"], "into the content as <think>", KINDS["inline"]),
+    (
+        "qwen2_5",
+        [QUESTION, said("", 1, **HM)],
+        "into the content as <think>",
+        [QUESTION, said(INLINE, 1)],
+    ),
+    ("llama3_1", [QUESTION, said("", 1, **HM)], "or remove it", [QUESTION, said("", 1)]),
+    ("llama3_1", KINDS["text and call"], "with a tool call: remove it", KINDS["call"]),
+    (
+        "muse_glimmer",
+        KINDS["text and call"],
+        "with a tool call: put it into its 'reasoning_content'",
+        [QUESTION, said("", 1, reasoning="I look."), RESULT, said("Yes.")],
+    ),
+    *(
+        (
+            name,
+            KINDS["two calls"],
+            "split it into one assistant message for each call",
+            [QUESTION, said("", 1), RESULT, said("", 1), RESULT, said("Yes.")],
         )
-    }
-    assert refused == REFUSED.get(name, REFUSED.get(original, set()))
+        for name in ("llama3_1", "gptoss")
+    ),
+    (
+        "gptoss",
+        KINDS["all three"],
+        "join content and reasoning",
+        [QUESTION, said("", 1, reasoning="Hm. I look.")],
+    ),
+    (
+        "gemma",
+        KINDS["system"],
+        "into the first question",
+        [{"role": "user", "content": "Be brief. Warm in Rome?"}, said("Yes.")],
+    ),
+    (
+        "gemma3",
+        [QUESTION, QUESTION, said("Yes.")],
+        "join messages of one role",
+        [{"role": "user", "content": "Warm in Rome? Today?"}, said("Yes.")],
+    ),
+    (
+        "qwen3_5_think",
+        [{"role": "developer", "content": "Be brief."}, QUESTION, said("Yes.")],
+        "the role 'system'",
+        KINDS["system"],
+    ),
+    (
+        "deepseek_r1_distill_training",
+        KINDS["answer"],
+        "begin that with the reasoning",
+        KINDS["inline"],
+    ),
+    (
+        "deepseek_r1_distill_training",
+        KINDS["reasoning"],
+        "put it into the content as <think>",
+        KINDS["inline"],
+    ),
+    ("deepseek_r1_distill", KINDS["call"], "use a template that writes it", KINDS["answer"]),
+    ("lfm2", KINDS["call"], "use a template that writes it", KINDS["answer"]),
+]
+
+
+@pytest.mark.parametrize(("name", "messages", "remedy", "mended"), REMEDIES)
+def test_the_remedy_of_a_refusal_works(name, messages, remedy, mended):
+    first = problems(name, messages)[0]
+    assert remedy in first
+    assert problems(name, mended) == []

@@ -12,6 +12,7 @@ from onepass_trl.chat.marks import THINK_OPEN
 from onepass_trl.chat.messages import Message
 from onepass_trl.chat.template import Template
 
+SPLIT_CALLS = "split it into one assistant message for each call, each followed by its tool message"
 _REASONING_FIELDS = ("reasoning_content", "thinking")
 
 

@@ -6,9 +6,12 @@ one of these, and the checks on each turn show whether it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from onepass_trl.chat.encoding import shared_prefix
 from onepass_trl.chat.errors import TurnError
-from onepass_trl.chat.families.base import Family, Turn
+from onepass_trl.chat.families.base import SPLIT_CALLS, Family, Turn
 from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
 from onepass_trl.chat.template import Template
 
@@ -19,6 +22,15 @@ class Composable(Family):
     """The completion is what the template writes for the turn behind the context."""
 
     name = "composable"
+    remedies: ClassVar[Mapping[str, str]] = {
+        "single tool-calls": SPLIT_CALLS,
+        "roles must alternate": (
+            "it takes questions and answers by turns: join messages of one role, and put a system "
+            "message into the first question; for tool messages use another template"
+        ),
+        "System role not supported": "put its text into the first question",
+        "Unexpected message role": "give instructions the role 'system'",
+    }
 
     def matches(self, template: Template) -> bool:
         """Return True: this is the family of templates that need no special treatment."""
@@ -36,10 +48,17 @@ class Composable(Family):
         """Return the end of the conversation's rendering, behind the context."""
         reads_reasoning = self.reads_reasoning(turn.template)
         if turn.reasoning and not reads_reasoning:
+            inline = turn.with_reasoning("").with_content(turn.reasoning)
+            written = turn.template.render(inline.messages, prompt=False)
+            remedy = (
+                f"put it into the content as {THINK_OPEN}..{THINK_CLOSE} if later turns are to see "
+                "it"
+                if turn.reasoning.strip() in written
+                else "remove it"
+            )
             raise TurnError(
                 "it has reasoning, but the template has no place for any and would drop it; use a "
-                "template of a reasoning model, or put it into the content as <think>..</think> "
-                "if later turns are to see it"
+                f"template of a reasoning model, or {remedy}"
             )
         full = turn.template.render(turn.messages, prompt=False)
         if full.startswith(turn.context):

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from onepass_trl.chat.errors import TurnError
-from onepass_trl.chat.families.base import Family, Turn
+from onepass_trl.chat.families.base import SPLIT_CALLS, Family, Turn
 from onepass_trl.chat.template import Template
 
 _HEADER = "<|start|>assistant"
@@ -53,7 +53,6 @@ class GptOss(Family):
         if calls > 1:
             raise TurnError(
                 f"it has {calls} tool calls, of which the gpt-oss template writes only the first; "
-                "split it into one assistant message for each call, each followed by its tool "
-                "message"
+                f"{SPLIT_CALLS}"
             )
         return turn.rendered_alone(turn.template.question + _HEADER)
