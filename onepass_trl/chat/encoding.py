@@ -118,27 +118,28 @@ def encode_behind(tokenizer: PreTrainedTokenizerBase, context: str, completion: 
 
 def encode_views(
     tokenizer: PreTrainedTokenizerBase, added: AddedTokens, views: Sequence[str]
-) -> list[Ids]:
-    """Return what :func:`encode_alone` does, fast for successive texts that share long prefixes.
+) -> Iterator[Ids]:
+    """Yield what :func:`encode_alone` returns, fast for successive texts that share long prefixes.
 
     Added tokens are hard boundaries for a tokenizer: it encodes the text between two of them
     separately. So the ids up to the last boundary that a view shares with the previous one are
     reused, and every distinct piece of the rest is encoded once.
     """
     if added.boundary is None:
-        return encode_alone(tokenizer, views)
+        yield from encode_alone(tokenizer, views)
+        return
     splits = list(_split(views, added.boundary, added.margin))
     pieces = list(dict.fromkeys(piece for _, new in splits for piece in new))
     ids_of = dict(zip(pieces, encode_alone(tokenizer, pieces), strict=True))
-    encoded = [np.empty(0, dtype=np.int32)]
+    encoded = np.empty(0, dtype=np.int32)
     ends = [0]  # in the ids of the last view, before its first piece and after each piece
     for num_kept, new in splits:
         del ends[num_kept + 1 :]
         parts = [ids_of[piece] for piece in new]
-        encoded.append(np.concatenate([encoded[-1][: ends[-1]], *parts]))
+        encoded = np.concatenate([encoded[: ends[-1]], *parts])
         for part in parts:
             ends.append(ends[-1] + part.size)
-    return encoded[1:]
+        yield encoded
 
 
 def _split(

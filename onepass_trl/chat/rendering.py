@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from onepass_trl.chat.encoding import (
     AddedTokens,
+    Ids,
     encode_alone,
     encode_behind,
     encode_views,
@@ -113,11 +115,10 @@ def render_each_turn(
     """
     renderer = TurnRenderer(tokenizer, tools, chat_template_kwargs)
     normal, trained = renderer.read(messages, train_on)
-    whole = renderer.context(normal)
-    turns = [renderer.turn(whole.up_to(turn.index), normal[turn.index], turn) for turn in trained]
+    turns = renderer.turns(normal, trained)
     valid = [turn for turn in turns if isinstance(turn, TurnTexts)]
     if valid:
-        whole.up_to(valid[-1].index).report_left_out()
+        renderer.context(normal[: valid[-1].index]).report_left_out()
     passes = iter(_passes(valid, tokenizer, renderer.added))
     return [
         RenderedTurn(**vars(turn), rendered=next(passes)) if isinstance(turn, TurnTexts) else turn
@@ -164,19 +165,23 @@ def _passes(
         return []
     contexts = [turn.context for turn in turns]
     completions = [turn.completion for turn in turns]
-    # What a turn generates stands in later contexts too, as a rule: its pieces are encoded once.
+    # What a turn generates appears in later contexts too, as a rule: its pieces are encoded once.
     alone = [] if added.prepends else completions
-    ids = encode_views(tokenizer, added, [*contexts, *alone])
-    context_ids, completion_ids = ids[: len(contexts)], ids[len(contexts) :]
+    ids = encode_views(tokenizer, added, [*alone, *contexts])
+    completion_ids = list(itertools.islice(ids, len(alone)))
     if added.prepends:
         completion_ids = [
             encode_behind(tokenizer, context, completion)
             for context, completion in zip(contexts, completions, strict=True)
         ]
+    passes = [_pass(*parts) for parts in zip(ids, completion_ids, strict=True)]
     [first_ids] = encode_alone(tokenizer, contexts[:1])
-    if not np.array_equal(context_ids[0], first_ids):
+    if not np.array_equal(passes[0].token_ids[~passes[0].trained], first_ids):
         raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")
-    return [
-        Pass(np.concatenate(parts), np.repeat([False, True], [ids.size for ids in parts]))
-        for parts in zip(context_ids, completion_ids, strict=True)
-    ]
+    return passes
+
+
+def _pass(context: Ids, completion: Ids) -> Pass:
+    trained = np.zeros(context.size + completion.size, dtype=np.bool_)
+    trained[context.size :] = True
+    return Pass(np.concatenate([context, completion]), trained)

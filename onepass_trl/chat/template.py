@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal
 from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
 from onepass_trl.chat.messages import REASONING_KEYS
 from onepass_trl.chat.template_source import TemplateSource, read_source
+from onepass_trl.chat.views import Views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +93,7 @@ class Template:
         self._tokenizer = tokenizer
         self.tools = None if tools is None else list(tools)
         self._kwargs = dict(kwargs or {})
+        self._views: Views | None = None
         reserved = sorted(RESERVED & self._kwargs.keys())
         if reserved:
             raise ChatFormatError(
@@ -214,6 +217,24 @@ class Template:
         Raises:
             TemplateRefusal: if the template raises an error for these messages.
         """
+        return (self._views.render if self._views else self._render)(messages, prompt)
+
+    @contextmanager
+    def sharing_views(self) -> Iterator[None]:
+        """Render views of one long conversation from each other, see `onepass_trl.chat.views`.
+
+        Raises:
+            ViewsDiffer: in the block or at its end, if this template can't be rendered so.
+        """
+        self._views = Views(self._render)
+        try:
+            yield
+            self._views.check()
+        finally:
+            self._views = None
+
+    def _render(self, messages: Sequence[dict[str, Any]], prompt: bool) -> str:
+        """Return what :meth:`render` does, by the template alone."""
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages),

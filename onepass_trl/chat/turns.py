@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
 from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
 from onepass_trl.chat.template import Template
 from onepass_trl.chat.unread import check_keys, report_left_out
+from onepass_trl.chat.views import ViewsDiffer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +45,8 @@ _CONSECUTIVE = (
     "the message {} it is from the assistant too, and generation would go on from one to the "
     "other: join the two, or put a user or tool message between them"
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,28 @@ class TurnRenderer:
         if self._template.takes_only_parts:
             message = {**message, "content": [{"type": "text", "text": message["content"]}]}
         return message
+
+    def turns(
+        self, messages: Sequence[Message], trained: Sequence[TurnToTrain]
+    ) -> list[TurnTexts | InvalidTurn]:
+        """Return the trained turns of messages in their normal form."""
+        try:
+            with self._template.sharing_views():
+                return self._turns(messages, trained)
+        except ViewsDiffer:
+            logger.info(
+                "this chat template writes the views of a conversation of %d messages too "
+                "differently to share them; each is rendered in full",
+                len(messages),
+            )
+            self._endings.clear()
+            return self._turns(messages, trained)
+
+    def _turns(
+        self, messages: Sequence[Message], trained: Sequence[TurnToTrain]
+    ) -> list[TurnTexts | InvalidTurn]:
+        whole = self.context(messages)
+        return [self.turn(whole.up_to(turn.index), messages[turn.index], turn) for turn in trained]
 
     def turn(
         self, context: TurnContext, message: Message, turn: TurnToTrain
