@@ -72,7 +72,7 @@ def test_loss_curves_lie_on_each_other(script, tmp_path, capsys):
     assert "3 steps, loss" in capsys.readouterr().out
 
 
-def test_an_estimate_beside_what_is_run(script, tmp_path, tiny_model_dir):
+def test_an_estimate_and_what_is_run(script, tmp_path, tiny_model_dir):
     path = tmp_path / "estimate.json"
     flags = [
         f"--data={ROOT / 'examples' / 'conversations.jsonl'}",

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +14,7 @@ from onepass_trl.visibility import (
     num_executed_pairs,
     num_visible_pairs,
 )
-from tests.attention.cases import random_visible_end, tree_positions
+from tests.attention.strategies import tilings
 
 
 def nests(visible_end: list[int]) -> bool:
@@ -54,19 +53,12 @@ def test_visible_pairs_of_a_causal_row():
     assert num_visible_pairs(causal_visible_end(5)) == dense_mask(causal_visible_end(5)).sum() == 15
 
 
-@given(
-    st.integers(0, 70),
-    st.integers(1, 20),
-    st.integers(1, 20),
-    st.none() | st.integers(1, 40),
-    st.integers(0, 2**31),
-)
-def test_tiles_cover_what_the_dense_mask_has(seq, query_tile, key_tile, window, seed):
-    generator = torch.Generator().manual_seed(seed)
-    ends = torch.tensor([random_visible_end(seq, generator)], dtype=torch.int32)
-    row, positions = ends[0].numpy(), tree_positions(ends)[0].numpy()
+@given(tilings())
+def test_tiles_cover_what_the_dense_mask_has(tiling):
+    row, positions, window, sizes = tiling
+    seq, (query_tile, key_tile) = row.size, sizes.values()
     mask = dense_mask(row, positions, window)
-    queries, keys = (cut_into_tiles(row, positions, size) for size in (query_tile, key_tile))
+    queries, keys = (cut_into_tiles(row, positions, size) for size in sizes.values())
     visited, full = coverage(queries, keys, window)
     assert visited.shape == full.shape == (-(-seq // query_tile), -(-seq // key_tile))
     num_causal = 0
@@ -76,7 +68,7 @@ def test_tiles_cover_what_the_dense_mask_has(seq, query_tile, key_tile, window, 
             assert (is_visited, full[query, key]) == (tile.any(), tile.all())
         assert is_visited >= tile.any() >= tile.all() >= full[query, key]
         num_causal += key * key_tile < min((query + 1) * query_tile, seq)
-    counts = count_tiles(row, positions, window, query_tile=query_tile, key_tile=key_tile)
+    counts = count_tiles(row, positions, window, **sizes)
     num_visited, num_full = visited.sum(), full.sum()
     assert counts == (num_causal - num_visited, num_visited - num_full, num_full)
     assert num_visible_pairs(row, positions, window) == mask.sum()

@@ -140,7 +140,7 @@ def draw(found: Inspection, title: str) -> Figure:
 
 
 def stretches(branch: Branch, name: str = "trunk") -> Iterator[tuple[str, int, int]]:
-    """Yield the name, the begin and the end of each run of the row that is in one branch.
+    """Yield ``(name, begin, end)`` of each run of the row that is in one branch.
 
     They come in reading order, not in the row's.
     """

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
+from typing import Any, NamedTuple
 
-from .cases import Case, Shape, make_case
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from .cases import Case, Shape, make_case, random_visible_end, tree_positions
 
 
 @st.composite
@@ -26,3 +31,23 @@ def cases(draw: st.DrawFn) -> Case:
         sinks=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
+
+
+class Tiling(NamedTuple):
+    """A row that is cut into tiles of queries and keys."""
+
+    visible_end: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    window: int | None
+    sizes: dict[str, Any]
+
+
+@st.composite
+def tilings(draw: st.DrawFn) -> Tiling:
+    """Random trees of all lengths up to a few tiles, with and without a window."""
+    seq = draw(st.integers(0, 70))
+    sizes = {name: draw(st.integers(1, 20)) for name in ("query_tile", "key_tile")}
+    window = draw(st.none() | st.integers(1, 40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    ends = torch.tensor([random_visible_end(seq, generator)], dtype=torch.int32)
+    return Tiling(ends[0].numpy(), tree_positions(ends)[0].numpy(), window, sizes)

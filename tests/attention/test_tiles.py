@@ -3,28 +3,20 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from onepass_trl import _C
 from onepass_trl.visibility import count_tiles
 
-from .cases import random_visible_end, tree_positions
+from .strategies import tilings
 
 
-@given(
-    st.integers(0, 70),
-    st.integers(1, 20),
-    st.integers(1, 20),
-    st.none() | st.integers(1, 40),
-    st.integers(0, 2**31),
-)
-def test_the_compiled_plan_counts_the_same_tiles(seq, query_tile, key_tile, window, seed):
-    generator = torch.Generator().manual_seed(seed)
-    ends = torch.tensor([random_visible_end(seq, generator)], dtype=torch.int32)
-    [row], [positions] = ends, tree_positions(ends)
-    tiles = dict(query_tile=query_tile, key_tile=key_tile)
-    expected = count_tiles(row.numpy(), positions.numpy(), window, **tiles)
-    assert _C.tile_counts(row, query_tile, key_tile, positions, window or 0) == expected
+@given(tilings())
+def test_the_compiled_plan_counts_the_same_tiles(tiling):
+    row, positions, window, sizes = tiling
+    counts = _C.tile_counts(
+        torch.from_numpy(row), *sizes.values(), torch.from_numpy(positions), window or 0
+    )
+    assert counts == count_tiles(row, positions, window, **sizes)
 
 
 def test_errors():

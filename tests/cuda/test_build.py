@@ -204,7 +204,7 @@ def built(tmp_path_factory) -> Path:
 
 
 @pytest.mark.long("csrc", "tests/cuda")
-def test_what_was_built_stands_beside_the_library(built):
+def test_what_was_built_is_recorded_next_to_the_library(built):
     build = read_build(built)
     assert build == CudaBuild(build.nvcc, ("80",), ((64, 64),))
     assert build.nvcc[0].isdigit()

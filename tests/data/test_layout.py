@@ -16,7 +16,7 @@ def test_a_row_trains_what_its_passes_train(passes):
 
 
 @given(pass_lists())
-def test_each_target_is_found_behind_its_own_prefix(passes):
+def test_each_target_is_found_after_its_own_prefix(passes):
     row, positions = linearize_with_targets(passes)
     mask = dense_mask(row.visible_end)
     for pass_, at in zip(passes, positions, strict=True):
@@ -52,7 +52,7 @@ def test_the_trunk_of_a_chat_is_contiguous():
     assert row.input_ids[kept].tolist() == [*trunk_and_last_branch, 7, 8, 9, 2, 3, 4]
 
 
-def test_responses_stand_twice_and_reasoning_once():
+def test_responses_are_there_twice_and_reasoning_once():
     num_turns, user, reasoning, response = 8, 60, 260, 150
     row = linearize(build_tree(chat_passes(num_turns, user, reasoning, response)))
     assert len(row) == num_turns * (user + reasoning + response) + (num_turns - 1) * response

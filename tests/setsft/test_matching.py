@@ -69,7 +69,7 @@ def make_set(num_traces, common=4, question=9, length=10, index=0):
     return TraceSet(tuple(traces), index)
 
 
-def test_a_set_is_scored_in_one_row_that_shares_the_question_and_the_begins_of_traces():
+def test_a_set_is_scored_in_one_row_that_shares_the_question_and_how_traces_begin():
     [forward] = plan_costs([make_set(3)], [7, 8])
     question, per_token = 9, 1 + 4 + 2 + 3 * 6  # two copies of the token at which three traces fork
     assert len(forward.row) == question + 2 * per_token
@@ -77,7 +77,7 @@ def test_a_set_is_scored_in_one_row_that_shares_the_question_and_the_begins_of_t
     assert forward.pairs == [(0, token, trace) for token in range(2) for trace in range(3)]
 
 
-def test_a_limited_forward_has_so_many_pairs_and_short_traces_fewer_tokens():
+def test_a_limited_forward_has_no_more_pairs_and_short_traces_fewer_tokens():
     sets = [make_set(3, index=0), make_set(2, index=1)]
     forwards = list(plan_costs(sets, [7, 8], max_pairs=4, num_targets=3))
     assert [len(forward.pairs) for forward in forwards] == [4, 4, 2]
@@ -92,7 +92,7 @@ def test_a_limited_forward_has_so_many_pairs_and_short_traces_fewer_tokens():
 
 
 @pytest.mark.parametrize("num_targets", [None, 3])
-def test_a_forward_has_so_many_tokens_or_a_single_pair(num_targets):
+def test_a_forward_has_no_more_tokens_or_a_single_pair(num_targets):
     sets = [make_set(3, common=0, index=0), make_set(2, index=1), make_set(1, question=30, index=2)]
     token_ids = [7, 8, 9]
     [whole] = plan_costs(sets, token_ids, num_targets=num_targets)

@@ -144,7 +144,7 @@ def test_a_trace_without_reasoning_has_an_empty_one(family):
     assert tokenizer.decode(trained).lstrip().startswith("</think>\n\nfour")
 
 
-def test_without_an_opener_the_token_stands_between_prompt_and_completion():
+def test_without_an_opener_the_token_is_between_prompt_and_completion():
     """Templates without reasoning, and turns of gpt-oss without it."""
     for family in ("llama3_1", "phi3", "gptoss"):
         tokenizer, tokens = with_tokens(fresh_tokenizer(family), opener="")

@@ -128,7 +128,7 @@ class TestMatching:
         ]
         assert drawn[0] == drawn[1] != drawn[2]
 
-    def test_evaluation_matches_and_starts_its_totals_anew(self, make):
+    def test_evaluation_matches_and_starts_its_totals_again(self, make):
         held_out = Dataset.from_list([random_set(7, 3), random_set(8, 2)])
         trainer = make(
             trainer_kwargs={"eval_dataset": held_out}, eval_strategy="steps", eval_steps=1
