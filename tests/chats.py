@@ -1,5 +1,10 @@
 """Conversations as messages, for the tests of everything that renders them."""
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 CHATS = [
     {
         "messages": [
@@ -39,3 +44,9 @@ TOOL_TURNS = [
     {"role": "tool", "name": "search", "content": "found"},
     {"role": "assistant", "reasoning_content": "It is there.", "content": "Found it."},
 ]
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
+    """Write each record as a line of JSON, and return the path."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path

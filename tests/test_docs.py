@@ -21,7 +21,7 @@ import onepass_trl.setsft  # before TRL is changed below: it holds subclasses
 from onepass_trl.chat.families import registry
 from onepass_trl.cli import VERBS, main
 from onepass_trl.cli.sft import make_parser
-from tests.chats import CHATS
+from tests.chats import CHATS, write_jsonl
 from tests.conversations import as_record, random_chat
 from tests.model_coverage import EXACT, RECORD
 from tests.models import MODELS
@@ -64,8 +64,8 @@ def workspace(tmp_path, monkeypatch):
     """A folder, the current one, in which the commands find what they name."""
     monkeypatch.chdir(tmp_path)
     Path("examples").symlink_to(REPOSITORY / "examples")
-    Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
-    Path("passes.jsonl").write_text(json.dumps(as_record(random_chat(2, vocab_size=300))) + "\n")
+    write_jsonl(Path("chats.jsonl"), CHATS)
+    write_jsonl(Path("passes.jsonl"), [as_record(random_chat(2, vocab_size=300))])
     return tmp_path
 
 

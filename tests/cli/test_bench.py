@@ -19,13 +19,6 @@ def bench(capsys):
     return run
 
 
-@pytest.fixture
-def chats(tmp_path):
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
-    return path
-
-
 def test_a_dataset_is_measured_and_written(bench, chats, tiny_model_dir, tmp_path):
     output = tmp_path / "bench.json"
     status, out, _ = bench(

@@ -23,13 +23,6 @@ ANSWER = {"role": "assistant", "content": "4."}
 
 
 @pytest.fixture
-def chats(tmp_path):
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
-    return path
-
-
-@pytest.fixture
 def sft_flags(tiny_model_dir, chats, tmp_path):
     return [
         str(chats),

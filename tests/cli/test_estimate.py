@@ -1,24 +1,17 @@
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 from onepass_trl.cli import main
-from tests.chats import CHATS
+from tests.chats import CHATS, write_jsonl
 
 
 @pytest.fixture
-def estimate(tiny_model_dir, tmp_path, capsys):
-    """A function that estimates conversations and returns exit status, output and errors."""
-
-    def run(chats, *flags, model=tiny_model_dir):
-        path = tmp_path / "chats.jsonl"
-        path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-        status = main(["estimate", str(path), f"--model_name_or_path={model}", *flags])
-        return status, *capsys.readouterr()
-
-    return run
+def estimate(run_on_chats):
+    return partial(run_on_chats, "estimate")
 
 
 def test_a_dataset_is_estimated(estimate, tmp_path):
@@ -84,8 +77,7 @@ def test_a_cuda_build_of_torch_without_a_gpu_uses_the_cpu(
     flags, tiny_model_dir, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS[:2]))
+    path = write_jsonl(tmp_path / "chats.jsonl", CHATS[:2])
     verb, *rest = flags
     model = f"--model_name_or_path={tiny_model_dir}"
     named = {"estimate": [str(path), model], "verify": [str(path), model]}

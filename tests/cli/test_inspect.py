@@ -1,5 +1,5 @@
-import json
 import sys
+from functools import partial
 
 import pytest
 from transformers import MambaConfig
@@ -10,16 +10,8 @@ from tests.models import make_model
 
 
 @pytest.fixture
-def inspect(tiny_model_dir, tmp_path, capsys):
-    """A function that inspects conversations and returns exit status, output and errors."""
-
-    def run(chats, *flags):
-        path = tmp_path / "chats.jsonl"
-        path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-        status = main(["inspect", str(path), f"--model_name_or_path={tiny_model_dir}", *flags])
-        return status, *capsys.readouterr()
-
-    return run
+def inspect(run_on_chats):
+    return partial(run_on_chats, "inspect")
 
 
 def test_a_conversation_is_shown_as_a_tree(inspect, monkeypatch, tmp_path):

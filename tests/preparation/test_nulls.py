@@ -11,6 +11,7 @@ from datasets import Features, Json, LargeList, List, Value
 from onepass_trl.chat import ChatFormatError
 from onepass_trl.chat.records import QUESTIONS
 from onepass_trl.preparation.nulls import read_record
+from tests.chats import write_jsonl
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CALLS = [{"function": {"name": "f", "arguments": {"a": None, "b": {"c": None, "d": 1}}}}]
@@ -56,8 +57,7 @@ def test_what_datasets_does_to_arguments(tmp_path):
         [{"function": {"name": "g", "arguments": {"b": "x", "c": None}}}],
     ]
     records = [{"messages": [{"role": "assistant", "tool_calls": c, "content": ""}]} for c in calls]
-    path = tmp_path / "records.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = write_jsonl(tmp_path / "records.jsonl", records)
     loaded = datasets.load_dataset(
         "json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
     )
