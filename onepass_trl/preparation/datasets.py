@@ -172,7 +172,7 @@ def _make_batch(
 ) -> dict[str, list[Any]]:
     """Return the rows of some records, and in the first of each what is to be reported of it.
 
-    A record of which nothing is left has an empty row until that is reported.
+    A record that lost everything keeps an empty row until it is counted.
     """
     register_families(maker.options)
     output: dict[str, list[Any]] = {column: [] for column in (*maker.features, "report")}
@@ -195,7 +195,7 @@ def _make_batch(
 
 
 def _has_tokens(input_ids: Any) -> bool:
-    """Return whether a row isn't that of a record of which nothing is left."""
+    """Return whether the row has tokens; that of a record of which nothing is left has none."""
     return len(input_ids) > 0
 
 
@@ -216,8 +216,7 @@ def _report_unverified(maker: Maker, name: str) -> None:
 
 
 def _checked(dataset: AnyDataset, maker: Maker, name: str) -> AnyDataset:
-    """Return prepared rows, having raised for those that don't suit the options; those of a stream
-    are checked as they are read."""
+    """Return prepared rows; raise if one doesn't suit the options (in a stream, when read)."""
     for column in maker.features:
         if (dataset.features or {}).get(column) == Value("string"):
             raise ValueError(

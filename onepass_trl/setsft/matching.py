@@ -85,7 +85,7 @@ def _chunks(
 ) -> Iterator[list[Pair]]:
     """Yield the pairs of each forward; arguments as for :func:`plan_costs`.
 
-    What the traces of a forking token have in common counts as if they hadn't: rows are shorter.
+    Lengths are upper bounds: tokens that traces of a forking token share are counted for each.
     """
     chunk: list[Pair] = []
     row_length = 0

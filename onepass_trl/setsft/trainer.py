@@ -117,7 +117,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
                 trust_remote_code=args.trust_remote_code,
             )
         if args.chat_template_path is not None:
-            # Before the forking tokens: they begin as what begins reasoning in the template.
+            # Load the template first: new tokens start from its thinking opener.
             processing_class.chat_template = read_template(args.chat_template_path)
         self._token_ids = add_forking_tokens(
             model,
@@ -252,7 +252,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
                 max_tokens=self._most_matching_tokens(sets),
             )
         )
-        # Asked before the first forward: later, it would meet a forward's collectives elsewhere.
+        # Agree on the number before the first forward, or collectives would interleave.
         most_forwards = self._most_forwards(len(forwards))
         costs = [np.zeros((num_tokens, len(set_.traces))) for set_ in sets]
         was_training = model.training

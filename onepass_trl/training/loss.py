@@ -69,7 +69,7 @@ def fused_lm_head(model: nn.Module) -> Iterator[None]:
 
 
 def check_head(model: nn.Module) -> None:
-    """Raise ValueError if a model's logits are not its LM head's of what its backbone returns.
+    """Raise ValueError unless the logits are the LM head of the backbone's output.
 
     TRL's fused LM head would leave out what lies between, and train another loss than N-pass.
     """

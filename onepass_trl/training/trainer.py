@@ -333,13 +333,7 @@ class OnePassSFTTrainer(SFTTrainer):
             loss = loss * (self.accelerator.num_processes // self._processes_per_batch)
         aux_loss = loss.new_zeros(())
         if self.aux_loss_enabled:
-            aux_loss = outputs.aux_loss
-            if not isinstance(aux_loss, torch.Tensor):
-                raise ValueError(
-                    f"{type(base_model(self.model)).__name__} returns no router logits, so it has "
-                    f"no auxiliary loss, and router_aux_loss_coef is {self.router_aux_loss_coef}: "
-                    "set it to 0.0. Newer transformers may return them"
-                )
+            aux_loss = self._aux_loss(outputs)
             steps = (
                 self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             )
@@ -362,6 +356,15 @@ class OnePassSFTTrainer(SFTTrainer):
         self._record(loss.detach(), aux_loss.detach(), torch.stack([x.float() for x in totals]))
         return loss
 
+    def _aux_loss(self, outputs: Any) -> torch.Tensor:
+        if isinstance(outputs.aux_loss, torch.Tensor):
+            return outputs.aux_loss
+        raise ValueError(
+            f"{type(base_model(self.model)).__name__} returns no router logits, so it has no "
+            f"auxiliary loss, and router_aux_loss_coef is {self.router_aux_loss_coef}: set it to "
+            "0.0. Newer transformers may return them"
+        )
+
     def _counted_part(self, counted: int, row_lengths: torch.Tensor) -> tuple[slice, ...]:
         """Return the part of a ``(batch, seq)`` tensor that the first `counted` rows are."""
         if counted == row_lengths.numel():
@@ -373,8 +376,8 @@ class OnePassSFTTrainer(SFTTrainer):
     def _num_counted(self, num_rows: int) -> int:
         """Return how many rows of this process's batch count in the metrics: all in training.
 
-        The last batch of an evaluation is filled up, so that all processes have as many rows, with
-        rows that have been evaluated already. They come last.
+        accelerate pads the last batch of an evaluation with rows that were evaluated already. They
+        come last and don't count.
         """
         state = self.accelerator.gradient_state
         last = state.end_of_dataloader and state.remainder > 0
