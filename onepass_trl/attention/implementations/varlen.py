@@ -58,11 +58,6 @@ class Chains(NamedTuple):
     query_ends: Indices
     key_ends: Indices
 
-    @property
-    def keys_per_token(self) -> float:
-        """How many keys are gathered for each token of the batch."""
-        return self.keys.size / max(self.queries.size, 1)
-
 
 def chains_of(visible_end: NDArray[np.int32], positions: NDArray[np.int32] | None = None) -> Chains:
     """Return the chains of a batch of rows.
