@@ -87,9 +87,9 @@ def mentions_marks(message: Message) -> bool:
 def end_of_turn(completion: str, message: Message, special: re.Pattern[str] | None) -> int:
     """Return where the token ends that ends the turn, having found all fields of the message.
 
-    The reasoning must stand before everything else, the content before or behind the tool calls,
+    The reasoning must come before everything else, the content before or after the tool calls,
     those in their order. White space around a field doesn't count: templates strip it. Arguments
-    may stand as JSON or key by key.
+    may be written as JSON or key by key.
 
     Raises:
         TurnError: if a field isn't there, or no special token ends the turn.
@@ -138,9 +138,9 @@ def check_marks(context: str, completion: str) -> None:
 
 
 def with_stand_ins(message: Message) -> tuple[Message, dict[str, str]]:
-    """Return the message with other texts in its fields, and these texts by what they stand for.
+    """Return the message with other texts in its fields, and these texts by what they replace.
 
-    No template holds them. So where they stand, the template writes the field: a short text, such
+    No template holds them. So where they appear, the template writes the field: a short text, such
     as the answer ``>``, may be found elsewhere, and a dropped call's name in the reasoning.
     """
     out, texts = dict(message), {}
@@ -173,7 +173,7 @@ def after_stand_ins(text: str, texts: Mapping[str, str]) -> str | None:
 def check_stand_ins(
     completion: str, message: Message, texts: Mapping[str, str], *, reads_reasoning: bool
 ) -> None:
-    """Check that the texts of :func:`with_stand_ins` stand in the completion of its message.
+    """Check that the texts of :func:`with_stand_ins` are in the completion of its message.
 
     Raises:
         TurnError: if one doesn't.
@@ -246,12 +246,12 @@ def _find_arguments(text: str, arguments: Mapping[str, Any], begin: int, number:
         if not as_json:
             raise
         return min(as_json)
-    # What another call holds as JSON may stand here key by key: the nearer is meant.
+    # What another call holds as JSON may be here key by key: the nearer is meant.
     return min([*as_json, max(ends)])
 
 
 def _ends(text: str, forms: Iterable[str], begin: int) -> list[int]:
-    """Return where those of the forms end that stand in the text."""
+    """Return where those of the forms end that are in the text."""
     return [found + len(form) for form in forms if (found := text.find(form, begin)) >= 0]
 
 

@@ -24,7 +24,7 @@ class TextArguments(dict[str, Any]):
 
     Attributes:
         text: The text, for templates that take one: it may have other white space, escapes and
-            forms of numbers than the arguments written anew.
+            forms of numbers than arguments that are serialized again.
     """
 
     def __init__(self, arguments: Mapping[str, Any], text: str) -> None:

@@ -31,7 +31,7 @@ RECORD = Path(__file__).with_name("coverage.json")
 FILES = {"maths_chat": 450, "tool_chat": 86, "agent_short": 544, "agent_long": 255}
 """The files of conversations, and how many assistant turns each has."""
 
-# Templates with which prompts longer than so many characters are compared token by token too.
+# Templates with which prompts longer than LONG_PROMPT characters are compared by tokens too.
 TOKENIZED = ("qwen3", "deepseekv3", "gptoss")
 LONG_PROMPT = 50_000
 

@@ -26,7 +26,7 @@ def trl_template(name: str) -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a family; several of them stand in one text, with blanks between.
+    """The tokens of a family; several of them are one text, separated by blanks.
 
     Attributes:
         special: Its special tokens.
@@ -58,7 +58,7 @@ class Case:
         kwargs: Template arguments with which turns have reasoning.
         reasoning: Whether the template has a place for reasoning.
         parser: The response template, None for TRL's.
-        edit: Text of the template, and what stands in its place.
+        edit: Text of the template, and what replaces it.
         misreading: Why TRL's parser doesn't read texts with quotes, brackets and line ends.
     """
 
@@ -184,7 +184,7 @@ CASES = {
             "DeepSeek-R1-distill",
             "deepseek_r1_distill",
             _DEEPSEEK,
-            parser=parsing.DEEPSEEK_V3,  # TRL's doesn't know the prompt behind tool outputs
+            parser=parsing.DEEPSEEK_V3,  # TRL's doesn't know the prompt after tool outputs
         ),
         Case("DeepSeek-V3", "deepseekv3", _DEEPSEEK, parser=parsing.DEEPSEEK_V3),
         Case(

@@ -83,8 +83,8 @@ def test_columns_that_repeat_what_is_read():
         read_conversation({"messages": messages, "system_prompt": "Be long."})
 
 
-def test_columns_beside_one_sequence(tiny_tokenizer):
-    """Text and token ids are whole; a prompt of text may lack what stands in another column."""
+def test_columns_next_to_one_sequence(tiny_tokenizer):
+    """Text and token ids are whole; a prompt of text may lack what is in another column."""
     ids = {"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "special_tokens_mask": [1, 0, 0]}
     wholes = [ids, {"text": "1+1?"}, {"passes": [{"input_ids": [1, 2], "labels": [-100, 2]}]}]
     prompt = {"prompt": "1+1?", "completion": "2"}

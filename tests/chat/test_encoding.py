@@ -22,7 +22,7 @@ from tests.chat.tokenizers import SMALL, small_tokenizer
 
 
 def metaspace_tokenizer(prepend_scheme, *added):
-    """A character-level tokenizer that marks spaces, at the begin of the text or of every piece."""
+    """A character-level tokenizer that marks spaces, where the text or every piece begins."""
     characters = {c: i for i, c in enumerate("▁abcdefghij\n<>|")}
     model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=characters, merges=[]))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)

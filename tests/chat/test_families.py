@@ -20,7 +20,7 @@ def call(name, **arguments):
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-# Text beside parallel calls, several results, steps with and without reasoning, another question.
+# Text next to parallel calls, several results, steps with and without reasoning, another question.
 AGENT = [
     {"role": "user", "content": "Compare Rome with Oslo."},
     {
@@ -98,7 +98,7 @@ OFF = [
 
 
 @pytest.mark.parametrize(("template", "kwargs", "switch"), OFF)
-def test_reasoning_behind_a_prompt_that_excludes_it_names_the_switch(template, kwargs, switch):
+def test_reasoning_after_a_prompt_that_excludes_it_names_the_switch(template, kwargs, switch):
     tokenizer = small_tokenizer(template)
     messages = [user(), answer(), user(), answer(reasoning="Two and two.")]
     match = rf"turn 1 .*says that there is none; set .*{{'{switch}': True}}"

@@ -153,7 +153,7 @@ def test_inline_reasoning_goes_on_from_the_prompt_that_opens_it():
 
 
 def test_white_space_that_only_the_prompt_has():
-    """axolotl's template for Qwen3: turns have one line end behind the mark, the prompt has two."""
+    """axolotl's template for Qwen3: turns have one line end after the mark, the prompt has two."""
     prompt = "<|im_start|>assistant\n<think>\n\n"
     fields = "<think>\n{{ m.reasoning_content }}\n</think>\n\n{{ m.content }}"
     [(context, completion)] = turns(chatml(fields, prompt), user(), answer(reasoning="Add."))

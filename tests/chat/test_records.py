@@ -79,7 +79,7 @@ def test_errors(record, match):
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations", "completion"])
-def test_a_system_prompt_may_stand_beside_the_messages(column):
+def test_a_system_prompt_may_accompany_the_messages(column):
     rest = (
         {"prompt": CHAT[:1], "completion": CHAT[1:]} if column == "completion" else {column: CHAT}
     )

@@ -321,7 +321,7 @@ def test_answers_to_the_same_messages_are_the_turns_of_conversations_of_their_ow
 
 
 def test_each_answer_to_the_same_messages_is_checked():
-    """What the checks of one answer find doesn't stand for answers of another shape."""
+    """What the checks of one answer find says nothing of answers of another shape."""
     tokenizer = copy.deepcopy(small_tokenizer("qwen3"))
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.reasoning_content }}"

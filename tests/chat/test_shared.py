@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.long("onepass_trl/chat", "onepass_trl/data", "tests/chat"),
     pytest.mark.skipif(not SHARED.is_dir(), reason=SHARED_REASON),
 ]
-# One conversation in so many.
+# One conversation in this number of them.
 SAMPLED = {"maths_chat": 30, "tool_chat": 6, "agent_short": 15, "agent_long": 6}
 
 

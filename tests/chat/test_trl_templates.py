@@ -47,9 +47,9 @@ NO_CALLS = ("cohere", "cohere2", "gemma", "gemma3", "lfm2", "llama3", "phi3", "p
 REFUSED = {
     **{name: {"reasoning", "all three"} for name in NO_REASONING},
     **{name: {"reasoning", *CALLS} for name in NO_CALLS},
-    # Calls are written only beside a null content, and one alone isn't ended.
+    # Calls are written only next to a null content, and one alone isn't ended.
     "deepseek_r1_distill": {*CALLS},
-    # TRL's own version keeps contents as they are behind a prompt that opens the reasoning.
+    # TRL's own version keeps contents as they are after a prompt that opens the reasoning.
     "deepseek_r1_distill_training": {"answer", "reasoning", "system", *CALLS},
     "gemma": {"reasoning", "system", *CALLS},
     "gptoss": {"two calls", "all three"},

@@ -112,7 +112,7 @@ class Family(ABC):
 
     @abstractmethod
     def completion(self, turn: Turn) -> str:
-        """Return what the model must generate behind ``turn.context``; white space may follow.
+        """Return what the model must generate after ``turn.context``; white space may follow.
 
         Raises:
             TurnError: if there is no such text for this turn.

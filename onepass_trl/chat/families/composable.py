@@ -19,7 +19,7 @@ _STAND_IN = "[reasoning]"
 
 
 class Composable(Family):
-    """The completion is what the template writes for the turn behind the context."""
+    """The completion is what the template writes for the turn after the context."""
 
     name = "composable"
     remedies: ClassVar[Mapping[str, str]] = {
@@ -45,7 +45,7 @@ class Composable(Family):
         return template.reads_reasoning
 
     def completion(self, turn: Turn) -> str:
-        """Return the end of the conversation's rendering, behind the context."""
+        """Return the end of the conversation's rendering, after the context."""
         reads_reasoning = self.reads_reasoning(turn.template)
         if turn.reasoning and not reads_reasoning:
             inline = turn.with_reasoning("").with_content(turn.reasoning)
@@ -65,7 +65,7 @@ class Composable(Family):
             return full[len(turn.context) :]
         if reads_reasoning and not turn.reasoning.strip():
             # Nemotron's prompt opens the reasoning and its template writes `<think></think>` for
-            # none. The model then has to close what the prompt opened, as it does behind reasoning.
+            # none. The model then has to close what the prompt opened, as it does after reasoning.
             opened = turn.context + _STAND_IN
             filled = turn.template.render(turn.with_reasoning(_STAND_IN).messages, prompt=False)
             if filled.startswith(opened):

@@ -1,11 +1,11 @@
 """DeepSeek-R1, its distillations, V3 and V3.1: the template cuts the reasoning from every message.
 
-The prompt ends in ``<｜Assistant｜><think>\\n``, in ``<｜Assistant｜>`` or, behind tool outputs, in
+The prompt ends in ``<｜Assistant｜><think>\\n``, in ``<｜Assistant｜>`` or, after tool outputs, in
 ``<｜tool▁outputs▁end｜>``. A completion is
 ``reasoning\\n</think>\\n\\ncontent<｜end▁of▁sentence｜>``, with the ``<think>\\n`` that the prompt
 doesn't hold. Templates with a switch (V3.1) end the prompt in ``<think>`` or ``</think>``; their
 completion is ``reasoning</think>content<｜end▁of▁sentence｜>`` or the content alone. Tool calls
-stand behind the content as the template writes them for the first call of a conversation; for later
+follow the content as the template writes them for the first call of a conversation; for later
 ones it may leave out the opening tokens.
 """
 
@@ -19,7 +19,7 @@ from onepass_trl.chat.template import Template
 
 
 class DeepSeek(Qwq):
-    """The reasoning stands between ``<think>`` and ``</think>``, where templates never write it."""
+    """The reasoning is between ``<think>`` and ``</think>``, where templates never write it."""
 
     name = "deepseek"
     header: ClassVar[str] = "<｜Assistant｜>"
@@ -29,6 +29,6 @@ class DeepSeek(Qwq):
         return self.header in template.text and super().matches(template)
 
     def rest(self, turn: Turn) -> str:
-        """Return the content as it is, since the template may cut it, and what stands behind it."""
-        behind = turn.with_content("").rendered_alone(turn.template.question + self.header)
-        return turn.message["content"] + behind.removeprefix("</think>")  # V3.1's empty fence
+        """Return the content as it is, since the template may cut it, and what follows it."""
+        after = turn.with_content("").rendered_alone(turn.template.question + self.header)
+        return turn.message["content"] + after.removeprefix("</think>")  # V3.1's empty fence

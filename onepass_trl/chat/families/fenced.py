@@ -1,6 +1,6 @@
 """Templates that cut the reasoning from messages: the completion is put together.
 
-What the template writes for the message without its reasoning stays as it is. Before it stands the
+What the template writes for the message without its reasoning stays as it is. Before it comes the
 reasoning between the marks that the model was taught, of which the prompt may already hold the
 first.
 """
@@ -27,7 +27,7 @@ class Fenced(Family):
         """Return what opens and what closes the reasoning of a turn."""
 
     def rest(self, turn: Turn) -> str:
-        """Return what the template writes for a turn without reasoning, behind the header."""
+        """Return what the template writes for a turn without reasoning, after the header."""
         return turn.rendered_alone(turn.template.question + self.header)
 
     def completion(self, turn: Turn) -> str:

@@ -1,9 +1,9 @@
 """Gemma 4: the template writes the reasoning of some messages, of most it writes none.
 
-The prompt ends in ``<|turn>model\\n``, or behind a tool response in ``<tool_response|>``, to which
+The prompt ends in ``<|turn>model\\n``, or after a tool response in ``<tool_response|>``, to which
 the newest template adds ``<|channel>thought\\n``. A completion is
 ``<|channel>thought\\nreasoning\\n<channel|>content<turn|>``, or with tool calls
-``..<|tool_call>call:name{..}<tool_call|><|tool_response>``. Content beside tool calls stands behind
+``..<|tool_call>call:name{..}<tool_call|><|tool_response>``. Content next to tool calls follows
 them, where the template writes it.
 """
 
@@ -17,7 +17,7 @@ from onepass_trl.chat.template import Template
 
 
 class Gemma4(Fenced):
-    """The reasoning stands in the channel ``thought``."""
+    """The reasoning is in the channel ``thought``."""
 
     name = "gemma-4"
     thinking_opener = "<|channel>thought"

@@ -1,6 +1,6 @@
 """gpt-oss (harmony): a turn is one or more messages in channels.
 
-The prompt ends in ``<|start|>assistant``. Behind it stand the reasoning, as
+The prompt ends in ``<|start|>assistant``. After it come the reasoning, as
 ``<|channel|>analysis<|message|>reasoning<|end|><|start|>assistant``, and then the answer, as
 ``<|channel|>final<|message|>content<|return|>``, or a tool call, as
 `` to=functions.name<|channel|>commentary json<|message|>{..}<|call|>``.
@@ -23,7 +23,7 @@ _HEADER = "<|start|>assistant"
 
 
 class GptOss(Family):
-    """The completion is what the template writes for the turn behind an empty question."""
+    """The completion is what the template writes for the turn after an empty question."""
 
     name = "gpt-oss"
     thinking_opener = "<|channel|>analysis<|message|>"

@@ -4,7 +4,7 @@ The prompt ends in ``<|im_assistant|>assistant<|im_middle|>``, in K2.5 with ``<t
 completion is ``<think>reasoning</think>content<|im_end|>``, or with tool calls
 ``..<|tool_calls_section_begin|><|tool_call_begin|>functions.name:0..<|im_end|>``.
 
-The template writes calls so, but keeps reasoning only behind the last answer. So a turn is rendered
+The template writes calls so, but keeps reasoning only after the last answer. So a turn is rendered
 alone, and an answer's reasoning put into the fence that the template leaves empty.
 """
 
@@ -16,7 +16,7 @@ from onepass_trl.chat.template import Template
 
 
 class Kimi(Family):
-    """The completion is what the template writes behind an empty question, with the reasoning."""
+    """The completion is what the template writes after an empty question, with the reasoning."""
 
     name = "kimi-k2"
 

@@ -3,7 +3,7 @@
 The prompt ends in ``<|im_start|>assistant\\n<think>\\n``, or in other templates of the kind without
 the opener. A completion is ``reasoning\\n</think>\\n\\ncontent<|im_end|>``, with the ``<think>\\n``
 that the prompt doesn't hold. Nemotron Nano v2's template writes the opener in the last turn too,
-and no reasoning behind it. Templates whose prompts end in ``<think>`` alone have no line ends
+and no reasoning after it. Templates whose prompts end in ``<think>`` alone have no line ends
 around the closing mark either.
 """
 
@@ -21,7 +21,7 @@ _FENCE_AT_END = re.compile(rf"({_FENCE.pattern})?\Z")
 
 
 class Qwq(Fenced):
-    """The reasoning stands between ``<think>`` and ``</think>``, where templates never write it."""
+    """The reasoning is between ``<think>`` and ``</think>``, where templates never write it."""
 
     name = "qwq"
 
@@ -36,7 +36,7 @@ class Qwq(Fenced):
         return "<think>\n", "\n</think>\n\n"
 
     def rest(self, turn: Turn) -> str:
-        """Return what the template writes for a turn without reasoning, behind header and fence."""
+        """Return what the template writes for a turn without reasoning, after header and fence."""
         header = _FENCE_AT_END.sub("", turn.template.question_prompt)
         before, _, _ = turn.with_content(_CONTENT).rendered_alone(header).partition(_CONTENT)
         return turn.rendered_alone(header + (before if _FENCE.fullmatch(before) else ""))
