@@ -69,7 +69,7 @@ def read_record(
     if record.get(UNREADABLE):
         raise ChatFormatError(record[UNREADABLE])
     types = features or {}
-    decoded = {column: _json_list(record.get(column)) for column in _LISTS}
+    decoded = {column: _json_list(record.get(column), column) for column in _LISTS}
     decoded = {
         column: items
         for column, items in decoded.items()
@@ -78,7 +78,7 @@ def read_record(
     }
     read = {**record, **decoded}
     for column in _PER_TOKEN:
-        if (numbers := _json_list(record.get(column))) is not None:
+        if (numbers := _json_list(record.get(column), column)) is not None:
             read[column] = numbers
     for column in _SETTINGS:
         if record.get(column) is not None:
@@ -96,14 +96,16 @@ def read_record(
     return read
 
 
-def _json_list(value: Any) -> list[Any] | None:
+def _json_list(value: Any, column: str) -> list[Any] | None:
     """Return the list that a column holds as JSON text, None if it holds none."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     try:
         return json.loads(value)
-    except ValueError:
+    except json.JSONDecodeError:
         return None  # plain text that begins with a bracket
+    except (ValueError, RecursionError) as error:  # a long number, or deep lists
+        raise ChatFormatError(f"column {column!r} can't be read: {error}") from None
 
 
 def _is_object(value: Any) -> bool:
@@ -119,7 +121,7 @@ def _setting(value: Any, column: str, feature: Any) -> Any:
         return _without_fillers(value, feature)
     try:
         return json.loads(value) if value else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ChatFormatError(
             f"column {column!r} isn't valid JSON: {error}; got {value[:80]!r}"
         ) from error
