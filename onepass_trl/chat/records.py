@@ -239,10 +239,11 @@ def _settings(record: Mapping[str, Any]) -> tuple[list[Any] | None, dict[str, An
                 f"{type(value).__name__}"
             )
     kwargs = record.get("chat_template_kwargs") or {}
-    if chosen := sorted(kwargs.keys() & (RESERVED | {"chat_template"})):
-        raise ChatFormatError(
-            f"the row's chat_template_kwargs set {', '.join(chosen)}, which isn't a row's to "
-            "choose: remove it. For all rows chat_template may stand in the option "
-            "chat_template_kwargs, or in tokenizer.chat_template"
-        )
+    for name in kwargs:
+        if name in RESERVED or name == "chat_template" or name.endswith("_token"):
+            raise ChatFormatError(
+                f"the row's chat_template_kwargs set {name!r}, which isn't a row's to choose: "
+                "remove it. A template, or its tokens, may be given for all rows, in the option "
+                "chat_template_kwargs or with the tokenizer"
+            )
     return record.get("tools"), kwargs

@@ -107,15 +107,20 @@ def test_columns_next_to_one_sequence(tiny_tokenizer):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"chat_template": "{{ 'x' }}"}, {"tokenize": True}, {"add_generation_prompt": False}],
+    [
+        {"chat_template": "{{ 'x' }}"},
+        {"tokenize": True},
+        {"add_generation_prompt": False},
+        {"eos_token": ""},
+    ],
 )
 def test_a_record_does_not_choose_how_templates_are_applied(kwargs, tiny_tokenizer):
     [name] = kwargs
     for given in (kwargs, json.dumps(kwargs)):
         record = {"messages": CHAT, "chat_template_kwargs": given}
-        with pytest.raises(ChatFormatError, match=f"set {name}, which isn't a row's to choose"):
+        with pytest.raises(ChatFormatError, match=f"set '{name}', which isn't a row's to choose"):
             render_record(record, tiny_tokenizer)
-    with pytest.raises(ChatFormatError, match=f"set {name}, which isn't a row's to choose"):
+    with pytest.raises(ChatFormatError, match=f"set '{name}', which isn't a row's to choose"):
         read_question({"prompt": CHAT[:1], "completions": ["2"], "chat_template_kwargs": kwargs})
 
 
