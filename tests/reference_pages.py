@@ -158,6 +158,7 @@ def _class(node: ast.ClassDef, inherited: set[str]) -> Iterator[str]:
             f"    {_source(item.target)}: {_source(item.annotation)}{_value(item)}"
             for item in node.body
             if isinstance(item, ast.AnnAssign) and not _source(item.target).startswith("_")
+            if not (_source(item.annotation).startswith("ClassVar") and item.target.id in inherited)
         ]
     for name, method in methods.items():
         if name == "__init__" or not (name.startswith("_") or name in inherited):

@@ -318,6 +318,7 @@ class TestNames:
             "null_arguments",
             "chat_template_kwargs",
             "verify_rendering",
+            "verify_model",
             "attention_impl",
         ]
         assert all(f"--{option}" in flags for option in options)
