@@ -39,7 +39,7 @@ venv: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade pip
 	$(INSTALL) '$(TORCH)'
-	$(INSTALL) setuptools wheel ninja pybind11 numpy
+	$(INSTALL) setuptools wheel ninja numpy
 	touch $@
 
 .venv/installed: .venv/torch $(BUILD_INPUTS)

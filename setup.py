@@ -1,6 +1,8 @@
-"""Builds the compiled parts: `onepass_trl._C` for CPUs, and `onepass_trl/_cuda.so` if asked for.
+"""Builds `onepass_trl/_cpu.so`, and `onepass_trl/_cuda.so` if asked for.
 
-Everything else is in pyproject.toml; `csrc/cuda/cuda_build.py` says when CUDA is built.
+Neither knows Python, and of torch they use the stable ABI: one wheel serves every Python and every
+torch since 2.11. Everything else is in pyproject.toml; `csrc/cuda/cuda_build.py` says when CUDA is
+built.
 """
 
 import os
@@ -8,37 +10,46 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc" / "cuda"))
 import cuda_build
 
-# at::parallel_for uses OpenMP from a header: without this flag the kernels would be serial.
-# Apple's compiler has none.
-openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
-
-class BuildBoth(BuildExtension):
-    """Builds the CUDA library next to the extension, in the source tree or in the wheel."""
+class BuildBoth(BuildExtension.with_options(no_python_abi_suffix=True)):
+    """Builds both libraries into the source tree or the wheel."""
 
     def run(self):
-        """Build the extension, then the CUDA library."""
+        """Build the library for CPUs, then the CUDA library."""
         options = cuda_build.options_of(dict(os.environ))
         super().run()
         if options is not None:
-            library = Path(self.get_ext_fullpath("onepass_trl._C")).with_name("_cuda.so")
+            library = Path(self.get_ext_fullpath("onepass_trl._cpu")).with_name("_cuda.so")
             cuda_build.build(options, Path("build/cuda"), library)
+
+
+class WheelForEveryPython(bdist_wheel):
+    """Makes a wheel with the tag of the platform alone."""
+
+    def get_tag(self):
+        """Return the tags of Python, its ABI and the platform."""
+        return "py3", "none", super().get_tag()[2]
 
 
 setup(
     ext_modules=[
-        CppExtension(
-            "onepass_trl._C",
-            ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-            extra_compile_args=["-O3", "-g0", "-Wall", *openmp],
-            extra_link_args=openmp,
+        Extension(
+            "onepass_trl._cpu",
+            sorted(glob("csrc/cpu/*.cpp")),
+            include_dirs=include_paths(),
+            define_macros=[("TORCH_TARGET_VERSION", cuda_build.TORCH_TARGET_VERSION)],
+            extra_compile_args=["-O3", "-g0", "-Wall", "-fvisibility=hidden"],
+            library_dirs=library_paths(),
+            libraries=["torch_cpu"],
+            language="c++",
         )
     ],
-    cmdclass={"build_ext": BuildBoth},
+    cmdclass={"build_ext": BuildBoth, "bdist_wheel": WheelForEveryPython},
 )

@@ -36,28 +36,4 @@ bool is_tree(const int32_t* visible_end, int64_t seq) {
   return true;
 }
 
-TileCounts count_tiles(const int32_t* visible_end, const int32_t* positions, int64_t seq,
-                       int64_t query_tile, int64_t key_tile, int32_t window) {
-  const std::vector<KeyTile> keys = make_tiles(visible_end, positions, seq, key_tile);
-  TileCounts counts;
-  for (int64_t first = 0; first < seq; first += query_tile) {
-    const int64_t end = std::min(first + query_tile, seq);
-    QueryTile queries{static_cast<int32_t>(first), static_cast<int32_t>(end - 1), 0, 0};
-    if (window > 0) {
-      const auto [min_position, max_position] =
-          std::minmax_element(positions + first, positions + end);
-      queries.min_position = *min_position;
-      queries.max_position = *max_position;
-    }
-    for (const KeyTile& tile : keys) {
-      if (tile.first > queries.last) break;
-      const Coverage covered = coverage(queries, tile, window);
-      ++(covered == Coverage::skipped ? counts.skipped
-         : covered == Coverage::full  ? counts.full
-                                      : counts.partial);
-    }
-  }
-  return counts;
-}
-
 }  // namespace onepass::cpu

@@ -1,58 +1,19 @@
-// Binds the CUDA kernels to the ops of onepass_trl/attention/ops.py, on the stable ABI of LibTorch:
-// one library serves every Python and every torch since 2.11.
+// Binds the CUDA kernels to the ops of onepass_trl/attention/ops.py.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
-#include <sstream>
-#include <string>
 #include <tuple>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace onepass::cuda {
 namespace {
 
-using StableTensor = torch::stable::Tensor;
-using OptionalTensor = std::optional<StableTensor>;
-using torch::headeronly::ScalarType;
-
-std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef values) {
-  std::ostringstream text;
-  text << "(";
-  for (size_t i = 0; i < values.size(); ++i) text << (i > 0 ? ", " : "") << values[i];
-  text << ")";
-  return text.str();
-}
-
-// Returns `x` after checking what memory safety needs. onepass_trl/attention/validation.py and
-// implementations/cuda.py have checked the same in more words, unless the ops are called directly.
 const StableTensor& checked(const char* name, const StableTensor& x,
                             std::initializer_list<int64_t> shape, ScalarType type, int32_t device) {
-  const torch::headeronly::IntHeaderOnlyArrayRef expected(shape.begin(), shape.size());
-  STD_TORCH_CHECK(x.sizes() == expected && x.scalar_type() == type, name, " is ",
-                  toString(x.scalar_type()), " ", to_string(x.sizes()), ", expected ",
-                  toString(type), " ", to_string(expected));
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, name, " is on another device");
-  return x;
-}
-
-StableTensor new_empty(const StableTensor& like, std::initializer_list<int64_t> shape,
-                       ScalarType type) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
-}
-
-// (batch, heads, seq, width) with heads next to width in memory, as models need it after
-// transpose(1, 2).
-StableTensor empty_heads_last(const StableTensor& like, int64_t width) {
-  return torch::stable::transpose(
-      new_empty(like, {like.size(0), like.size(2), like.size(1), width}, like.scalar_type()), 1, 2);
+  return onepass::checked(name, x, shape, type, x.is_cuda() && x.get_device_index() == device);
 }
 
 // The kernels read a token in 16-byte chunks; tensors with another layout are copied.
@@ -69,11 +30,6 @@ StableTensor aligned(const StableTensor& x) {
 
 Tensor raw(const StableTensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-template <typename T>
-const T* pointer(const OptionalTensor& x) {
-  return x.has_value() ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
 cudaStream_t current_stream(int32_t device) {
@@ -204,7 +160,7 @@ std::tuple<StableTensor, StableTensor> tree_attention(
     double scale, int64_t window, double softcap, const OptionalTensor& plan) {
   Call<Params> call(q, k, v, visible_end, positions, sinks, scale, window, softcap, plan);
   Params& p = call.params;
-  StableTensor out = empty_heads_last(q, v.size(3));
+  StableTensor out = empty_heads_last(q, v.size(3), q.scalar_type());
   StableTensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   if (call.empty()) return {out, lse};
   p.out = raw(out);
@@ -235,8 +191,8 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   const StableTensor own_lse = shaped_as_lse("lse", lse);
   OptionalTensor own_dlse;
   if (dlse.has_value()) own_dlse = shaped_as_lse("dlse", *dlse);
-  StableTensor dq = empty_heads_last(q, d_qk), dk = empty_heads_last(k, d_qk),
-               dv = empty_heads_last(v, d_v);
+  StableTensor dq = empty_heads_last(q, d_qk, type), dk = empty_heads_last(k, d_qk, type),
+               dv = empty_heads_last(v, d_v, type);
   const int64_t padded = padded_seq(static_cast<int32_t>(seq));
   StableTensor statistics = new_empty(own_lse, {batch, heads, padded, 2}, ScalarType::Float);
   // Zeros, which remain where there is no query.

@@ -1,7 +1,7 @@
 """The op ``onepass::tree_attention``: schema, fake implementation and autograd of all devices.
 
-The CPU implementation is `csrc/cpu/tree_attention.cpp`, registered when `onepass_trl._C` is loaded,
-the CUDA one `csrc/cuda/api.cpp`, registered by `cuda_library`. Importing this module works without
+The CPU implementation is `csrc/cpu/tree_attention.cpp`, registered by `implementations.cpu`, the
+CUDA one `csrc/cuda/api.cpp`, registered by `cuda_library`. Importing this module works without
 either. Arguments, once for both ops:
 
 - ``q`` ``(batch, heads, seq, d_qk)``, ``k`` ``(batch, kv_heads, seq, d_qk)``, ``v`` ``(batch,
@@ -27,9 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EXTENSION_ERROR: ImportError | None = None
-"""Why the compiled extension could not be loaded; None when it is."""
-
 _library = torch.library.Library("onepass", "DEF")
 _library.define(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_end, Tensor? positions, Tensor? "
@@ -47,6 +44,7 @@ _library.define(
     "tree_plan(Tensor visible_end, Tensor? positions, int window) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_library.define("cpu_build() -> str")  # the instruction set in use and the compiler
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -151,13 +149,3 @@ def _not_twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
 
 
 torch.library.register_autograd("onepass::tree_attention_backward", _not_twice, lib=_library)
-
-try:
-    from onepass_trl import _C  # registers the CPU implementations
-except ImportError as error:
-    EXTENSION_ERROR = error
-
-
-def build_info() -> dict[str, Any]:
-    """Return the facts about the compiled extension: compiler, torch version, instruction sets."""
-    return _C.build_info()

@@ -1,33 +1,37 @@
 """The compiled copy of `coverage` against the definition."""
 
+import ctypes
+import subprocess
+from pathlib import Path
+
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 
-from onepass_trl import _C
 from onepass_trl.visibility import count_tiles
 
 from .strategies import tilings
 
 
-@given(tilings())
-def test_the_compiled_plan_counts_the_same_tiles(tiling):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> ctypes.CDLL:
+    library = tmp_path_factory.mktemp("tiles") / "tiles.so"
+    source = Path(__file__).with_name("tiles.cpp")
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"]
+    subprocess.run([*command, source, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@given(tiling=tilings())
+def test_the_compiled_plan_counts_the_same_tiles(compiled, tiling):
     row, positions, window, sizes = tiling
-    counts = _C.tile_counts(
-        torch.from_numpy(row), *sizes.values(), torch.from_numpy(positions), window or 0
+    counts = np.zeros(3, dtype=np.int64)
+    compiled.onepass_count_tiles(
+        row.ctypes.data_as(ctypes.c_void_p),
+        positions.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_int64(row.size),
+        *(ctypes.c_int64(size) for size in sizes.values()),
+        ctypes.c_int32(window or 0),
+        counts.ctypes.data_as(ctypes.c_void_p),
     )
-    assert counts == count_tiles(row, positions, window, **sizes)
-
-
-def test_errors():
-    with pytest.raises(
-        ValueError, match=r"visible_end has shape \[2, 3\].*expected \(seq,\) int32"
-    ):
-        _C.tile_counts(torch.zeros(2, 3, dtype=torch.int32), 64, 64)
-    with pytest.raises(ValueError, match="tiles of 0 x 64 tokens"):
-        _C.tile_counts(torch.ones(1, dtype=torch.int32), 0, 64)
-    with pytest.raises(ValueError, match="window is 4 without positions"):
-        _C.tile_counts(torch.ones(1, dtype=torch.int32), 64, 64, window=4)
-    positions = torch.zeros(2, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"positions has 2 tokens, expected as many as vis.*, 1"):
-        _C.tile_counts(torch.ones(1, dtype=torch.int32), 64, 64, positions, 4)
+    assert tuple(counts) == count_tiles(row, positions, window, **sizes)

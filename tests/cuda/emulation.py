@@ -81,7 +81,7 @@ class _PlanParams(ctypes.Structure):
 def build(csrc: Path, head_dims: Sequence[tuple[int, int]]) -> Path:
     """Return the path of the kernels in a folder of sources, compiled unless they are there."""
     compiler = shutil.which("g++")
-    assert compiler is not None, "the tests build an extension, so a C++ compiler is there"
+    assert compiler is not None, "the tests compile C++, so a compiler is there"
     here = Path(__file__).parent
     table = cuda_build.head_dims_header(cuda_build.passes_of(head_dims, hopper=True))
     sources = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cu*"), *here.glob("em*")])

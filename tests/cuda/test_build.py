@@ -14,6 +14,7 @@ import torch
 
 from onepass_trl.attention import cuda_library
 from onepass_trl.attention.cuda_library import CudaBuild, read_build
+from onepass_trl.attention.implementations import cpu
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
@@ -189,6 +190,10 @@ def test_symbols_of_the_unstable_interface_are_found(tmp_path):
     assert list(check_build.symbol_errors(library)) == [
         "a.so needs c10::unstable, which torch may change"
     ]
+
+
+def test_the_library_for_cpus_needs_nothing_of_torch_that_may_change():
+    assert list(check_build.symbol_errors(cpu.PATH)) == []
 
 
 @pytest.fixture(scope="module")

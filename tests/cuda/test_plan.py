@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from onepass_trl import _C
 from onepass_trl.attention.ops import plan_size
-from onepass_trl.visibility import dense_mask
+from onepass_trl.visibility import count_tiles, dense_mask
 from tests.attention.cases import Shape, make_case, random_visible_end, tree_positions
 from tests.attention.rows import causal_row, chat_row
 
@@ -153,7 +152,7 @@ def test_kernels_compute_the_tiles_that_are_not_skipped_and_no_other(seq, window
     assert run_and_count(ends, window) == (pairs, single)
     if window == 0:
         for queries, count in ((2 * TILE, pairs), (TILE, single)):
-            counts = [_C.tile_counts(row, queries, TILE) for row in ends]
+            counts = [count_tiles(row, query_tile=queries) for row in ends.numpy()]
             assert sum(partial + full for _, partial, full in counts) == count
 
 

@@ -12,7 +12,7 @@ from onepass_trl.attention import ops  # noqa: F401 (defines the op)
 
 
 class ExtensionNotBuiltError(RuntimeError):
-    """The compiled extension `onepass_trl._C` is missing or cannot be loaded."""
+    """A compiled library, `_cpu.so` or `_cuda.so`, is missing or cannot be loaded."""
 
 
 class ImplStatus(NamedTuple):

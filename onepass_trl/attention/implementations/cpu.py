@@ -1,10 +1,15 @@
-"""The compiled kernel for CPUs, `csrc/cpu`, in the extension `onepass_trl._C`."""
+"""The compiled kernel for CPUs, `csrc/cpu`, in the library `onepass_trl/_cpu.so`.
+
+The library is loaded, and its implementations of the ops registered, when this module is imported.
+"""
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
-from onepass_trl.attention import ops
+import torch
+from torch import Tensor
+
 from onepass_trl.attention.implementations.base import (
     Call,
     ExtensionNotBuiltError,
@@ -13,16 +18,28 @@ from onepass_trl.attention.implementations.base import (
     check_dtype,
     run_op,
 )
+from onepass_trl.visibility import check_visible_end
 
+PATH = Path(__file__).parents[2] / "_cpu.so"
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
+def _load() -> OSError | None:
+    try:
+        torch.ops.load_library(PATH)
+    except OSError as error:
+        return error
+    return None
+
+
+LOAD_ERROR = _load()
+
+
 def _status() -> ImplStatus:
-    if ops.EXTENSION_ERROR is not None:
+    if LOAD_ERROR is not None:
         return ImplStatus("cpu", False, (), _not_built_message())
-    info = ops.build_info()
-    return ImplStatus("cpu", True, ("cpu",), f"{info['cpu_variant']}, {info['compiler']}")
+    return ImplStatus("cpu", True, ("cpu",), torch.ops.onepass.cpu_build())
 
 
 def _suits(call: Call) -> bool:
@@ -32,16 +49,26 @@ def _suits(call: Call) -> bool:
 def _check(call: Call) -> None:
     if call.q.device.type != "cpu":
         raise ValueError(f"impl='cpu' and q is on {call.q.device}: use impl='auto'")
-    if ops.EXTENSION_ERROR is not None:
-        raise ExtensionNotBuiltError(_not_built_message()) from ops.EXTENSION_ERROR
+    if LOAD_ERROR is not None:
+        raise ExtensionNotBuiltError(_not_built_message()) from LOAD_ERROR
     check_dtype("cpu", call, DTYPES)
 
 
 def _not_built_message() -> str:
     return (
-        f"the compiled extension onepass_trl._C cannot be loaded ({ops.EXTENSION_ERROR}): build it "
-        f"with `{BUILD_COMMAND}` in the repository, or pass impl='dense' for small inputs"
+        f"the compiled library onepass_trl/_cpu.so cannot be loaded ({LOAD_ERROR}): build it with "
+        f"`{BUILD_COMMAND}` in the repository, or pass impl='dense' for small inputs"
     )
 
 
-CPU = Implementation("cpu", _status, _check, run_op, _suits)
+def _run(call: Call) -> tuple[Tensor, Tensor]:
+    try:
+        return run_op(call)
+    except RuntimeError:
+        # The kernel refuses rows that are no tree, and the definition says what is wrong with them.
+        for row in call.visible_end:
+            check_visible_end(row.numpy())
+        raise
+
+
+CPU = Implementation("cpu", _status, _check, _run, _suits)
