@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+TOO_DEEP = "it is nested too deep to be read: make it flatter, or give what is deep as text"
+
 
 class ChatFormatError(ValueError):
     """A conversation, a record or a chat template from which exact passes can't be made."""

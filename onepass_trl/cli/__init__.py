@@ -5,8 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from onepass_trl.tools.transcript import visible_text
+
+# What a shell says of a program that a signal has ended: 128 and its number.
+_INTERRUPTED = 130
+_OUTPUT_CLOSED = 141
 
 VERBS = {
     "sft": "train on conversations in one pass: the flags and YAML files of `trl sft`",
@@ -19,14 +27,27 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that shows what it was given as text, also where it would control a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and `message`, and exit with 2."""
+        super().error(visible_text(message))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb named in `argv` (default: the process's arguments); return its exit status.
 
-    0: done; 1: the verb found a difference; 2: the input is wrong, with one message on stderr.
+    0: done; 1: the verb found a difference; 2: the input is wrong, with one message on stderr;
+    130: interrupted, with one line on stderr; 141: what reads the output has ended.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return report_errors(_run, list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the verb named in `arguments`; return its exit status."""
     width = max(map(len, VERBS))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="onepass-trl",
         description="Exact one-pass supervised fine-tuning of reasoning models.",
         usage="onepass-trl [-h] [--version] verb ...",
@@ -48,30 +69,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     verb = importlib.import_module(f"{__name__}.{options.verb}")
-    return report_errors(verb.main, arguments[arguments.index(options.verb) + 1 :])
+    return verb.main(arguments[arguments.index(options.verb) + 1 :])
 
 
 def report_errors(verb: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Return the exit status of ``verb(arguments)``; wrong input gives one message on stderr and 2.
+    """Return the exit status of ``verb(arguments)``: see `main`.
 
-    ONEPASS_DEBUG=1 lets the error through, with its traceback.
+    ONEPASS_DEBUG=1 lets errors through, with their tracebacks.
     """
     try:
-        return verb(arguments)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if os.environ.get("ONEPASS_DEBUG") == "1" or not _is_about_input(error):
+        try:
+            return verb(arguments)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if (
+            int(os.environ.get("LOCAL_RANK", 0)) == 0
+        ):  # of several processes that train, one says it
+            print("\nonepass-trl: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # What is still to be written, at the latest when Python ends, has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _OUTPUT_CLOSED
+    except _errors_of_input() as error:
+        if os.environ.get("ONEPASS_DEBUG") == "1":
             raise
-        message = str(error) or type(error).__name__
+        message = visible_text(str(error)) or type(error).__name__
         print(f"onepass-trl: error: {message}\n(ONEPASS_DEBUG=1 shows where)", file=sys.stderr)
         return 2
 
 
-def _is_about_input(error: Exception) -> bool:
-    if not isinstance(error, RuntimeError):
-        return True
-    from onepass_trl.attention import ExtensionNotBuiltError
-
-    return isinstance(error, ExtensionNotBuiltError)
+def _errors_of_input() -> tuple[type[Exception], ...]:
+    """Return the errors that say something about the input or the machine, not about the code."""
+    # A package that has raised its error is imported; the others may be broken.
+    of_packages = (
+        getattr(sys.modules[package], error)
+        for package, error in (
+            ("onepass_trl.attention", "ExtensionNotBuiltError"),
+            ("safetensors", "SafetensorError"),
+        )
+        if package in sys.modules
+    )
+    return (
+        ValueError,
+        OSError,
+        EOFError,
+        MemoryError,
+        RecursionError,
+        FloatingPointError,
+        pickle.UnpicklingError,
+        *of_packages,
+    )
 
 
 def _num_leading_options(arguments: list[str]) -> int:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, get_args
+
+from safetensors import SafetensorError
 
 from onepass_trl.preparation.options import NullArguments, PreparationOptions, parse_train_on
 
@@ -70,20 +74,49 @@ def load_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+    with reading("the tokenizer of", options.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     path = options.chat_template_path
     if path is None:
         return tokenizer
     if path.endswith((".jinja", ".j2")):
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         return tokenizer
-    source = AutoTokenizer.from_pretrained(path)
+    with reading("the tokenizer of", path):
+        source = AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template = source.get_chat_template()
     known = tokenizer.get_vocab()
     added = source.added_tokens_decoder.values()
     tokenizer.add_tokens([token for token in added if token.content not in known])
     tokenizer.eos_token = source.eos_token
     return tokenizer
+
+
+@contextmanager
+def reading(what: str, model: str) -> Iterator[None]:
+    """Let what transformers raises for damaged files of a model say which model it is.
+
+    Raises:
+        ValueError: with the first line of the error.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        json.JSONDecodeError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        UnpicklingError,
+    ) as error:
+        first, _, _ = str(error).partition("\n")
+        raise ValueError(
+            f"{what} {model} can't be read, as a file is damaged or isn't what its name says: "
+            f"{type(error).__name__}: {first}"
+        ) from error
 
 
 def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -99,22 +132,28 @@ def inputs_of(options: argparse.Namespace) -> list[str | None]:
 
 def load_config(model: str) -> PreTrainedConfig | None:
     """Return the model's configuration, None for a local folder without one."""
-    from transformers import AutoConfig
-
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         return None
-    return AutoConfig.from_pretrained(model)
+    return read_config(model)
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """Return the model's configuration."""
+    from transformers import AutoConfig
+
+    with reading("the configuration of", model):
+        return AutoConfig.from_pretrained(model)
 
 
 def json_object(text: str) -> dict[str, Any]:
     """Return the JSON object in a text, for argparse."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text[:80]}")
     return value
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from onepass_trl.cli import Parser
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +34,7 @@ def main(argv: list[str]) -> int:
     from onepass_trl.cli.arguments import inputs_of
     from onepass_trl.tools.bench.results import write
     from onepass_trl.tools.outputs import check_outputs
+    from onepass_trl.tools.transcript import visible_text
 
     check_outputs({"--json": options.json}, inputs_of(options))
     if options.threads is not None:
@@ -52,14 +56,14 @@ def main(argv: list[str]) -> int:
         results += _step(subject, options)
     if options.json is not None:
         write(options.json, "bench", results, ["onepass-trl", "bench", *argv])
-        print(f"\nWrote {options.json}")
+        print(f"\nWrote {visible_text(options.json)}")
     return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     from onepass_trl.cli.arguments import at_least
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="onepass-trl bench",
         description="Time attention of one layer against SDPA and FlexAttention, and a training "
         "step against N-pass in TRL's SFTTrainer, in one run and in turn. The input is "
@@ -84,6 +88,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     options = parser.parse_args(argv)
+    num_cpus = os.cpu_count() or 1
+    if options.threads is not None and options.threads > num_cpus:
+        parser.error(
+            f"--threads: expected at most {num_cpus}, the CPUs of this machine, got "
+            f"{options.threads}"
+        )
     given = [name for name in _TURN if name in options]
     if options.dataset is not None and given:
         parser.error(f"--{given[0]} shapes a chat of random tokens, but a dataset is given too")
@@ -143,14 +153,13 @@ def _check(
 
 
 def _load_config(options: argparse.Namespace) -> PretrainedConfig:
-    from transformers import AutoConfig
-
+    from onepass_trl.cli.arguments import read_config
     from onepass_trl.tools.bench.workload import small_config, trim_layers
 
     if options.model_name_or_path is None:
         config = small_config()
     else:
-        config = AutoConfig.from_pretrained(options.model_name_or_path)
+        config = read_config(options.model_name_or_path)
     if options.num_layers is not None:
         trim_layers(config, options.num_layers)
     return config
@@ -185,6 +194,8 @@ def _describe(
     options: argparse.Namespace, config: PretrainedConfig, conversations: list[list[Pass]]
 ) -> str:
     """Return a description of what is measured."""
+    from onepass_trl.tools.transcript import visible_text
+
     text = config.get_text_config()
     name = options.model_name_or_path or "a small Qwen3"
     if options.dataset is None:
@@ -193,7 +204,7 @@ def _describe(
     else:
         number = len(conversations)
         what = f"{number} conversation{'s' * (number > 1)} of {options.dataset}"
-    return (
+    return visible_text(
         f"conversations: {what}\n"
         f"model: {name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
         f"{text.vocab_size:,} tokens of vocabulary; random weights"

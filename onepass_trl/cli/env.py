@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
 
+from onepass_trl.cli import Parser
 from onepass_trl.versions import TESTED
 
 _PACKAGES = (
@@ -25,7 +25,7 @@ _PACKAGES = (
 
 def main(argv: list[str]) -> int:
     """Print one ``name: value`` line each; return 0."""
-    argparse.ArgumentParser(
+    Parser(
         prog="onepass-trl env", description="Print versions, attention implementations and devices."
     ).parse_args(argv)
     for name, value in _facts():

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onepass_trl.cli import Parser
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -35,6 +37,7 @@ def main(argv: list[str]) -> int:
     from onepass_trl.tools.estimation_report import as_json, report
     from onepass_trl.tools.flops import model_cost
     from onepass_trl.tools.outputs import write_output
+    from onepass_trl.tools.transcript import visible_text
 
     tokenizer = load_tokenizer(options)
     config = load_config(options.model_name_or_path)
@@ -62,19 +65,19 @@ def main(argv: list[str]) -> int:
     every_position = device is None or device.type not in ("cuda", "xpu")
     given: dict[str, Any] = {"scores_every_position": every_position, "times": times}
     what = f"{len(indices):,} of {len(dataset):,}" if len(indices) < len(dataset) else "all"
-    print(f"{options.dataset}: {what} conversations\n")
+    print(f"{visible_text(options.dataset)}: {what} conversations\n")
     print("\n".join(report(found, **given)))
     if options.json is not None:
         value = {"dataset": options.dataset, **as_json(found, **given)}
         write_output(options.json, json.dumps(value, indent=1) + "\n")
-        print(f"Wrote {options.json}")
+        print(f"Wrote {visible_text(options.json)}")
     if options.png is not None:
         from onepass_trl.tools import plots
         from onepass_trl.tools.estimation_plot import draw
 
         figure = draw(found, Path(options.dataset).name, scores_every_position=every_position)
         plots.save(figure, options.png)
-        print(f"Wrote {options.png}")
+        print(f"Wrote {visible_text(options.png)}")
     return 0
 
 
@@ -82,7 +85,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     from onepass_trl.cli.arguments import add_conversation_arguments, at_least
     from onepass_trl.data.packing import OVERFLOW_POLICIES
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="onepass-trl estimate",
         description="Count what one pass and N-pass compute on a dataset: tokens, attention, "
         "floating-point operations of the model, rows after packing, what max_length would cut, "

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onepass_trl.cli import Parser
+
 if TYPE_CHECKING:
     from rich.text import Text
     from rich.tree import Tree
@@ -25,6 +27,7 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from onepass_trl.tools.inspection_report import figures, remarks
+    from onepass_trl.tools.transcript import visible_text
 
     found = _inspect(options)
     layers, problem = _layers(options.model_name_or_path)
@@ -38,24 +41,27 @@ def main(argv: list[str]) -> int:
         from onepass_trl.tools.page import to_html
 
         write_output(options.html, to_html(found, _title(options), layers))
-        console.print(f"Wrote {options.html}", markup=False, soft_wrap=True)
+        console.print(f"Wrote {visible_text(options.html)}", markup=False, soft_wrap=True)
     if options.png is not None:
         from onepass_trl.tools import mask_picture, plots
 
         plots.save(mask_picture.draw(found, _title(options)), options.png)
-        console.print(f"Wrote {options.png}", markup=False, soft_wrap=True)
+        console.print(f"Wrote {visible_text(options.png)}", markup=False, soft_wrap=True)
     return 0
 
 
 def _title(options: argparse.Namespace) -> str:
+    from onepass_trl.tools.transcript import visible_text
+
     path = Path(options.dataset)
-    return f"{path.name if path.is_file() else options.dataset}, row {options.row}"
+    name = path.name if path.is_file() else options.dataset
+    return f"{visible_text(name)}, row {options.row}"
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     from onepass_trl.cli.arguments import add_conversation_arguments
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="onepass-trl inspect",
         description="Show how a conversation is cut: the trunk that later turns see and the branch "
         "of each turn, which tokens are trained, and how much less one pass computes than N "

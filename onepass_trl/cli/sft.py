@@ -8,13 +8,17 @@ Other ways to launch it: ``accelerate launch -m onepass_trl.cli.sft ...`` or
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
+
+_SECONDS_TO_END = 30  # after an interrupt
 
 
 def main(argv: list[str]) -> int:
@@ -31,6 +35,7 @@ def launch(argv: list[str], parser: Any, module: str) -> int:
         module: name of the module, which gets the flags of `parser`.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -48,12 +53,27 @@ def launch(argv: list[str], parser: Any, module: str) -> int:
         _share_cpu(options)
     try:
         launch_command(options)
+    except KeyboardInterrupt:
+        if not _have_ended():
+            raise
+        return 128 + signal.SIGINT  # they have got the signal too, and reported it
+    except SignalException as error:  # several processes, which torch has ended
+        return 128 + error.sigval
     except subprocess.CalledProcessError as error:  # one process, which has reported the error
         return error.returncode
     except ChildFailedError as error:  # several processes
         _, failure = error.get_first_failure()
         return failure.exitcode
     return 0
+
+
+def _have_ended() -> bool:
+    """Return whether the processes that were started end by themselves; end those that don't."""
+    _, running = psutil.wait_procs(psutil.Process().children(), timeout=_SECONDS_TO_END)
+    for process in running:
+        process.terminate()
+    psutil.wait_procs(running)
+    return not running
 
 
 def _share_cpu(options: Any) -> None:
@@ -207,7 +227,7 @@ def _check_config(file: str) -> None:
             f"--config {file} can't be read: {error.strerror}. Expected a YAML file of flags, such "
             "as examples/sft.yaml"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"--config {file} is not YAML: {error}\nExpected a YAML file of flags, such as "
             "examples/sft.yaml"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from onepass_trl.cli import Parser
+
 if TYPE_CHECKING:
     from onepass_trl.tools.verify import Comparison
 
@@ -79,7 +81,7 @@ def _line(name: str, items: list[Comparison]) -> str:
 def _parse(argv: list[str]) -> argparse.Namespace:
     from onepass_trl.cli.arguments import DATASET_HELP, add_reading_arguments, at_least
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="onepass-trl verify",
         description="Compute loss and gradients of some conversations in N separate passes and in "
         "one, and compare them, the tokens and the time. Exits with 1 if loss or gradients "
@@ -121,21 +123,25 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if (options.dataset is None) == (options.dataset_name is None):
         parser.error("name one dataset: as the first argument, or with --dataset_name")
-    options.dataset = options.dataset or options.dataset_name
+    if options.dataset is None:
+        options.dataset = options.dataset_name
     return options
 
 
 def _load_model(options: argparse.Namespace, num_tokens: int) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from onepass_trl.cli.arguments import read_config, reading
 
     dtype = getattr(torch, options.dtype)
     if options.model_from_config:
         set_seed(0)
-        config = AutoConfig.from_pretrained(options.model_name_or_path)
+        config = read_config(options.model_name_or_path)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=dtype)
+        with reading("the weights of", options.model_name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=dtype)
     if model.get_input_embeddings().num_embeddings < num_tokens:  # some came with a chat template
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -14,6 +14,7 @@ import pyarrow.compute as compute
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
+from onepass_trl.chat.errors import TOO_DEEP
 from onepass_trl.data import pack
 from onepass_trl.preparation.options import PreparationOptions, register_families
 from onepass_trl.preparation.report import Report
@@ -182,6 +183,8 @@ def _make_batch(
             rows, report = maker.make(record, index, features)
         except ValueError as error:
             raise ValueError(f"row {index} of the {name} dataset: {error}") from error
+        except RecursionError:
+            raise ValueError(f"row {index} of the {name} dataset: {TOO_DEEP}") from None
         problems = list(report.lines(maker.options))
         for problem in problems if warn else ():
             logger.warning("row %d of the %s dataset: %s", index, name, problem)

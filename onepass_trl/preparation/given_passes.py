@@ -47,7 +47,10 @@ def _given_pass(given: Any, number: int) -> Pass:
         raise ChatFormatError(
             f"pass {number} must be a dict with 'input_ids' and 'labels', got {str(given)[:80]}"
         )
-    ids, labels = (np.asarray(given[key]) for key in keys)
+    try:
+        ids, labels = (np.asarray(given[key]) for key in keys)
+    except ValueError as error:  # lists of different lengths
+        raise ChatFormatError(f"pass {number} needs lists of whole numbers: {error}") from error
     if (
         ids.ndim != 1
         or ids.shape != labels.shape

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -22,6 +24,9 @@ JSON_SUFFIXES = (
 """How the names of files of JSON end."""
 UNREADABLE = "unreadable record"
 """The only column of a record that can't be read: where it is, and why."""
+
+_LARGEST_RATIO = 200
+_LEAST_LIMIT = 2**30
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -73,8 +78,36 @@ def _lines(file: str) -> Iterator[str]:
 
 
 def _open(file: str) -> IO[bytes]:
-    opener = _OPENERS.get(Path(file).suffix.lower(), open)
-    return cast(IO[bytes], opener(file, "rb"))
+    opener = _OPENERS.get(Path(file).suffix.lower())
+    if opener is None:
+        return open(file, "rb")
+    return cast(IO[bytes], io.BufferedReader(_Unpacked(opener(file, "rb"), file)))
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a packed file, up to a size beyond which no file of conversations goes."""
+
+    def __init__(self, content: IO[bytes], file: str) -> None:
+        self._content, self._file = content, file
+        self._limit = max(_LEAST_LIMIT, _LARGEST_RATIO * os.path.getsize(file))
+        self._num_read = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._content.readinto(buffer)  # type: ignore[attr-defined]
+        self._num_read += size
+        if self._num_read > self._limit:
+            raise ValueError(
+                f"{self._file} holds more than {self._limit} bytes, over {_LARGEST_RATIO} times "
+                "its own size: if that is right, unpack it first"
+            )
+        return size
+
+    def close(self) -> None:
+        self._content.close()
+        super().close()
 
 
 def _parsed(text: str, where: str) -> Any:

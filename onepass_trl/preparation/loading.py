@@ -57,6 +57,10 @@ def load_conversations(
             it is not a JSON object. One that can't be stored is an error when it is prepared, or
             left out with ``invalid_turns="drop"``.
     """
+    if not name.strip():
+        raise ValueError(
+            f"the name of the dataset is {name!r}, expected one of the Hub, a folder or a file"
+        )
     suffix = _suffix(name)
     if Path(name).is_dir():
         splits = _folder_splits(name, config)

@@ -70,7 +70,7 @@ def parse_train_on(value: str | Sequence[int]) -> TrainOn:
     if isinstance(value, str):
         try:
             parsed = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             parsed = None
     if isinstance(parsed, list) and all(type(index) is int for index in parsed):
         return parsed

@@ -13,7 +13,7 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat.columns import check_columns
-from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.errors import TOO_DEEP, ChatFormatError
 from onepass_trl.chat.messages import Message
 from onepass_trl.chat.records import read_conversation
 from onepass_trl.chat.rendering import RenderedTurn, render_each_turn
@@ -129,6 +129,8 @@ def render_record(
         )
     except ChatFormatError as error:
         turns = [InvalidTurn(error)]
+    except RecursionError:
+        turns = [InvalidTurn(ChatFormatError(TOO_DEEP))]
     kept, invalid = _parted(turns, drops)
     if verify:
         read = [_parsed_back(turn, tokenizer, options) for turn in kept]

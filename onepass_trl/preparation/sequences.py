@@ -165,7 +165,12 @@ def _warn_of_unused_mask() -> None:
 
 
 def _whole_numbers(record: Mapping[str, Any], column: str) -> np.ndarray:
-    values = np.asarray(record[column])
+    try:
+        values = np.asarray(record[column])
+    except ValueError as error:  # lists of different lengths
+        raise ChatFormatError(
+            f"column {column!r} must be a list of whole numbers: {error}"
+        ) from error
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iub"):
         raise ChatFormatError(
             f"column {column!r} must be a list of whole numbers, got {str(record[column])[:80]!r}"

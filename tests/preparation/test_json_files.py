@@ -10,6 +10,7 @@ import lzma
 import pytest
 
 from onepass_trl import load_conversations
+from onepass_trl.preparation import json_files
 from onepass_trl.preparation.datasets import prepare_dataset
 from onepass_trl.preparation.json_files import UNREADABLE, read_json
 from onepass_trl.preparation.options import PreparationOptions
@@ -97,3 +98,18 @@ def test_other_files_are_named(tmp_path, name):
     match = rf"{name}' isn't of the files that are read, \.jsonl, .*\.parquet; .*({remedy})"
     with pytest.raises(ValueError, match=match):
         load_conversations(str(path))
+
+
+@pytest.mark.parametrize(("packing", "pack"), [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
+def test_a_file_that_unpacks_without_end_is_named(tmp_path, monkeypatch, packing, pack, kind):
+    monkeypatch.setattr(json_files, "_LEAST_LIMIT", 100_000)
+    path = tmp_path / f"rows{kind}{packing}"
+    path.write_bytes(pack.compress(GOOD.encode() + b"\n" * 2))
+    assert len(list(read_json(str(path)))) == 1
+    path.write_bytes(pack.compress(b" " * 10**7))
+    limit = max(100_000, 200 * path.stat().st_size)
+    with pytest.raises(
+        ValueError, match=f"{path.name} holds more than {limit} bytes, over 200 times"
+    ):
+        list(read_json(str(path)))

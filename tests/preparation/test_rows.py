@@ -154,3 +154,50 @@ def test_rows_of_at_most_max_length():
     left, layouts, lost = lay_out(passes, replace(OPTIONS, max_length=longest - 1, overflow="drop"))
     assert (len(left), len(layouts), lost.num_lost_turns) == (1, 1, 1)
     assert lay_out([], OPTIONS)[:2] == ([], [])
+
+
+def _deep(levels):
+    value = 1
+    for _ in range(levels):
+        value = {"a": [value]}
+    return value
+
+
+DEEP_TEXT = '{"a": [' * 5000
+QUESTION = {"role": "user", "content": "2+2?"}
+TALK = [QUESTION, {"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": "[" * 100_000},
+        {"messages": json.dumps(TALK)[:-1] + "," + DEEP_TEXT},
+        {"messages": TALK, "tools": [_deep(2000)]},
+        {"messages": TALK, "tools": "[" + DEEP_TEXT},
+        {"messages": TALK, "chat_template_kwargs": DEEP_TEXT},
+        {"passes": "[" * 100_000},
+        {"passes": [_deep(2000)]},
+        {"input_ids": "[" * 100_000},
+        {"prompt": "[" * 100_000, "completion": "4"},
+    ],
+    ids=str.split("messages call tools tools_text kwargs passes_text passes ids prompt"),
+)
+def test_a_record_that_is_nested_too_deep_is_left_out(record):
+    tokenizer = small_tokenizer("qwen3")
+    with pytest.raises(ChatFormatError, match="it is nested too deep to be read: make it flatter"):
+        render_record(record, tokenizer)
+    rendered = render_record(record, tokenizer, PreparationOptions(invalid_turns="drop"))
+    assert (rendered.passes, len(rendered.invalid)) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"input_ids": [1, [2]]}, {"passes": [{"input_ids": [1, [2]], "labels": [-100, 2]}]}],
+    ids=["ids", "passes"],
+)
+def test_lists_among_token_ids_are_left_out(record):
+    rendered = render_record(
+        record, small_tokenizer("qwen3"), PreparationOptions(invalid_turns="drop")
+    )
+    assert "whole numbers" in rendered.invalid[0]
