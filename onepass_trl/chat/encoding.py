@@ -47,8 +47,9 @@ class AddedTokens:
         self.margin = max(map(len, names), default=0)
         if self.boundary is not None and not self._composes(tokenizer, names):
             self.boundary = None
-        alone, behind = encode_alone(tokenizer, ["a", "\na"])
-        self.prepends = not np.array_equal(behind[behind.size - alone.size :], alone)
+        alone, after_newline = encode_alone(tokenizer, ["a", "\na"])
+        end = after_newline[after_newline.size - alone.size :]
+        self.prepends = not np.array_equal(end, alone)
 
     def _composes(self, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> bool:
         """Return whether pieces give the ids of the whole, tested with every boundary token.
@@ -95,7 +96,7 @@ def encode_alone(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return [np.asarray(ids, dtype=np.int32) for ids in batch]
 
 
-def encode_behind(tokenizer: PreTrainedTokenizerBase, context: str, completion: str) -> Ids:
+def encode_after(tokenizer: PreTrainedTokenizerBase, context: str, completion: str) -> Ids:
     """Return the ids of a completion as a continuation of its context.
 
     For tokenizers that encode a text differently at the start of their input
@@ -153,7 +154,7 @@ def _split(
     last = ""
     cuts = [(0, 0)]  # characters and pieces up to each boundary of the last view
     for view in views:
-        # Whether a token matches can depend on up to `margin` characters from its start.
+        # Whether a token matches can depend on up to `margin` characters after its start.
         shared = shared_prefix(last, view) - margin + 1
         del cuts[max(1, bisect_right(cuts, shared, key=itemgetter(0))) :]
         begin, num_kept = cuts[-1]

@@ -12,8 +12,8 @@ import numpy as np
 from onepass_trl.chat.encoding import (
     AddedTokens,
     Ids,
+    encode_after,
     encode_alone,
-    encode_behind,
     encode_views,
 )
 from onepass_trl.chat.errors import ChatFormatError
@@ -40,7 +40,7 @@ def render_passes(
     end-of-turn token, where the pass ends.
 
     Args:
-        messages: Messages in the OpenAI form. Reasoning may stand in ``reasoning_content``,
+        messages: Messages in the OpenAI form. Reasoning may be in ``reasoning_content``,
             ``reasoning``, ``thinking``, or as ``<think>..</think>`` at the start of the content;
             arguments of tool calls may be dicts or JSON text. ``"train": False`` in an assistant
             message switches its turn off.
@@ -54,7 +54,7 @@ def render_passes(
     Raises:
         ChatFormatError: if no turn is left to train; if a message can't be understood; if a trained
             turn has nothing before it; or if its reasoning, content or tool calls would not all
-            stand in its own pass. The message names the turn and the template family.
+            be in its own pass. The message names the turn and the template family.
     """
     turns = render_turns(
         messages,
@@ -171,7 +171,7 @@ def _passes(
     completion_ids = list(itertools.islice(ids, len(alone)))
     if added.prepends:
         completion_ids = [
-            encode_behind(tokenizer, context, completion)
+            encode_after(tokenizer, context, completion)
             for context, completion in zip(contexts, completions, strict=True)
         ]
     passes = [_pass(*parts) for parts in zip(ids, completion_ids, strict=True)]

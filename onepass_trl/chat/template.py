@@ -185,7 +185,7 @@ class Template:
             call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
             message = {"role": "assistant", "content": "", "tool_calls": [call]}
             try:
-                self.render_behind_question(message)
+                self.render_after_question(message)
             except TemplateRefusal:
                 return True
             return False
@@ -207,7 +207,7 @@ class Template:
         between, found, _ = text.partition(first)[2].partition(second)
         return between if found and not between.strip() else "\n"
 
-    def render_behind_question(self, message: dict[str, Any]) -> str:
+    def render_after_question(self, message: dict[str, Any]) -> str:
         """Return the text of an empty question and an assistant's message."""
         return self.render([_EMPTY_QUESTION, message], prompt=False)
 

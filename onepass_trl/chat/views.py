@@ -172,7 +172,7 @@ class Views:
         return None
 
     def _cut_of(self, known: _View, kept: int) -> _Cut | None:
-        """Return a cut that keeps about so many messages of a view, None if its end changes."""
+        """Return a cut that keeps about `kept` messages of a view, None if its end changes."""
         messages = known.messages
         found = _middles(messages, kept)
         if found is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onepass_trl.chat.columns import check_columns
-from onepass_trl.chat.encoding import encode_behind
+from onepass_trl.chat.encoding import encode_after
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.records import CONVERSATIONS, form_of
 from onepass_trl.passes import Pass
@@ -118,7 +118,7 @@ def _of_prompt(
     ids = _encoded(prompt + completion, tokenizer)
     if not np.array_equal(ids[: before.size], before):
         # Tokens merge across the seam. A server tokenizes the prompt alone.
-        ids = np.concatenate([before, encode_behind(tokenizer, prompt, completion)])
+        ids = np.concatenate([before, encode_after(tokenizer, prompt, completion)])
     trained = np.ones(ids.size, dtype=np.bool_)
     if options.completion_only_loss is not False:
         trained[: before.size] = False

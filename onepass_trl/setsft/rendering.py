@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onepass_trl.chat.encoding import Ids, added_tokens, encode_alone, encode_behind
+from onepass_trl.chat.encoding import Ids, added_tokens, encode_after, encode_alone
 from onepass_trl.chat.errors import ChatFormatError, errors_named
 from onepass_trl.chat.families import family_of
 from onepass_trl.chat.records import QUESTIONS, read_question
@@ -269,7 +269,7 @@ class _Encoder:
             [self._prompts[prompt]] = _encode_prompts([prompt], self._tokenizer, self._is_text)
         before = self._prompts[prompt]
         if added_tokens(self._tokenizer).prepends:
-            after = encode_behind(self._tokenizer, prompt, completion)
+            after = encode_after(self._tokenizer, prompt, completion)
         else:
             [after] = encode_alone(self._tokenizer, [completion])
         trained = np.repeat([False, True], [before.size, after.size])

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from onepass_trl.chat import ChatFormatError, render_passes
 from onepass_trl.chat.encoding import (
     added_tokens,
+    encode_after,
     encode_alone,
-    encode_behind,
     encode_views,
     shared_prefix,
 )
@@ -72,7 +72,7 @@ def test_tokenizers_that_depend_on_the_position_encode_whole_texts(scheme, added
 
 
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
-def test_a_completion_goes_on_behind_its_context(scheme):
+def test_a_completion_goes_on_after_its_context(scheme):
     """Llama 2 and Mistral 7B put a space before each text, which the template doesn't write."""
     tokenizer = metaspace_tokenizer(scheme, AddedToken("<|>", special=True, normalized=False))
     assert added_tokens(tokenizer).prepends == (scheme != "never")
@@ -94,12 +94,12 @@ def test_a_completion_goes_on_behind_its_context(scheme):
     assert names[:4] == ["c", "▁", "d", "<|>"]
 
 
-def test_a_completion_that_begins_inside_a_token_is_encoded_behind_a_newline():
+def test_a_completion_that_begins_inside_a_token_is_encoded_after_a_newline():
     tokenizer = metaspace_tokenizer("first", AddedToken("ab", normalized=False))
-    assert tokenizer.convert_ids_to_tokens(encode_behind(tokenizer, "ca", "bd")) == ["b", "d"]
+    assert tokenizer.convert_ids_to_tokens(encode_after(tokenizer, "ca", "bd")) == ["b", "d"]
     tokenizer.add_tokens([AddedToken("\nb", normalized=False)])
     with pytest.raises(ChatFormatError, match="begins a text with a space"):
-        encode_behind(tokenizer, "ca", "bd")
+        encode_after(tokenizer, "ca", "bd")
 
 
 def test_of_two_tokens_the_longer_is_found_in_a_longer_view():

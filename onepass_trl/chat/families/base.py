@@ -65,7 +65,7 @@ class Turn:
         Raises:
             TurnError: if that rendering doesn't begin with this text.
         """
-        alone = self.template.render_behind_question(self.message)
+        alone = self.template.render_after_question(self.message)
         if not alone.startswith(before):
             raise TurnError(
                 f"the template doesn't write {before[-40:]!r} before an assistant message"
