@@ -34,6 +34,7 @@ from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.workload import chat_passes, random_model, small_config
 from onepass_trl.training.context_parallel import forward_in_pieces
 from onepass_trl.training.lm_head import add_fused_lm_head
+from onepass_trl.versions import checkpointing_option
 
 VOCAB_SIZE = 512  # the head's tiles have a size that is independent of the row
 TURN = {"user": 60, "reasoning": 260, "response": 150, "vocab_size": VOCAB_SIZE}
@@ -51,7 +52,7 @@ def run_here(args: argparse.Namespace) -> None:
         vocab_size=VOCAB_SIZE,
     )
     model = random_model(config, torch.float32).train()
-    model.activation_checkpointing_enable()
+    getattr(model, f"{checkpointing_option()}_enable")()
     use_onepass_attention(model)
     add_fused_lm_head(model)
     step(model, num_turns=1)  # loads libraries, starts threads, makes the gradients of the weights

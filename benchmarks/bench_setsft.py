@@ -28,6 +28,7 @@ from onepass_trl import Pass, SetSFTConfig, SetSFTTrainer
 from onepass_trl.setsft.matching import match, plan_costs
 from onepass_trl.setsft.traces import Trace, TraceSet
 from onepass_trl.tools.bench.results import write
+from onepass_trl.versions import checkpointing_option
 
 
 def random_set(args: argparse.Namespace, question: int) -> TraceSet:
@@ -64,7 +65,7 @@ def make_trainer(args: argparse.Namespace, folder: str) -> SetSFTTrainer:
         per_device_train_batch_size=1,
         bf16=False,
         use_cpu=True,
-        activation_checkpointing=False,
+        **{checkpointing_option(): False},
         report_to="none",
     )
     return SetSFTTrainer(

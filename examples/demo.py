@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, load_conversations, render_passes
 from onepass_trl.cli.verify import format_table
 from onepass_trl.tools.verify import compare
+from onepass_trl.versions import checkpointing_option
 
 NUM_COMPARED = 3
 
@@ -58,7 +59,7 @@ def train(output: Path, num_steps: int) -> Path:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             adam_beta2=0.95,
-            activation_checkpointing=False,
+            **{checkpointing_option(): False},
             logging_steps=max(num_steps // 6, 1),
             save_strategy="no",
             report_to="none",

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from onepass_trl import SetSFTConfig, SetSFTTrainer
 from onepass_trl.setsft import forking_prompts, generate, mutual_information
+from onepass_trl.versions import checkpointing_option
 
 BASE = 6
 NUM_TRACES = 3
@@ -134,7 +135,7 @@ def train(
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=20,
-            activation_checkpointing=False,
+            **{checkpointing_option(): False},
             logging_steps=max(args.steps // 8, 1),
             save_strategy="no",
             report_to="none",
