@@ -11,13 +11,21 @@ BENCHMARKS := $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py))
 # What runs on a GPU machine needs no more than torch, transformers, pytest and the built library.
 GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 
-.PHONY: help venv lock demo test test-all generated check format cuda check-cuda test-gpu wheel bench bench-gpu docs plots clean
+# What has to work with the oldest and with the newest versions: models, trainers, commands, chats.
+ACROSS_VERSIONS := tests/test_versions.py tests/attention/test_transformers_backend.py tests/chat/test_golden.py \
+  tests/cli tests/setsft/test_exactness.py tests/training/test_exactness.py tests/training/test_lm_head.py \
+  tests/training/test_sequences.py tests/training/test_trainer.py
+
+.PHONY: help venv lock demo test test-all test-oldest test-newest .venv-oldest .venv-newest generated check format cuda check-cuda test-gpu wheel bench bench-gpu docs plots clean
 
 help:
 	@echo "make venv        set up .venv with the versions of constraints.txt and build the package into it"
-	@echo "make lock        set it up with the newest versions, and write these into constraints.txt"
+	@echo "make lock        set it up with the newest versions, and write these into constraints.txt,"
+	@echo "                 the oldest ones into constraints-oldest.txt"
 	@echo "make demo        train a small model on examples/conversations.jsonl and compare with N-pass (3 minutes)"
 	@echo "make test        run the tests, but for the long ones (8 minutes on two cores)"
+	@echo "make test-oldest run a part with the oldest versions of other packages, in .venv-oldest (3 minutes)"
+	@echo "make test-newest the same with the newest, in .venv-newest"
 	@echo "make test-all    run them all, and record what the long ones guard in tests/long.json"
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make format      format Python and C++"
@@ -46,23 +54,43 @@ venv: .venv/installed
 	ONEPASS_CUDA=0 $(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
+# The torch of `.venv`, so that the extension in the source tree serves these too.
+.venv-oldest: private PINS = constraints-oldest.txt
+.venv-newest: private PINS = /dev/null
+.venv-oldest .venv-newest: private BIN = $@/bin
+.venv-oldest .venv-newest: private CONSTRAINTS = $@/constraints.txt
+.venv-oldest .venv-newest:
+	$(PYTHON) -m venv $@
+	{ grep '^torch==' constraints.txt; cat $(PINS); } > $(CONSTRAINTS)
+	$(INSTALL) --upgrade pip
+	$(INSTALL) torch setuptools wheel ninja pybind11 numpy
+	$(INSTALL) --upgrade --upgrade-strategy eager --no-build-isolation --only-deps '.[dev]'
+
 # Without the labels of torch's builds (+cpu, +cu130), so that each machine finds its own.
+FREEZE = -m pip freeze --all --exclude-editable | sed 's/+.*//'
+
 lock:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest
 	$(MAKE) venv .venv/docs .venv/cute CONSTRAINTS=/dev/null
 	echo '# What `make` installs. Written by `make lock`.' > constraints.txt
-	$(BIN)/python -m pip freeze --all --exclude-editable | sed 's/+.*//' >> constraints.txt
+	$(BIN)/python $(FREEZE) >> constraints.txt
 	touch .venv/torch .venv/installed .venv/docs .venv/cute
+	sed -nE '/^dependencies/,/^]/s/^ *"(.+)>=(.+)",$$/\1==\2/p' pyproject.toml | grep -v '^torch=' > constraints-oldest.txt
+	$(MAKE) .venv-oldest
+	echo '# What `make test-oldest` installs, next to the torch of constraints.txt. Written by `make lock`.' \
+	  > .venv-oldest/frozen.txt
+	.venv-oldest/bin/python $(FREEZE) | grep -v '^torch=' >> .venv-oldest/frozen.txt
+	mv .venv-oldest/frozen.txt constraints-oldest.txt
 
 # Threads that wait sleep instead of spinning. It costs a few percent on an idle machine and is several
 # times faster on one that is busy with something else too.
-demo test test-all: export OMP_WAIT_POLICY ?= passive
+demo test test-all test-oldest test-newest: export OMP_WAIT_POLICY ?= passive
 
 demo: venv
 	$(BIN)/python examples/demo.py
 
 # A test has one thread, and there is a process for each core.
-test test-all: export OMP_NUM_THREADS ?= 1
+test test-all test-oldest test-newest: export OMP_NUM_THREADS ?= 1
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations 20
 
 test: venv
@@ -70,6 +98,12 @@ test: venv
 
 test-all: venv
 	$(PYTEST) --long all $(ARGS)
+
+test-oldest test-newest: private BIN = $(@:test-%=.venv-%)/bin
+test-oldest: venv .venv-oldest
+test-newest: venv .venv-newest
+test-oldest test-newest:
+	$(PYTEST) $(or $(ARGS),$(ACROSS_VERSIONS))
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -131,7 +165,7 @@ docs: venv .venv/docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find onepass_trl -name '*.so' -delete
 	rm -f onepass_trl/_cuda.json
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -13,9 +13,9 @@ from packaging.version import Version
 
 OLDEST = {
     "torch": "2.11",  # its stable ABI, for which the kernels are built
-    "transformers": "5.16",
-    "trl": "1.9",
-    "accelerate": "1.12",  # ParallelismConfig.sp_enabled
+    "transformers": "5.16.1",
+    "trl": "1.9.2",
+    "accelerate": "1.13",  # an Accelerator whose parallelism was configured before
     "datasets": "4.7",  # TRL's own floor
 }
 """What the package needs, as ``pyproject.toml`` asks for it."""
@@ -39,6 +39,10 @@ class Since(NamedTuple):
 FUSED_LM_HEAD = Since("trl", "1.16")
 """`add_fused_lm_head` for every device; 1.15 needs Triton. For older ones, `training.lm_head`."""
 
+NO_FLASH_ATTENTION_ADVICE = Since("trl", "1.16")
+"""`SFTTrainer` takes packed and padding-free rows with any attention. Before, it warned of
+cross-contamination unless the attention was FlashAttention; see `training.trl_advice`."""
+
 ROUTER_AUX_LOSS_COEF = Since("trl", "1.14")
 """`SFTTrainer.router_aux_loss_coef`, by default the model's. Before, only the option, 0.001."""
 
@@ -61,11 +65,12 @@ def checkpointing_option() -> str:
     return "activation_checkpointing" if since.installed else "gradient_checkpointing"
 
 
-def check_versions() -> None:
-    """Raise ImportError if one of the packages is missing or older than supported.
+class VersionError(ImportError):
+    """Packages that are missing, or older than supported; the message says what to install."""
 
-    The message names every package that has to be installed or upgraded.
-    """
+
+def check_versions() -> None:
+    """Raise `VersionError` if one of the packages is missing or older than supported."""
     wanting = []
     for package, oldest in OLDEST.items():
         try:
@@ -78,6 +83,6 @@ def check_versions() -> None:
     if wanting:
         found = ", ".join(text for text, _ in wanting)
         needed = " ".join(f"'{requirement}'" for _, requirement in wanting)
-        raise ImportError(
+        raise VersionError(
             f"OnePassSFTTrainer needs newer packages: {found}. Run: pip install {needed}"
         )

@@ -31,6 +31,7 @@ COVERED_BY = {
     "training/arguments.py": "training/test_trainer.py",
     "training/config.py": "training/test_trainer.py",
     "training/response_templates.py": "preparation/test_round_trip.py",
+    "training/trl_advice.py": "training/test_trainer.py",
 }
 
 

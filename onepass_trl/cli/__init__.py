@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from onepass_trl.tools.transcript import visible_text
+from onepass_trl.versions import VersionError
 
 # What a shell says of a program that a signal has ended: 128 and its number.
 _INTERRUPTED = 130
@@ -119,6 +120,7 @@ def _errors_of_input() -> tuple[type[Exception], ...]:
         RecursionError,
         FloatingPointError,
         pickle.UnpicklingError,
+        VersionError,
         *of_packages,
     )
 

@@ -56,6 +56,7 @@ from onepass_trl.training.context_parallel import (
 )
 from onepass_trl.training.lm_head import add_fused_lm_head
 from onepass_trl.training.loss import check_head, forward, target_losses
+from onepass_trl.training.trl_advice import no_flash_attention_advice
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
 # The totals of training and of an evaluation that are logged, and what else is added up with them.
@@ -113,6 +114,7 @@ class OnePassSFTTrainer(SFTTrainer):
     _maker_type: type[Maker] = RowMaker
     """What makes the rows of a dataset's records."""
 
+    @no_flash_attention_advice()
     def __init__(
         self,
         model: str | PreTrainedModel,

@@ -83,6 +83,12 @@ def test_options_train(train, plain_losses, options):
         assert losses == pytest.approx(plain_losses, rel=1e-3 if "bf16" in options else 1e-5)
 
 
+@pytest.mark.parametrize("options", [dict(packing=True, max_length=300), dict(padding_free=True)])
+def test_no_attention_is_recommended(train, options, caplog):
+    train(**options)
+    assert "Flash Attention" not in caplog.text
+
+
 def test_dft_trains(train):
     trainer = train(loss_type="dft", **ALL_IN_A_STEP)
     trainer.train()
