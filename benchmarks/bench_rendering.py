@@ -5,7 +5,8 @@ run; the smallest of the repeats counts. N-pass tokens are the tokens of all pas
 
     python benchmarks/bench_rendering.py --data chats.jsonl --tokenizer folder --json out.json
 
-A conversation file has one JSON object per line, with ``messages`` and optional ``tools``.
+A conversation file has one JSON object per line, with ``messages`` and optional ``tools``. With
+``--turns 100 200 400 800`` chats of these lengths are made instead.
 """
 
 from __future__ import annotations
@@ -58,17 +59,36 @@ def measure(
     }
 
 
+def chat(num_turns: int) -> dict[str, Any]:
+    """Return a chat in which every turn has 60 words of reasoning and 50 of content."""
+    messages = []
+    for turn in range(num_turns):
+        question, reasoning, content = (
+            " ".join(f"{word}{(turn * number) % 100}" for number in range(length))
+            for word, length in (("ask", 40), ("think", 60), ("say", 50))
+        )
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "reasoning_content": reasoning, "content": content},
+        ]
+    return {"id": f"chat of {num_turns} turns", "messages": messages}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "agent_long.jsonl")
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "qwen3")
+    parser.add_argument("--turns", type=int, nargs="+", help="lengths of chats to make")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
-    if any_missing(args.data, args.tokenizer):
+    if any_missing(*([] if args.turns else [args.data]), args.tokenizer):
         return
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, model_max_length=10**9)
-    with args.data.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    if args.turns:
+        rows = [chat(num_turns) for num_turns in args.turns]
+    else:
+        with args.data.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
     results = [measure(row, tokenizer, args.repeats) for row in rows]
     print_table(results)
     if args.json:

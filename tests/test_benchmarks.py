@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.chat.tokenizers import small_tokenizer
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -87,6 +89,16 @@ def test_an_estimate_and_what_is_run(script, tmp_path, tiny_model_dir):
     for way in ("by_operations", "by_rows_run"):
         assert result[f"error_{way}"] == pytest.approx(result[way] / result["measured_ratio"] - 1)
     assert 1 < result["by_operations"] < 2 * result["token_ratio"]
+
+
+def test_rendering_of_chats_that_are_made(script, tmp_path):
+    small_tokenizer("qwen3").save_pretrained(tmp_path)
+    path = tmp_path / "rendering.json"
+    flags = ["--turns", "2", "4", "--repeats=1", f"--tokenizer={tmp_path}", f"--json={path}"]
+    script("bench_rendering").main(flags)
+    two, four = results_of(path, "rendering")
+    assert (two["turns"], four["turns"]) == (2, 4)
+    assert four["npass_tokens"] > 2 * two["npass_tokens"]
 
 
 def test_what_needs_data_is_skipped_without(script, capsys):
