@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from small_model import CONVERSATIONS, make_model, make_tokenizer, read_conversations
 from tqdm import tqdm
@@ -93,20 +94,28 @@ def compare_with_n_pass(checkpoint: Path) -> None:
     print(format_table([compare(model, c) for c in tqdm(chosen, desc="compare", leave=False)]))
 
 
-def generate(checkpoint: Path) -> None:
-    """Print what the checkpoint answers, in plain transformers."""
+def ask_every_turn(checkpoint: Path) -> None:
+    """Print in which turns of the conversations the checkpoint, in plain transformers, thinks."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    message = read_conversations()[0]["messages"][0]
-    prompt = tokenizer.apply_chat_template(
-        [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    output = model.generate(**prompt, max_new_tokens=60, do_sample=False)
-    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
-    print(f"\n3. The checkpoint is in {checkpoint} and loads in plain transformers:")
-    print(f"   user:  {message['content']}")
-    print(f"   model: {' '.join(answer.split())} ..")
-    print("   (A model this small learns the form, reasoning first, but hardly any content.)")
+    begins_to_think: list[list[bool]] = []  # by the number of the turn
+    for conversation in read_conversations():
+        messages, tools = conversation["messages"], conversation.get("tools")
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for number, index in enumerate(turns):
+            prompt = tokenizer.apply_chat_template(
+                messages[:index], tools=tools, add_generation_prompt=True, return_tensors="pt"
+            )
+            with torch.inference_mode():
+                first = model(**prompt, logits_to_keep=1).logits[0, -1].argmax()
+            begins_to_think += [[]] if number == len(begins_to_think) else []
+            begins_to_think[number].append(tokenizer.decode(first) == "<think>")
+    print(f"\n3. The checkpoint in {checkpoint} loads in plain transformers. In the context that a")
+    print("   server gives it, it begins by thinking in")
+    for number, thinks in enumerate(begins_to_think, start=1):
+        print(f"   {sum(thinks):3} of {len(thinks)} answers of turn {number}")
+    print("   Training on one rendering, without earlier reasoning, teaches it not to think in all")
+    print("   turns but the last: examples/thinking_survives.py compares the two.")
 
 
 def main() -> None:
@@ -120,7 +129,7 @@ def main() -> None:
     transformers.set_seed(0)
     checkpoint = train(args.output, args.steps)
     compare_with_n_pass(checkpoint)
-    generate(checkpoint)
+    ask_every_turn(checkpoint)
 
 
 if __name__ == "__main__":

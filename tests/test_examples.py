@@ -1,3 +1,5 @@
+import doctest
+import importlib
 import importlib.util
 import json
 import re
@@ -5,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -116,6 +119,42 @@ def test_the_modes_are_trained_and_plotted(tmp_path):
     assert all(len(result["accuracy"]) == 4 for result in results)
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "modes.png").stat().st_size > 10_000
+
+
+@pytest.mark.long("examples", "onepass_trl")
+def test_thinking_is_compared_in_five_ways(tmp_path):
+    flags = ["--seeds=0", "--first-steps=2", "--steps=2", "--batch=5", "--held-out=4"]
+    report = run(["thinking_survives.py", *flags, f"--output={tmp_path}"])
+    [result] = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert len(result["ways"]) == 5
+    for after in result["ways"].values():
+        assert all(len(shares["thinks"]) == 5 for shares in after.values())
+    # The two exact ways differ by rounding alone.
+    assert result["difference"]["largest_loss"] < 1e-5
+    assert "one pass against one record per turn" in report
+
+
+def test_arithmetic_is_read_and_judged():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        example = importlib.import_module("arithmetic_chats")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    assert doctest.testmod(example).attempted > 2
+    assert doctest.testmod(example).failed == 0
+    tokenizer = example.make_tokenizer()
+    chat = example.make_conversation(np.random.default_rng(0), example.SUMS, 3)
+    for turn in (1, 3, 5):
+        context, whole = (
+            tokenizer.apply_chat_template(chat[:end], tokenize=False, add_generation_prompt=prompt)
+            for end, prompt in ((turn, True), (turn + 1, False))
+        )
+        completion = whole.removeprefix(context).removesuffix("<|im_end|> ").strip()
+        answer = example.read_answer(completion)
+        assert answer == example.solve(chat[:turn])
+        assert all(example.judge(answer, chat[turn]))
+        unreasoned = {"role": "assistant", "content": answer["content"]}
+        assert example.judge(unreasoned, chat[turn]) == (False, False, True)
 
 
 def run(command):
