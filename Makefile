@@ -144,7 +144,8 @@ bench: venv
 # What is written by programs, from the quickest on. Those of tests/chat/coverage.py and
 # tests/model_coverage.py take an hour; the first needs the real conversations.
 GENERATORS := "-m tests.reference_pages" "-m tests.chat.golden" benchmarks/make_tables.py docs/figures.py \
-  benchmarks/make_plots.py "-m tests.chat.coverage" "-m tests.chat.table" "-m tests.model_coverage"
+  benchmarks/make_plots.py "-m tests.chat.coverage" "-m tests.chat.table" "-m tests.chat.single_renderings" \
+  "-m tests.model_coverage"
 
 generated: venv
 	set -e; for generator in $(GENERATORS); do echo "== $$generator"; $(BIN)/python $$generator; done

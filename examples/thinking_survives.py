@@ -9,8 +9,8 @@ conversations in the same order. Afterwards it talks with users who have five re
 turn, with its own answers in its context as the chat template renders them.
 
 Printed, written and plotted: the shares of turns in which it thinks and in which it is right, after
-equally many conversations, and after computing equally many tokens. Takes about eight minutes on
-two idle cores; everything it writes is in runs/thinking_survives.
+equally many conversations, and after computing equally many tokens. Takes twelve minutes of one
+core; everything it writes is in runs/thinking_survives.
 """
 
 from __future__ import annotations

@@ -21,8 +21,25 @@ from tests.pages import with_part
 
 RECORD = Path(__file__).with_name("single_renderings.json")
 PAGE = Path(__file__).parents[2] / "docs" / "why.md"
-FAMILIES = ("Qwen3", "Qwen3.6", "DeepSeek-R1-distill", "DeepSeek-V3", "gpt-oss", "GLM-4 MoE")
-FAMILIES += ("Gemma 4",)
+FAMILIES = (
+    "Qwen3",
+    "Qwen3.6",
+    "DeepSeek-R1-distill",
+    "DeepSeek-V3",
+    "gpt-oss",
+    "GLM-4 MoE",
+    "Gemma 4",
+)
+_COLUMNS = {
+    ALL_TURNS: "all turns labelled",
+    LAST_TURN: "last turn labelled",
+    REASONING_KEPT: "reasoning kept, all labelled",
+}
+_LOST = {
+    "untrained": "not trained",
+    "unreasoned": "without their reasoning",
+    "displaced": "in another context",
+}
 OPTIONS = {"null_arguments": "keep", "invalid_turns": "drop"}
 
 Counts = Mapping[str, Mapping[str, int]]  # of `Training`, for each way
@@ -39,27 +56,21 @@ def count(name: str) -> Counts:
 
 def table(record: Mapping[str, Counts]) -> Iterator[str]:
     """Yield the lines of the table."""
-    yield (
-        "| template | turns | all labelled: as at inference | without their reasoning "
-        "| last labelled: as at inference | not trained "
-        "| reasoning kept: as at inference | in another context |"
-    )
-    yield "|" + "---|" * 8
+    yield f"| template | turns | {' | '.join(_COLUMNS.values())} |"
+    yield "|" + "---|" * (2 + len(_COLUMNS))
     for name, ways in record.items():
         turns = ways[ALL_TURNS]["turns"]
-        cells = [
-            ways[way][what]
-            for way, what in (
-                (ALL_TURNS, "faithful"),
-                (ALL_TURNS, "unreasoned"),
-                (LAST_TURN, "faithful"),
-                (LAST_TURN, "untrained"),
-                (REASONING_KEPT, "faithful"),
-                (REASONING_KEPT, "displaced"),
-            )
-        ]
-        shares = " | ".join(f"{100 * cell / turns:.0f} %" for cell in cells)
-        yield f"| {name} | {turns:,} | {shares} |"
+        cells = [_cell(ways[way], turns) for way in _COLUMNS]
+        yield f"| {name} | {turns:,} | {' | '.join(cells)} |"
+
+
+def _cell(counts: Mapping[str, int], turns: int) -> str:
+    """Return the share of faithful turns, and what becomes of the others."""
+    parts = [f"**{100 * counts['faithful'] / turns:.0f} %**"]
+    parts += [
+        f"{100 * counts[name] / turns:.0f} % {text}" for name, text in _LOST.items() if counts[name]
+    ]
+    return ", ".join(parts)
 
 
 def page_with_table(page: str) -> str:

@@ -4,6 +4,7 @@ import re
 
 from onepass_trl.chat import render_passes
 from onepass_trl.chat.families import registry
+from tests.chat import single_renderings
 from tests.chat.table import PAGE, page_with_tables
 from tests.chat.tokenizers import small_tokenizer, texts
 
@@ -31,3 +32,10 @@ def test_the_example_works(monkeypatch):
     kwargs = {"chat_template": template}
     [item] = render_passes(messages, tokenizer, chat_template_kwargs=kwargs)
     assert texts(tokenizer, item) == ("<|user|>2+2?<oracle>", "{Two and two.}}4<|end|>")
+
+
+def test_the_table_of_single_renderings_is_current():
+    page = single_renderings.PAGE.read_text("utf-8")
+    assert single_renderings.page_with_table(page) == page, (
+        "run python -m tests.chat.single_renderings"
+    )
