@@ -11,7 +11,9 @@ from onepass_trl.chat.marks import REASONING_WORDS, words_of
 
 logger = logging.getLogger(__name__)
 
-_EMPTY: tuple[Any, ...] = (None, "", "null", "[]", "{}", [], {}, ())
+EMPTY: tuple[Any, ...] = (None, "", "null", "[]", "{}", [], {}, ())
+"""Values of columns that hold nothing, as Python or as JSON text."""
+
 # Words of columns that describe what another one holds: `thinking_tokens`, `system_prompt_id`.
 _ABOUT = words_of(
     "category count counts date difficulty hash id ids lang language len length license model name "
@@ -51,7 +53,7 @@ def check_columns(
     onepass_trl.chat.errors.ChatFormatError: the row has a column 'loss_mask', which isn't read. \
 If it says what is trained, give messages 'train' (true or false), or remove the column
     """
-    unread = [name for name, value in record.items() if name not in read and value not in _EMPTY]
+    unread = [name for name, value in record.items() if name not in read and value not in EMPTY]
     for name in unread:
         words, value = words_of(name), record[name]
         if words & _ABOUT:
@@ -110,5 +112,5 @@ def _number(value: Any) -> float | None:
     """Return the number that a value is, also as text; None if it is none."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from onepass_trl.chat.columns import check_columns
+from onepass_trl.chat.columns import EMPTY, check_columns
 from onepass_trl.chat.errors import ChatFormatError, errors_named
 from onepass_trl.chat.messages import Message, with_calls
 from onepass_trl.chat.template import RESERVED
@@ -184,7 +184,7 @@ def _as_answer(completion: Any) -> Message:
 def _refuse_media(record: Mapping[str, Any]) -> None:
     """Raise an error for records with images, videos or audio."""
     for column in _MEDIA:
-        if record.get(column) is not None and record[column] != []:
+        if record.get(column) not in EMPTY:
             raise ChatFormatError(
                 f"the row has images, video or audio in column {column!r}, which aren't supported, "
                 "only text; train it with TRL's SFTTrainer or remove the column"

@@ -62,10 +62,11 @@ def test_columns_that_change_nothing_are_named_once(caplog):
         "reasoning_tokens": 20,
         "thinking_model": "some",
         "num_tools": 3,
+        "seed": 10**400,
         "function": "search",
         "operating_system": "some",
     }
-    empty = {"loss_mask": None, "enable_thinking": "", "functions": "[]", "cot": []}
+    empty = {"loss_mask": None, "enable_thinking": "", "functions": "[]", "cot": [], "videos": "[]"}
     for more in ({}, harmless | empty, harmless | {"url": "some"}):
         assert read_conversation({"messages": CHAT, **more}).messages == CHAT
     first, second = (record.message for record in caplog.records)
