@@ -9,16 +9,20 @@ conversations in the same order. Afterwards it talks with users who have five re
 turn, with its own answers in its context as the chat template renders them.
 
 Printed, written and plotted: the shares of turns in which it thinks and in which it is right, after
-equally many conversations, and after computing equally many tokens. Takes twelve minutes of one
-core; everything it writes is in runs/thinking_survives.
+equally many conversations, and after computing equally many tokens. Takes twelve minutes of CPU
+time; the seeds run side by side, one on each core. Everything is written to runs/thinking_survives.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -274,6 +278,9 @@ def run(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return the shares of `converse` before fine-tuning and after it in each way, after equally
     many conversations and equally many tokens, and how far apart the two exact ways are.
     """
+    silence()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
     tokenizer = make_tokenizer()
     rng = np.random.default_rng((seed, 1))
     operations = SUMS + PRODUCTS + DIFFERENCES
@@ -289,7 +296,7 @@ def run(seed: int, args: argparse.Namespace) -> dict[str, Any]:
         name: fine_tune(way, base, tokenizer, conversations, num_tokens, args)
         for name, way in WAYS.items()
     }
-    return {
+    result = {
         "seed": seed,
         "before": converse(base, tokenizer, held_out),
         "ways": {
@@ -306,6 +313,15 @@ def run(seed: int, args: argparse.Namespace) -> dict[str, Any]:
         },
         "difference": compare(*(tuned[name][CONVERSATIONS] for name in (N_PASS, ONE_PASS)), base),
     }
+    print(f"seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return result
+
+
+def silence() -> None:
+    """Leave out the progress of libraries: this program prints its own."""
+    for library in (transformers.utils.logging, datasets.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def main() -> None:
@@ -322,15 +338,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch % len(NUM_TURNS):
         parser.error(f"--batch must be a multiple of {len(NUM_TURNS)}, got {args.batch}")
-    for library in (transformers.utils.logging, datasets.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
     args.output.mkdir(parents=True, exist_ok=True)
-    results = []
-    for seed in args.seeds:
-        begin = time.perf_counter()
-        results.append(run(seed, args))
-        print(f"seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+    workers = min(len(args.seeds), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(run, args.seeds, itertools.repeat(args)))
     print("\n".join(report(results)))
     for path in (args.output / "results.json", args.json):
         if path is not None:
