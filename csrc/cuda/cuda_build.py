@@ -3,9 +3,9 @@
 Besides the presence of nvcc (never that of a GPU), these variables decide what is built:
 
 - ``ONEPASS_CUDA``: 1 to require the library, 0 to leave it out; unset: where nvcc and CuTe are;
-- ``ONEPASS_CUDA_ARCHS``: compute capabilities, as in "80;86;89;90a"; the last gets the Hopper
+- ``ONEPASS_CUDA_ARCHS``: compute capabilities, as in "80+PTX;86;89;90a". 90a gets the Hopper
   kernels too, for which the headers of CuTe are needed (``CUTLASS_PATH``, or the PyPI package
-  nvidia-cutlass);
+  nvidia-cutlass). With +PTX, drivers compile the kernels for any later device that has none;
 - ``ONEPASS_HEAD_DIMS``: head sizes, as in "64;128;192/128" (d_qk/d_v where they differ).
 """
 
@@ -62,7 +62,7 @@ def options_of(environment: dict[str, str]) -> Options | None:
             "ONEPASS_CUDA=1 and there is no nvcc: put the CUDA toolkit's bin on the PATH or set "
             "CUDA_HOME"
         )
-    archs = tuple(_entries(environment, "ONEPASS_CUDA_ARCHS", DEFAULT_ARCHS, r"[0-9]+a?"))
+    archs = tuple(_entries(environment, "ONEPASS_CUDA_ARCHS", DEFAULT_ARCHS, r"[0-9]+(a|\+PTX)?"))
     cute = _find_cute(environment) if HOPPER in archs else None
     if HOPPER in archs and cute is None:
         message = (
@@ -230,7 +230,12 @@ def _ninja(options: Options, folder: Path, sources: list[Path], library: Path) -
 
 
 def _gencode(archs: Sequence[str]) -> str:
-    return " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    codes = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        codes += [(number, f"sm_{number}")]
+        codes += [(number, f"compute_{number}")] if arch.endswith("+PTX") else []
+    return " ".join(f"-gencode=arch=compute_{number},code={code}" for number, code in codes)
 
 
 def _nvcc_version(nvcc: str) -> str:

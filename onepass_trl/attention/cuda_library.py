@@ -25,19 +25,21 @@ class CudaBuild(NamedTuple):
 
     nvcc: str
     archs: tuple[str, ...]
-    """Compute capabilities, such as "80" or "90a"."""
+    """Compute capabilities, such as "80", "90a", or "80+PTX", which later devices can use too."""
     head_dims: tuple[tuple[int, int], ...]
     """Pairs (d_qk, d_v)."""
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether the machine code of one of the architectures runs on this capability."""
+        """Whether the code of one of the architectures runs on this capability."""
         major, minor = capability
         for arch in self.archs:
-            built_major, built_minor = divmod(int(arch.rstrip("a")), 10)
+            built = divmod(int(arch.removesuffix("+PTX").rstrip("a")), 10)
             if arch.endswith("a"):
-                fits = (built_major, built_minor) == (major, minor)
+                fits = built == capability
+            elif arch.endswith("+PTX"):
+                fits = built <= capability
             else:
-                fits = built_major == major and built_minor <= minor
+                fits = built[0] == major and built[1] <= minor
             if fits:
                 return True
         return False

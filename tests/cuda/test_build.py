@@ -52,9 +52,9 @@ def test_options_without_variables(nvcc, tmp_path):
 
 
 def test_variables_trim_the_build(nvcc):
-    variables = {"ONEPASS_CUDA_ARCHS": "90a 80", "ONEPASS_HEAD_DIMS": "64;192/128,64"}
+    variables = {"ONEPASS_CUDA_ARCHS": "90a 80+PTX", "ONEPASS_HEAD_DIMS": "64;192/128,64"}
     options = cuda_build.options_of({**nvcc, **variables})
-    assert options.archs == ("90a", "80")
+    assert options.archs == ("90a", "80+PTX")
     assert options.head_dims == ((64, 64), (192, 128))
     assert cuda_build.options_of({**nvcc, "ONEPASS_CUDA": "0"}) is None
 
@@ -213,8 +213,6 @@ def test_what_was_built_is_recorded_next_to_the_library(built):
     build = read_build(built)
     assert build == CudaBuild(build.nvcc, ("80",), ((64, 64),))
     assert build.nvcc[0].isdigit()
-    assert build.runs_on((8, 6))
-    assert not build.runs_on((9, 0))
 
 
 @pytest.mark.long("csrc", "tests/cuda")
@@ -303,6 +301,24 @@ def test_a_family_that_is_none_is_an_error():
         text=True,
     )
     assert "ONEPASS_CUDA_FAMILY is 'sm_80', expected sm80, sm90" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (("80",), (8, 6), True),
+        (("86",), (8, 0), False),
+        (("80",), (9, 0), False),
+        (("90a",), (9, 0), True),
+        (("100",), (10, 3), True),
+        (("100a",), (10, 3), False),
+        (("80+PTX",), (12, 1), True),
+        (("86+PTX",), (8, 0), False),
+        (("90a", "80+PTX"), (11, 0), True),
+    ],
+)
+def test_where_an_architecture_runs(archs, capability, runs):
+    assert CudaBuild("13.0", archs, ((64, 64),)).runs_on(capability) == runs
 
 
 def test_remedies_keep_what_is_built(monkeypatch):
