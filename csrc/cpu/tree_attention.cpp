@@ -128,9 +128,9 @@ void sinks_backward(const BackwardParams& p, int64_t h, void* dsinks) {
   const T sink = static_cast<const T*>(p.sinks)[h];
   double sum = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t row = (b * p.heads + h) * p.seq;
-    const T *lse = static_cast<const T*>(p.lse) + row,
-            *delta = static_cast<const T*>(p.delta) + row;
+    const int64_t head_begin = (b * p.heads + h) * p.seq;
+    const T* lse = static_cast<const T*>(p.lse) + head_begin;
+    const T* delta = static_cast<const T*>(p.delta) + head_begin;
     for (int64_t i = 0; i < p.seq; ++i) sum += std::exp(sink - lse[i]) * delta[i];
   }
   static_cast<T*>(dsinks)[h] = static_cast<T>(-sum);
