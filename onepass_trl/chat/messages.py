@@ -179,7 +179,7 @@ def _text(content: Any, index: int, part_separator: Callable[[], str]) -> str:
             )
         parts = [_part_text(part, index) for part in content]
         content = (part_separator() if len(parts) > 1 else "").join(parts)
-    if not _encodable(content):
+    if not is_encodable(content):
         _refuse(
             index, "has content with an unpaired surrogate, which no tokenizer encodes; remove it"
         )
@@ -205,7 +205,8 @@ def _part_text(part: Any, index: int) -> str:
     _refuse(index, f"has a content part of type {kind!r}; {remedy}")
 
 
-def _encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
+    """Return whether a tokenizer can encode a text: whether it has no unpaired surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -219,7 +220,7 @@ def _move_reasoning(message: Message, index: int, inline_reasoning: bool) -> Non
     for key, value in given.items():
         if not isinstance(value, str):
             _refuse(index, f"has {key} of type {type(value).__name__}, expected a string")
-        if not _encodable(value):
+        if not is_encodable(value):
             _refuse(
                 index,
                 f"has {key} with an unpaired surrogate, which no tokenizer encodes; remove it",
@@ -334,7 +335,7 @@ def _arguments(given: Any, index: int, number: int) -> dict[str, Any]:
     if _is_deeper(arguments, MAX_DEPTH):
         _refuse(index, f"{problem} {_TOO_DEEP}")
     try:
-        encodable = _encodable(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        encodable = is_encodable(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:
         _refuse(index, f"{problem} can't be written as JSON: {error}")
     if not encodable:

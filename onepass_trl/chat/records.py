@@ -226,7 +226,8 @@ def _from_sharegpt_message(message: Message, index: int) -> Message:
             f"message {index} of 'conversations' must have 'from' and 'value', or 'role' and "
             f"'content', got {', '.join(map(repr, message))}"
         )
-    return {"role": _SHAREGPT_ROLES.get(sender, sender), "content": out.pop("value"), **out}
+    role = _SHAREGPT_ROLES.get(sender, sender) if isinstance(sender, str) else sender
+    return {"role": role, "content": out.pop("value"), **out}
 
 
 def _settings(record: Mapping[str, Any]) -> tuple[list[Any] | None, dict[str, Any]]:
@@ -240,7 +241,8 @@ def _settings(record: Mapping[str, Any]) -> tuple[list[Any] | None, dict[str, An
             )
     kwargs = record.get("chat_template_kwargs") or {}
     for name in kwargs:
-        if name in RESERVED or name == "chat_template" or name.endswith("_token"):
+        reserved = name in RESERVED or name == "chat_template"
+        if not isinstance(name, str) or reserved or name.endswith("_token"):
             raise ChatFormatError(
                 f"the row's chat_template_kwargs set {name!r}, which isn't a row's to choose: "
                 "remove it. A template, or its tokens, may be given for all rows, in the option "

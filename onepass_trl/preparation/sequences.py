@@ -15,6 +15,7 @@ import numpy as np
 from onepass_trl.chat.columns import check_columns
 from onepass_trl.chat.encoding import encode_after
 from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.messages import is_encodable
 from onepass_trl.chat.records import CONVERSATIONS, form_of
 from onepass_trl.passes import Pass
 from onepass_trl.preparation.given_passes import trained_by_labels
@@ -180,6 +181,10 @@ def _whole_numbers(record: Mapping[str, Any], column: str) -> np.ndarray:
 
 def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Return the ids of a text, with the special tokens that the tokenizer adds."""
+    if not is_encodable(text):
+        raise ChatFormatError(
+            "the text has an unpaired surrogate, which no tokenizer encodes; remove it"
+        )
     return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
 
 

@@ -151,10 +151,8 @@ def test_nulls_of_completions():
     assert read_record(record) == record  # no form of conversations
 
 
-@pytest.mark.parametrize(
-    "text", ["[" * 100_000 + "]" * 100_000, f'[{{"id": {"9" * 5000}}}]'], ids=["deep", "long"]
-)
 @pytest.mark.parametrize("column", ["messages", "tools", "input_ids"])
-def test_json_text_that_python_cannot_hold(column, text):
+def test_numbers_that_python_does_not_read(column):
+    text = f'[{{"id": {"9" * 5000}}}]'
     with pytest.raises(ChatFormatError, match=f"column '{column}' (can't be read|isn't valid)"):
         read_record({"messages": CHAT, column: text})

@@ -201,3 +201,19 @@ def test_lists_among_token_ids_are_left_out(record):
         record, small_tokenizer("qwen3"), PreparationOptions(invalid_turns="drop")
     )
     assert "whole numbers" in rendered.invalid[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"message 0 has role \['gpt'\]"),
+        ({"prompt": "\ud83d", "completion": "b"}, "the text has an unpaired surrogate"),
+        ({"text": "\udc00"}, "the text has an unpaired surrogate"),
+        ({"messages": TWO_TURNS, "chat_template_kwargs": {1: 2}}, "set 1, which isn't a row's"),
+    ],
+)
+def test_odd_values_are_errors_of_the_record(record, match):
+    with pytest.raises(ChatFormatError, match=match):
+        passes_of(record)
+    found = render_record(record, small_tokenizer("qwen3"), replace(OPTIONS, invalid_turns="drop"))
+    assert (found.passes, len(found.invalid)) == ([], 1)
