@@ -10,7 +10,7 @@ dense code that ignores the tree.
 from __future__ import annotations
 
 import torch
-from command import add_turns, make_parser
+from command import add_turns, make_parser, parse
 
 from onepass_trl import build_tree, linearize
 from onepass_trl.tools.bench.attention import measure_attention
@@ -29,8 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     parser.add_argument("--repeats", type=int, default=10)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    args = parse(parser, arguments)
     passes = chat_passes(args.turns, args.user, args.reasoning, args.response, vocab_size=1000)
     results = measure_attention(
         linearize(build_tree(passes)).visible_end,

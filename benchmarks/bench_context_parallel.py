@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_memory import held_kib
-from command import make_parser
+from command import make_parser, parse
 
 from onepass_trl import OnePassCollator, build_tree, linearize
 from onepass_trl.attention.transformers_backend import use_onepass_attention
@@ -109,11 +109,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--here", help="run in this process, write its figures to this file")
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     if args.here:
         run_here(args)
         return
-    torch.set_num_threads(args.threads)
     results: list[dict[str, Any]] = []
     for num_processes in args.processes:
         result = measure(num_processes, args)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import SHARED, any_missing, make_parser, print_table
+from command import SHARED, any_missing, make_parser, parse, print_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
@@ -143,8 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    args = parse(parser, arguments)
 
     if any_missing(*args.data, args.tokenizer):
         return

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import torch
 from bench_turns import COLUMNS, print_speedup
-from command import add_turns, add_width, make_parser
+from command import add_turns, add_width, make_parser, parse
 from transformers import AutoConfig
 
 from onepass_trl.tools.bench.results import write
@@ -49,8 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     add_turns(parser)
     add_width(parser)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    args = parse(parser, arguments)
     datasets.disable_progress_bars()
     passes = chat_passes(args.turns, args.user, args.reasoning, args.response, args.vocab_size)
     results = []

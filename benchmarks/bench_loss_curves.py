@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from command import make_parser
+from command import make_parser, parse
 from trl import SFTTrainer
 
 from onepass_trl import render_passes
@@ -60,8 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--turns", type=int, default=3, help="first turns of each conversation")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    args = parse(parser, arguments)
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     conversations = read_conversations()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import make_parser
+from command import make_parser, parse
 
 from onepass_trl import build_tree, linearize
 from onepass_trl.tools.bench.attention import check_memory, time_once
@@ -89,8 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--here", choices=PEERS, help="measure this peer in this process")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    args = parse(parser, arguments)
     if args.here is not None:
         print(json.dumps(measure_here(args.here, args.turns[0])))
         return

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import add_model, make_model, make_parser, print_figures
+from command import add_model, make_model, make_parser, parse, print_figures
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -173,8 +173,7 @@ def main() -> None:
     parser.add_argument("--common", type=float, default=0.1, help="share common to two traces")
     add_model(parser, layers=2)
     parser.add_argument("--repeats", type=int, default=8)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser, None)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, folder)
         results = [measure(args, trainer, question) for question in args.questions]

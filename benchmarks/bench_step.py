@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-from command import add_model, add_turns, make_model, make_parser, print_figures
+from command import add_model, add_turns, make_model, make_parser, parse, print_figures
 
 from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.step import measure_step
@@ -37,8 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     add_turns(parser)
     add_model(parser)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    args = parse(parser, arguments)
     result = measure(args, args.turns)
     del result["note"]  # both ways have run
     print_figures(result)

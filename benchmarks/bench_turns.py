@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
-import torch
 from bench_step import measure
-from command import add_model, add_turns, make_parser
+from command import add_model, add_turns, make_parser, parse
 
 from onepass_trl.tools.bench.results import write
 
@@ -43,8 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     add_turns(parser)
     add_model(parser)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    args = parse(parser, arguments)
     datasets.disable_progress_bars()
     results = []
     for turns in args.turns:

@@ -24,6 +24,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Return the values of the flags, and set the number of torch's threads."""
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    return args
+
+
 def add_turns(parser: argparse.ArgumentParser) -> None:
     """Add the lengths of a chat's turns."""
     parser.add_argument("--user", type=int, default=60, help="tokens of a user message")
