@@ -34,7 +34,7 @@ SHARE_OF_AGAIN = 0.3  # of the requests after the first
 MAX_NEW_TOKENS = 2 * NUM_OPERATIONS[-1] + 6  # a little more than the longest answer has
 
 # Does for these messages what Qwen3's does: only a last message is rendered with its reasoning.
-# TRL's `assistant_only_loss` trains what stands between `generation` and `endgeneration`.
+# TRL's `assistant_only_loss` trains what is between `generation` and `endgeneration`.
 CHAT_TEMPLATE = """
 {%- for message in messages %}
   {{- '<|im_start|> ' + message.role + ' ' }}

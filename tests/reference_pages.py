@@ -161,7 +161,9 @@ def _class(node: ast.ClassDef, inherited: set[str]) -> Iterator[str]:
             if not (_source(item.annotation).startswith("ClassVar") and item.target.id in inherited)
         ]
     for name, method in methods.items():
-        if name == "__init__" or not (name.startswith("_") or name in inherited):
+        if name == "__init__":
+            body += _function(method, "    ")
+        elif not (name.startswith("_") or name in inherited):
             body += [*_decorators(method, "    "), *_function(method, "    ")]
     yield from [head, *body] if body else [f"{head} ..."]
 
