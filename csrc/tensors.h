@@ -34,7 +34,7 @@ inline const StableTensor& checked(const char* name, const StableTensor& x,
                                    std::initializer_list<int64_t> shape, ScalarType type,
                                    bool here) {
   const Sizes expected(shape.begin(), shape.size());
-  STD_TORCH_CHECK(x.sizes() == expected && x.scalar_type() == type, name, " is ",
+  STD_TORCH_CHECK(x.sizes().equals(expected) && x.scalar_type() == type, name, " is ",
                   toString(x.scalar_type()), " ", to_string(x.sizes()), ", expected ",
                   toString(type), " ", to_string(expected));
   STD_TORCH_CHECK(here, name, " is on another device");
