@@ -54,7 +54,7 @@ venv: .venv/installed
 	ONEPASS_CUDA=0 $(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
-# The torch of `.venv`, so that the extension in the source tree serves these too.
+# With the torch of `.venv`, which saves a download, and with what is built in the source tree.
 .venv-oldest: private PINS = constraints-oldest.txt
 .venv-newest: private PINS = /dev/null
 .venv-oldest .venv-newest: private BIN = $@/bin
