@@ -89,7 +89,8 @@ def dense_mask(
     if window is not None:
         if positions is None:
             raise ValueError(_NO_POSITIONS)
-        mask &= positions[:, None] - positions[None, :] < window
+        position = positions.astype(np.int64)  # no difference of two overflows
+        mask &= position[:, None] - position[None, :] < window
     return mask
 
 

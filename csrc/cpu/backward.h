@@ -63,6 +63,19 @@ ONEPASS_INLINE bool visits(const Params& p, const KeyTile& queries, const KeyTil
   return coverage(query_tile(queries), keys, p.scoring.window) != Coverage::skipped;
 }
 
+// Which keys a query sees.
+template <typename T>
+ONEPASS_INLINE IntVec<T> seen_lanes(const BackwardParams& p, const BackwardTile<T>& tile, int64_t b,
+                                    int32_t query, int lane) {
+  const IntVec<T> i = IntVec<T>{} + static_cast<Int<T>>(query);
+  IntVec<T> mask = visible(i, load_int<T>(tile.index + lane), load_int<T>(tile.end + lane));
+  if (p.scoring.window > 0) {
+    const Int<T> position = p.positions[b * p.seq + query];
+    mask &= in_window(IntVec<T>{} + position, load_int<T>(tile.position + lane), p.scoring.window);
+  }
+  return mask;
+}
+
 // From scores and dP, in place: probability = P, dscores = dS with respect to scale Q K^T.
 template <typename T, bool kPartial>
 void differentiate(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
@@ -74,22 +87,55 @@ void differentiate(const BackwardParams& p, const BackwardTile<T>& tile, const Q
   const ScoreFunction<T> score_of(p.scoring);
   for (int32_t query = queries.first; query <= queries.last; ++query) {
     const int64_t line = (query - queries.first) * kTile;
-    const Int<T> position = p.scoring.window > 0 ? p.positions[b * p.seq + query] : 0;
     for (int lane = 0; lane < kTile; lane += lanes) {
       const Score<T> score = score_of(load(tile.probability + line + lane));
       Vec<T> probability = exp(score.value - lse[query]);
       Vec<T> dscore = probability * (load(tile.dscores + line + lane) - delta[query]) * score.slope;
       if constexpr (kPartial) {
-        const IntVec<T> i = IntVec<T>{} + static_cast<Int<T>>(query);
-        IntVec<T> mask = visible(i, load_int<T>(tile.index + lane), load_int<T>(tile.end + lane));
-        if (p.scoring.window > 0)
-          mask &= in_window(IntVec<T>{} + position, load_int<T>(tile.position + lane),
-                            p.scoring.window);
+        const IntVec<T> mask = seen_lanes(p, tile, b, query, lane);
         probability = mask ? probability : Vec<T>{};
         dscore = mask ? dscore : Vec<T>{};
       }
       store(tile.probability + line + lane, probability);
       store(tile.dscores + line + lane, dscore);
+    }
+  }
+}
+
+// sums (width, kTile) += tokens^T weights: of each key, over the queries that see it.
+template <typename T>
+void add_seeing(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
+                int64_t b, MatrixA<T> tokens, int64_t width, const T* weights, T* sums) {
+  for (int32_t query = queries.first; query <= queries.last;
+       ++query, tokens.data += tokens.m_stride, weights += kTile) {
+    for (int lane = 0; lane < kTile; lane += Simd<T>::lanes) {
+      const IntVec<T> mask = seen_lanes(p, tile, b, query, lane);
+      const Vec<T> weight = load(weights + lane);
+      for (int64_t d = 0; d < width; ++d) {
+        T* sum = sums + d * kTile + lane;
+        store(sum, load(sum) + (mask ? weight * tokens.data[d] : Vec<T>{}));
+      }
+    }
+  }
+}
+
+// dqueries = dscores keys: of each query, over the keys that it sees.
+template <typename T>
+void sum_seen(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
+              int64_t b, int num_keys) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int32_t query = queries.first; query <= queries.last; ++query) {
+    const int64_t line = query - queries.first;
+    T* sums = tile.dqueries + line * tile.d_qk_padded;
+    for (int64_t d = 0; d < tile.d_qk_padded; d += lanes) store(sums + d, Vec<T>{});
+    for (int first = 0; first < num_keys; first += lanes) {
+      const IntVec<T> mask = seen_lanes(p, tile, b, query, first);
+      for (int key = first; key < num_keys && key < first + lanes; ++key) {
+        if (!mask[key - first]) continue;
+        const T weight = tile.dscores[line * kTile + key];
+        for (int64_t d = 0; d < tile.d_qk_padded; d += lanes)
+          store(sums + d, load(sums + d) + load(tile.keys + key * tile.d_qk_padded + d) * weight);
+      }
     }
   }
 }
@@ -107,7 +153,7 @@ inline void wait_for_turn(const BackwardParams& p, const KeyTile* tiles, const i
 
 template <typename Storage, typename T>
 void visit(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile& queries,
-           const KeyTile& keys, int64_t b, int64_t head) {
+           const KeyTile& keys, bool keys_finite, int64_t b, int64_t head) {
   const int num_queries = queries.last - queries.first + 1;
   const int num_keys = keys.last - keys.first + 1;
   const auto q = tokens_of<Storage>(p.q, b, head, queries.first, num_queries, p.d_qk, tile.queries);
@@ -115,16 +161,30 @@ void visit(const BackwardParams& p, const BackwardTile<T>& tile, const QueryTile
       tokens_of<Storage>(p.dout, b, head, queries.first, num_queries, p.d_v, tile.douts);
   gemm<false>(num_queries, kTile, p.d_qk, q, tile.keys_t, kTile, tile.probability, kTile);
   gemm<false>(num_queries, kTile, p.d_v, dout, tile.values_t, kTile, tile.dscores, kTile);
-  if (coverage(queries, keys, p.scoring.window) == Coverage::full) {
+  const bool full = coverage(queries, keys, p.scoring.window) == Coverage::full;
+  if (full) {
     differentiate<T, false>(p, tile, queries, b, head);
   } else {
     differentiate<T, true>(p, tile, queries, b, head);
   }
-  gemm<true>(p.d_v, kTile, num_queries, dout.transposed(), tile.probability, kTile, tile.dvalues_t,
-             kTile);
-  gemm<true>(p.d_qk, kTile, num_queries, q.transposed(), tile.dscores, kTile, tile.dkeys_t, kTile);
-  gemm<false, T>(num_queries, tile.d_qk_padded, num_keys, {tile.dscores, kTile, 1}, tile.keys,
-                 tile.d_qk_padded, tile.dqueries, tile.d_qk_padded);
+  if (full || all_finite(dout, num_queries, p.d_v)) {
+    gemm<true>(p.d_v, kTile, num_queries, dout.transposed(), tile.probability, kTile,
+               tile.dvalues_t, kTile);
+  } else {
+    add_seeing(p, tile, queries, b, dout, p.d_v, tile.probability, tile.dvalues_t);
+  }
+  if (full || all_finite(q, num_queries, p.d_qk)) {
+    gemm<true>(p.d_qk, kTile, num_queries, q.transposed(), tile.dscores, kTile, tile.dkeys_t,
+               kTile);
+  } else {
+    add_seeing(p, tile, queries, b, q, p.d_qk, tile.dscores, tile.dkeys_t);
+  }
+  if (full || keys_finite) {
+    gemm<false, T>(num_queries, tile.d_qk_padded, num_keys, {tile.dscores, kTile, 1}, tile.keys,
+                   tile.d_qk_padded, tile.dqueries, tile.d_qk_padded);
+  } else {
+    sum_seen(p, tile, queries, b, num_keys);
+  }
 }
 
 template <typename T>
@@ -166,13 +226,15 @@ void backward(const BackwardParams& p, int64_t task, void* memory) {
   const KeyTile& keys = tiles[k];
   Scratch scratch{static_cast<char*>(memory)};
   const BackwardTile<T> tile(p, scratch);
-  start_tile<Storage>(p, tile, keys, b, kv_head);
+  start_tile<Storage, T>(p, tile, keys, b, kv_head);
+  const bool keys_finite =
+      all_finite<T>({tile.keys, tile.d_qk_padded, 1}, keys.last - keys.first + 1, p.d_qk);
   for (int64_t g = 0; g < group; ++g) {
     const int64_t head = kv_head * group + g;
     for (int64_t t = k; t <= (keys.max_end - 1) / kTile; ++t) {
       if (!visits(p, tiles[t], keys)) continue;
       const QueryTile queries = visiting(tiles[t], keys);
-      visit<Storage>(p, tile, queries, keys, b, head);
+      visit<Storage>(p, tile, queries, keys, keys_finite, b, head);
       const int32_t step = g * p.num_tiles + t;
       wait_for_turn(p, tiles, progress, k, t, step);
       add_dqueries(p, tile, queries, b, head);

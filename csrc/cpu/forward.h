@@ -62,32 +62,20 @@ void softmax_step(const ForwardTile<T>& tile, int num_keys, int64_t d_v) {
   for (int v = 0; v < vecs; ++v) {
     const int lane = v * lanes;
     const Vec<T> old_max = load(tile.max + lane), new_max = highest[v];
+    // Until a query has seen a key, all its scores are -inf, of which exp must be 0.
+    const Vec<T> origin = new_max == broadcast<T>(-__builtin_inf()) ? Vec<T>{} : new_max;
     Vec<T> sum = Vec<T>{};
     for (int n = 0; n < num_keys; ++n) {
-      const Vec<T> probability = exp(load(tile.scores + n * kTile + lane) - new_max);
+      const Vec<T> probability = exp(load(tile.scores + n * kTile + lane) - origin);
       sum += probability;
       store(tile.scores + n * kTile + lane, probability);
     }
-    const Vec<T> decay = exp(old_max - new_max);
+    const Vec<T> decay = exp(old_max - origin);
     store(tile.max + lane, new_max);
     store(tile.sum + lane, load(tile.sum + lane) * decay + sum);
     for (int64_t d = 0; d < d_v; ++d)
       store(tile.acc + d * kTile + lane, load(tile.acc + d * kTile + lane) * decay);
   }
-}
-
-template <typename T>
-bool all_finite(MatrixA<T> x, int m, int64_t k) {
-  constexpr int lanes = Simd<T>::lanes;
-  Vec<T> sums{};  // 0, or NaN once an element is not finite
-  T sum = 0;
-  for (int i = 0; i < m; ++i, x.data += x.m_stride) {
-    int64_t j = 0;
-    for (; j + lanes <= k; j += lanes) sums += load(x.data + j) * 0;
-    for (; j < k; ++j) sum += x.data[j] * 0;
-  }
-  for (int lane = 0; lane < lanes; ++lane) sum += sums[lane];
-  return sum == 0;
 }
 
 // acc += V^T P, where a key that a query does not see must not contribute even 0 * NaN.
@@ -138,24 +126,31 @@ void attend(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t kv_h
 }
 
 template <typename T>
-void start_tile(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t head, int64_t begin,
+void start_tile(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t begin,
                 int num_queries) {
-  // Below any score but finite, so that max - max is 0 for a query that has not seen a key yet.
-  const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__ / 4) : T(-__DBL_MAX__ / 4);
-  T max = lowest, sum = 0;
-  if (p.sinks != nullptr) {
-    const T sink = static_cast<const T*>(p.sinks)[head];
-    max = sink < lowest ? lowest : sink;
-    sum = ::exp(static_cast<double>(sink - max));
-  }
   for (int lane = 0; lane < kTile; ++lane) {
     const int64_t query = begin + (lane < num_queries ? lane : num_queries - 1);
-    tile.max[lane] = max;
-    tile.sum[lane] = sum;
+    tile.max[lane] = -__builtin_inf();
+    tile.sum[lane] = 0;
     tile.index[lane] = query;
     tile.position[lane] = p.scoring.window > 0 ? p.positions[b * p.seq + query] : 0;
   }
   for (int64_t i = 0; i < p.d_v * kTile; ++i) tile.acc[i] = 0;
+}
+
+// The logarithm of the softmax's denominator, and by what the accumulated values are multiplied.
+struct Denominator {
+  double lse, factor;
+};
+
+// `sum` is that of exp(score - max). A sink comes last: it may be infinite, and takes all then.
+inline Denominator denominator(double max, double sum, const double* sink) {
+  const double lse = max + ::log(sum);
+  if (sink == nullptr) return {lse, 1 / sum};
+  if (lse == -__builtin_inf()) return {*sink, 0};
+  const double share = 1 / (1 + ::exp(*sink - lse));  // of the probability, that the keys get
+  const double high = lse > *sink ? lse : *sink, low = lse > *sink ? *sink : lse;
+  return {high == __builtin_inf() ? high : high + ::log1p(::exp(low - high)), share / sum};
 }
 
 template <typename Storage, typename T>
@@ -167,7 +162,7 @@ void forward(const Params& p, int64_t task, void* memory) {
   const int num_queries = queries.last - queries.first + 1;
   Scratch scratch{static_cast<char*>(memory)};
   const ForwardTile<T> tile(p, scratch);
-  start_tile(p, tile, b, head, queries.first, num_queries);
+  start_tile(p, tile, b, queries.first, num_queries);
   load_transposed<Storage, T>(p.q, b, head, queries.first, num_queries, p.d_qk, T(p.scoring.scale),
                               tile.queries);
 
@@ -190,9 +185,13 @@ void forward(const Params& p, int64_t task, void* memory) {
   }
 
   T* lse = static_cast<T*>(p.lse) + (b * p.heads + head) * p.seq + queries.first;
+  const bool has_sink = p.sinks != nullptr;
+  const double sink = has_sink ? static_cast<const T*>(p.sinks)[head] : 0;
   for (int lane = 0; lane < num_queries; ++lane) {
-    lse[lane] = tile.max[lane] + static_cast<T>(::log(static_cast<double>(tile.sum[lane])));
-    tile.sum[lane] = 1 / tile.sum[lane];
+    const Denominator found =
+        denominator(tile.max[lane], tile.sum[lane], has_sink ? &sink : nullptr);
+    lse[lane] = static_cast<T>(found.lse);
+    tile.sum[lane] = static_cast<T>(found.factor);
   }
   store_transposed<Storage>(p.out, b, head, queries.first, num_queries, p.d_v, tile.acc, tile.sum);
 }

@@ -83,4 +83,19 @@ void gemm(int64_t m, int64_t n, int depth, MatrixA<T> a, const T* b, int64_t ldb
   }
 }
 
+// Whether a product with (m, k) of a matrix can be masked by zeros: 0 * NaN is not 0.
+template <typename T>
+bool all_finite(MatrixA<T> x, int m, int64_t k) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> sums{};  // 0, or NaN once an element is not finite
+  T sum = 0;
+  for (int i = 0; i < m; ++i, x.data += x.m_stride) {
+    int64_t j = 0;
+    for (; j + lanes <= k; j += lanes) sums += load(x.data + j) * 0;
+    for (; j < k; ++j) sum += x.data[j] * 0;
+  }
+  for (int lane = 0; lane < lanes; ++lane) sum += sums[lane];
+  return sum == 0;
+}
+
 }  // namespace onepass::cpu::ONEPASS_VARIANT

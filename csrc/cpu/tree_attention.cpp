@@ -93,6 +93,9 @@ struct Call {
       const int32_t* row_positions = p.positions == nullptr ? nullptr : p.positions + b * p.seq;
       STD_TORCH_CHECK(is_tree(row, p.seq), "visible_end of row ", b, " is not a tree, see ",
                       "onepass_trl.visibility.check_visible_end");
+      STD_TORCH_CHECK(row_positions == nullptr || p.seq == 0 ||
+                          *std::min_element(row_positions, row_positions + p.seq) >= 0,
+                      "positions of row ", b, " are negative");
       const auto row_blocks = make_tiles(row, row_positions, p.seq, kKeyBlock);
       const auto row_tiles = make_tiles(row, row_positions, p.seq, kTile);
       blocks.insert(blocks.end(), row_blocks.begin(), row_blocks.end());
@@ -131,7 +134,10 @@ void sinks_backward(const BackwardParams& p, int64_t h, void* dsinks) {
     const int64_t head_begin = (b * p.heads + h) * p.seq;
     const T* lse = static_cast<const T*>(p.lse) + head_begin;
     const T* delta = static_cast<const T*>(p.delta) + head_begin;
-    for (int64_t i = 0; i < p.seq; ++i) sum += std::exp(sink - lse[i]) * delta[i];
+    for (int64_t i = 0; i < p.seq; ++i) {
+      const T probability = lse[i] == sink ? 1 : std::exp(sink - lse[i]);  // also if infinite
+      sum += probability * delta[i];
+    }
   }
   static_cast<T*>(dsinks)[h] = static_cast<T>(-sum);
 }

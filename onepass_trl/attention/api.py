@@ -39,7 +39,7 @@ def tree_attention(
         visible_end: ``(batch, seq)`` int32: key j is seen by the queries
             ``[j, visible_end[j])``. The intervals nest.
         scale: factor of the scores, ``1 / sqrt(d_qk)`` unless given; positive for "cuda".
-        positions: ``(batch, seq)`` int32 position ids, needed with a window.
+        positions: ``(batch, seq)`` int32 position ids, none negative, needed with a window.
         window: query i also needs ``positions[i] - positions[j] < window`` to see key j.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: ``(heads,)`` floating, one more logit per head that takes probability and gives no

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("onepass", "DEF")
 _library.define(
@@ -146,6 +147,17 @@ def _not_twice(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
         "tree attention can't be differentiated twice with the compiled kernels, as a gradient "
         "penalty or a Hessian product would need. Use impl='dense'"
     )
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise RuntimeError for inputs with a tangent: the op would drop it."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "tree attention can't be differentiated in forward-mode with the compiled kernels, as "
+            "torch.func.jvp would need. Use impl='dense'"
+        )
 
 
 torch.library.register_autograd("onepass::tree_attention_backward", _not_twice, lib=_library)

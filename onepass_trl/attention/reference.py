@@ -22,7 +22,8 @@ def visibility_mask(
     if window is not None:
         if positions is None:
             raise ValueError("a window is measured in positions: pass `positions` too")
-        mask &= positions[:, :, None] - positions[:, None, :] < window
+        position = positions.long()  # no difference of two overflows
+        mask &= position[:, :, None] - position[:, None, :] < window
     return mask
 
 
@@ -66,7 +67,10 @@ def dense_tree_attention(
     mask = visibility_mask(visible_end, positions, window)
     scores = scores.masked_fill(~mask[:, None], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
+    # Not exp(scores - lse): of huge scores, lse has lost what they add up to.
+    probabilities = torch.softmax(scores, dim=-1)
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(dtype)[None, :, None])
-    out = torch.exp(scores - lse[..., None]) @ values
-    return out.to(q.dtype), lse
+        sink = sinks.to(dtype)[None, :, None]
+        probabilities = probabilities * torch.sigmoid(lse - sink)[..., None]
+        lse = torch.logaddexp(lse, sink)
+    return (probabilities @ values).to(q.dtype), lse

@@ -130,6 +130,90 @@ def test_nan_reaches_the_queries_that_see_it_and_no_other(name):
     torch.testing.assert_close(out[:, :, ~poisoned], clean[:, :, ~poisoned])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_reaches_the_gradients_of_what_is_seen_and_no_other(name, value, dtype):
+    case = make_case(Shape(seq=200, d_qk=16, d_v=16), seed=8)
+    given = {key: case.inputs[key].to(dtype) for key in "qkv"}
+    given["dout"] = torch.randn(1, given["q"].shape[1], 200, 16, dtype=dtype)
+
+    def gradients(given):
+        leaves = [given[key].clone().requires_grad_() for key in "qkv"]
+        out = tree_attention(*leaves, case.visible_end, impl="cpu")
+        return torch.autograd.grad(out, leaves, given["dout"])
+
+    clean = gradients(given)
+    token = 70
+    given[name][:, :, token] = value
+    seen = visibility_mask(case.visible_end)[0]
+    queries = torch.arange(200) == token if name in ("q", "dout") else seen[:, token]
+    keys = seen[queries].any(0)
+    assert keys.any()
+    assert (~keys).any()
+    for poisoned, actual, expected in zip(
+        (queries, keys, keys), gradients(given), clean, strict=True
+    ):
+        torch.testing.assert_close(actual[:, :, ~poisoned], expected[:, :, ~poisoned])
+
+
+@pytest.mark.parametrize("impl", ["cpu", "dense"])
+@pytest.mark.parametrize("score", [-1.6e38, -3e38, 1.6e38, 1e12])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_equal_scores_of_any_size_share_the_probability(impl, score, sinks):
+    q = torch.full((1, 2, 100, 1), abs(score) ** 0.5)
+    k = q * (1 if score > 0 else -1)
+    v = torch.arange(100.0).expand(1, 2, 100).unsqueeze(-1)
+    ends = torch.full((1, 100), 100, dtype=torch.int32)
+    # A sink far below the keys takes nothing, one far above them takes all.
+    sink = torch.full((2,), -3.4e38) if sinks else None
+    out, lse = tree_attention(q, k, v, ends, scale=1.0, impl=impl, sinks=sink, return_lse=True)
+    torch.testing.assert_close(out[0, 0, :, 0], torch.arange(100.0) / 2)
+    torch.testing.assert_close(lse, torch.full_like(lse, score))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_infinite_sinks_take_all_or_nothing(impl, dtype):
+    case = make_case(Shape(heads=3, kv_heads=3, seq=100), seed=3)
+    leaves = [case.inputs[name].to(dtype).requires_grad_() for name in "qkv"]
+    sinks = torch.tensor([torch.inf, -torch.inf, 0.5], dtype=dtype, requires_grad=True)
+    plain = tree_attention(*leaves, case.visible_end, impl=impl)
+    out, lse = tree_attention(*leaves, case.visible_end, sinks=sinks, impl=impl, return_lse=True)
+    assert (out[:, 0] == 0).all()
+    assert (lse[:, 0] == torch.inf).all()
+    torch.testing.assert_close(out[:, 1], plain[:, 1])
+    gradients = torch.autograd.grad(out.pow(2).sum(), [*leaves, sinks])
+    assert all(x.isfinite().all() for x in gradients)
+    assert (gradients[0][:, 0] == 0).all()
+    assert (gradients[3][:2] == 0).all()
+    assert (gradients[3][2] != 0).all()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "dense"])
+def test_positions_may_be_as_large_as_their_type(impl):
+    last = 2**31 - 1
+    positions = torch.tensor([[0, 1, last - 1, last]], dtype=torch.int32)
+    ends = torch.full((1, 4), 4, dtype=torch.int32)
+    q = torch.randn(1, 1, 4, 8)
+    v = torch.tensor([1.0, 2.0, 4.0, 8.0]).view(1, 1, 4, 1)
+    for window, expected in (
+        (1, [1, 2, 4, 8]),
+        (2, [1, 1.5, 4, 6]),
+        (last, [1, 1.5, 7 / 3, 14 / 3]),
+    ):
+        out = tree_attention(q * 0, q, v, ends, positions=positions, window=window, impl=impl)
+        torch.testing.assert_close(out.flatten(), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_negative_positions_are_refused():
+    positions = torch.tensor([[0, 1, -(2**31), 2]], dtype=torch.int32)
+    q = torch.randn(1, 1, 4, 8)
+    ends = torch.full((1, 4), 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="positions has -2147483648, expected none negative"):
+        tree_attention(q, q, q, ends, positions=positions, window=2, impl="cpu")
+
+
 def test_large_scores_do_not_overflow():
     case = make_case(Shape(seq=100), seed=9)
     case.inputs["q"] *= 1e3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -150,6 +151,22 @@ def test_the_same_bits_are_asked_for_by_the_switch_of_torch(enabled, compiled):
     finally:
         torch.use_deterministic_algorithms(False)
     assert calls.deterministic == [enabled]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_forward_mode_is_refused(needs_gradient):
+    q = torch.randn(1, 2, 8, 4, requires_grad=needs_gradient)
+    visible_end = torch.full((1, 8), 8, dtype=torch.int32)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(RuntimeError, match=r"forward-mode .* Use impl='dense'"):
+            tree_attention(dual, q, q, visible_end)
+        assert tree_attention(q, q, q, visible_end).isfinite().all()
+        out = tree_attention(dual, q, q, visible_end, impl="dense")
+        assert forward_ad.unpack_dual(out).tangent is not None
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: tree_attention(q, q, x, visible_end), (q,), (q,))
 
 
 def test_second_derivatives_are_refused():

@@ -18,6 +18,7 @@ from onepass_trl.attention.implementations.base import (
     check_dtype,
     run_op,
 )
+from onepass_trl.attention.ops import refuse_forward_mode
 from onepass_trl.visibility import check_visible_end
 
 PATH = Path(__file__).parents[2] / "_cpu.so"
@@ -62,12 +63,17 @@ def _not_built_message() -> str:
 
 
 def _run(call: Call) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode(call.q, call.k, call.v, call.sinks)
     try:
         return run_op(call)
     except RuntimeError:
         # The kernel refuses rows that are no tree, and the definition says what is wrong with them.
         for row in call.visible_end:
             check_visible_end(row.numpy())
+        if call.positions is not None and (least := int(call.positions.min())) < 0:
+            raise ValueError(
+                f"positions has {least}, expected none negative: the token's index in its pass"
+            ) from None
         raise
 
 

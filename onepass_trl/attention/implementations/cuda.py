@@ -14,6 +14,7 @@ from onepass_trl.attention.implementations.base import (
     check_dtype,
     run_op,
 )
+from onepass_trl.attention.ops import refuse_forward_mode
 
 DTYPES = cuda_library.DTYPES
 
@@ -83,6 +84,7 @@ def _check(call: Call) -> None:
 
 
 def _run(call: Call) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode(call.q, call.k, call.v, call.sinks)
     plan = cuda_library.plan_of(call.visible_end, call.positions, call.window or 0)
     return run_op(call, plan)
 
