@@ -54,6 +54,7 @@ from onepass_trl.training.context_parallel import (
     check_context_parallel,
     gather_router_logits,
 )
+from onepass_trl.training.finite_weights import FiniteWeights
 from onepass_trl.training.lm_head import add_fused_lm_head
 from onepass_trl.training.loss import check_head, forward, target_losses
 from onepass_trl.training.trl_advice import no_flash_attention_advice
@@ -193,6 +194,7 @@ class OnePassSFTTrainer(SFTTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
             vocab_size=getattr(self.model.get_input_embeddings(), "num_embeddings", None),
         )
+        self.add_callback(FiniteWeights())
         self._verifies_model = args.verify_model
         self._totals = {mode: dict.fromkeys(_TOTALS, 0.0) for mode in ("train", "eval")}
 

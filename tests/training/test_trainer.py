@@ -359,6 +359,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(train):
         train(model=model).train()
 
 
+@pytest.mark.parametrize("save", [dict(save_strategy="no"), dict(save_steps=1)], ids=str)
+def test_weights_that_a_nan_gradient_has_reached_are_not_saved(train, tmp_path, save):
+    model = make_model("qwen3")
+    model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match="the weights aren't finite after step 1, since a"):
+        train(model=model, max_steps=1, **save).train()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_outputs_of_the_loss_are_errors(train):
     trainer = train()
     batch = next(iter(trainer.get_train_dataloader()))
