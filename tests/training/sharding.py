@@ -42,5 +42,6 @@ def shard_on_cpu(*, deepspeed: bool) -> None:
 if __name__ == "__main__":
     shard_on_cpu(deepspeed=os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
     status = train(sys.argv[1:])
-    print(AcceleratorState().distributed_type.value)
+    # In one write: two processes share the output.
+    print(f"{AcceleratorState().distributed_type.value}\n", end="")
     raise SystemExit(status)
