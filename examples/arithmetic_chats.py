@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 import tokenizers
-import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from small_model import make_tiny_model
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 Message = dict[str, str]  # `role`, `content` and, of an assistant that reasons, `reasoning_content`
 Conversation = list[Message]  # the user's and the assistant's messages in turn
@@ -170,22 +170,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """Return a Qwen3 of 340,000 random weights."""
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=32,
-            max_position_embeddings=512,
-            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    """Return a small Qwen3 with random weights."""
+    rope = {"rope_type": "default", "rope_theta": 1000.0}
+    return make_tiny_model(tokenizer, seed, max_position_embeddings=512, rope_parameters=rope)

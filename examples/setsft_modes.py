@@ -28,7 +28,8 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from small_model import make_tiny_model
+from transformers import PreTrainedTokenizerFast
 
 from onepass_trl import SetSFTConfig, SetSFTTrainer
 from onepass_trl.setsft import forking_prompts, generate, mutual_information
@@ -97,33 +98,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=32,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def train(
     method: str, seed: int, dataset: datasets.Dataset, args: argparse.Namespace
 ) -> SetSFTTrainer:
     """Train a model from scratch and return its trainer."""
     tokenizer = make_tokenizer()
     trainer = SetSFTTrainer(
-        make_model(tokenizer, seed),
+        make_tiny_model(tokenizer, seed, max_position_embeddings=64),
         SetSFTConfig(
             output_dir=str(args.output / f"{method}-{seed}"),
             num_forking_tokens=args.tokens,

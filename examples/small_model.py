@@ -72,6 +72,29 @@ def make_model(
     return Qwen3ForCausalLM(config)
 
 
+def make_tiny_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, **options: Any
+) -> Qwen3ForCausalLM:
+    """Return a Qwen3 of 340,000 random weights; `options` go to its configuration."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **options,
+        )
+    )
+
+
 def _texts(conversations: Iterable[dict[str, Any]]) -> Iterator[str]:
     for conversation in conversations:
         for message in conversation["messages"]:

@@ -61,10 +61,9 @@ def test_the_yaml_file_of_sets_is_understood():
     assert (config.num_forking_tokens, config.matching_tokens) == (6, 1000)
 
 
-def test_the_modes_of_the_example_all_reach_the_sum():
-    spec = importlib.util.spec_from_file_location("setsft_modes", EXAMPLES / "setsft_modes.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+def test_the_modes_of_the_example_all_reach_the_sum(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("setsft_modes")
     for digits in example.make_questions(50, seed=1):
         traces = {example.trace(digits, mode) for mode in example.MODES}
         assert len(traces) == len(example.MODES)
@@ -134,14 +133,12 @@ def test_thinking_is_compared_in_five_ways(tmp_path):
     assert "one pass against one record per turn" in report
 
 
-def test_arithmetic_is_read_and_judged():
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        example = importlib.import_module("arithmetic_chats")
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    assert doctest.testmod(example).attempted > 2
-    assert doctest.testmod(example).failed == 0
+def test_arithmetic_is_read_and_judged(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("arithmetic_chats")
+    tested = doctest.testmod(example)
+    assert tested.attempted > 2
+    assert tested.failed == 0
     tokenizer = example.make_tokenizer()
     chat = example.make_conversation(np.random.default_rng(0), example.SUMS, 3)
     for turn in (1, 3, 5):

@@ -84,9 +84,7 @@ def report_errors(verb: Callable[[list[str]], int], arguments: list[str]) -> int
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        if (
-            int(os.environ.get("LOCAL_RANK", 0)) == 0
-        ):  # of several processes that train, one says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one of several processes that train says it
             print("\nonepass-trl: interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:

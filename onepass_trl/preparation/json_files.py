@@ -74,6 +74,8 @@ def _lines(file: str) -> Iterator[str]:
             f"{file}, line {number} is not text in UTF-8: {error}; convert it"
         ) from None
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system says why it can't be read, such as a missing permission
         raise ValueError(f"{file} is cut off or damaged after line {number}: {error}") from None
 
 

@@ -88,6 +88,11 @@ def test_a_file_that_is_damaged(tmp_path, ending, pack):
         load_conversations(str(path))
 
 
+def test_what_the_system_refuses_is_said_by_the_system(tmp_path):
+    with pytest.raises(IsADirectoryError, match="Is a directory"):
+        list(read_json(str(tmp_path)))
+
+
 @pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl.zst", "rows.csv", "rows", "rows.jsonl2"])
 def test_other_files_are_named(tmp_path, name):
     path = tmp_path / name
