@@ -159,7 +159,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     """Print the main figures, a line per case and peer."""
-    validated = len(cuda_library.VALIDATED)
+    build = cuda_library.BUILD
+    validated = 0 if build is None else len(cuda_library.validated_kernels(build.source))
     print(f"\nuseful TFLOP/s, forward and backward; ms to build the mask ({validated} validated)")
     for row in results:
         heads = f"{row['heads']}:{row['kv_heads']}"

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from gpu_rows import causal_row, chat_row  # noqa: E402
 
 ENTRY = [[9, 0], "bfloat16", [64, 64]]
+SOURCE = "the digest of the sources"
 
 
 @pytest.mark.long("tests/gpu", "benchmarks", "onepass_trl/attention")
@@ -44,7 +45,7 @@ def test_dry_run_of_the_gpu_tests(tmp_path):
     for kernel in kernels.values():
         assert kernel["passed"] == kernel["tests"] > 30
     with pytest.raises(SystemExit, match="nothing has run on a GPU"):
-        merge([], results)
+        merge({"source": SOURCE, "kernels": []}, results, SOURCE)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,22 @@ def test_dry_run_of_the_gpu_tests(tmp_path):
     ],
 )
 def test_only_kernels_that_passed_every_test_are_recorded(before, tests, passed, failed, after):
-    kernel = {"dtype": "bfloat16", "head_dims": [64, 64]}
-    counts = {"tests": tests, "passed": passed, "failed": failed}
-    results = {"device": "a GPU", "capability": [9, 0], "kernels": [{**kernel, **counts}]}
-    assert merge(before, results) == after
+    results = results_of(tests=tests, passed=passed, failed=failed)
+    merged = merge({"source": SOURCE, "kernels": before}, results, SOURCE)
+    assert merged == {"source": SOURCE, "kernels": after}
+
+
+def results_of(source=SOURCE, **counts) -> dict:
+    kernel = {"dtype": "bfloat16", "head_dims": [64, 64], **counts}
+    return {"device": "a GPU", "capability": [9, 0], "source": source, "kernels": [kernel]}
+
+
+def test_records_hold_for_their_sources():
+    passed = results_of(tests=5, passed=5, failed=0)
+    older = {"source": "others", "kernels": [[[8, 0], "float16", [64, 64]]]}
+    assert merge(older, passed, SOURCE) == {"source": SOURCE, "kernels": [ENTRY]}
+    with pytest.raises(SystemExit, match="not of these sources: run `make cuda`"):
+        merge(older, {**passed, "source": "others"}, SOURCE)
 
 
 @pytest.mark.parametrize("row", [causal_row(300), chat_row(700, 5, 3, 30)], ids=["causal", "chat"])

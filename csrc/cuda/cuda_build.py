@@ -11,6 +11,7 @@ Besides the presence of nvcc (never that of a GPU), these variables decide what 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -85,20 +86,40 @@ def options_of(environment: dict[str, str]) -> Options | None:
 
 
 def build(options: Options, folder: Path, library: Path) -> None:
-    """Write `library` and, next to it, a JSON of its contents; objects are in `folder`."""
+    """Write `library` and, next to it, a JSON of its contents; objects are in `folder`.
+
+    The library is moved into place whole. The JSON is the last to come: a library without one, from
+    a build that was interrupted, isn't used.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     sources = [HERE / "api.cpp", HERE / "kernels.cu", HERE / "plan.cu"]
     sources += _write_instantiations(options, folder)
     _write(folder / "nothing.cpp", "")
-    _write(folder / "build.ninja", _ninja(options, folder, sources, library))
+    linked, source = folder / library.name, source_digest()
+    _write(folder / "build.ninja", _ninja(options, folder, sources, linked))
     subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
     facts = {
         "archs": list(options.archs),
         "head_dims": [list(pair) for pair in options.head_dims],
         "nvcc": _nvcc_version(options.nvcc),
+        "source": source,
     }
+    library.with_suffix(".json").unlink(missing_ok=True)
+    partial = library.with_suffix(".partial.so")
+    shutil.copy(linked, partial)
+    partial.replace(library)
     library.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def source_digest() -> str:
+    """Return a digest of what kernels and binding are compiled from, whatever the options."""
+    digest = hashlib.sha256()
+    kernels = [path for path in HERE.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    for file in sorted([*HERE.parent.glob("*.h"), *kernels]):
+        digest.update(f"{file.relative_to(HERE.parent)}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _find_nvcc(environment: dict[str, str]) -> str | None:

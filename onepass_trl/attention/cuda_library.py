@@ -13,11 +13,14 @@ from typing import NamedTuple
 import torch
 
 from onepass_trl.attention import ops  # noqa: F401 (defines what the library implements)
+from onepass_trl.attention.library_files import load
 from onepass_trl.attention.remembered import Remembered
 
 PATH = Path(__file__).parents[1] / "_cuda.so"
+VALIDATED = Path(__file__).with_name("validated.json")
 BUILD_COMMAND = "make cuda"
 DTYPES = (torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (8, 0)
 
 
 class CudaBuild(NamedTuple):
@@ -28,6 +31,8 @@ class CudaBuild(NamedTuple):
     """Compute capabilities, such as "80", "90a", or "80+PTX", which later devices can use too."""
     head_dims: tuple[tuple[int, int], ...]
     """Pairs (d_qk, d_v)."""
+    source: str
+    """Digest of the sources."""
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether the code of one of the architectures runs on this capability."""
@@ -46,12 +51,23 @@ class CudaBuild(NamedTuple):
 
 
 def read_build(library: Path = PATH) -> CudaBuild | None:
-    """Return what the library at a path was built for, None if there is none."""
+    """Return what the library at a path was built for, None if there is none.
+
+    Raises OSError if the file next to it, which says so, isn't there or can't be understood.
+    """
     if not library.exists():
         return None
-    facts = json.loads(library.with_suffix(".json").read_text())
-    head_dims = tuple((d_qk, d_v) for d_qk, d_v in facts["head_dims"])
-    return CudaBuild(facts["nvcc"], tuple(facts["archs"]), head_dims)
+    facts_file = library.with_suffix(".json")
+    try:
+        facts = json.loads(facts_file.read_text(encoding="utf-8"))
+        return CudaBuild(
+            nvcc=facts["nvcc"],
+            archs=tuple(facts["archs"]),
+            head_dims=tuple((d_qk, d_v) for d_qk, d_v in facts["head_dims"]),
+            source=facts["source"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{facts_file.name} doesn't say what it is built for: {error!r}") from error
 
 
 def missing(capability: tuple[int, int] | None) -> str | None:
@@ -60,14 +76,18 @@ def missing(capability: tuple[int, int] | None) -> str | None:
     Args:
         capability: compute capability of the device, None for the library as such.
     """
+    if LOAD_ERROR is not None:
+        return f"{PATH} cannot be loaded ({LOAD_ERROR}): rebuild it with `{BUILD_COMMAND}`"
     if BUILD is None:
         return f"the CUDA library is not built: build it with `{BUILD_COMMAND}` (needs nvcc)"
     if not torch.backends.cuda.is_built():
         return "this torch is built without CUDA: install a CUDA build of torch"
-    if LOAD_ERROR is not None:
-        return f"{PATH} cannot be loaded ({LOAD_ERROR}): rebuild it with `{BUILD_COMMAND}`"
-    if capability is not None and not BUILD.runs_on(capability):
-        number = "".join(map(str, capability))
+    if capability is None:
+        return None
+    number = "".join(map(str, capability))
+    if capability < OLDEST_CAPABILITY:
+        return f"the CUDA kernels need compute capability 8.0 and the device has {number}"
+    if not BUILD.runs_on(capability):
         # The "a" is what the Hopper kernels need; without it there are the portable ones only.
         wanted = ";".join((*BUILD.archs, "90a" if number == "90" else number))
         return (
@@ -80,18 +100,25 @@ def missing(capability: tuple[int, int] | None) -> str | None:
 def is_validated(
     capability: tuple[int, int], dtype: torch.dtype, head_dims: tuple[int, int]
 ) -> bool:
-    """Whether `make test-gpu` has passed on such a device, as recorded in validated.json."""
-    return [list(capability), str(dtype).removeprefix("torch."), list(head_dims)] in VALIDATED
+    """Whether `make test-gpu` has passed on such a device, with a library of the same sources."""
+    entry = [list(capability), str(dtype).removeprefix("torch."), list(head_dims)]
+    return BUILD is not None and entry in validated_kernels(BUILD.source)
 
 
-def _load() -> OSError | None:
-    if BUILD is None or not torch.backends.cuda.is_built():
-        return None
+def validated_kernels(source: str) -> list[list[object]]:
+    """Return the entries of validated.json, none if they are of other sources than these."""
+    validated = json.loads(VALIDATED.read_text(encoding="utf-8"))
+    return validated["kernels"] if validated["source"] == source else []
+
+
+def _open() -> tuple[CudaBuild | None, OSError | None]:
+    """Return what the library is built for, and why it can't be loaded where torch has CUDA."""
     try:
-        torch.ops.load_library(PATH)
+        build = read_build()
     except OSError as error:
-        return error
-    return None
+        return None, error
+    usable = build is not None and torch.backends.cuda.is_built()
+    return build, load(PATH) if usable else None
 
 
 def plan_of(visible_end: torch.Tensor, positions: torch.Tensor | None, window: int) -> torch.Tensor:
@@ -114,8 +141,4 @@ def plan_of(visible_end: torch.Tensor, positions: torch.Tensor | None, window: i
 
 
 _plans: Remembered[torch.Tensor] = Remembered()
-BUILD = read_build()
-LOAD_ERROR = _load()
-VALIDATED: list[list[object]] = json.loads(
-    Path(__file__).with_name("validated.json").read_text(encoding="utf-8")
-)
+BUILD, LOAD_ERROR = _open()

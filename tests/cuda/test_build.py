@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -211,7 +212,7 @@ def built(tmp_path_factory) -> Path:
 @pytest.mark.long("csrc", "tests/cuda")
 def test_what_was_built_is_recorded_next_to_the_library(built):
     build = read_build(built)
-    assert build == CudaBuild(build.nvcc, ("80",), ((64, 64),))
+    assert build == CudaBuild(build.nvcc, ("80",), ((64, 64),), cuda_build.source_digest())
     assert build.nvcc[0].isdigit()
 
 
@@ -318,13 +319,94 @@ def test_a_family_that_is_none_is_an_error():
     ],
 )
 def test_where_an_architecture_runs(archs, capability, runs):
-    assert CudaBuild("13.0", archs, ((64, 64),)).runs_on(capability) == runs
+    assert CudaBuild("13.0", archs, ((64, 64),), "").runs_on(capability) == runs
 
 
-def test_remedies_keep_what_is_built(monkeypatch):
-    monkeypatch.setattr(cuda_library, "BUILD", CudaBuild("13.0", ("80",), ((64, 64),)))
+@pytest.fixture
+def library(monkeypatch) -> CudaBuild:
+    """A library that could be loaded, in a torch with CUDA."""
+    build = CudaBuild("13.0", ("80",), ((64, 64),), "digest")
+    monkeypatch.setattr(cuda_library, "BUILD", build)
     monkeypatch.setattr(cuda_library, "LOAD_ERROR", None)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    return build
+
+
+def test_remedies_keep_what_is_built(library):
     assert cuda_library.missing((8, 6)) is None
     assert "ONEPASS_CUDA_ARCHS='80;90a' make cuda" in cuda_library.missing((9, 0))
     assert "ONEPASS_CUDA_ARCHS='80;120' make cuda" in cuda_library.missing((12, 0))
+    assert "need compute capability 8.0 and the device has 75" in cuda_library.missing((7, 5))
+
+
+FACTS = {"nvcc": "13.0", "archs": ["80"], "head_dims": [[64, 64]], "source": "digest"}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [None, "", json.dumps(FACTS)[:30], "[]", json.dumps({**FACTS, "head_dims": [64]})]
+    + [json.dumps({k: v for k, v in FACTS.items() if k != name}) for name in FACTS],
+    ids=str,
+)
+def test_a_library_that_does_not_say_what_it_is_is_not_loaded(tmp_path, facts):
+    (tmp_path / "_cuda.so").touch()
+    if facts is not None:
+        (tmp_path / "_cuda.json").write_text(facts)
+    with pytest.raises(OSError, match=r"_cuda\.json doesn't say what it is built for"):
+        read_build(tmp_path / "_cuda.so")
+
+
+def test_records_of_other_sources_do_not_count(library, tmp_path, monkeypatch):
+    entry = [[8, 0], "bfloat16", [64, 64]]
+    record = tmp_path / "validated.json"
+    monkeypatch.setattr(cuda_library, "VALIDATED", record)
+    for source, counts in (("digest", True), ("another", False), (None, False)):
+        record.write_text(json.dumps({"source": source, "kernels": [entry]}))
+        assert cuda_library.is_validated((8, 0), torch.bfloat16, (64, 64)) == counts
+        assert not cuda_library.is_validated((8, 0), torch.float16, (64, 64))
+        assert not cuda_library.is_validated((9, 0), torch.bfloat16, (64, 64))
+
+
+def test_the_digest_is_of_the_sources_of_the_library(tmp_path, monkeypatch):
+    before = cuda_build.source_digest()
+    csrc = shutil.copytree(cuda_build.HERE.parent, tmp_path / "csrc")
+    monkeypatch.setattr(cuda_build, "HERE", csrc / "cuda")
+    assert cuda_build.source_digest() == before
+    for path in ("cpu/gemm.h", "cuda/check_build.py"):
+        (csrc / path).write_text("other")
+        assert cuda_build.source_digest() == before
+    for path in ("scoring.h", "cuda/api.cpp", "cuda/sm90/forward.cuh", "cuda/plan.cu"):
+        (csrc / path).write_text("other")
+        assert cuda_build.source_digest() != before
+        before = cuda_build.source_digest()
+
+
+def test_an_interrupted_build_leaves_no_library_in_use(nvcc, tmp_path, monkeypatch):
+    """Ninja links outside the package; facts of the library that was there go with it."""
+    options = cuda_build.options_of(nvcc)._replace(archs=("80",), head_dims=((64, 64),))
+    library, objects = tmp_path / "package" / "_cuda.so", tmp_path / "objects"
+    library.parent.mkdir()
+    library.write_text("of before")
+    library.with_suffix(".json").write_text(json.dumps(FACTS))
+
+    def link(*_, **__):
+        (objects / "_cuda.so").write_text("new")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cuda_build, "_nvcc_version", lambda nvcc: "13.0")
+    monkeypatch.setattr(cuda_build.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cuda_build.build(options, objects, library)
+    assert read_build(library).source == "digest"
+    monkeypatch.setattr(cuda_build.subprocess, "run", link)
+    with monkeypatch.context() as context:
+        context.setattr(cuda_build.shutil, "copy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cuda_build.build(options, objects, library)
+    with pytest.raises(OSError, match="doesn't say"):
+        read_build(library)
+    cuda_build.build(options, objects, library)
+    assert library.read_text() == "new"
+    assert read_build(library).source == cuda_build.source_digest()

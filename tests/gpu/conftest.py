@@ -91,6 +91,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "device": torch.cuda.get_device_name() if has_run_on_gpu else "dry run",
         "capability": list(torch.cuda.get_device_capability()) if has_run_on_gpu else None,
         "torch": torch.__version__,
+        "source": None if cuda_library.BUILD is None else cuda_library.BUILD.source,
         "kernels": [
             {
                 "dtype": str(kernel.dtype).removeprefix("torch."),

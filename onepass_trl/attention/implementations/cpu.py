@@ -18,6 +18,7 @@ from onepass_trl.attention.implementations.base import (
     check_dtype,
     run_op,
 )
+from onepass_trl.attention.library_files import load
 from onepass_trl.attention.ops import refuse_forward_mode
 from onepass_trl.visibility import check_visible_end
 
@@ -26,15 +27,7 @@ BUILD_COMMAND = "pip install --no-build-isolation -e ."
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def _load() -> OSError | None:
-    try:
-        torch.ops.load_library(PATH)
-    except OSError as error:
-        return error
-    return None
-
-
-LOAD_ERROR = _load()
+LOAD_ERROR = load(PATH)
 
 
 def _status() -> ImplStatus:
