@@ -17,6 +17,7 @@ from onepass_trl.chat.encoding import (
     encode_views,
 )
 from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.chat.turns import InvalidTurn, TrainOn, TurnContext, TurnRenderer, TurnTexts, valid
 from onepass_trl.passes import Pass
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def render_passes(
     messages: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     *,
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -44,7 +45,7 @@ def render_passes(
             ``reasoning``, ``thinking``, or as ``<think>..</think>`` at the start of the content;
             arguments of tool calls may be dicts or JSON text. ``"train": False`` in an assistant
             message switches its turn off.
-        tokenizer: A tokenizer with a chat template.
+        tokenizer: A tokenizer or processor with a chat template.
         tools: Tools as ``apply_chat_template`` takes them.
         chat_template_kwargs: Further arguments of the template, such as ``{"enable_thinking":
             True}``.
@@ -79,7 +80,7 @@ class RenderedTurn(TurnTexts):
 
 def render_turns(
     messages: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     *,
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -101,7 +102,7 @@ def render_turns(
 
 def render_each_turn(
     messages: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     *,
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -119,7 +120,7 @@ def render_each_turn(
     valid = [turn for turn in turns if isinstance(turn, TurnTexts)]
     if valid:
         renderer.context(normal[: valid[-1].index]).report_left_out()
-    passes = iter(_passes(valid, tokenizer, renderer.added))
+    passes = iter(_passes(valid, renderer.tokenizer, renderer.added))
     return [
         RenderedTurn(**vars(turn), rendered=next(passes)) if isinstance(turn, TurnTexts) else turn
         for turn in turns
@@ -129,7 +130,7 @@ def render_each_turn(
 def render_answers(
     messages: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     *,
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,

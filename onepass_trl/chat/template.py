@@ -6,18 +6,16 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal
 from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
 from onepass_trl.chat.messages import REASONING_KEYS
+from onepass_trl.chat.processing import ProcessingClass, find_chat_template, start_of_prompts
 from onepass_trl.chat.template_source import TemplateSource, read_source
 from onepass_trl.chat.views import Views
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Arguments of apply_chat_template that aren't the caller's to choose here.
 RESERVED = frozenset(
@@ -74,23 +72,24 @@ def _switch(template: str) -> str | None:
 
 
 class Template:
-    """The chat template that a tokenizer uses for given tools and template arguments.
+    """The chat template that a tokenizer or processor uses for given tools and template arguments.
 
     Attributes:
         text: The Jinja source of the template.
         tools: The tools, or None.
 
     Raises:
-        ChatFormatError: if the tokenizer has no chat template, or a template argument is reserved.
+        ChatFormatError: if there is no chat template, or a template argument is reserved.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        processing_class: ProcessingClass,
         tools: Sequence[Any] | None,
         kwargs: Mapping[str, Any] | None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._processing_class = processing_class
+        self._start = start_of_prompts(processing_class)
         self.tools = None if tools is None else list(tools)
         self._kwargs = dict(kwargs or {})
         self._views: Views | None = None
@@ -101,17 +100,19 @@ class Template:
                 "remove it"
             )
         try:
-            self.text: str = tokenizer.get_chat_template(
-                self._kwargs.get("chat_template"), tools=self.tools
+            self.text = find_chat_template(
+                processing_class, self._kwargs.pop("chat_template", None), self.tools
             )
         except ValueError as error:
             raise ChatFormatError(
                 f"the tokenizer has no chat template to render with ({error}); set "
                 "tokenizer.chat_template"
             ) from error
-        unread = [name for name in self._kwargs if name != "chat_template" and not self.names(name)]
+        unread = tuple(name for name in self._kwargs if not self.names(name))
         if unread:
-            _report_unread(self.text, tuple(unread))
+            _report_unread(self.text, unread)
+        for name in unread:  # a processor would take it for an argument of its own
+            del self._kwargs[name]
 
     @property
     def source(self) -> TemplateSource:
@@ -236,8 +237,9 @@ class Template:
     def _render(self, messages: Sequence[dict[str, Any]], prompt: bool) -> str:
         """Return what :meth:`render` does, by the template alone."""
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self._processing_class.apply_chat_template(
                 list(messages),
+                chat_template=self.text,
                 tools=self.tools,
                 add_generation_prompt=prompt,
                 tokenize=False,
@@ -247,4 +249,4 @@ class Template:
             what = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
             raise TemplateRefusal(f"{what}{error}") from error
         assert isinstance(text, str)
-        return text
+        return text if text.startswith(self._start) else self._start + text

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -27,12 +27,10 @@ from onepass_trl.chat.families import Turn, family_of
 from onepass_trl.chat.joining import Joined, join_turns
 from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
 from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
+from onepass_trl.chat.processing import ProcessingClass, tokenizer_of
 from onepass_trl.chat.template import Template
 from onepass_trl.chat.unread import check_keys, report_left_out
 from onepass_trl.chat.views import ViewsDiffer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TrainOn: TypeAlias = Literal["all", "last"] | Sequence[int]
 Turns = TypeVar("Turns")
@@ -134,13 +132,14 @@ class TurnRenderer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        processing_class: ProcessingClass,
         tools: Sequence[Any] | None,
         chat_template_kwargs: Mapping[str, Any] | None,
     ) -> None:
-        self.added = added_tokens(tokenizer)
-        self._template = Template(tokenizer, tools, chat_template_kwargs)
-        self._eos = tokenizer.eos_token
+        self.tokenizer = tokenizer_of(processing_class)
+        self.added = added_tokens(self.tokenizer)
+        self._template = Template(processing_class, tools, chat_template_kwargs)
+        self._eos = self.tokenizer.eos_token
         self._family = family_of(self._template)
         self._reads_reasoning = self._family.reads_reasoning(self._template)
         self._has_marks = THINK_CLOSE in self._template.source.texts

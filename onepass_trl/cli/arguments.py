@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,11 @@ from safetensors import SafetensorError
 from onepass_trl.preparation.options import NullArguments, PreparationOptions, parse_train_on
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
+
+    from onepass_trl.chat.processing import ProcessingClass
+
+logger = logging.getLogger(__name__)
 
 DATASET_HELP = "dataset of the Hub, a folder, or a .jsonl, .json or .parquet file"
 
@@ -67,23 +72,32 @@ def preparation_options(options: argparse.Namespace, **further: Any) -> Preparat
     )
 
 
-def load_tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer, with the chat template that the options name.
+def load_processing_class(options: argparse.Namespace) -> ProcessingClass:
+    """Return the model's processor or tokenizer, with the chat template that the options name.
 
     The tokens that come with another tokenizer's template are added, as training adds them.
     """
     from transformers import AutoTokenizer
 
-    with reading("the tokenizer of", options.model_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
-    path = options.chat_template_path
+    from onepass_trl.chat import processing
+
+    model, path = options.model_name_or_path, options.chat_template_path
+    processing_class: ProcessingClass
+    with reading("the tokenizer of", model):
+        try:
+            processing_class = processing.load_processing_class(model)
+        except processing.MissingTorchvisionError as error:
+            logger.warning("%s. Until then its tokenizer alone renders conversations", error)
+            processing_class = AutoTokenizer.from_pretrained(model)
     if path is None:
-        return tokenizer
+        return processing_class
     if path.endswith((".jinja", ".j2")):
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        return tokenizer
+        processing_class.chat_template = Path(path).read_text(encoding="utf-8")
+        return processing_class
+    processing.check_template_source(path, processing_class)
     with reading("the tokenizer of", path):
         source = AutoTokenizer.from_pretrained(path)
+    tokenizer = processing.tokenizer_of(processing_class)
     tokenizer.chat_template = source.get_chat_template()
     known = tokenizer.get_vocab()
     added = source.added_tokens_decoder.values()
@@ -119,10 +133,12 @@ def reading(what: str, model: str) -> Iterator[None]:
         ) from error
 
 
-def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def fit_vocabulary(config: PreTrainedConfig, processing_class: ProcessingClass) -> None:
     """Give the model an embedding for each token, including those of another chat template."""
+    from onepass_trl.chat.processing import tokenizer_of
+
     text = config.get_text_config()
-    text.vocab_size = max(text.vocab_size, len(tokenizer))
+    text.vocab_size = max(text.vocab_size, len(tokenizer_of(processing_class)))
 
 
 def inputs_of(options: argparse.Namespace) -> list[str | None]:

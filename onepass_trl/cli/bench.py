@@ -166,14 +166,14 @@ def _load_config(options: argparse.Namespace) -> PretrainedConfig:
 
 
 def _load_passes(options: argparse.Namespace, config: PretrainedConfig) -> list[list[Pass]]:
-    from onepass_trl.cli.arguments import fit_vocabulary, load_tokenizer
+    from onepass_trl.cli.arguments import fit_vocabulary, load_processing_class
     from onepass_trl.cli.conversations import limit_length, load_passes
     from onepass_trl.tools.bench.workload import chat_passes
 
     if options.dataset is not None:
-        tokenizer = load_tokenizer(options)
-        fit_vocabulary(config, tokenizer)
-        return load_passes(options, tokenizer)
+        processing_class = load_processing_class(options)
+        fit_vocabulary(config, processing_class)
+        return load_passes(options, processing_class)
     vocab_size = config.get_text_config().vocab_size
     passes = chat_passes(
         options.turns, options.user, options.reasoning, options.response, vocab_size

@@ -12,7 +12,8 @@ from onepass_trl.passes import Pass
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+
+    from onepass_trl.chat.processing import ProcessingClass
 
 
 def open_dataset(options: argparse.Namespace) -> Dataset:
@@ -31,9 +32,7 @@ def naming_record(index: int) -> Iterator[None]:
         raise ValueError(f"row {index} of the dataset: {error}") from error
 
 
-def load_passes(
-    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> list[list[Pass]]:
+def load_passes(options: argparse.Namespace, processing_class: ProcessingClass) -> list[list[Pass]]:
     """Return the passes of the first conversations that the options name, cut to ``max_length``."""
     from onepass_trl.preparation.rows import render_record
 
@@ -42,7 +41,9 @@ def load_passes(
     conversations = []
     for index in range(min(options.num_conversations, len(dataset))):
         with naming_record(index):
-            found = render_record(dataset[index], tokenizer, preparation, features=dataset.features)
+            found = render_record(
+                dataset[index], processing_class, preparation, features=dataset.features
+            )
         name = f"conversation {index}"
         conversations.append(limit_length(found.passes, options.max_length, name))
     if not conversations:

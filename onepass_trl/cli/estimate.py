@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     from onepass_trl.cli.arguments import (
         fit_vocabulary,
         load_config,
-        load_tokenizer,
+        load_processing_class,
         preparation_options,
     )
     from onepass_trl.tools.estimation import estimate
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     from onepass_trl.tools.outputs import write_output
     from onepass_trl.tools.transcript import visible_text
 
-    tokenizer = load_tokenizer(options)
+    processing_class = load_processing_class(options)
     config = load_config(options.model_name_or_path)
     if config is None and options.measure:
         raise FileNotFoundError(
@@ -47,18 +47,18 @@ def main(argv: list[str]) -> int:
             "no config.json: name a model's folder, or leave out --measure"
         )
     if config is not None:
-        fit_vocabulary(config, tokenizer)
+        fit_vocabulary(config, processing_class)
     dataset, indices = _load(options)
     preparation = preparation_options(
         options, max_length=options.max_length, overflow=options.overflow, invalid_turns="drop"
     )
     records = ((index, dataset[index]) for index in _with_progress(indices))
     cost = model_cost(config) if config else None
-    found = estimate(records, tokenizer, preparation, cost, features=dataset.features)
+    found = estimate(records, processing_class, preparation, cost, features=dataset.features)
     times = None
     if options.measure:
         assert config is not None
-        times = _measure(options, found, config, dataset, tokenizer, preparation)
+        times = _measure(options, found, config, dataset, processing_class, preparation)
 
     device = torch.accelerator.current_accelerator(check_available=True)
     # With Triton, TRL's fused LM head skips positions without a target.
@@ -161,7 +161,7 @@ def _measure(
     found: Estimate,
     config: PreTrainedConfig,
     dataset: Any,
-    tokenizer: Any,
+    processing_class: Any,
     preparation: PreparationOptions,
 ) -> tuple[StepTime, StepTime]:
     import torch
@@ -173,7 +173,7 @@ def _measure(
     chosen = spread(found.row_tokens)
     rows, passes = choose_probes(
         [dataset[int(found.indices[at])] for at in chosen],
-        tokenizer,
+        processing_class,
         preparation,
         features=dataset.features,
     )

@@ -91,7 +91,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> Inspection:
-    from onepass_trl.cli.arguments import load_tokenizer, preparation_options
+    from onepass_trl.cli.arguments import load_processing_class, preparation_options
     from onepass_trl.cli.conversations import naming_record, open_dataset
     from onepass_trl.tools.inspection import inspect_record
 
@@ -101,11 +101,11 @@ def _inspect(options: argparse.Namespace) -> Inspection:
             f"--row {options.row} is out of range: split {options.dataset_split!r} of "
             f"{options.dataset!r} has {len(dataset)} rows, 0..{len(dataset) - 1}"
         )
-    tokenizer = load_tokenizer(options)
+    processing_class = load_processing_class(options)
     preparation = preparation_options(options)
     with naming_record(options.row):
         return inspect_record(
-            dataset[options.row], tokenizer, preparation, features=dataset.features
+            dataset[options.row], processing_class, preparation, features=dataset.features
         )
 
 

@@ -22,13 +22,14 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     from tqdm import tqdm
 
-    from onepass_trl.cli.arguments import load_tokenizer
+    from onepass_trl.chat.processing import tokenizer_of
+    from onepass_trl.cli.arguments import load_processing_class
     from onepass_trl.cli.conversations import load_passes
     from onepass_trl.tools.verify import compare
 
-    tokenizer = load_tokenizer(options)
-    conversations = load_passes(options, tokenizer)
-    model = _load_model(options, len(tokenizer))
+    processing_class = load_processing_class(options)
+    conversations = load_passes(options, processing_class)
+    model = _load_model(options, len(tokenizer_of(processing_class)))
     compare(
         model, conversations[0][:1]
     )  # not reported: the first use allocates, compiles and starts threads

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, TypeVar
 import pyarrow
 import pyarrow.compute as compute
 from datasets import Dataset, Features, IterableDataset, Value
-from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat.errors import TOO_DEEP
+from onepass_trl.chat.processing import ProcessingClass, chat_templates
 from onepass_trl.data import pack
 from onepass_trl.preparation.options import PreparationOptions, register_families
 from onepass_trl.preparation.report import Report
@@ -38,7 +38,7 @@ class Maker(ABC):
     A row is a mapping from the columns to their values, one of them the list ``input_ids``.
 
     Attributes:
-        tokenizer: with a chat template.
+        processing_class: a tokenizer or processor with a chat template.
         options: how rows are made.
     """
 
@@ -46,7 +46,7 @@ class Maker(ABC):
     """The columns of a row, and their types."""
     report: ClassVar[type[Report]] = Report
 
-    tokenizer: PreTrainedTokenizerBase
+    processing_class: ProcessingClass
     options: PreparationOptions
 
     @abstractmethod
@@ -204,11 +204,10 @@ def _has_tokens(input_ids: Any) -> bool:
 
 def _report_unverified(maker: Maker, name: str) -> None:
     """Log why turns aren't parsed back, if they are meant to be and aren't."""
-    tokenizer, options = maker.tokenizer, maker.options
-    if options.verify_rendering is False or not isinstance(tokenizer.chat_template, str):
+    options, template = maker.options, chat_templates(maker.processing_class)
+    if options.verify_rendering is False or not isinstance(template, str):
         return
-    known = options.known_templates
-    if response_template_of(tokenizer, tokenizer.chat_template, known) is None:
+    if response_template_of(maker.processing_class, template, options.known_templates) is None:
         logger.log(
             logging.WARNING if options.verify_rendering else logging.INFO,
             "%s dataset: rendered turns aren't parsed back to compare them with their messages, "

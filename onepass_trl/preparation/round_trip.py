@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing.response_templates import (
     ResponseTemplate,
     load_response_template,
@@ -21,6 +20,7 @@ from transformers.utils.chat_parsing.response_templates import (
 
 from onepass_trl.chat import ChatFormatError, RenderedTurn
 from onepass_trl.chat.marks import split_inline
+from onepass_trl.chat.processing import ProcessingClass, chat_templates, tokenizer_of
 
 # The parser reads this many characters of the context, to see what the prompt has of the message.
 PROMPT_LENGTH = 200
@@ -30,13 +30,13 @@ KnownTemplates: TypeAlias = Callable[[str], ResponseTemplate | None]
 
 
 def response_template_of(
-    tokenizer: PreTrainedTokenizerBase, template: str, known: KnownTemplates | None
+    processing_class: ProcessingClass, template: str, known: KnownTemplates | None
 ) -> ResponseTemplate | None:
     """Return how answers to a chat template are parsed: the tokenizer's way, or a known one.
 
     Args:
-        tokenizer: The tokenizer. Its ``response_template``, if it has one, is meant for its own
-            chat template.
+        processing_class: The tokenizer or processor. The ``response_template`` of a tokenizer, if
+            it has one, is meant for the own chat template.
         template: The Jinja source of the chat template.
         known: Asked where the tokenizer doesn't say it; None: nothing is known.
 
@@ -46,8 +46,8 @@ def response_template_of(
     Raises:
         ChatFormatError: if the tokenizer's isn't valid.
     """
-    own = getattr(tokenizer, "response_template", None)
-    if own is None or template != tokenizer.chat_template:
+    own = getattr(tokenizer_of(processing_class), "response_template", None)
+    if own is None or template != chat_templates(processing_class):
         return None if known is None else known(template)
     try:
         return load_response_template(own)
@@ -59,7 +59,7 @@ def response_template_of(
 
 
 def check_round_trip(
-    turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase, known: KnownTemplates | None = None
+    turn: RenderedTurn, processing_class: ProcessingClass, known: KnownTemplates | None = None
 ) -> bool:
     """Check that parsing the turn's completion gives its message back.
 
@@ -72,7 +72,8 @@ def check_round_trip(
     Raises:
         ChatFormatError: if another message comes back, or none; it shows where they differ.
     """
-    response_template = response_template_of(tokenizer, turn.template, known)
+    tokenizer = tokenizer_of(processing_class)
+    response_template = response_template_of(processing_class, turn.template, known)
     prompt = turn.context[-PROMPT_LENGTH:]
     if response_template is None or not response_template.start_anchor_re.search(prompt):
         return False

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow
 import pyarrow.compute as compute
 from datasets import Features, List, Value
-from transformers import PreTrainedTokenizerBase
 
 from onepass_trl.chat.columns import check_columns
 from onepass_trl.chat.errors import TOO_DEEP, ChatFormatError
 from onepass_trl.chat.messages import Message
+from onepass_trl.chat.processing import ProcessingClass, tokenizer_of
 from onepass_trl.chat.records import read_conversation
 from onepass_trl.chat.rendering import RenderedTurn, render_each_turn
 from onepass_trl.chat.turns import InvalidTurn, chosen_turns, valid
@@ -77,7 +77,7 @@ class RenderedRecord:
 
 def render_record(
     record: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     options: PreparationOptions | None = None,
     *,
     features: Features | None = None,
@@ -87,7 +87,7 @@ def render_record(
 
     Args:
         record: a line of a dataset.
-        tokenizer: with a chat template.
+        tokenizer: a tokenizer or processor with a chat template.
         options: how it is rendered, and whether turns that can't be are left out; the defaults
             if None.
         features: of the dataset, see `onepass_trl.preparation.nulls.read_record`.
@@ -108,7 +108,7 @@ def render_record(
             check_columns(record, ("passes",), None, is_whole=True)
             numbered = numbered_passes(record["passes"], options.train_on)
             return RenderedRecord(list(numbered.values()), list(numbered))
-        sequence = sequence_of(record, tokenizer, options)
+        sequence = sequence_of(record, tokenizer_of(tokenizer), options)
         if sequence is not None:
             return RenderedRecord([sequence], sorted(chosen_turns(options.train_on, 1)))
         if options.completion_only_loss is False:
@@ -160,10 +160,10 @@ def _parted(
 
 
 def _parsed_back(
-    turn: RenderedTurn, tokenizer: PreTrainedTokenizerBase, options: PreparationOptions
+    turn: RenderedTurn, processing_class: ProcessingClass, options: PreparationOptions
 ) -> RenderedTurn | InvalidTurn:
     try:
-        check_round_trip(turn, tokenizer, options.known_templates)
+        check_round_trip(turn, processing_class, options.known_templates)
     except ChatFormatError as error:
         return InvalidTurn(error)
     return turn
@@ -194,7 +194,7 @@ class RowMaker(Maker):
         """Return the rows of a record, and what was lost of it."""
         rendered = render_record(
             record,
-            self.tokenizer,
+            self.processing_class,
             self.options,
             features=features,
             verify=self.options.verifies(index),

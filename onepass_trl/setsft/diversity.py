@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TrainerCallback
 
+from onepass_trl.chat.processing import tokenizer_of
 from onepass_trl.setsft.rendering import forking_prompts
 
 
@@ -88,7 +89,8 @@ class ForkingDiversityCallback(TrainerCallback):
     def measure(self) -> dict[str, float]:
         """Return the metrics that are logged, of the model as it is."""
         trainer, config = self._trainer, self._trainer.args
-        tokenizer, model = trainer.processing_class, trainer.model
+        model = trainer.model
+        tokenizer = tokenizer_of(trainer.processing_class)
         num_tokens = config.num_forking_tokens
         distances: list[list[float]] = [[] for _ in range(num_tokens)]
         distinct = 0.0
@@ -96,7 +98,7 @@ class ForkingDiversityCallback(TrainerCallback):
         for prompt in self._prompts:
             prompts = forking_prompts(
                 prompt,
-                tokenizer,
+                trainer.processing_class,
                 num_tokens,
                 forking_token_format=config.forking_token_format,
                 thinking_opener=config.thinking_opener,

@@ -90,7 +90,7 @@ class SetMaker(Maker):
         """Return a row for each set of a question, and what is to be said of them."""
         traces = render_traces(
             record,
-            self.tokenizer,
+            self.processing_class,
             self.tokens,
             self.options,
             features=features,

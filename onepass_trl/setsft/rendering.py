@@ -15,6 +15,7 @@ import numpy as np
 from onepass_trl.chat.encoding import Ids, added_tokens, encode_after, encode_alone
 from onepass_trl.chat.errors import ChatFormatError, errors_named
 from onepass_trl.chat.families import family_of
+from onepass_trl.chat.processing import ProcessingClass, tokenizer_of
 from onepass_trl.chat.records import QUESTIONS, read_question
 from onepass_trl.chat.rendering import RenderedTurn, render_answers
 from onepass_trl.chat.template import Template
@@ -54,7 +55,7 @@ class ForkingTokens:
     @classmethod
     def of(
         cls,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: ProcessingClass,
         num_forking_tokens: int,
         forking_token_format: str = DEFAULT_FORMAT,
         thinking_opener: str | None = None,
@@ -65,7 +66,7 @@ class ForkingTokens:
             ValueError: if it doesn't have them, or has no thinking opener.
         """
         names = forking_tokens(num_forking_tokens, forking_token_format)
-        ids = forking_token_ids(tokenizer, names)
+        ids = forking_token_ids(tokenizer_of(tokenizer), names)
         opener = find_thinking_opener(tokenizer) if thinking_opener is None else thinking_opener
         return cls(tuple(names), tuple(ids), opener)
 
@@ -87,7 +88,7 @@ class _Parts:
 
 def render_traces(
     record: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     tokens: ForkingTokens,
     options: PreparationOptions,
     *,
@@ -99,7 +100,7 @@ def render_traces(
     Args:
         record: a question and its completions, see `onepass_trl.chat.records.read_question`. To a
             completion of a text prompt the end-of-sequence token is added if it doesn't end in it.
-        tokenizer: the tokenizer, with the forking tokens.
+        tokenizer: the tokenizer or processor, with the forking tokens.
         tokens: the forking tokens.
         options: how messages are rendered.
         features: of the dataset, see `onepass_trl.preparation.nulls.read_record`.
@@ -123,12 +124,12 @@ def render_traces(
                 **question.chat_template_kwargs,
             },
         )
-    encoder = _Encoder(tokenizer, isinstance(question.prompt, str))
+    encoder = _Encoder(tokenizer_of(tokenizer), isinstance(question.prompt, str))
     traces = []
     for number, completion in enumerate(question.completions):
         with errors_named(f"completion {number} of {len(question.completions)}"):
             if isinstance(question.prompt, str):
-                parts = _text_parts(question.prompt, completion, tokenizer, tokens.opener)
+                parts = _text_parts(question.prompt, completion, encoder.tokenizer, tokens.opener)
             else:
                 turn = valid(turns[number])
                 if verify:
@@ -142,7 +143,7 @@ def render_traces(
 
 def forking_prompts(
     prompt: str | Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     num_forking_tokens: int,
     *,
     forking_token_format: str = DEFAULT_FORMAT,
@@ -155,7 +156,7 @@ def forking_prompts(
 
     Args:
         prompt: messages that end before the turn to generate, or text.
-        tokenizer: the tokenizer that was saved with the model.
+        tokenizer: the tokenizer or processor that was saved with the model.
         num_forking_tokens: K.
         forking_token_format: as in training.
         thinking_opener: as in training.
@@ -170,7 +171,7 @@ def forking_prompts(
     tokens = ForkingTokens.of(tokenizer, num_forking_tokens, forking_token_format, thinking_opener)
     is_text = isinstance(prompt, str)
     if isinstance(prompt, str):
-        parts = _text_parts(prompt, tokens.opener + "x", tokenizer, tokens.opener)
+        parts = _text_parts(prompt, tokens.opener + "x", tokenizer_of(tokenizer), tokens.opener)
     else:
         answer = _any_answer(tokenizer, tools, chat_template_kwargs, tokens.opener)
         [turn] = render_answers(
@@ -182,17 +183,17 @@ def forking_prompts(
     texts = [parts.before + name + parts.between for name in tokens.names]
     if not tokenize:
         return texts
-    return [ids.tolist() for ids in _encode_prompts(texts, tokenizer, is_text)]
+    return [ids.tolist() for ids in _encode_prompts(texts, tokenizer_of(tokenizer), is_text)]
 
 
 def _any_answer(
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     tools: Sequence[Any] | None,
     kwargs: Mapping[str, Any] | None,
     opener: str,
 ) -> dict[str, str]:
     """Return an assistant message with reasoning, to see where its opener is put."""
-    template = Template(tokenizer, tools, kwargs)
+    template = Template(processing_class, tools, kwargs)
     answer = {"role": "assistant", "content": "x"}
     if opener and family_of(template).reads_reasoning(template):
         return {**answer, "reasoning_content": "x"}
@@ -259,19 +260,19 @@ class _Encoder:
     """Tokenizes the traces of a record: the prompt, which they have in common, once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, is_text: bool) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._is_text = is_text
         self._prompts: dict[str, Ids] = {}
 
     def encode(self, prompt: str, completion: str) -> Pass:
         """Return the pass of a prompt and a completion, which is trained."""
         if prompt not in self._prompts:
-            [self._prompts[prompt]] = _encode_prompts([prompt], self._tokenizer, self._is_text)
+            [self._prompts[prompt]] = _encode_prompts([prompt], self.tokenizer, self._is_text)
         before = self._prompts[prompt]
-        if added_tokens(self._tokenizer).prepends:
-            after = encode_after(self._tokenizer, prompt, completion)
+        if added_tokens(self.tokenizer).prepends:
+            after = encode_after(self.tokenizer, prompt, completion)
         else:
-            [after] = encode_alone(self._tokenizer, [completion])
+            [after] = encode_alone(self.tokenizer, [completion])
         trained = np.repeat([False, True], [before.size, after.size])
         return Pass(np.concatenate([before, after]), trained)
 

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.families import family_of
 from onepass_trl.chat.marks import THINK_OPEN
+from onepass_trl.chat.processing import ProcessingClass, tokenizer_of
 from onepass_trl.chat.template import Template
 
 if TYPE_CHECKING:
@@ -50,19 +51,19 @@ def forking_tokens(
     return names
 
 
-def find_thinking_opener(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text with which the tokenizer's chat template begins reasoning.
+def find_thinking_opener(processing_class: ProcessingClass) -> str:
+    """Return the text with which the chat template begins reasoning.
 
     Raises:
         ValueError: if neither the template nor the vocabulary has it.
     """
     try:
-        template = Template(tokenizer, None, None)
+        template = Template(processing_class, None, None)
     except ChatFormatError:  # without a template prompts are text
         text, opener = "", THINK_OPEN
     else:
         text, opener = template.text, family_of(template).thinking_opener
-    if opener in text or opener in tokenizer.get_vocab():
+    if opener in text or opener in tokenizer_of(processing_class).get_vocab():
         return opener
     raise ValueError(
         f"the chat template has no thinking opener {opener!r} that a forking token could replace, "
@@ -101,7 +102,7 @@ def forking_token_ids(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> l
 
 def add_forking_tokens(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     num_forking_tokens: int,
     *,
     forking_token_format: str = DEFAULT_FORMAT,
@@ -117,7 +118,7 @@ def add_forking_tokens(
 
     Args:
         model: a causal language model, changed in place; not yet wrapped by PEFT.
-        tokenizer: its tokenizer, changed in place.
+        tokenizer: its tokenizer or processor, changed in place.
         num_forking_tokens: K.
         forking_token_format: their names, with ``{i}`` for the number from 1.
         thinking_opener: the text whose embeddings they start from. None: the template's own; "":
@@ -133,6 +134,7 @@ def add_forking_tokens(
     names = forking_tokens(num_forking_tokens, forking_token_format)
     if thinking_opener is None:
         thinking_opener = find_thinking_opener(tokenizer)
+    tokenizer = tokenizer_of(tokenizer)
     if thinking_opener in names:
         raise ValueError(
             f"thinking_opener {thinking_opener!r} is itself a forking token; choose another "

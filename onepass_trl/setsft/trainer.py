@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
-from trl.trainer.utils import get_config_model_id
 
+from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.data import Layout, build_tree, linearize, split_passes
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.setsft import matching
@@ -25,7 +25,7 @@ from onepass_trl.setsft.rendering import ForkingTokens
 from onepass_trl.setsft.tokens import add_forking_tokens
 from onepass_trl.setsft.traces import TraceSet, from_row
 from onepass_trl.training import OnePassSFTTrainer, first_check
-from onepass_trl.training.arguments import to_config
+from onepass_trl.training.arguments import load_processing_class_of, to_config
 from onepass_trl.training.trainer import AnyDataset
 
 # A matching forward may always have this many tokens.
@@ -69,7 +69,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         data_collator: must be None: a batch is laid out once its traces are matched.
         train_dataset: the questions.
         eval_dataset: likewise; matched as in training.
-        processing_class: the tokenizer; None: the model's own.
+        processing_class: the tokenizer or processor; None: the model's own.
         quantization_config: as for ``SFTTrainer``.
         peft_config: as for ``SFTTrainer``.
         **kwargs: further arguments of ``SFTTrainer``.
@@ -95,7 +95,7 @@ class SetSFTTrainer(OnePassSFTTrainer):
         data_collator: None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: ProcessingClass | None = None,
         quantization_config: Any = None,
         peft_config: Any = None,
         **kwargs: Any,
@@ -106,29 +106,25 @@ class SetSFTTrainer(OnePassSFTTrainer):
                 "data_collator can't be chosen: a batch of sets is laid out once its traces are "
                 "matched. Leave it unset"
             )
-        revision = (args.model_init_kwargs or {}).get("revision")
+        if processing_class is None:
+            processing_class = load_processing_class_of(model, args)
         if isinstance(model, str):
             model = load_model(model, args, quantization_config)
             args.model_init_kwargs = quantization_config = None
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                get_config_model_id(model.config),
-                revision=revision,
-                trust_remote_code=args.trust_remote_code,
-            )
         if args.chat_template_path is not None:
             # Load the template first: new tokens start from its thinking opener.
             processing_class.chat_template = read_template(args.chat_template_path)
         self._token_ids = add_forking_tokens(
             model,
-            getattr(processing_class, "tokenizer", processing_class),
+            processing_class,
             args.num_forking_tokens,
             forking_token_format=args.forking_token_format,
             thinking_opener=args.thinking_opener,
             noise=args.forking_token_noise,
             seed=args.seed,
         )
-        self.args = args  # Trainer sets it too, once the datasets are prepared
+        # Trainer sets them too, once the datasets are prepared.
+        self.args, self.processing_class = args, processing_class
         super().__init__(
             model=model,
             args=args,
@@ -149,14 +145,14 @@ class SetSFTTrainer(OnePassSFTTrainer):
         """Return the forking tokens, their ids and what they replace."""
         args = self.args
         return ForkingTokens.of(
-            self._tokenizer,
+            self.processing_class,
             args.num_forking_tokens,
             args.forking_token_format,
             args.thinking_opener,
         )
 
-    def _maker(self, options: PreparationOptions) -> SetMaker:
-        return SetMaker(self._tokenizer, options, self.forking_tokens(), self.args.excess_traces)
+    def _maker(self, processing_class: ProcessingClass, options: PreparationOptions) -> SetMaker:
+        return SetMaker(processing_class, options, self.forking_tokens(), self.args.excess_traces)
 
     def _first_rows(self) -> Iterator[Layout]:
         for row in islice(self.train_dataset, first_check.NUM_ROWS):

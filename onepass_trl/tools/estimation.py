@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.data import Layout, Overflow, pack
 from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.preparation.datasets import PACK_BATCH_SIZE
@@ -32,7 +33,6 @@ from onepass_trl.visibility import (
 
 if TYPE_CHECKING:
     from datasets import Features
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -177,7 +177,7 @@ class Estimate:
 
 def estimate(
     records: Iterable[tuple[int, Mapping[str, Any]]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     options: PreparationOptions,
     cost: ModelCost | None = None,
     *,
@@ -189,7 +189,7 @@ def estimate(
 
     Args:
         records: of a dataset, in any form that `render_record` reads, each after its index.
-        tokenizer: with a chat template.
+        tokenizer: a tokenizer or processor with a chat template.
         options: how rows are made of conversations.
         cost: of the model, see `model_cost`.
         features: of the dataset.
@@ -261,7 +261,7 @@ class _Count:
 def _count(
     index: int,
     record: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     options: PreparationOptions,
     features: Features | None,
     windows: set[int | None],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onepass_trl.chat.processing import ProcessingClass, tokenizer_of
 from onepass_trl.chat.rendering import RenderedTurn
 from onepass_trl.data.layout import Layout, linearize, node_spans
 from onepass_trl.data.tree import ROOT, TokenTree
@@ -134,7 +135,7 @@ class Inspection:
 
 def inspect_record(
     record: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     options: PreparationOptions | None = None,
     *,
     features: Features | None = None,
@@ -147,7 +148,7 @@ def inspect_record(
 
 def inspect_passes(
     passes: Sequence[Pass],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     turns: Sequence[RenderedTurn] = (),
     *,
     numbers: Sequence[int] | None = None,
@@ -156,13 +157,13 @@ def inspect_passes(
 
     Args:
         passes: of one conversation, at least one.
-        tokenizer: gives the text of tokens.
+        tokenizer: a tokenizer or processor; gives the text of tokens.
         turns: what the passes were rendered from, if known: gives segments their roles.
         numbers: which turns of the conversation the passes are, in ascending order; all by default.
     """
     tree = TokenTree()
     ends = [tree.insert(pass_) for pass_ in passes]
-    view = _View(tree, tokenizer)
+    view = _View(tree, tokenizer_of(tokenizer))
     paths = tree.paths(ends)
     if turns:
         view.find_messages(turns, paths)

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 
 from onepass_trl.chat.encoding import encode_alone
 from onepass_trl.chat.errors import TemplateRefusal
+from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.chat.turns import TurnContext, TurnRenderer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from onepass_trl.preparation.rows import RenderedRecord
 
 ALL_TURNS, LAST_TURN, REASONING_KEPT = "all turns", "last turn", "reasoning kept"
@@ -60,7 +59,7 @@ class Training:
 
 
 def train_on_one_rendering(
-    record: RenderedRecord, tokenizer: PreTrainedTokenizerBase
+    record: RenderedRecord, processing_class: ProcessingClass
 ) -> dict[str, Training]:
     """Return what the three ways make of the turns of a conversation.
 
@@ -68,10 +67,11 @@ def train_on_one_rendering(
 
     Args:
         record: rendered from messages, with at least one turn.
-        tokenizer: that it was rendered with.
+        processing_class: that it was rendered with.
     """
     turns = record.turns
-    renderer = TurnRenderer(tokenizer, turns[0].tools, record.chat_template_kwargs)
+    renderer = TurnRenderer(processing_class, turns[0].tools, record.chat_template_kwargs)
+    tokenizer = renderer.tokenizer
     messages, _ = renderer.read(record.messages, "all")
     context = renderer.context(messages)
     # A text of its own in place of each reasoning shows where the template leaves that one out.

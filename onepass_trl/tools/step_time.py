@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.data import Layout
 from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator
 from onepass_trl.passes import Pass
@@ -27,7 +28,7 @@ from onepass_trl.tools.estimation import (
 
 if TYPE_CHECKING:
     from datasets import Features
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 NUM_PROBES = 6
 LONGEST_PROBE = 8192  # tokens
@@ -102,7 +103,7 @@ def spread(lengths: NDArray[np.int64], number: int = NUM_PROBES) -> list[int]:
 
 def choose_probes(
     records: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ProcessingClass,
     options: PreparationOptions,
     *,
     features: Features | None = None,

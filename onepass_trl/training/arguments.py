@@ -14,6 +14,11 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from onepass_trl.attention.model_check import check_token_ids
+from onepass_trl.chat.processing import (
+    MissingTorchvisionError,
+    ProcessingClass,
+    load_processing_class,
+)
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.preparation.datasets import Maker, named_rows
 from onepass_trl.preparation.options import NullArguments, PreparationOptions
@@ -38,6 +43,27 @@ def to_config(
     known = {field.name for field in fields(kind)}
     given = [field.name for field in fields(args) if field.init and field.name in known]
     return kind(**{name: getattr(args, name) for name in given})
+
+
+def load_processing_class_of(
+    model: str | PreTrainedModel, args: OnePassSFTConfig
+) -> ProcessingClass:
+    """Return the processor of a model, or its tokenizer if it has no processor.
+
+    Raises:
+        ValueError: the processor can't be made without torchvision.
+    """
+    try:
+        return load_processing_class(
+            model if isinstance(model, str) else get_config_model_id(model.config),
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
+    except MissingTorchvisionError as error:
+        raise ValueError(
+            f"{error}. Or pass the tokenizer as processing_class: checkpoints then lack the "
+            "processor"
+        ) from error
 
 
 def preparation_options(args: OnePassSFTConfig, packing: bool) -> PreparationOptions:

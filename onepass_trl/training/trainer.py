@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
     TrainerCallback,
     TrainingArguments,
 )
@@ -29,6 +27,7 @@ from trl.data_utils import get_dataset_column_names
 from onepass_trl import versions
 from onepass_trl.attention.model_check import base_model, check_rotary_embedding
 from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
+from onepass_trl.chat.processing import ProcessingClass, check_template_source
 from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator, as_layout
 from onepass_trl.data.layout import Layout
 from onepass_trl.preparation.datasets import Maker, prepare_dataset
@@ -42,6 +41,7 @@ from onepass_trl.training.arguments import (
     check_prepared,
     check_train_dataset,
     check_vocabulary,
+    load_processing_class_of,
     named_datasets,
     one_pass_model_kwargs,
     preparation_options,
@@ -127,7 +127,7 @@ class OnePassSFTTrainer(SFTTrainer):
         | IterableDatasetDict
         | dict[str, AnyDataset]
         | None = None,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        processing_class: ProcessingClass | None = None,
         compute_loss_func: Callable[..., Any] | None = None,
         compute_metrics: Callable[..., Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -157,6 +157,10 @@ class OnePassSFTTrainer(SFTTrainer):
         # TRL's flag would swap in a template with generation markers. Here the loss is on what the
         # assistant generates, always and token by token.
         args.assistant_only_loss = False
+
+        if processing_class is None:
+            processing_class = load_processing_class_of(model, args)
+        check_template_source(args.chat_template_path, processing_class)
 
         packing = args.packing, args.eval_packing
         try:
@@ -225,7 +229,7 @@ class OnePassSFTTrainer(SFTTrainer):
     def _prepare_dataset(
         self,
         dataset: AnyDataset,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        processing_class: ProcessingClass,
         args: OnePassSFTConfig,
         packing: bool,
         formatting_func: Callable[..., Any] | None,
@@ -243,11 +247,12 @@ class OnePassSFTTrainer(SFTTrainer):
                     fn_kwargs={"function": formatting_func, "text_field": args.dataset_text_field},
                 )
                 column_names = [args.dataset_text_field]
-            return prepare_dataset(dataset, column_names, self._maker(options), dataset_name)
+            maker = self._maker(processing_class, options)
+            return prepare_dataset(dataset, column_names, maker, dataset_name)
 
-    def _maker(self, options: PreparationOptions) -> Maker:
+    def _maker(self, processing_class: ProcessingClass, options: PreparationOptions) -> Maker:
         """Return what makes the rows of a dataset's records."""
-        return RowMaker(self._tokenizer, options)
+        return RowMaker(processing_class, options)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self._maker_type.features)

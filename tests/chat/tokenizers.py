@@ -10,7 +10,14 @@ from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from tests.chat.families import CASES, Case
 
@@ -63,6 +70,17 @@ def make_small_tokenizer(case: Case) -> PreTrainedTokenizerBase:
         tokenizer_object=model, eos_token=tokens.eos, pad_token=tokens.eos, **names
     )
     return _finished(tokenizer, case)
+
+
+def make_processor(tokenizer: PreTrainedTokenizerBase, chat_template: Any = None) -> ProcessorMixin:
+    """Return a processor of LLaVA's kind, one that needs no torchvision, around a copy."""
+    return LlavaProcessor(
+        LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        copy.deepcopy(tokenizer),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=chat_template,
+    )
 
 
 def make_real_tokenizer(case: Case) -> PreTrainedTokenizerBase:

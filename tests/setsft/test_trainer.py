@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from trl import SFTConfig
 
 from onepass_trl.preparation.options import NUM_VERIFIED_RECORDS
@@ -24,6 +24,8 @@ from onepass_trl.setsft import (
     rendering,
 )
 from onepass_trl.setsft.traces import SET_COLUMNS
+from tests.chat.tokenizers import make_processor
+from tests.chats import CHAT
 from tests.models import make_model
 from tests.setsft.sets import RECORDS, random_set
 from tests.setsft.trainers import (
@@ -502,3 +504,23 @@ def test_the_tokens_begin_as_what_begins_reasoning_in_the_template_of_a_file(tmp
     trainer.train()
     with pytest.raises(ValueError, match=r"call trl\.clone_chat_template on the model"):
         make_trainer(model, tokenizer, tmp_path, chat_template_path="Qwen/Qwen3-0.6B")
+
+
+def test_a_processor_gets_the_tokens_and_keeps_its_template(tmp_path):
+    source = fresh_tokenizer()
+    processor = make_processor(source, chat_template=source.chat_template)
+    processor.tokenizer.chat_template = None
+    model = make_model("qwen3", vocab_size=len(source))
+    trainer = make_trainer(model, processor, tmp_path, max_steps=1)
+    plain = make_trainer(make_model("qwen3", vocab_size=len(source)), source, tmp_path)
+    assert (
+        trainer.train_dataset[0]["input_ids"].tolist()
+        == plain.train_dataset[0]["input_ids"].tolist()
+    )
+    trainer.train()
+    diversity = ForkingDiversityCallback(trainer, [CHAT[:2]], max_new_tokens=2)
+    assert "eval_diversity" in diversity.measure()
+    trainer.save_model(tmp_path / "out")
+    saved = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert "<think1>" in saved.tokenizer.get_vocab()
+    assert saved.chat_template == source.chat_template
