@@ -5,11 +5,12 @@ token from those before it in the row; on a tree these have to be the tokens bef
 pass. transformers computes both in functions of a modeling module and hands them the keyword
 arguments that the model gets. `layers` puts functions in their place that, given `visible_end`,
 
-- run the recurrence segment by segment, each from the state in which its parent segment ends
-  (`delta_rule` and `mamba2`, by `recurrences`);
+- run the recurrence along the passes, each segment from the state in which its parent segment ends
+  (`delta_rule` and `mamba2`): for all chunks of the tree at once where it is one that this package
+  has in PyTorch too (`chunked_delta_rule`), else by calling it for each segment (`recurrences`);
 - convolve along the row, and once more the few tokens at seams, with their own predecessors
   (`convolutions`).
 
-Both follow from `segments`, which knows trees and no layers. Without `visible_end` the original
-functions run, so generation doesn't change.
+All of it follows from `segments` and `chunks`, which know trees and no layers. Without
+`visible_end` the original functions run, so generation doesn't change.
 """

@@ -46,6 +46,16 @@ def find_seams(segments: Segments, width: int, device: torch.device) -> Seams:
 _known: Remembered[Seams] = Remembered()
 
 
+@torch.compiler.disable  # they are found on the host
+def _seams_of(visible_end: Tensor, width: int) -> Seams:
+    return _known.get(
+        visible_end,
+        (),
+        width,
+        lambda: find_seams(segments_of(visible_end), width, visible_end.device),
+    )
+
+
 def convolution(convolve: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     """Return `convolve`, a causal depthwise convolution, made to follow `visible_end`."""
 
@@ -94,12 +104,7 @@ def _convolve_seams(
         visible_end: ``(batch, seq)``.
     """
     width = weight.shape[-1]
-    seams = _known.get(
-        visible_end,
-        (),
-        width,
-        lambda: find_seams(segments_of(visible_end), width, visible_end.device),
-    )
+    seams = _seams_of(visible_end, width)
     before = tokens[seams.predecessors.clamp(min=0)]  # (seams, width, channels)
     before = before.masked_fill((seams.predecessors < 0)[..., None], 0)
     at_seams = (before * weight.T).sum(1)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from onepass_trl.attention.branching.chunked_delta_rule import along_chunks
+from onepass_trl.attention.branching.packages import is_of_transformers
 from onepass_trl.attention.branching.recurrences import along_tree
 from onepass_trl.attention.head_exchange import ContextParallel
 
@@ -41,6 +43,10 @@ def delta_rule(rule: Callable[..., Any], name: str) -> Callable[..., Any]:
             return run(sequences, initial_state, output_final_state)
         assert initial_state is None
         assert not output_final_state
-        return along_tree(visible_end, run, sequences, name, context_parallel), None
+        if is_of_transformers(rule):
+            out = along_chunks(visible_end, sequences, name, context_parallel, **kwargs)
+        else:
+            out = along_tree(visible_end, run, sequences, name, context_parallel)
+        return out, None
 
     return branching

@@ -67,6 +67,8 @@ class Groups:
 _known: Remembered[Groups] = Remembered()
 
 
+# Groups differ from batch to batch, so compiled code would be compiled for each.
+@torch.compiler.disable
 def along_tree(
     visible_end: Tensor,
     run: Callable[..., tuple[Tensor, Tensor | None]],

@@ -7,9 +7,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from onepass_trl.attention.branching import delta_rule
 from onepass_trl.attention.branching.layers import REPLACEMENTS, is_mixer
 from onepass_trl.attention.layer_inputs import visible_end_required
 from onepass_trl.attention.transformers_backend import use_onepass_attention
+from tests.attention.branching.recurrences import random_tree
+from tests.attention.branching.test_packages import as_kernels_wraps, original
 from tests.attention.cases import random_visible_end
 from tests.models import MODELS, VOCAB_SIZE, make_model
 
@@ -119,6 +122,16 @@ def test_a_visible_end_of_another_shape_is_refused():
         model(ids.expand(2, -1), use_cache=False, **tree)
 
 
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_functions_in_pytorch_run_along_chunks(name, monkeypatch):
+    """Not once for each group of segments, as functions do of which nothing is known."""
+    monkeypatch.setattr(delta_rule, "along_tree", None)
+    model = make_model(name)
+    use_onepass_attention(model)
+    ids, tree = inputs()
+    model(ids, use_cache=False, **tree)
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma2"])  # branches; a window
 def test_training_may_follow_inference_on_the_same_tensors(name):
     model = make_model(name)
@@ -129,6 +142,24 @@ def test_training_may_follow_inference_on_the_same_tensors(name):
     logits = model(ids, use_cache=False, **tree).logits
     logits.sum().backward()
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch.compile itself
+@pytest.mark.parametrize("name", [name for name in HYBRIDS if name != "kimi_linear"])
+def test_layers_do_not_compile_for_each_tree(name):
+    """With breaks in the graph, where a tree is cut and followed."""
+    model = make_model(name)
+    use_onepass_attention(model)
+    layer = next(module for module in model.modules() if is_mixer(module))
+    rows = [torch.randn(1, seq, model.config.hidden_size) for seq in (20, 23, 27, 30)]
+    ends = [random_tree(row.shape[1], seed=row.shape[1]) for row in rows]
+    expected = [layer(row, visible_end=end) for row, end in zip(rows, ends, strict=True)]
+    torch.compiler.reset()
+    layer.compile(backend="eager", dynamic=True)
+    limits = dict(recompile_limit=2, fail_on_recompile_limit_hit=True)
+    with torch._dynamo.config.patch(**limits):
+        for row, end, out in zip(rows, ends, expected, strict=True):
+            torch.testing.assert_close(layer(row, visible_end=end), out, rtol=1e-5, atol=1e-6)
 
 
 def test_models_run_in_several_threads():
@@ -153,27 +184,14 @@ def test_the_half_precision_of_a_model_is_kept():
     assert logits.isfinite().all()
 
 
-class _Wrapped(torch.nn.Module):
-    """As transformers wraps functions where the package kernels is installed: without a name."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
-
-
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_functions_without_a_name_branch_too(name, monkeypatch):
     model = make_model(name)
     mixer = next(module for module in model.modules() if is_mixer(module))
     modeling = sys.modules[type(mixer).__module__]
     for function in REPLACEMENTS.keys() & vars(modeling).keys():
-        original = getattr(modeling, function)
-        while hasattr(original, "branches"):  # an earlier test may have switched the module
-            original = original.__wrapped__.__wrapped__
-        monkeypatch.setattr(modeling, function, _Wrapped(original))
+        wrapped = as_kernels_wraps(original(getattr(modeling, function)))
+        monkeypatch.setattr(modeling, function, wrapped)
     ids, tree = inputs()
     use_onepass_attention(model)
     expected = model(ids, use_cache=False, **tree).logits
