@@ -318,6 +318,7 @@ class TestNames:
             "overflow",
             "invalid_turns",
             "null_arguments",
+            "ignored_columns",
             "chat_template_kwargs",
             "verify_rendering",
             "verify_model",

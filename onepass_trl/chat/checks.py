@@ -8,12 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from onepass_trl.chat.errors import TurnError
-from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
+from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN, closes_reasoning
 from onepass_trl.chat.messages import Message, as_text
 
 _INLINE = re.compile(rf"\s*{THINK_OPEN}\s*")
-# A text may well mention the mark; on a line's end or beginning it ends reasoning.
-_SPLIT = re.compile(rf"^\s*{THINK_CLOSE}|{THINK_CLOSE}\s*$", re.MULTILINE)
 
 
 def check_generable(
@@ -32,8 +30,8 @@ def check_generable(
         has_marks: Whether the template writes ``</think>`` or compares texts with it.
 
     Raises:
-        TurnError: if the message's own text holds a special token, or a ``</think>`` that the
-            model's output would be cut at, or that ends reasoning which nothing opens.
+        TurnError: if the message's own text holds a special token, or a ``</think>`` at which the
+            model's output would be cut, or with which reasoning in the content ends.
     """
     for field, text in _texts(message):
         found = special.search(text) if special else None
@@ -44,15 +42,13 @@ def check_generable(
                 "'train': false"
             )
     field = "reasoning_content" if "reasoning_content" in message else "content"
-    before, closed, _ = message[field].partition(THINK_CLOSE)
-    if not closed or not reads_reasoning:
+    if THINK_CLOSE not in message[field] or not reads_reasoning:
         return
-    ends_reasoning = (has_marks and THINK_OPEN not in before) or _SPLIT.search(message[field])
-    if field == "content" and ends_reasoning:
+    if field == "content" and closes_reasoning(message["content"]):
+        quote = "remove it from the text" if has_marks else "put it in quotation marks"
         raise TurnError(
-            f"its content contains {THINK_CLOSE!r}; if what stands before it is reasoning, give it "
-            "as 'reasoning_content', else remove it from the text or switch the turn off with "
-            "'train': false"
+            f"its content contains {THINK_CLOSE!r}; if what comes before it is reasoning, give it "
+            f"as 'reasoning_content', else {quote} or switch the turn off with 'train': false"
         )
     if has_marks:
         raise TurnError(

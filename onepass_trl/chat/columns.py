@@ -51,7 +51,8 @@ def check_columns(
     >>> check_columns({"messages": [], "id": 3, "loss_mask": [0, 1]}, ["messages"], [])
     Traceback (most recent call last):
     onepass_trl.chat.errors.ChatFormatError: the row has a column 'loss_mask', which isn't read. \
-If it says what is trained, give messages 'train' (true or false), or remove the column
+If it says what is trained, give messages 'train' (true or false); if it changes nothing, name it \
+in the option ignored_columns
     """
     unread = [name for name, value in record.items() if name not in read and value not in EMPTY]
     for name in unread:
@@ -63,7 +64,8 @@ If it says what is trained, give messages 'train' (true or false), or remove the
             remedy = _seen(words, value, record, messages)
         if remedy:
             raise ChatFormatError(
-                f"the row has a column {name!r}, which isn't read. {remedy}, or remove the column"
+                f"the row has a column {name!r}, which isn't read. {remedy}; if it changes "
+                "nothing, name it in the option ignored_columns"
             )
     new = sorted(set(unread) - _said)
     if new:

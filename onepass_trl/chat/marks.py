@@ -65,6 +65,15 @@ def split_inline(content: str) -> tuple[str, str] | None:
     return text[:end].strip("\n"), text[end + len(THINK_CLOSE) :].lstrip("\n")
 
 
+def closes_reasoning(text: str) -> bool:
+    """Return whether a text has a ``</think>`` that isn't in quotation marks.
+
+    >>> closes_reasoning("Add.</think>4"), closes_reasoning("It ends at `</think>`.")
+    (True, False)
+    """
+    return text.count(THINK_CLOSE) > len(_QUOTED.findall(text))
+
+
 def other_mark(content: str) -> str | None:
     """Return the mark of another format that begins reasoning at the start of a content, or None.
 

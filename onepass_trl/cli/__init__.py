@@ -117,6 +117,7 @@ def _errors_of_input() -> tuple[type[Exception], ...]:
         MemoryError,
         RecursionError,
         FloatingPointError,
+        ImportError,
         pickle.UnpicklingError,
         VersionError,
         *of_packages,

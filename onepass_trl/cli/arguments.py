@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, get_args
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from onepass_trl.preparation.options import NullArguments, PreparationOptions, parse_train_on
@@ -21,6 +23,22 @@ if TYPE_CHECKING:
     from onepass_trl.chat.processing import ProcessingClass
 
 logger = logging.getLogger(__name__)
+
+# What transformers raises for files of a model that hold something else.
+_DAMAGED = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    UnicodeDecodeError,
+    UnpicklingError,
+    json.JSONDecodeError,
+)
+_LOADERS = ("from_pretrained", "create_model_from_path")
 
 DATASET_HELP = "dataset of the Hub, a folder, or a .jsonl, .json or .parquet file"
 
@@ -60,6 +78,14 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a null among a tool call's arguments is: a value to 'keep', a filler to 'drop', "
         "an 'error'; 'auto' keeps it in columns that hold JSON, else it is an error",
     )
+    parser.add_argument(
+        "--ignored_columns",
+        nargs="+",
+        metavar="COLUMN",
+        default=[],
+        help="columns to treat as if the dataset didn't have them, where an error names one that "
+        "changes nothing",
+    )
 
 
 def preparation_options(options: argparse.Namespace, **further: Any) -> PreparationOptions:
@@ -67,6 +93,7 @@ def preparation_options(options: argparse.Namespace, **further: Any) -> Preparat
     return PreparationOptions(
         train_on=options.train_on,
         null_arguments=options.null_arguments,
+        ignored_columns=tuple(options.ignored_columns),
         chat_template_kwargs=options.chat_template_kwargs,
         **further,
     )
@@ -113,24 +140,45 @@ def reading(what: str, model: str) -> Iterator[None]:
     Raises:
         ValueError: with the first line of the error.
     """
+    _check_place(model)
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        json.JSONDecodeError,
-        LookupError,
-        RuntimeError,
-        SafetensorError,
-        TypeError,
-        UnpicklingError,
-    ) as error:
-        first, _, _ = str(error).partition("\n")
-        raise ValueError(
-            f"{what} {model} can't be read, as a file is damaged or isn't what its name says: "
-            f"{type(error).__name__}: {first}"
-        ) from error
+    except _DAMAGED as error:
+        raise _unreadable(what, model, error) from error
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Do as `reading` where more is done than loading a model and its tokenizer.
+
+    Raises:
+        ValueError: for what is raised while transformers loads files.
+    """
+    _check_place(model)
+    try:
+        yield
+    except _DAMAGED as error:
+        calls = traceback.walk_tb(error.__traceback__)
+        if not any(frame.f_code.co_name in _LOADERS for frame, _ in calls):
+            raise
+        raise _unreadable("the model", model, error) from error
+
+
+def _check_place(model: str) -> None:
+    """Raise FileNotFoundError for a path where nothing is: the Hub would take it for a name."""
+    is_path = model.startswith((".", "/")) or model.count("/") > 1
+    if is_path and not Path(model).exists():
+        raise FileNotFoundError(
+            f"there is no model {model!r}: expected a folder, or the name of a model of the Hub"
+        )
+
+
+def _unreadable(what: str, model: str, error: Exception) -> ValueError:
+    first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+    return ValueError(
+        f"{what} {model} can't be read, as a file is damaged or isn't what its name says: "
+        f"{type(error).__name__}: {first}"
+    )
 
 
 def fit_vocabulary(config: PreTrainedConfig, processing_class: ProcessingClass) -> None:

@@ -100,7 +100,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if options.dataset is not None and options.model_name_or_path is None:
         parser.error("a dataset needs --model_name_or_path, whose tokenizer renders it")
     if options.dataset is None:
-        for name in ("train_on", "chat_template_kwargs", "chat_template_path", "null_arguments"):
+        for name in (
+            "train_on",
+            "chat_template_kwargs",
+            "chat_template_path",
+            "null_arguments",
+            "ignored_columns",
+        ):
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--{name} needs a dataset, but none is given")
     for name, value in _TURN.items():
@@ -144,10 +150,12 @@ def _check(
 ) -> None:
     """Raise if the model can't be trained in one pass or a step needs too much memory, before any
     measurement is taken."""
+    from onepass_trl.cli.arguments import reading
     from onepass_trl.tools.bench.step import check_memory
     from onepass_trl.tools.flops import model_cost
 
-    model_cost(config)
+    with reading("the configuration of", options.model_name_or_path or "the small model"):
+        model_cost(config)
     if not options.attention:
         check_memory(config, dtype, device)
 

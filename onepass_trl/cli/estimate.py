@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
         load_config,
         load_processing_class,
         preparation_options,
+        reading,
     )
     from onepass_trl.tools.estimation import estimate
     from onepass_trl.tools.estimation_report import as_json, report
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> int:
         options, max_length=options.max_length, overflow=options.overflow, invalid_turns="drop"
     )
     records = ((index, dataset[index]) for index in _with_progress(indices))
-    cost = model_cost(config) if config else None
+    with reading("the configuration of", options.model_name_or_path):
+        cost = model_cost(config) if config else None
     found = estimate(records, processing_class, preparation, cost, features=dataset.features)
     times = None
     if options.measure:

@@ -111,12 +111,13 @@ def _inspect(options: argparse.Namespace) -> Inspection:
 
 def _layers(model: str) -> tuple[Sequence[AttentionLayers], list[str]]:
     """Return the model's attention layers and what is wrong with it, both None without a config."""
-    from onepass_trl.cli.arguments import load_config
+    from onepass_trl.cli.arguments import load_config, reading
     from onepass_trl.tools.flops import model_cost
 
     try:
         config = load_config(model)
-        return model_cost(config).attention if config else [], []
+        with reading("the configuration of", model):
+            return model_cost(config).attention if config else [], []
     except (ValueError, OSError) as error:  # the conversation can still be shown
         return [], [f"The model's layers aren't known: {error}"]
 

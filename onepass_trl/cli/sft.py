@@ -7,6 +7,7 @@ Other ways to launch it: ``accelerate launch -m onepass_trl.cli.sft ...`` or
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -42,8 +43,8 @@ def launch(argv: list[str], parser: Any, module: str) -> int:
     argv = _as_flags(argv)
     # Parsed here too, so that wrong flags are reported once and before any process starts. Flags
     # that the parser doesn't know are accelerate's: --num_processes, --accelerate_config ..
-    _, training_args, *_, from_config, from_argv = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
+    _, training_args, *_, from_config, from_argv = _parse(
+        parser, argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     launch_arguments = resolve_accelerate_config_argument(from_config + from_argv)
     training_arguments = _without(argv, from_argv)
@@ -120,9 +121,13 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     """Train in this process with this trainer, as `argv` says; return 0."""
     from trl import get_peft_config, get_quantization_config
 
-    script_args, training_args, model_args, mixture = parser.parse_args_and_config(
-        _as_flags(argv), fail_with_unknown_args=False
+    from onepass_trl.cli.arguments import loading
+
+    script_args, training_args, model_args, mixture = _parse(
+        parser, _as_flags(argv), fail_with_unknown_args=False
     )
+    if not model_args.model_name_or_path:
+        raise ValueError("no model: give --model_name_or_path (Hub name or local folder)")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != training_args.world_size:
         raise ValueError(
@@ -138,14 +143,15 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     }
     wants_eval = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture, wants_eval)
-    trainer = trainer_class(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with loading(model_args.model_name_or_path):
+        trainer = trainer_class(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
@@ -216,6 +222,23 @@ def _as_flags(arguments: list[str]) -> list[str]:
         if flag == "--config":
             _check_config(file)
     return flags
+
+
+def _parse(parser: Any, flags: list[str], **options: Any) -> Any:
+    """Return what the parser makes of flags, and of the YAML file that they may name.
+
+    Raises:
+        ValueError: for JSON that can't be read, and for a value of the file that isn't of its
+            flag's type: the parser takes any.
+    """
+    try:
+        return parser.parse_args_and_config(flags, **options)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a flag has {error.doc[:80]!r}, which isn't JSON: {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"a value of the --config file isn't of its flag's type: {error}; `--help` lists them"
+        ) from error
 
 
 def _check_config(file: str) -> None:

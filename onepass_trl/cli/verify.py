@@ -139,7 +139,8 @@ def _load_model(options: argparse.Namespace, num_tokens: int) -> Any:
     if options.model_from_config:
         set_seed(0)
         config = read_config(options.model_name_or_path)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with reading("the configuration of", options.model_name_or_path):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         with reading("the weights of", options.model_name_or_path):
             model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=dtype)

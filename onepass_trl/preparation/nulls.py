@@ -8,7 +8,7 @@ stages take every null for one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args
 
 from datasets import Features, LargeList, List
@@ -39,6 +39,7 @@ def read_record(
     null_arguments: NullArguments = "auto",
     *,
     forms: Sequence[Form] = CONVERSATIONS,
+    ignored: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return a record as plain Python, without what Arrow filled it up with.
 
@@ -53,6 +54,7 @@ def read_record(
             can't be a filler, and is ``"error"`` elsewhere.
         forms: the columns that may hold messages; of the first form that the record has, the
             messages are looked at.
+        ignored: columns that are left out.
 
     Raises:
         ChatFormatError: for a null that may be either, for JSON text that isn't valid, and for a
@@ -68,6 +70,7 @@ def read_record(
         )
     if record.get(UNREADABLE):
         raise ChatFormatError(record[UNREADABLE])
+    record = {column: value for column, value in record.items() if column not in ignored}
     types = features or {}
     decoded = {column: _json_list(record.get(column), column) for column in _LISTS}
     decoded = {

@@ -30,6 +30,7 @@ class PreparationOptions:
     packing: bool = False
     invalid_turns: str = "error"
     null_arguments: NullArguments = "auto"
+    ignored_columns: tuple[str, ...] = ()
     chat_template_kwargs: Mapping[str, Any] | None = None
     verify_rendering: bool | None = None
     text_field: str = "text"

@@ -103,7 +103,9 @@ def render_record(
     kwargs = dict(options.chat_template_kwargs or {})
     turns: Sequence[RenderedTurn | InvalidTurn]
     try:
-        record = read_record(record, features, options.null_arguments)
+        record = read_record(
+            record, features, options.null_arguments, ignored=options.ignored_columns
+        )
         if record.get("passes") is not None:
             check_columns(record, ("passes",), None, is_whole=True)
             numbered = numbered_passes(record["passes"], options.train_on)

@@ -110,7 +110,13 @@ def render_traces(
         ChatFormatError: if the record can't be read or rendered, a completion has no thinking
             opener, or parsing gives another message; the message names the completion.
     """
-    record = read_record(record, features, options.null_arguments, forms=QUESTIONS)
+    record = read_record(
+        record,
+        features,
+        options.null_arguments,
+        forms=QUESTIONS,
+        ignored=options.ignored_columns,
+    )
     question = read_question(record)
     turns: Sequence[TurnTexts | InvalidTurn] = ()
     if not isinstance(question.prompt, str):

@@ -83,6 +83,7 @@ def preparation_options(args: OnePassSFTConfig, packing: bool) -> PreparationOpt
         packing=packing,
         invalid_turns=args.invalid_turns,
         null_arguments=cast(NullArguments, args.null_arguments),
+        ignored_columns=tuple(args.ignored_columns or ()),
         chat_template_kwargs=args.template_arguments,
         verify_rendering=args.verify_rendering,
         num_proc=args.dataset_num_proc,

@@ -46,6 +46,8 @@ class OnePassSFTConfig(SFTConfig):
             can't be told from those: ``"drop"`` removes them, ``"keep"`` keeps them, ``"error"``
             refuses them. ``"auto"`` keeps them in columns that hold JSON (where they are real) and
             is ``"error"`` elsewhere.
+        ignored_columns: columns that are treated as if the dataset didn't have them. For those that
+            change nothing and whose names say that they may, which are errors otherwise.
         chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking":
             False}`` (as JSON on the command line), for all conversations; a record's own
             ``chat_template_kwargs`` come first.
@@ -120,6 +122,13 @@ class OnePassSFTConfig(SFTConfig):
             "choices": list(get_args(NullArguments)),
         },
     )
+    ignored_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns to treat as if the dataset didn't have them, where an error names one "
+            "that changes nothing."
+        },
+    )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -167,6 +176,8 @@ class OnePassSFTConfig(SFTConfig):
         if self.loss_type == "chunked_nll":  # type: ignore[has-type]
             # TRL's default before 1.15: the same loss, by a forward that would take ours' place.
             self.loss_type = "nll"
+        if isinstance(self.ignored_columns, str):  # in a YAML file
+            self.ignored_columns = [self.ignored_columns]
         self.train_on = json.dumps(parse_train_on(self.train_on)).strip('"')
         inherited = {option.name for option in fields(SFTConfig)}
         for option in fields(self):

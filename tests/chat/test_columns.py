@@ -53,6 +53,18 @@ def test_a_column_that_changes_what_is_trained_or_seen_is_named(name, value, rem
         read_question({"prompt": CHAT[:1], "completions": ["2"], name: value})
 
 
+@pytest.mark.parametrize("name", ["reasoning", "loss_mask", "images", "tools"])
+def test_ignored_columns_are_as_if_they_were_not_there(name, tiny_tokenizer):
+    record = {"messages": CHAT, name: ["on"]}
+    with pytest.raises(ChatFormatError):
+        render_record({"messages": CHAT, "reasoning": "on"}, tiny_tokenizer)
+    [item] = render_record(
+        record, tiny_tokenizer, PreparationOptions(ignored_columns=(name,))
+    ).passes
+    [expected] = render_record({"messages": CHAT}, tiny_tokenizer).passes
+    assert item.token_ids.tolist() == expected.token_ids.tolist()
+
+
 def test_columns_that_change_nothing_are_named_once(caplog):
     harmless = {
         "id": "1",

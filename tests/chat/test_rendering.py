@@ -248,9 +248,14 @@ ERRORS = [
     ),
     ("deepseekv3", [user(), answer("a</think>b")], {}, "content contains '</think>'"),
     ("gptoss", [user(), answer("a\n</think>\n\nb")], {}, "give it as 'reasoning_content'"),
+    *(
+        (family, [user(), answer(content)], {}, "give it as 'reasoning_content', else")
+        for family in ("qwen3", "gptoss", "gemma4", "muse_glimmer")
+        for content in ("b <think>a</think>c", "b\n<think>\na\n</think>\nc", "Add.</think>4")
+    ),
     (
         "qwen3",
-        [user(), answer("b <think>a</think>c")],
+        [user(), answer("Write `</think>`.", reasoning="a </think>")],
         {},
         "where the reasoning would end when it is generated",
     ),
@@ -425,3 +430,10 @@ def test_templates_that_take_lists_of_parts_only(template):
     assert second.completion.strip().startswith("6")
     for given, expected in zip(render_turns(served, tokenizer), (first, second), strict=True):
         assert (given.context, given.completion) == (expected.context, expected.completion)
+
+
+@pytest.mark.parametrize("family", ["gptoss", "gemma4", "muse_glimmer"])
+def test_a_quoted_mark_is_text_where_it_ends_no_reasoning(family):
+    content = "Models write `<think>` and `</think>`."
+    [item] = render_passes([user(), answer(content)], small_tokenizer(family))
+    assert content in texts(small_tokenizer(family), item)[1]

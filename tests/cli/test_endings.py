@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from onepass_trl.cli import VERBS, main, report_errors
+from onepass_trl.cli import VERBS, main, report_errors, setsft, sft
 from onepass_trl.cli.sft import launch, make_parser
-from tests.chats import CHATS
+from tests.chats import CHATS, write_jsonl
 
 COMMAND = [sys.executable, "-m", "onepass_trl.cli"]
 
@@ -137,6 +137,94 @@ def test_damaged_files_of_a_model_are_named(
     assert main(["verify", str(chats), f"--model_name_or_path={model}", "-k=1"]) == 2
     assert f"the {part} of {model} can't be read" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def _edited(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+TRAINING_DAMAGE = {
+    **{what: (name, damage) for what, (name, damage, _) in DAMAGE.items()},
+    "another shape": ("config.json", lambda path: _edited(path, hidden_size=48)),
+    "another type": ("config.json", lambda path: _edited(path, hidden_size="many")),
+    "an unknown function": ("config.json", lambda path: _edited(path, hidden_act="none")),
+    "an unknown class": ("config.json", lambda path: _edited(path, architectures=["None"])),
+    "a list": ("tokenizer_config.json", lambda path: path.write_text("[]")),
+}
+
+
+def train_tiny(verb, dataset, model, tmp_path, *flags):
+    """Return the exit status of a training of one step."""
+    argv = [f"--dataset_name={dataset}", f"--model_name_or_path={model}", "--max_steps=1"]
+    argv += [f"--output_dir={tmp_path / 'out'}", "--use_cpu", "--report_to=none", *flags]
+    return report_errors({"sft": sft, "setsft": setsft}[verb].train, argv)
+
+
+@pytest.mark.parametrize("what", TRAINING_DAMAGE)
+@pytest.mark.parametrize("verb", ["sft", "setsft"])
+def test_training_names_damaged_files_of_a_model(
+    verb, what, tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    name, damage = TRAINING_DAMAGE[what]
+    damage(model / name)
+    records = CHATS if verb == "sft" else [{"prompt": "2+2?", "completions": ["4", "Four"]}]
+    dataset = write_jsonl(tmp_path / "records.jsonl", records)
+    assert train_tiny(verb, dataset, model, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"the model {model} can't be read" in error or f" in {model}" in error
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_error_of_training_is_not_taken_for_a_damaged_file(
+    chats, tiny_model_dir, tmp_path, monkeypatch
+):
+    def broken(*args, **kwargs):
+        raise AttributeError("broken")
+
+    monkeypatch.setattr("onepass_trl.training.OnePassSFTTrainer.__init__", broken)
+    with pytest.raises(AttributeError, match="broken"):
+        train_tiny("sft", chats, tiny_model_dir, tmp_path)
+
+
+@pytest.mark.parametrize("verb", VERBS.keys() - {"env"})
+def test_a_model_that_is_not_there(verb, chats, tmp_path, capsys):
+    model = tmp_path / "no" / "model"
+    if verb in ("sft", "setsft"):
+        assert train_tiny(verb, chats, model, tmp_path) == 2
+    else:
+        assert main([verb, str(chats), f"--model_name_or_path={model}"]) == 2
+    assert f"there is no model '{model}': expected a folder, or the name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--model_name_or_path=", "no model: give --model_name_or_path"),
+        ("--chat_template_kwargs={", "a flag has '{', which isn't JSON"),
+    ],
+)
+def test_flags_that_cannot_be_met(flag, expected, chats, tiny_model_dir, tmp_path, capsys):
+    assert train_tiny("sft", chats, tiny_model_dir, tmp_path, flag) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_package_that_is_not_installed(capsys):
+    def import_it(argv):
+        raise ImportError("using `bits` requires bits: pip install bits")
+
+    assert report_errors(import_it, []) == 2
+    assert "error: using `bits` requires bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["max_length: {a: 1}", "datasets: 5"])
+def test_values_of_another_type_in_a_file_of_flags(text, tmp_path, capsys):
+    path = tmp_path / "sft.yaml"
+    path.write_text(text)
+    assert main(["sft", "--config", str(path), f"--output_dir={tmp_path}", "--use_cpu"]) == 2
+    assert "a value of the --config file isn't of its flag's type" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--train_on", "--chat_template_kwargs"])
