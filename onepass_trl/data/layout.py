@@ -190,6 +190,34 @@ def concatenate(rows: Sequence[Layout]) -> Layout:
     return Layout(**arrays, num_turns=sum(row.num_turns for row in rows))
 
 
+def trained_ids(row: Layout) -> NDArray[np.int32]:
+    """Return the id of each token that a pass trains, -100 for all others, ``(num_tokens,)``.
+
+    They have no shift: a token's id is at its own index, as in ``labels`` of transformers.
+
+    >>> from onepass_trl import Pass, build_tree
+    >>> row = linearize(build_tree([Pass([1, 2, 3], [0, 0, 1]), Pass([1, 2, 4, 5], [0, 0, 1, 1])]))
+    >>> print(row.input_ids, trained_ids(row), sep="\\n")
+    [1 2 2 4 5 3]
+    [-100 -100 -100    4    5    3]
+    """
+    before = np.arange(-1, len(row) - 1, dtype=np.int64)  # the token before each one in its pass
+    for index in np.flatnonzero(np.append(-1, row.visible_end[:-1]) <= np.arange(len(row))):
+        seen = np.flatnonzero(row.visible_end[:index] > index)
+        before[index] = seen[-1] if seen.size else -1
+    tokens = np.flatnonzero(row.multiplicity > 0)
+    predictors = np.flatnonzero(row.shift_labels != IGNORE_INDEX)
+    copied = tokens[np.searchsorted(tokens, predictors)]  # fork copies predict what follows theirs
+    # Of the tokens that follow one, each has another id.
+    ids = row.input_ids[tokens]
+    is_target = np.isin(
+        before[tokens] << 32 | ids, copied << 32 | row.shift_labels[predictors].astype(np.int64)
+    )
+    labels = np.full(len(row), IGNORE_INDEX, dtype=np.int32)
+    labels[tokens[is_target]] = ids[is_target]
+    return labels
+
+
 def separate(row: Layout) -> Iterator[Layout]:
     """Yield the trees of a row, each as a separate row: `concatenate` reversed.
 

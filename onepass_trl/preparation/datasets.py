@@ -35,7 +35,7 @@ CHECK_BATCH_SIZE = 1000
 class Maker(ABC):
     """How rows are made of the records of a dataset, and of rows longer ones.
 
-    A row is a mapping from the columns to their values, one of them the list ``input_ids``.
+    A row is a mapping from columns to their values, one of them the list ``input_ids``.
 
     Attributes:
         processing_class: a tokenizer or processor with a chat template.
@@ -43,7 +43,9 @@ class Maker(ABC):
     """
 
     features: ClassVar[Mapping[str, Any]]
-    """The columns of a row, and their types."""
+    """The columns that a row needs, and their types."""
+    written_features: ClassVar[Mapping[str, Any]]
+    """Those, and columns for others to read."""
     report: ClassVar[type[Report]] = Report
 
     processing_class: ProcessingClass
@@ -53,7 +55,7 @@ class Maker(ABC):
     def make(
         self, record: Mapping[str, Any], index: int, features: Features | None
     ) -> tuple[list[Mapping[str, Any]], Report]:
-        """Return the rows of a record, and a report on what was left out.
+        """Return the rows of a record, in all written columns, and a report on what was left out.
 
         Args:
             record: a line of the dataset.
@@ -70,7 +72,7 @@ class Maker(ABC):
 
     @abstractmethod
     def join(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return one row that holds several, an empty one for none."""
+        """Return one row, in all written columns, that holds several; an empty one for none."""
 
     @staticmethod
     @abstractmethod
@@ -108,11 +110,13 @@ def prepare_dataset(
             "bake the transform's present output into the rows. Apply it with Dataset.map first"
         )
     dataset = dataset.with_format(None)
+    columns = list(maker.written_features)
     if maker.features.keys() <= set(column_names):
         dataset = _checked(dataset, maker, name)
+        columns = [column for column in columns if column in column_names]
     else:
         dataset = _made(dataset, column_names, maker, name)
-    dataset = dataset.select_columns(list(maker.features))
+    dataset = dataset.select_columns(columns)
     return _packed_and_shuffled(dataset, maker, name)
 
 
@@ -134,7 +138,7 @@ def _made(dataset: AnyDataset, column_names: Sequence[str], maker: Maker, name: 
         batch_size=RENDER_BATCH_SIZE,
         with_indices=True,
         remove_columns=list(column_names),
-        features=Features({**maker.features, "report": Value("string")}),
+        features=Features({**maker.written_features, "report": Value("string")}),
         # Of a stream nothing is counted: what is lost is said at once.
         fn_kwargs={"maker": maker, "name": name, "features": dataset.features, "warn": streaming},
         **_described(dataset, maker, f"Rendering {name} dataset"),
@@ -176,7 +180,7 @@ def _make_batch(
     A record that lost everything keeps an empty row until it is counted.
     """
     register_families(maker.options)
-    output: dict[str, list[Any]] = {column: [] for column in (*maker.features, "report")}
+    output: dict[str, list[Any]] = {column: [] for column in (*maker.written_features, "report")}
     for position, index in enumerate(indices):
         record = {column: values[position] for column, values in batch.items()}
         try:
@@ -190,7 +194,7 @@ def _make_batch(
             logger.warning("row %d of the %s dataset: %s", index, name, problem)
         text = report.to_json() if problems else None
         for row in rows or [maker.join([])]:
-            for column in maker.features:
+            for column in maker.written_features:
                 output[column].append(row[column])
             output["report"].append(text)
             text = None
@@ -270,7 +274,7 @@ def _packed_and_shuffled(dataset: AnyDataset, maker: Maker, name: str) -> AnyDat
             _pack_batch,
             batched=True,
             batch_size=PACK_BATCH_SIZE,
-            features=Features(maker.features),
+            features=Features(maker.written_features),
             fn_kwargs={"maker": maker},
             **_described(dataset, maker, f"Packing {name} dataset"),
         )
@@ -285,4 +289,4 @@ def _pack_batch(batch: Mapping[str, list[Any]], maker: Maker) -> dict[str, list[
     assert maker.options.max_length is not None  # the trainer has seen to it
     groups = pack(list(map(maker.length, rows)), maker.options.max_length)
     packed = [maker.join([rows[index] for index in group]) for group in groups]
-    return {column: [row[column] for row in packed] for column in maker.features}
+    return {column: [row[column] for row in packed] for column in maker.written_features}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow
@@ -28,7 +28,7 @@ from onepass_trl.data import (
     linearize,
     split_passes,
 )
-from onepass_trl.data.layout import TOKEN_COLUMNS
+from onepass_trl.data.layout import TOKEN_COLUMNS, trained_ids
 from onepass_trl.data.row_check import check_rows
 from onepass_trl.passes import Pass
 from onepass_trl.preparation.datasets import Maker
@@ -44,7 +44,8 @@ ROW_FEATURES = {
     "weights": List(Value("float32")),
     "num_turns": Value("int32"),
 }
-ROW_COLUMNS = tuple(ROW_FEATURES)
+LABELS = {"labels": List(Value("int32"))}
+"""What code for rows of ``SFTTrainer`` looks at; nothing here does. See `trained_ids`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +190,7 @@ class RowMaker(Maker):
     """Makes the rows of conversations: those of their prefix trees, in the columns of `Layout`."""
 
     features = ROW_FEATURES
+    written_features: ClassVar[Mapping[str, Any]] = {**ROW_FEATURES, **LABELS}
 
     def make(
         self, record: Mapping[str, Any], index: int, features: Features | None
@@ -203,7 +205,7 @@ class RowMaker(Maker):
         )
         _, layouts, lost = lay_out(rendered.passes, self.options)
         invalid = [f"row {index}: {problem}" for problem in rendered.invalid]
-        return [vars(layout) for layout in layouts], Report(lost, invalid)
+        return [_written(layout) for layout in layouts], Report(lost, invalid)
 
     def length(self, row: Mapping[str, Any]) -> int:
         """Return the tokens of a row."""
@@ -212,7 +214,7 @@ class RowMaker(Maker):
     def join(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return one row that holds several, which don't see each other."""
         layouts = [Layout(**row) for row in rows]
-        return vars(concatenate(layouts or [linearize(TokenTree())]))
+        return _written(concatenate(layouts or [linearize(TokenTree())]))
 
     @staticmethod
     def check_rows(rows: pyarrow.Table, name: Callable[[int], str]) -> None:
@@ -238,6 +240,10 @@ class RowMaker(Maker):
                 f"a row of the prepared {name} dataset has {length} tokens, but max_length is "
                 f"{max_length}: prepare the conversations with this max_length, or raise it"
             )
+
+
+def _written(row: Layout) -> dict[str, Any]:
+    return {**vars(row), "labels": trained_ids(row)}
 
 
 def _is_list(kind: pyarrow.DataType) -> bool:

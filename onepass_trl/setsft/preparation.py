@@ -79,6 +79,7 @@ class SetMaker(Maker):
     """
 
     features = SET_FEATURES
+    written_features = SET_FEATURES
     report = SetReport
 
     tokens: ForkingTokens

@@ -1,9 +1,12 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
 
 from onepass_trl import Pass, build_tree, linearize
 from onepass_trl.data import concatenate, linearize_with_targets
+from onepass_trl.data.layout import trained_ids
 from onepass_trl.visibility import check_visible_end, dense_mask
 from tests.conversations import chat_passes
 from tests.data.strategies import examples_of_passes, examples_of_row, pass_lists
@@ -25,6 +28,19 @@ def test_each_target_is_found_after_its_own_prefix(passes):
         for position, target in zip(at, targets, strict=True):
             assert (row.input_ids[mask[position]] == pass_.token_ids[:target]).all()
             assert row.shift_labels[position] == pass_.token_ids[target]
+
+
+@given(pass_lists(), pass_lists())
+def test_labels_are_the_tokens_that_a_pass_trains(first, second):
+    """Counted with what each sees: in the row, and in the passes."""
+    row = concatenate([linearize(build_tree(first)), linearize(build_tree(second))])
+    labels, mask = trained_ids(row), dense_mask(row.visible_end)
+    labelled = Counter(
+        (tuple(row.input_ids[mask[index]].tolist()[:-1]), int(labels[index]))
+        for index in np.flatnonzero(labels != -100)
+    )
+    both = (first, second)
+    assert labelled == sum((Counter(set(examples_of_passes(passes))) for passes in both), Counter())
 
 
 @given(pass_lists())

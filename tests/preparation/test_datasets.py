@@ -9,7 +9,7 @@ from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from onepass_trl.preparation.datasets import prepare_dataset
 from onepass_trl.preparation.options import PreparationOptions
-from onepass_trl.preparation.rows import ROW_COLUMNS, RowMaker
+from onepass_trl.preparation.rows import ROW_FEATURES, RowMaker
 from tests.chat.tokenizers import small_tokenizer
 from tests.conversations import as_record, random_chat
 from tests.training.conversations import CONVERSATIONS, RECORDS
@@ -83,10 +83,23 @@ def test_records_that_cannot_be_trained_are_errors(records, message):
 
 def test_prepared_rows_are_taken_as_they_are():
     rows = prepare(RECORDS)
-    assert rows.column_names == list(ROW_COLUMNS)
+    assert rows.column_names == [*ROW_FEATURES, "labels"]
     assert [row["visible_end"].tolist() for row in prepare(rows)] == [
         row["visible_end"].tolist() for row in rows
     ]
+
+
+def test_prepared_rows_have_labels_for_others_and_need_none():
+    rows = prepare(RECORDS)
+    for row in rows:
+        trained = row["labels"] != -100
+        assert (row["labels"] == row["input_ids"])[trained].all()
+        assert trained.sum() == (row["weights"] > 0).sum() > 0
+    bare = rows.remove_columns("labels")
+    assert "labels" not in prepare(bare).column_names
+    assert "labels" not in next(iter(prepare(bare.to_iterable_dataset())))
+    [packed] = prepare(bare, packing=True, max_length=10_000)
+    assert (packed["labels"] != -100).sum() == (packed["weights"] > 0).sum()
 
 
 def test_prepared_rows_obey_the_options():
@@ -155,7 +168,7 @@ def test_invalid_turns_are_left_out_where_asked(streaming, caplog):
     rows = prepare(dataset, invalid_turns="drop")
     assert isinstance(rows, IterableDataset) == streaming
     assert [int(row["num_turns"]) for row in rows] == [1, 1]
-    assert set(next(iter(rows))) == set(ROW_COLUMNS)
+    assert set(next(iter(rows))) == {*ROW_FEATURES, "labels"}
     assert "row 0: assistant turn 0 (message 1, template family composable)" in caplog.text
     assert "row 1: none of the 1 messages is from the assistant" in caplog.text
     assert ("of 2 turns or rows, which are left out" in caplog.text) != streaming
