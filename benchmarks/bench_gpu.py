@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import faulthandler
+import json
 import re
 import sys
 from pathlib import Path
@@ -38,6 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=PARTS, help="one of the two parts")
     parser.add_argument("--seqs", type=int, nargs="+", help="attention: only rows of these lengths")
     parser.add_argument("--cases", help="attention: only cases with this in their name")
+    parser.add_argument(
+        "--peers", nargs="+", help='attention: only these, such as "onepass cuda" (default: all)'
+    )
     parser.add_argument("--models", nargs="+", choices=gpu_steps.MODELS, default=["0.6B", "8B"])
     parser.add_argument("--repeats", type=int, default=20, help="of attention, after warm-up")
     parser.add_argument("--step-repeats", type=int, default=5)
@@ -48,6 +53,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try it out")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write to")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="write what has been measured to FILE too, and go on from what it has: whatever ended "
+        "a process, such as a fault of a kernel, is left out",
+    )
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="end the process if one case takes longer"
+    )
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: --device cpu --tiny only tries the benchmark out")
@@ -62,20 +77,53 @@ def main(arguments: list[str] | None = None) -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     device = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    done: dict[str, list[dict[str, Any]]] = {}
     args.results.mkdir(parents=True, exist_ok=True)
-    for part, module in PARTS.items():
-        if args.only in (None, part):
-            done[part] = []
-            path = args.results / f"{device}_{date}_{commit()}_{part}.json"
-            for rows in module.measure(args):
-                done[part] += rows
-                write(path, f"gpu_{part}", done[part])  # after each part: a run may be cut short
-            if not done[part]:
-                raise SystemExit(f"{part}: --seqs and --cases leave nothing to measure")
-            print(f"wrote {path}", flush=True)
+    done: dict[str, list[dict[str, Any]]] = {}
+    died: list[str] = []
+    for part in PARTS if args.only is None else [args.only]:
+        path = args.results / f"{device}_{date}_{commit()}_{part}.json"
+        done[part] = measure(part, args, path, died)
+        print(f"wrote {path}", flush=True)
     for part, results in done.items():
         PARTS[part].print_table(results)
+    if died:
+        raise SystemExit(f"ended the process that measured them: {'; '.join(died)}")
+
+
+def measure(
+    part: str, args: argparse.Namespace, path: Path, died: list[str]
+) -> list[dict[str, Any]]:
+    """Return the results of a part. They are written to `path` after each case: a run may end.
+
+    The names of cases that have ended a process before go to `died`.
+    """
+    measured: dict[str, list[dict[str, Any]] | None] = {}  # None: begun
+    if args.resume is not None and args.resume.exists():
+        measured = json.loads(args.resume.read_text())
+    results: list[dict[str, Any]] = []
+    for name, run in PARTS[part].measurements(args):
+        if name not in measured:
+            measured[name] = None
+            _remember(measured, args)
+            if args.limit is not None:
+                faulthandler.dump_traceback_later(args.limit, exit=True)
+            measured[name] = run()
+            faulthandler.cancel_dump_traceback_later()
+            _remember(measured, args)
+        rows = measured[name]
+        if rows is None:
+            died.append(name)
+            continue
+        results += rows
+        write(path, f"gpu_{part}", results)
+    if not measured:
+        raise SystemExit(f"{part}: --seqs and --cases leave nothing to measure")
+    return results
+
+
+def _remember(measured: dict[str, list[dict[str, Any]] | None], args: argparse.Namespace) -> None:
+    if args.resume is not None:
+        args.resume.write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

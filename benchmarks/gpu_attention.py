@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from gpu_rows import Row, causal_row, chat_row
+from gpu_rows import Row, agents, causal_row, chats, filled_row, rollouts
 
+from onepass_trl import Pass
 from onepass_trl.attention import available_impls, cuda_library
 from onepass_trl.tools.bench.attention import measure_attention
 from onepass_trl.tools.bench.peers import CAUSAL, DENSE_MASK
@@ -32,27 +34,32 @@ class Case(NamedTuple):
     d: int = 128
     window: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.name}, {self.seq:,}, {self.heads}:{self.kv_heads}, d {self.d}"
 
-def chats(turns: int, low: int, high: int) -> Callable[[int], Row]:
-    return lambda seq: chat_row(seq, turns, low, high)
+
+def row_of(conversations: Callable[..., Iterator[list[Pass]]], *args: int) -> Callable[[int], Row]:
+    return lambda seq: filled_row(seq, conversations(*args))
 
 
 CASES = (
     Case("causal", causal_row, 16_384),
     Case("causal", causal_row, 32_768),
-    Case("trees, segments 512-1024", chats(8, 512, 1024), 32_768),
-    Case("trees, segments 64-256", chats(40, 64, 256), 32_768),
-    Case("ten-turn chats", chats(10, 64, 512), 32_768),
-    Case("ten-turn chats, window 1024", chats(10, 64, 512), 32_768, window=1024),
+    Case("trees, segments 512-1024", row_of(chats, 8, 512, 1024), 32_768),
+    Case("trees, segments 64-256", row_of(chats, 40, 64, 256), 32_768),
+    Case("ten-turn chats", row_of(chats, 10, 64, 512), 32_768),
+    Case("ten-turn chats, window 1024", row_of(chats, 10, 64, 512), 32_768, window=1024),
+    Case("agent, 30 turns", row_of(agents, 30), 32_768),
+    Case("64 rollouts of 200 after 4,000", row_of(rollouts, 4000, 64, 200), 16_384),
     Case("causal, window 1024", causal_row, 32_768, window=1024),
-    Case("ten-turn chats, no GQA", chats(10, 64, 512), 32_768, heads=16, kv_heads=16),
+    Case("ten-turn chats, no GQA", row_of(chats, 10, 64, 512), 32_768, heads=16, kv_heads=16),
     Case("causal, d 64", causal_row, 16_384, d=64),
-    Case("ten-turn chats, d 64", chats(10, 64, 512), 32_768, d=64),
+    Case("ten-turn chats, d 64", row_of(chats, 10, 64, 512), 32_768, d=64),
 )
 TINY = (
     Case("causal", causal_row, 100, 2, 1, 64),
-    Case("ten-turn chats", chats(10, 2, 9), 150, 2, 1, 64),
-    Case("ten-turn chats, window 16", chats(10, 2, 9), 150, 2, 1, 64, window=16),
+    Case("ten-turn chats", row_of(chats, 10, 2, 9), 150, 2, 1, 64),
+    Case("ten-turn chats, window 16", row_of(chats, 10, 2, 9), 150, 2, 1, 64, window=16),
 )
 
 
@@ -102,6 +109,7 @@ def our_tiles(device: str) -> Tiles:
 
 def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a flat dict of results per peer: times, and the rate of useful work in TFLOP/s."""
+    print(f"attention: {case}", flush=True)
     row = case.row(case.seq)
     results = measure_attention(
         row.visible_end,
@@ -111,7 +119,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         repeats=args.repeats,
         positions=row.positions,
         window=case.window,
-        peers=None if args.device == "cuda" else ON_CPU,
+        peers=args.peers or (None if args.device == "cuda" else ON_CPU),
         budget_s=args.budget,
     )
     useful = num_visible_pairs(*row, case.window)
@@ -143,8 +151,10 @@ def rates(result: dict[str, Any], flop: int) -> dict[str, float | None]:
     }
 
 
-def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Yield the results of each of the chosen cases."""
+def measurements(
+    args: argparse.Namespace,
+) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+    """Yield the name of each of the chosen cases, and what measures it."""
     for status in available_impls():
         if not status.devices:
             print(f"attention {status.name} can't be measured: {status.detail}", flush=True)
@@ -153,8 +163,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
             continue
         if args.cases and args.cases not in case.name:
             continue
-        print(f"attention: {case.name}, {case.seq:,} tokens, d {case.d}", flush=True)
-        yield measure_case(case, args)
+        yield str(case), partial(measure_case, case, args)
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +26,31 @@ def chats(turns: int, low: int, high: int) -> Iterator[list[Pass]]:
 
     Messages, reasoning and responses have `low` to `high` tokens.
     """
-    rng, length = np.random.default_rng(0), (low, high)
+    length = (low, high)
+    return _chats(turns, length, length, length)
+
+
+def agents(turns: int) -> Iterator[list[Pass]]:
+    """Yield the passes of one agent's run after another: long results of tools, short calls."""
+    return _chats(turns, (100, 1500), (50, 300), (30, 100))
+
+
+def _chats(turns: int, *lengths: tuple[int, int]) -> Iterator[list[Pass]]:
+    rng = np.random.default_rng(0)
     while True:
-        yield chat_passes(turns, length, length, length, 1000, rng)
+        yield chat_passes(turns, *lengths, 1000, rng)
+
+
+def rollouts(prompt: int, branches: int, length: int) -> Iterator[list[Pass]]:
+    """Yield sets of completions of `length` tokens, each set of one prompt of `prompt` tokens."""
+    rng = np.random.default_rng(0)
+    while True:
+        shared = rng.integers(0, 1000, prompt)
+        trained = np.arange(prompt + length) >= prompt
+        yield [
+            Pass(np.concatenate([shared, rng.integers(0, 1000, length)]), trained)
+            for _ in range(branches)
+        ]
 
 
 def conversations(num_tokens: int, turns: int, low: int, high: int) -> list[list[Pass]]:
@@ -43,15 +65,15 @@ def conversations(num_tokens: int, turns: int, low: int, high: int) -> list[list
     return chosen
 
 
-def lay_out(passes_of_chats: list[list[Pass]]) -> Layout:
-    """Return the row of the chats, one after another."""
-    return concatenate([linearize(build_tree(passes)) for passes in passes_of_chats])
+def lay_out(conversations: list[list[Pass]]) -> Layout:
+    """Return the row of the conversations, one after another."""
+    return concatenate([linearize(build_tree(passes)) for passes in conversations])
 
 
-def chat_row(seq: int, turns: int, low: int, high: int) -> Row:
-    """Return a row of exactly `seq` tokens: chats one after another, the last cut off."""
+def filled_row(seq: int, conversations: Iterable[list[Pass]]) -> Row:
+    """Return a row of exactly `seq` tokens: conversations one after another, the last cut off."""
     layouts: list[Layout] = []
-    for passes in chats(turns, low, high):
+    for passes in conversations:
         layouts.append(linearize(build_tree(passes)))
         if sum(map(len, layouts)) >= seq:
             break

@@ -1,9 +1,10 @@
 """Training steps on a GPU: one pass per conversation against N passes, on Qwen3-shaped models.
 
 Every step is forward, loss, backward and optimizer over the same conversations: one pass with our
-kernels, with FlexAttention and with SDPA under the dense mask, and N-pass with all passes packed
-into rows without padding, with torch's variable-length flash attention. In all of them the logits
-are computed in pieces and layers are recomputed in backward.
+kernels, with torch's variable-length flash attention along the tree, with FlexAttention and with
+SDPA under the dense mask, and N-pass with all passes packed into rows without padding, with torch's
+variable-length flash attention. In all of them the logits are computed in pieces and layers are
+recomputed in backward.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gc
 import inspect
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +59,7 @@ TINY = {
         "vocab_size": 1000,
     }
 }
+DENSE_MASK = "dense mask"  # SDPA's, without tree attention
 CHUNK = 4096  # tokens whose logits exist at a time
 
 
@@ -115,11 +118,11 @@ def packed_causal_attention(
 
 
 def one_pass_batch(chats: list[list[Pass]], device: str, impl: str) -> Batch:
-    """Return the row of the chats' trees; `impl` is of tree attention, or "dense mask"."""
+    """Return the row of the chats' trees; `impl` is of tree attention, or DENSE_MASK."""
     batch = OnePassCollator()([lay_out(chats)])
     tensors = {name: values.to(device) for name, values in batch.items()}
     inputs = {name: tensors[name] for name in ("input_ids", "position_ids")}
-    if impl == "dense mask":
+    if impl == DENSE_MASK:
         inputs["attention_mask"] = visibility_mask(tensors["visible_end"])[:, None]
     else:
         inputs |= {"visible_end": tensors["visible_end"], "attention_impl": impl}
@@ -190,43 +193,53 @@ def switch_attention(model: Qwen3ForCausalLM, batch: Batch) -> None:
         model.set_attn_implementation("packed_causal" if "pass_begins" in batch.inputs else "sdpa")
 
 
-def measure_model(name: str, settings: dict[str, Any], args: Any) -> list[dict[str, Any]]:
-    """Return a flat row of results per way to train the same conversations."""
-    chats = conversations(args.step_tokens, args.turns, *args.lengths)
-    model = make_model(settings, args.device)
-    # A learning rate of 0: the work of a step, with the same model for every way.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    AttentionInterface.register("packed_causal", packed_causal_attention)
-    AttentionMaskInterface.register("packed_causal", lambda *args, **kwargs: None)
-    n_pass = n_pass_batches(chats, args.device, args.step_tokens)
-    counts = {
-        "one_pass_tokens": len(lay_out(chats)),
-        "n_pass_tokens": sum(batch.labels.numel() for batch in n_pass),
-    }
-    own = "cuda" if args.device == "cuda" else "cpu"
-    ways: dict[str, Callable[[], list[Batch]]] = {
-        f"one pass, {own}": lambda: [one_pass_batch(chats, args.device, own)],
-        "one pass, flex": lambda: [one_pass_batch(chats, args.device, "flex")],
-        "one pass, SDPA dense mask": lambda: [one_pass_batch(chats, args.device, "dense mask")],
-        "N-pass, packed flash": lambda: n_pass,
-    }
-    results = []
-    for way, make_batches in ways.items():
-        print(f"step: {name}, {way}", flush=True)
-        base = {"model": name, "turns": args.turns, **counts, "way": way}
+class Subject:
+    """A model, and the conversations that every way trains; made when they are needed."""
+
+    def __init__(self, name: str, settings: dict[str, Any], args: argparse.Namespace) -> None:
+        self._name, self._settings, self._args = name, settings, args
+
+    @cached_property
+    def _chats(self) -> list[list[Pass]]:
+        return conversations(self._args.step_tokens, self._args.turns, *self._args.lengths)
+
+    @cached_property
+    def _n_pass(self) -> list[Batch]:
+        return n_pass_batches(self._chats, self._args.device, self._args.step_tokens)
+
+    @cached_property
+    def _trained(self) -> tuple[Qwen3ForCausalLM, torch.optim.Optimizer]:
+        AttentionInterface.register("packed_causal", packed_causal_attention)
+        AttentionMaskInterface.register("packed_causal", lambda *args, **kwargs: None)
+        model = make_model(self._settings, self._args.device)
+        # A learning rate of 0: the work of a step, with the same model for every way.
+        return model, torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def measure(self, way: str, impl: str | None) -> list[dict[str, Any]]:
+        """Return the result of a way, in one pass with `impl` or, if that is None, in N passes."""
+        print(f"step: {self._name}, {way}", flush=True)
+        model, optimizer = self._trained
+        result = {
+            "model": self._name,
+            "turns": self._args.turns,
+            "one_pass_tokens": len(lay_out(self._chats)),
+            "n_pass_tokens": sum(batch.labels.numel() for batch in self._n_pass),
+            "way": way,
+        }
         try:
-            batches = make_batches()
+            batches = self._n_pass
+            if impl is not None:
+                batches = [one_pass_batch(self._chats, self._args.device, impl)]
             switch_attention(model, batches[0])
-            measured = measure_way(model, optimizer, batches, args)
+            result |= measure_way(model, optimizer, batches, self._args)
         except (RuntimeError, ValueError) as error:
-            measured = dict.fromkeys(("step_ms", "peak_mib", "loss"))
-            measured["unavailable"] = reason(error)
-        results.append({**base, **measured})
+            result |= dict.fromkeys(("step_ms", "peak_mib", "loss"))
+            result["unavailable"] = reason(error)
         optimizer.zero_grad()
         gc.collect()
-        if args.device == "cuda":
+        if self._args.device == "cuda":
             torch.cuda.empty_cache()
-    return results
+        return [result]
 
 
 def measure_way(
@@ -254,11 +267,17 @@ def measure_way(
     }
 
 
-def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Yield the results of each of the chosen models."""
-    models = TINY if args.tiny else {name: MODELS[name] for name in args.models}
-    for name, settings in models.items():
-        yield measure_model(name, settings, args)
+def measurements(
+    args: argparse.Namespace,
+) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+    """Yield the name of each way to train each of the chosen models, and what measures it."""
+    own = "cuda" if args.device == "cuda" else "cpu"
+    ways = {f"one pass, {impl}": impl for impl in (own, "varlen", "flex")}
+    ways |= {"one pass, SDPA dense mask": DENSE_MASK, "N-pass, packed flash": None}
+    for name, settings in (TINY if args.tiny else {n: MODELS[n] for n in args.models}).items():
+        subject = Subject(name, settings, args)
+        for way, impl in ways.items():
+            yield f"{name}, {way}", partial(subject.measure, way, impl)
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from tests.gpu.record_validation import merge
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from gpu_rows import causal_row, chat_row  # noqa: E402
+from gpu_rows import causal_row, chats, filled_row, rollouts  # noqa: E402
 
 ENTRY = [[9, 0], "bfloat16", [64, 64]]
 SOURCE = "the digest of the sources"
@@ -78,7 +78,14 @@ def test_records_hold_for_their_sources():
         merge(older, {**passed, "source": "others"}, SOURCE)
 
 
-@pytest.mark.parametrize("row", [causal_row(300), chat_row(700, 5, 3, 30)], ids=["causal", "chat"])
+ROWS = {
+    "causal": causal_row(300),
+    "chat": filled_row(700, chats(5, 3, 30)),
+    "rollouts": filled_row(900, rollouts(prompt=400, branches=9, length=60)),
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_the_work_that_benchmarks_count(row):
     check_visible_end(row.visible_end)
     for window in (None, 40):
@@ -93,10 +100,16 @@ def test_the_work_that_benchmarks_count(row):
 def test_dry_run_of_the_gpu_benchmark(tmp_path):
     """On a CPU every way to train has the same loss."""
     command = [sys.executable, "benchmarks/bench_gpu.py", "--device", "cpu", "--tiny"]
+    progress = tmp_path / "progress"
+    progress.write_text(json.dumps({"tiny, one pass, flex": None}))  # it ended another process
     run = subprocess.run(
-        [*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+        [*command, "--results", str(tmp_path), "--resume", str(progress)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 1, run.stderr
+    assert "ended the process that measured them: tiny, one pass, flex" in run.stderr
     records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("cpu_*.json"))]
     assert [record["name"] for record in records] == ["gpu_attention", "gpu_steps"]
     attention, steps = (record["results"] for record in records)
@@ -109,6 +122,8 @@ def test_dry_run_of_the_gpu_benchmark(tmp_path):
     losses = {row["way"]: row["loss"] for row in steps if row["unavailable"] is None}
     assert len(losses) == 3
     assert np.ptp(list(losses.values())) < 2e-3 * max(losses.values())
+    assert "one pass, flex" not in [row["way"] for row in steps]
+    assert None not in (json.loads(progress.read_text()) | {"tiny, one pass, flex": []}).values()
     n_pass = steps[0]["n_pass_tokens"]
     assert n_pass > steps[0]["one_pass_tokens"]
     for word in ("N-pass, packed flash", "sdpa causal"):

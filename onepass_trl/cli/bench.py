@@ -134,6 +134,11 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="how many conversations a step takes, from the first; attention takes the longest",
     )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="attention takes all of these conversations, in one row, as packing puts them",
+    )
     parser.add_argument("--max_length", type=at_least(2), help="cut each pass to its first tokens")
     for name, value in _TURN.items():
         what = "turns" if name == "turns" else f"tokens of a turn's {name}"
@@ -220,15 +225,16 @@ def _describe(
 
 
 def _attention(subject: _Subject, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time attention on the longest conversation's row."""
-    from onepass_trl.data import build_tree, linearize
+    """Time attention on the longest conversation's row, or on all of them in one."""
+    from onepass_trl.data import build_tree, concatenate, linearize
     from onepass_trl.tools.bench.attention import measure_attention
     from onepass_trl.tools.bench.report import attention_table
     from onepass_trl.tools.bench.workload import attention_shape
 
-    rows = [linearize(build_tree(passes)).visible_end for passes in subject.conversations]
+    rows = [linearize(build_tree(passes)) for passes in subject.conversations]
+    row = concatenate(rows) if options.packed else max(rows, key=len)
     results = measure_attention(
-        max(rows, key=len),
+        row.visible_end,
         attention_shape(subject.config),
         dtype=subject.dtype,
         device=subject.device,

@@ -50,6 +50,17 @@ def test_without_a_dataset_a_chat_is_made_up(bench):
     assert "Training step" not in out
 
 
+def test_attention_of_a_packed_row(bench, chats, tiny_model_dir, tmp_path):
+    output = tmp_path / "bench.json"
+    flags = [f"--model_name_or_path={tiny_model_dir}", "--attention", f"--json={output}"]
+
+    def tokens(*more: str) -> int:
+        assert bench(chats, *flags, *more, *CPU_ONLY)[0] == 0
+        return json.loads(output.read_text())["results"][0]["seq"]
+
+    assert tokens("-k2", "--packed") > tokens("-k2") >= tokens("-k1", "--packed") == tokens("-k1")
+
+
 def test_turns_without_reasoning_are_measured_too(bench, tmp_path, tiny_model_dir):
     messages = [{k: m[k] for k in ("role", "content")} for m in CHATS[0]["messages"]]
     path = tmp_path / "plain.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -224,43 +225,25 @@ def test_rows_of_no_and_one_token(seq):
     assert all(x.isfinite().all() for x in result.values())
 
 
-SMALL = f"""
+NOT_A_TREE = """
 import torch
-from tests.gpu.device import Kernel, case_on_device, deterministic
-kernel = Kernel({KERNEL.dtype}, {KERNEL.d_qk}, {KERNEL.d_v})
-"""
-SANITIZED = (
-    SMALL
-    + """
-for seq in (1, 65, 200):
-    options = dict(window=50, softcap=2.0, sinks=True)
-    case = case_on_device(kernel.shape(2, 2, 1, seq), kernel.dtype, **options)
-    for same_bits in (False, True):
-        with deterministic(same_bits):
-            case.run("cuda", kernel.dtype)
-torch.cuda.synchronize()
-print("ran")
-"""
-)
-NOT_A_TREE = (
-    SMALL
-    + """
+from tests.gpu.device import built_kernels, case_on_device
+kernel = built_kernels()[0]
 case = case_on_device(kernel.shape(1, 2, 1, 200), kernel.dtype)
 case.visible_end[0, 70] = 3
 case.run("cuda", kernel.dtype)
 torch.cuda.synchronize()
 print("ran")
 """
-)
 
 
-def run_program(program: str, *launcher: str) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, sys.executable, "-c", program]
+def run_program(*arguments: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_ends_that_are_none_stop_the_kernel(gpu):
-    run = run_program(NOT_A_TREE)
+    run = run_program("-c", NOT_A_TREE)
     assert run.returncode != 0
     assert "visible_end[j] has to be in [j + 1, seq]" in run.stdout + run.stderr
     assert "device-side assert triggered" in run.stderr
@@ -271,6 +254,7 @@ def test_compute_sanitizer_finds_nothing(gpu, tool):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("there is no compute-sanitizer on the PATH")
-    run = run_program(SANITIZED, sanitizer, "--tool", tool, "--error-exitcode", "9")
+    launcher = (sanitizer, "--tool", tool, "--error-exitcode", "9")
+    run = run_program("-m", "tests.gpu.run_kernels", "small", launcher=launcher)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert "ran" in run.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -45,8 +46,11 @@ def machine() -> dict[str, Any]:
 def commit() -> str:
     """Return the package's commit, with "-dirty" if files other than results have changed.
 
-    "unknown" for an installed package: a repository around it would be another one.
+    "unknown" for an installed package: a repository around it would be another one. A copy without
+    the history, on another machine, is told in ONEPASS_COMMIT.
     """
+    if told := os.environ.get("ONEPASS_COMMIT"):
+        return told
     if not (_REPOSITORY / ".git").exists():
         return "unknown"
     try:
