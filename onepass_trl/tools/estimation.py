@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onepass_trl.attention.implementations.varlen import chains_of
 from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.data import Layout, Overflow, pack
 from onepass_trl.passes import IGNORE_INDEX
@@ -93,6 +94,7 @@ class Estimate:
         row_tokens: tokens of each conversation in one pass.
         n_pass_tokens: its tokens in N-pass.
         longest_path: tokens of the longest turn with its context, before the overflow policy.
+        gathered_keys: keys that torch's variable-length kernels gather for the rows of one pass.
         num_split: conversations that `max_length` splits into several rows.
         overflow: what the overflow policy takes away.
         packed_rows: rows after packing; None without `max_length`.
@@ -112,6 +114,7 @@ class Estimate:
     row_tokens: NDArray[np.int64]
     n_pass_tokens: NDArray[np.int64]
     longest_path: NDArray[np.int64]
+    gathered_keys: int
     num_split: int
     overflow: Overflow
     packed_rows: int | None
@@ -134,6 +137,11 @@ class Estimate:
         return weighted_pairs(self.one_pass.executed, windows) / weighted_pairs(
             self.one_pass.pairs, windows
         )
+
+    @property
+    def gathered_keys_per_token(self) -> float:
+        """Keys that torch's variable-length kernels gather, over the tokens of one pass."""
+        return self.gathered_keys / self.one_pass.tokens
 
     @property
     def attention_weights(self) -> dict[int | None, int]:
@@ -231,6 +239,7 @@ def estimate(
         row_tokens=np.array([count.one_pass.tokens for count in counts]),
         n_pass_tokens=np.array([count.n_pass.tokens for count in counts]),
         longest_path=np.array([count.overflow.longest for count in counts]),
+        gathered_keys=sum(count.gathered_keys for count in counts),
         num_split=sum(len(count.lengths) > 1 for count in counts),
         overflow=lost,
         packed_rows=_packed_rows([count.lengths for count in counts], options.max_length),
@@ -251,6 +260,7 @@ class _Count:
     one_pass: Work
     n_pass: Work
     lengths: list[int]
+    gathered_keys: int
     overflow: Overflow
     has_reasoning: bool | None
     invalid: list[str]
@@ -283,6 +293,7 @@ def _count(
         one_pass=one_pass,
         n_pass=n_pass,
         lengths=[len(layout) for layout in layouts],
+        gathered_keys=sum(chains_of(layout.visible_end[None]).keys.size for layout in layouts),
         overflow=lost,
         has_reasoning=rendered.has_reasoning,
         invalid=[f"row {index}: {problem}" for problem in rendered.invalid],

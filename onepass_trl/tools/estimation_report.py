@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onepass_trl.attention.implementations.varlen import MAX_KEYS_PER_TOKEN
 from onepass_trl.preparation.report import describe_invalid
 from onepass_trl.tools.estimation import Estimate, Work, weighted_pairs
 from onepass_trl.tools.single_rendering import Training
@@ -58,6 +59,12 @@ def report(
     yield (
         f"The tiles that one pass executes have {found.executed_over_useful:.2f} times the pairs "
         "that see each other."
+    )
+    keys = found.gathered_keys_per_token
+    choice = "FlexAttention" if keys > MAX_KEYS_PER_TOKEN else "them"
+    yield (
+        f"torch's variable-length kernels (attention_impl='varlen') gather {keys:.2f} keys per "
+        f"token: where no CUDA kernel of this package is validated, 'auto' takes {choice}."
     )
     yield from _rows(found)
     yield from _remarks(found)
@@ -239,6 +246,7 @@ def as_json(
         "n_pass": _work_json(n),
         "token_ratio": found.token_ratio,
         "executed_over_useful": found.executed_over_useful,
+        "gathered_keys_per_token": found.gathered_keys_per_token,
         "packed_rows": found.packed_rows,
         "split_conversations": found.num_split,
         "overflow": asdict(found.overflow),

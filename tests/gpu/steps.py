@@ -222,8 +222,9 @@ class Setting:
 
     def _conversations(self, bench: Path) -> Command:
         arguments = [str(bench / "conversations.jsonl"), "--model_name_or_path"]
-        arguments += [str(bench / "model"), "--attention", "--packed", "-k", "20"]
-        arguments += ["--repeats", "1" if self.is_dry else "10"]
+        arguments += [str(bench / "model"), "--attention", "--packed"]
+        arguments += ["-k", "2", "--repeats", "1"] if self.is_dry else ["-k", "20"]
+        arguments += ["--peers", *(PEERS_IN_A_DRY_RUN if self.is_dry else PEERS)]
         arguments += ["--json", str(self.results / "conversations.json")]
         return self._python(
             "conversations", "-m", "onepass_trl.cli", "bench", *arguments, env=self._with_wheels()

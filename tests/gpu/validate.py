@@ -214,7 +214,7 @@ def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
     counted = [kernel for record in records for kernel in record["kernels"]]
     return {
-        **{name: records[0][name] for name in ("device", "capability", "torch")},
+        **{name: records[0][name] for name in ("device", "capability", "torch", "source")},
         "finished": all(record["finished"] for record in records),
         "kernels": [kernel for kernel in counted if kernel["passed"] or kernel["failed"]],
         "messages": {k: v for record in records for k, v in record["messages"].items()},

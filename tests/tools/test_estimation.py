@@ -9,6 +9,7 @@ from onepass_trl import Pass, build_tree, linearize
 from onepass_trl.data import split_passes
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import lay_out, render_record
+from onepass_trl.tools import estimation_report
 from onepass_trl.tools.estimation import estimate, work_of_pass, work_of_row
 from onepass_trl.tools.estimation_plot import draw
 from onepass_trl.tools.estimation_report import as_json, report, turn_bins
@@ -71,6 +72,12 @@ def test_estimate_counts_what_training_would(max_length, tiny_tokenizer):
     assert found.one_pass.rows == sum(map(len, layouts))
     assert found.num_split == sum(len(own) > 1 for own in layouts)
     assert found.n_pass.scored == sum(float(row.weights.sum()) for own in layouts for row in own)
+    # A chain of variable-length kernels ends at a token that none sees, and has all that it sees.
+    assert found.gathered_keys == sum(
+        dense_mask(row.visible_end)[row.visible_end == np.arange(len(row)) + 1].sum()
+        for own in layouts
+        for row in own
+    )
     lost = sum(part.num_lost_tokens for _, _, part in laid_out)
     assert found.overflow.num_lost_tokens == lost
     assert (found.overflow.num_lost_tokens > 0) == (max_length == 25)
@@ -121,6 +128,16 @@ def test_a_template_that_keeps_everything(tiny_tokenizer):
         estimate([(0, as_record(passes))], tiny_tokenizer, OPTIONS)
     )
     assert "No token occurs twice" not in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
+
+
+def test_the_report_says_what_auto_takes(tiny_tokenizer, monkeypatch):
+    found = estimate(chats(), tiny_tokenizer, OPTIONS, COST)
+    keys = f"{found.gathered_keys / found.one_pass.tokens:.2f} keys per token"
+    text = text_of(found)
+    assert keys in text
+    assert "'auto' takes them" in text
+    monkeypatch.setattr(estimation_report, "MAX_KEYS_PER_TOKEN", 1)
+    assert "'auto' takes FlexAttention" in text_of(found)
 
 
 def test_turns_of_which_no_pass_can_be_made_are_named(tiny_tokenizer):
