@@ -122,7 +122,13 @@ def test_results_of_several_processes():
         kernel = {"dtype": name, "head_dims": [64, 64], "tests": 5, "passed": passed, "failed": 0}
         other = {**kernel, "dtype": "other", "passed": 0}
         facts = {"device": "a GPU", "capability": [9, 0], "torch": "2.11.0", "source": "digest"}
-        return {**facts, "finished": True, "kernels": [kernel, other], "outcomes": {}, "messages": {name: "why"}}
+        return {
+            **facts,
+            "finished": True,
+            "kernels": [kernel, other],
+            "outcomes": {},
+            "messages": {name: "why"},
+        }
 
     found = merged([record("bfloat16", 5), record("float16", 4)])
     assert [(kernel["dtype"], kernel["passed"]) for kernel in found["kernels"]] == [
