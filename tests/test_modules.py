@@ -11,6 +11,7 @@ COVERED_BY = {
     "attention/implementations/": "attention/test_op.py",
     "attention/layer_inputs.py": "attention/branching/test_layers.py",
     "attention/ops.py": "attention/test_op.py",
+    "attention/self_check/__main__.py": "attention/self_check/test_process.py",
     "chat/checks.py": "chat/test_rendering.py",
     "chat/errors.py": "chat/test_rendering.py",
     "chat/families/": "chat/test_families.py",

@@ -44,10 +44,11 @@ def tree_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: ``(heads,)`` floating, one more logit per head that takes probability and gives no
             value.
-        impl: "auto" takes "cpu" for CPU tensors; for CUDA tensors "cuda" where it is built and
-            validated for the device, dtype and head size, else "varlen" (FlashAttention of torch:
-            bfloat16 and float16, head sizes up to 256, no softcap, not under torch.compile), else
-            "flex". Any other name is used or refused.
+        impl: "auto" takes "cpu" for CPU tensors; for CUDA tensors "cuda" where it is built and has
+            passed tests on such a device with this dtype and head size, or a check, which the first
+            call runs in a process of its own, else "varlen" (FlashAttention of torch: bfloat16 and
+            float16, head sizes up to 256, no softcap, not under torch.compile), else "flex". Any
+            other name is used, unchecked, or refused.
         return_lse: also return the natural logarithm of the softmax's denominator, sink included.
             "varlen" has no gradient through it.
 

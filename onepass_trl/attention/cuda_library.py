@@ -20,6 +20,8 @@ PATH = Path(__file__).parents[1] / "_cuda.so"
 VALIDATED = Path(__file__).with_name("validated.json")
 BUILD_COMMAND = "make cuda"
 DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128))
+"""(d_qk, d_v) of the kernels that are built unless ONEPASS_HEAD_DIMS says otherwise."""
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -77,10 +79,13 @@ def missing(capability: tuple[int, int] | None) -> str | None:
         capability: compute capability of the device, None for the library as such.
     """
     if LOAD_ERROR is not None:
-        return f"{PATH} cannot be loaded ({LOAD_ERROR}): rebuild it with `{BUILD_COMMAND}`"
+        return (
+            f"{PATH} cannot be loaded ({LOAD_ERROR}): install the wheel again, or rebuild it with "
+            f"`{BUILD_COMMAND}`"
+        )
     if BUILD is None:
         return f"the CUDA library is not built: build it with `{BUILD_COMMAND}` (needs nvcc)"
-    if not torch.backends.cuda.is_built():
+    if not torch_has_cuda():
         return "this torch is built without CUDA: install a CUDA build of torch"
     if capability is None:
         return None
@@ -117,8 +122,13 @@ def _open() -> tuple[CudaBuild | None, OSError | None]:
         build = read_build()
     except OSError as error:
         return None, error
-    usable = build is not None and torch.backends.cuda.is_built()
+    usable = build is not None and torch_has_cuda()
     return build, load(PATH) if usable else None
+
+
+def torch_has_cuda() -> bool:
+    """Return whether torch is built for CUDA; builds for AMD devices call theirs so too."""
+    return torch.version.cuda is not None
 
 
 def plan_of(visible_end: torch.Tensor, positions: torch.Tensor | None, window: int) -> torch.Tensor:

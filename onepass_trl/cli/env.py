@@ -24,13 +24,27 @@ _PACKAGES = (
 
 
 def main(argv: list[str]) -> int:
-    """Print one ``name: value`` line each; return 0."""
-    Parser(
+    """Print one ``name: value`` line each; return 1 if ``--check`` finds a wrong kernel, else 0."""
+    parser = Parser(
         prog="onepass-trl env", description="Print versions, attention implementations and devices."
-    ).parse_args(argv)
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="also check every CUDA kernel on the devices of this machine, some 15 seconds each, "
+        "and remember what is found",
+    )
+    arguments = parser.parse_args(argv)
     for name, value in _facts():
-        print(f"{name}: {value}")
-    return 0
+        print(f"{name}: {value}", flush=True)
+    if not arguments.check:
+        return 0
+    print("\nCUDA kernels: device, dtype, head sizes, what the check finds")
+    failed = False
+    for device, dtype, head_dims, result in _checks():
+        print(f"{device}  {dtype:8}  {head_dims:7}  {result}", flush=True)
+        failed |= result.startswith("failed")
+    return int(failed)
 
 
 def _facts() -> Iterator[tuple[str, str]]:
@@ -51,6 +65,33 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "threads", f"{torch.get_num_threads()} (of {os.cpu_count()} CPUs)"
     yield from _devices()
     yield from _attention()
+
+
+def _checks() -> Iterator[tuple[str, str, str, str]]:
+    """Yield device, dtype, head sizes and result of each kernel, on one device of each kind."""
+    import torch
+
+    from onepass_trl.attention import cuda_library
+    from onepass_trl.attention.self_check.decision import verdict_on
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if not names:
+        yield "none", "any", "any", "not run: torch sees no CUDA device"
+    for name in dict.fromkeys(names):
+        device = torch.device("cuda", names.index(name))
+        reason = cuda_library.missing(torch.cuda.get_device_capability(device))
+        if reason is not None:
+            yield name, "any", "any", f"not built: {reason}"
+            continue
+        assert cuda_library.BUILD is not None
+        built = cuda_library.BUILD.head_dims
+        for dtype in cuda_library.DTYPES:
+            for pair in dict.fromkeys((*cuda_library.HEAD_DIMS, *built)):
+                result = "not built"
+                if pair in built:
+                    verdict = verdict_on(device, dtype, pair, again=True)
+                    result = ": ".join(filter(None, verdict))
+                yield name, str(dtype).removeprefix("torch."), f"{pair[0]}/{pair[1]}", result
 
 
 def _version(package: str) -> str:

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from onepass_trl.cli import main, report_errors
 from onepass_trl.cli.sft import train
-from onepass_trl.versions import TESTED
 from tests.chats import CHATS
 from tests.training.sharding import ENVIRONMENT, SHARDED, needs_deepspeed
 
@@ -47,13 +46,6 @@ def test_an_unknown_verb_is_refused(capsys):
         main(["trian"])
     assert error.value.code == 2
     assert "trian" in capsys.readouterr().err
-
-
-def test_env_prints_versions_and_implementations(capsys):
-    assert main(["env"]) == 0
-    out = capsys.readouterr().out
-    assert f"(tested up to {TESTED['transformers']})" in out
-    assert "attention cpu: usable on cpu" in out
 
 
 def test_sft_trains_and_saves(sft_flags, tmp_path, capfd):

@@ -15,6 +15,7 @@ from onepass_trl.attention.implementations.base import (
     run_op,
 )
 from onepass_trl.attention.ops import refuse_forward_mode
+from onepass_trl.attention.self_check.decision import is_known_to_pass, is_proven
 
 DTYPES = cuda_library.DTYPES
 
@@ -32,33 +33,26 @@ def _status() -> ImplStatus:
         reason = "torch sees no CUDA device"
     if reason is not None:
         return ImplStatus("cuda", True, (), f"{built}; {reason}")
-    validated = sum(
-        cuda_library.is_validated(capability, dtype, pair)  # type: ignore[arg-type]
-        for dtype in DTYPES
-        for pair in build.head_dims
-    )
-    total = len(DTYPES) * len(build.head_dims)
+    device = torch.device("cuda", torch.cuda.current_device())
+    proven = [is_known_to_pass(device, dtype, pair) for dtype in DTYPES for pair in build.head_dims]
     return ImplStatus(
         "cuda",
         True,
         ("cuda",),
-        f"{built}; {validated} of {total} pairs of dtype and head size validated on this "
-        "device: 'auto' takes those, and 'varlen' or 'flex' for the others",
+        f"{built}; {sum(proven)} of {len(proven)} pairs of dtype and head size have passed on such "
+        "a device: 'auto' takes those, and checks another when it first meets it",
     )
 
 
 def _suits(call: Call) -> bool:
-    if call.q.device.type != "cuda":
+    device, build = call.q.device, cuda_library.BUILD
+    if device.type != "cuda":
         return False
-    capability = torch.cuda.get_device_capability(call.q.device)
-    head_dims = _head_dims(call)
-    # The first is cheap and, so far, mostly false: this runs once per layer.
-    return (
-        cuda_library.is_validated(capability, call.q.dtype, head_dims)
-        and cuda_library.missing(capability) is None
-        and head_dims in _built_head_dims()
-        and call.scale > 0
-    )
+    if build is not None and (
+        call.q.dtype not in DTYPES or _head_dims(call) not in build.head_dims or call.scale <= 0
+    ):
+        return False
+    return is_proven(device.index, call.q.dtype, _head_dims(call))
 
 
 def _check(call: Call) -> None:

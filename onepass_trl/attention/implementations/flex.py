@@ -1,4 +1,4 @@
-"""Tree attention through FlexAttention, for CUDA devices without a validated kernel.
+"""Tree attention through FlexAttention, for CUDA devices without a kernel that is trusted.
 
 Compiled on CUDA, with dynamic shapes, so that rows of new lengths do not compile again. On other
 devices it runs eagerly, which materializes all scores and on a CPU has no backward: only good for
