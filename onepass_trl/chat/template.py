@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 
@@ -15,7 +14,7 @@ from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
 from onepass_trl.chat.messages import REASONING_KEYS
 from onepass_trl.chat.processing import ProcessingClass, find_chat_template, start_of_prompts
 from onepass_trl.chat.template_source import TemplateSource, read_source
-from onepass_trl.chat.views import Views
+from onepass_trl.chat.views import Views, ViewsDiffer
 
 # Arguments of apply_chat_template that aren't the caller's to choose here.
 RESERVED = frozenset(
@@ -36,6 +35,8 @@ RESERVED = frozenset(
         "truncation",
     }
 )
+Read = TypeVar("Read")
+
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 _CONTENT = "stand-in for content"
 _EMPTY_QUESTION = {"role": "user", "content": ""}
@@ -220,19 +221,26 @@ class Template:
         """
         return (self._views.render if self._views else self._render)(messages, prompt)
 
-    @contextmanager
-    def sharing_views(self) -> Iterator[None]:
-        """Render views of one long conversation from each other, see `onepass_trl.chat.views`.
+    def sharing_views(self, read: Callable[[], Read]) -> Read:
+        """Return what `read` makes of views of one long conversation, asked for from short to long.
 
-        Raises:
-            ViewsDiffer: in the block or at its end, if this template can't be rendered so.
+        They are rendered from each other, see `onepass_trl.chat.views`; if this template writes
+        them too differently, `read` is called again and each is rendered in full.
         """
         self._views = Views(self._render)
         try:
-            yield
+            result = read()
             self._views.check()
+        except ViewsDiffer:
+            logger.info(
+                "this chat template writes the views of a conversation too differently to share "
+                "them; each is rendered in full"
+            )
+        else:
+            return result
         finally:
             self._views = None
+        return read()
 
     def _render(self, messages: Sequence[dict[str, Any]], prompt: bool) -> str:
         """Return what :meth:`render` does, by the template alone."""

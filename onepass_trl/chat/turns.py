@@ -30,7 +30,6 @@ from onepass_trl.chat.messages import Message, normalize_messages, with_text_arg
 from onepass_trl.chat.processing import ProcessingClass, tokenizer_of
 from onepass_trl.chat.template import Template
 from onepass_trl.chat.unread import check_keys, report_left_out
-from onepass_trl.chat.views import ViewsDiffer
 
 TrainOn: TypeAlias = Literal["all", "last"] | Sequence[int]
 Turns = TypeVar("Turns")
@@ -178,23 +177,15 @@ class TurnRenderer:
         self, messages: Sequence[Message], trained: Sequence[TurnToTrain]
     ) -> list[TurnTexts | InvalidTurn]:
         """Return the trained turns of messages in their normal form."""
-        try:
-            with self._template.sharing_views():
-                return self._turns(messages, trained)
-        except ViewsDiffer:
-            logger.info(
-                "this chat template writes the views of a conversation of %d messages too "
-                "differently to share them; each is rendered in full",
-                len(messages),
-            )
-            self._endings.clear()
-            return self._turns(messages, trained)
 
-    def _turns(
-        self, messages: Sequence[Message], trained: Sequence[TurnToTrain]
-    ) -> list[TurnTexts | InvalidTurn]:
-        whole = self.context(messages)
-        return [self.turn(whole.up_to(turn.index), messages[turn.index], turn) for turn in trained]
+        def read() -> list[TurnTexts | InvalidTurn]:
+            self._endings.clear()
+            whole = self.context(messages)
+            return [
+                self.turn(whole.up_to(turn.index), messages[turn.index], turn) for turn in trained
+            ]
+
+        return self._template.sharing_views(read)
 
     def turn(
         self, context: TurnContext, message: Message, turn: TurnToTrain

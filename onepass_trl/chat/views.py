@@ -89,7 +89,8 @@ class Views:
 
     def __init__(self, render: Render) -> None:
         self._render = render
-        self._known: _View | None = None  # the last one with a prompt: longer ones begin with it
+        # The last one with a prompt, if there are such: longer ones begin with it.
+        self._known: _View | None = None
         self._cut: _Cut | None = None
         self._next_cut = 0  # the length from which another cut is tried
         self._next_check: dict[_Kind, int] = {}  # the length from which a view is checked
@@ -113,7 +114,7 @@ class Views:
             if len(messages) >= self._next_check.get(view.kind, 0):
                 self._next_check[view.kind] = 2 * len(messages)
                 self._check(view)
-        if prompt:
+        if prompt or not (self._known and self._known.prompt):
             self._known = view
         return view.text
 

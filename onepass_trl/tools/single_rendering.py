@@ -12,6 +12,8 @@ inference does. Three are in use:
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,8 @@ from onepass_trl.chat.turns import TurnContext, TurnRenderer
 
 if TYPE_CHECKING:
     from onepass_trl.preparation.rows import RenderedRecord
+
+_MARK = re.compile(r"\[reasoning of message \d+\]")
 
 ALL_TURNS, LAST_TURN, REASONING_KEPT = "all turns", "last turn", "reasoning kept"
 
@@ -86,15 +90,14 @@ def train_on_one_rendering(
         else message
         for index, message in enumerate(context.prepared)
     ]
-    try:
-        whole = _text(context, tokenizer.eos_token)
-    except TemplateRefusal:
-        whole = ""
+    befores, whole = context.template.sharing_views(
+        lambda: _texts(context, [turn.index for turn in turns], tokenizer.eos_token)
+    )
     ways = {way: Training() for way in (ALL_TURNS, LAST_TURN, REASONING_KEPT)}
-    for turn in turns:
-        before = _text(context.up_to(turn.index), tokenizer.eos_token)
+    for turn, before in zip(turns, befores, strict=True):
         is_shown = turn.index not in marks or marks[turn.index] in whole
-        shown_before = all(mark in before for index, mark in marks.items() if index < turn.index)
+        shown = set(_MARK.findall(before))
+        shown_before = all(mark in shown for index, mark in marks.items() if index < turn.index)
         tokens = turn.rendered.num_trained
         reasoning = encode_alone(tokenizer, [turn.message.get("reasoning_content", "")])[0].size
         untrained = Training(1, untrained=1, untrained_tokens=tokens)
@@ -120,6 +123,15 @@ def _labelled(tokens: int, hidden: int, is_placed: bool) -> Training:
     if not is_placed:
         made.displaced, made.displaced_tokens = 1, tokens - hidden
     return made
+
+
+def _texts(context: TurnContext, indices: Sequence[int], eos: str | None) -> tuple[list[str], str]:
+    """Return what comes before messages, and all of it, ``""`` if the template refuses that."""
+    befores = [_text(context.up_to(index), eos) for index in indices]
+    try:
+        return befores, _text(context, eos)
+    except TemplateRefusal:
+        return befores, ""
 
 
 def _text(context: TurnContext, eos: str | None) -> str:

@@ -231,8 +231,9 @@ def has(role, number):
     roles=st.lists(st.sampled_from(["user", "assistant", "tool"]), min_size=50, max_size=80),
     shown=st.sampled_from(["last", "later", "all", "numbers"]),
     threshold=st.integers(1, 70),
+    prompts=st.sampled_from([(True, False), (False,)]),
 )
-def test_views_are_right_or_differ(roles, shown, threshold):
+def test_views_are_right_or_differ(roles, shown, threshold, prompts):
     """A template whose texts depend on how many messages there are, from some number on."""
 
     def render(messages, prompt):
@@ -253,7 +254,7 @@ def test_views_are_right_or_differ(roles, shown, threshold):
     made = {}
     try:
         for length in range(1, len(messages) + 1):
-            for prompt in (True, False):
+            for prompt in prompts:
                 made[length, prompt] = shared.render(messages[:length], prompt)
         shared.check()
     except ViewsDiffer:

@@ -5,6 +5,8 @@ import tokenizers
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from onepass_trl.chat import views
+from onepass_trl.chat.template import Template
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import render_record
 from onepass_trl.tools.estimation import estimate
@@ -173,3 +175,23 @@ def test_the_figure_shows_how_each_turn_is_trained(qwen3):
     assert ends == [9, 9, 9, 9]
     widths = [[bar.get_width() for bar in part] for part in ways.containers]
     assert widths == [[5, 3, 5, 9], [0, 6, 0, 0], [4, 0, 0, 0], [0, 0, 4, 0]]
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "DeepSeek-V3", "gpt-oss"])
+def test_a_long_chat_is_read_in_near_linear_time(name, monkeypatch):
+    tokenizer = make_tokenizer(name)
+    chat = [m for i in range(80) for m in (user(f"{i}?"), assistant(f"r{i}", f"A{i}"))]
+    record = render_record({"messages": chat}, tokenizer)
+    render, lengths = Template._render, []
+
+    def counted(template, messages, prompt):
+        lengths.append(len(messages))
+        return render(template, messages, prompt)
+
+    monkeypatch.setattr(Template, "_render", counted)
+    shared = train_on_one_rendering(record, tokenizer)
+    num_shared = sum(lengths)
+    lengths.clear()
+    monkeypatch.setattr(views, "MIN_LENGTH", len(chat))
+    assert train_on_one_rendering(record, tokenizer) == shared
+    assert num_shared < sum(lengths) / 2
