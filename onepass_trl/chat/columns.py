@@ -23,6 +23,7 @@ _SWITCHES = words_of("loss mask masked masks train trainable trained")
 _WEIGHTS = words_of("weight weights")
 _THINKING = REASONING_WORDS | {"effort"}
 _TOOLS = words_of("function functions tool tools")
+_CONTEXT = words_of("documents history")
 _SYSTEM = words_of("developer sys system")
 _PROMPTS = words_of("content custom instruction instructions message msg prompt text")
 
@@ -92,6 +93,8 @@ def _seen(
     messages: Sequence[Mapping[str, Any]] | None,
 ) -> str | None:
     """Return what to do with a column that may say what the model sees, None for others."""
+    if words == {"label"} and str(value).lower() == "false":  # of trl's KTO
+        return "If it says that the answer is a bad one, remove the row"
     if not isinstance(value, bool) and _number(value) is not None:
         return None
     is_list = isinstance(value, (Mapping, list, tuple)) or str(value).lstrip()[:1] in ("[", "{")
@@ -103,6 +106,10 @@ def _seen(
         )
     elif words & _TOOLS and is_list and (messages is None or not record.get("tools")):
         place = "in the column 'tools'"
+    elif words & _CONTEXT and is_list:
+        place = (
+            "in the messages, or in the column 'chat_template_kwargs' if the chat template reads it"
+        )
     elif is_system and not any(message.get("content") == value for message in messages or ()):
         place = "in the column 'system'"
     else:

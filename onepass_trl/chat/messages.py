@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.json_text import unique
 from onepass_trl.chat.marks import (
     REASONING_WORDS,
     THINK_CLOSE,
@@ -69,6 +70,8 @@ _OTHER_ROLES = {
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Under which other names formats keep what a message says.
+_CONTENT_KEYS = ("answer", "message", "output", "parts", "response", "result", "text", "value")
 _FLAGS = ("weight", "loss", "loss_mask", "trainable")  # of OpenAI's files and others, for ``train``
 
 
@@ -124,8 +127,8 @@ def _normalize(
         meant = {_OTHER_ROLES[word] for word in words_of(str(role)) & _OTHER_ROLES.keys()}
         rename = f"rename it to {meant.pop()!r}" if len(meant) == 1 else "rename it"
         _refuse(index, f"has role {role!r}, expected one of {', '.join(ROLES)}; {rename}")
-    for key in ("text", "value"):
-        if "content" not in out and out.get(key):
+    for key in _CONTENT_KEYS:
+        if not out.get("content") and out.get(key):
             _refuse(index, f"has {key!r} and no 'content'; rename it")
     out["content"] = _text(out.get("content", ""), index, part_separator)
     if out.get("function_call"):
@@ -269,7 +272,7 @@ def with_calls(message: Message, index: int) -> Message:
         if closed and before.lstrip().startswith(THINK_OPEN):
             thought, content = before + closed, after
         try:
-            calls = json.loads(content, object_pairs_hook=_unique, parse_constant=_no_constant)
+            calls = json.loads(content, object_pairs_hook=unique, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             _refuse(
                 index,
@@ -323,7 +326,7 @@ def _arguments(given: Any, index: int, number: int) -> dict[str, Any]:
     arguments = given
     if isinstance(given, str):
         try:
-            arguments = json.loads(given, object_pairs_hook=_unique, parse_constant=_no_constant)
+            arguments = json.loads(given, object_pairs_hook=unique, parse_constant=_no_constant)
         except RecursionError:
             _refuse(index, f"{problem} {_TOO_DEEP}; got {given[:80]!r}")
         except ValueError as error:
@@ -379,13 +382,6 @@ def as_text(arguments: Mapping[str, Any]) -> str:
     if isinstance(arguments, TextArguments):
         return arguments.text
     return json.dumps(arguments, ensure_ascii=False)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        raise ValueError(f"a key stands twice in {[key for key, _ in pairs]}")
-    return unique
 
 
 def _no_constant(name: str) -> NoReturn:

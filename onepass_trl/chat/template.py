@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal
 from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
-from onepass_trl.chat.messages import REASONING_KEYS
+from onepass_trl.chat.messages import REASONING_KEYS, is_encodable
 from onepass_trl.chat.processing import ProcessingClass, find_chat_template, start_of_prompts
 from onepass_trl.chat.template_source import TemplateSource, read_source
 from onepass_trl.chat.views import Views, ViewsDiffer
@@ -257,4 +257,9 @@ class Template:
             what = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
             raise TemplateRefusal(f"{what}{error}") from error
         assert isinstance(text, str)
+        if not is_encodable(text):
+            raise TemplateRefusal(
+                "what it writes has an unpaired surrogate, which no tokenizer encodes; remove it "
+                "from the messages, the tools or chat_template_kwargs"
+            )
         return text if text.startswith(self._start) else self._start + text

@@ -221,7 +221,7 @@ class TurnRenderer:
             reads_reasoning=self._reads_reasoning,
             has_marks=self._has_marks,
         )
-        if not (message["content"] or message.keys() & {"reasoning_content", "tool_calls"}):
+        if not (message["content"].strip() or message.keys() & {"reasoning_content", "tool_calls"}):
             raise TurnError(
                 "it is empty: no reasoning, content or tool call, so the model would learn to "
                 "answer nothing; remove it, or switch it off with 'train': false"

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from onepass_trl.chat.json_text import RepeatedKeyError, unique
+
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LISTS = tuple(".json" + packing for packing in ("", *_OPENERS))
 JSON_SUFFIXES = (
@@ -59,7 +61,7 @@ def read_json(file: str) -> Iterator[dict[str, Any]]:
 
 
 class _UnreadableError(ValueError):
-    """JSON that Python can't hold."""
+    """JSON that Python can't hold, or holds in part."""
 
 
 def _lines(file: str) -> Iterator[str]:
@@ -114,11 +116,13 @@ class _Unpacked(io.RawIOBase):
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     except RecursionError:
         raise _UnreadableError(f"{where} is nested too deep to be read; make it flatter") from None
+    except RepeatedKeyError as error:
+        raise _UnreadableError(f"{where} has {error}") from None
     except ValueError:  # the only other one is that of a long integer
         raise _UnreadableError(
             f"{where} has a number of more than {sys.get_int_max_str_digits()} digits, which can't "

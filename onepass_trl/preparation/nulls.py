@@ -14,6 +14,7 @@ from typing import Any, get_args
 from datasets import Features, LargeList, List
 
 from onepass_trl.chat.errors import ChatFormatError, errors_named
+from onepass_trl.chat.json_text import unique
 from onepass_trl.chat.records import CONVERSATIONS, Form, form_of
 from onepass_trl.preparation.json_files import UNREADABLE
 from onepass_trl.preparation.options import NullArguments
@@ -104,10 +105,10 @@ def _json_list(value: Any, column: str) -> list[Any] | None:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=unique)
     except json.JSONDecodeError:
         return None  # plain text that begins with a bracket
-    except ValueError as error:  # a number of more digits than Python reads
+    except ValueError as error:  # a key twice, or a number of more digits than Python reads
         raise ChatFormatError(f"column {column!r} can't be read: {error}") from None
 
 
@@ -123,7 +124,7 @@ def _setting(value: Any, column: str, feature: Any) -> Any:
     if not isinstance(value, str):
         return _without_fillers(value, feature)
     try:
-        return json.loads(value) if value else None
+        return json.loads(value, object_pairs_hook=unique) if value else None
     except ValueError as error:
         raise ChatFormatError(
             f"column {column!r} isn't valid JSON: {error}; got {value[:80]!r}"

@@ -30,6 +30,8 @@ MEANT = [
     ("functions", '[{"name": "f"}]', "in the column 'tools'"),
     *((name, "Be brief.", "in the column 'system'") for name in ("system_prompt", "systemMessage")),
     ("developer", "Be brief.", "in the column 'system'"),
+    *(("label", value, "a bad one, remove the row") for value in (False, "false")),
+    *((name, [["1+1?", "2"]], "in the messages") for name in ("history", "documents")),
 ]
 
 
@@ -77,6 +79,8 @@ def test_columns_that_change_nothing_are_named_once(caplog):
         "seed": 10**400,
         "function": "search",
         "operating_system": "some",
+        "label": True,
+        "document_ids": ["1"],
     }
     empty = {"loss_mask": None, "enable_thinking": "", "functions": "[]", "cot": [], "videos": "[]"}
     for more in ({}, harmless | empty, harmless | {"url": "some"}):

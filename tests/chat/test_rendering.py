@@ -206,6 +206,10 @@ def answer(text="Hello", **more):
     return {"role": "assistant", "content": text, **more}
 
 
+def named(name):
+    return {"type": "function", "function": {"name": name, "arguments": {"a": 1}}}
+
+
 ERRORS = [
     ("qwen3", [user()], {}, "none of the 1 messages is from the assistant"),
     ("qwen3", [], {}, "none of the 0 messages"),
@@ -248,6 +252,12 @@ ERRORS = [
     ),
     ("deepseekv3", [user(), answer("a</think>b")], {}, "content contains '</think>'"),
     ("gptoss", [user(), answer("a\n</think>\n\nb")], {}, "give it as 'reasoning_content'"),
+    ("qwen3", [user(), answer(" \n ")], {}, "it is empty"),
+    *(
+        (family, [user(), answer("", tool_calls=[named("f\ud800")])], {}, "unpaired surrogate")
+        for family in ("qwen3", "gptoss")
+    ),
+    ("qwen3", [user(), answer()], {"tools": [named("f\ud800")]}, "unpaired surrogate, which no"),
     *(
         (family, [user(), answer(content)], {}, "give it as 'reasoning_content', else")
         for family in ("qwen3", "gptoss", "gemma4", "muse_glimmer")

@@ -27,6 +27,15 @@ BAD = {
     "a long number": (GOOD.replace("{", f'{{"id": {"9" * 5000}, ', 1), "more than 4300 digits"),
     "a long number in arguments": (GOOD.replace('"Hi"', "-" + "1" * 9999), "more than 4300 digits"),
     "deep lists": (f'{{"messages": {"[" * 100_000}{"]" * 100_000}}}', "nested too deep"),
+    "a key twice": (
+        '{"messages": [{"role": "user", "content": "2+2?"}, '
+        '{"role": "assistant", "content": "4", "content": "5"}]}',
+        "an object with the key 'content' twice; keep one",
+    ),
+    "a column twice": (
+        '{"text": "2 and 2 are 4.", "text": "2 and 2 are 5."}',
+        "an object with the key 'text' twice; keep one",
+    ),
 }
 
 
