@@ -29,7 +29,7 @@ from command import make_parser, parse
 
 from onepass_trl import OnePassCollator, build_tree, linearize
 from onepass_trl.attention.transformers_backend import use_onepass_attention
-from onepass_trl.data.collator import MODEL_INPUTS
+from onepass_trl.data.collator import model_inputs
 from onepass_trl.tools.bench.results import write
 from onepass_trl.tools.bench.workload import chat_passes, random_model, small_config
 from onepass_trl.training.context_parallel import forward_in_pieces
@@ -75,7 +75,7 @@ def step(model: torch.nn.Module, num_turns: int) -> tuple[int, float]:
     """Run forward and backward on a chat; return the row's length and the loss."""
     row = linearize(build_tree(chat_passes(num_turns, **TURN)))
     batch = OnePassCollator()([row])
-    inputs = {name: batch[name] for name in MODEL_INPUTS}
+    inputs = model_inputs(batch)
     options = {"use_cache": False, "fused_lm_head": True}
     if dist.get_world_size() == 1:
         outputs = model(**inputs, **options)

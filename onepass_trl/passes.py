@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 IGNORE_INDEX = -100
 """The label of a token that isn't trained."""
+
+
+def is_address(path: str) -> bool:
+    """Return whether an image is at a URL or in a ``data:`` URI, not in a file."""
+    return path.startswith(("http://", "https://", "data:image/"))
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where an image is: in a file, at an address, or in memory. Equal sources are one image.
+
+    Attributes:
+        path: A path, a URL or a ``data:`` URI; None if `content` is given.
+        content: The bytes of an image file; None if `path` is given.
+    """
+
+    path: str | None = None
+    content: bytes | None = field(default=None, repr=False)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is at an address, or in one."""
+        return is_address(self.path or "")
+
+    def __str__(self) -> str:
+        return f"{len(self.content)} bytes" if self.content is not None else repr(self.path)
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """The tokens that an image is for a model: all that the processor puts in its place.
+
+    Attributes:
+        begin: Index of the first of them.
+        end: Index after the last.
+        source: The image.
+    """
+
+    begin: int
+    end: int
+    source: ImageSource
+
+    def shifted(self, by: int) -> ImageSpan:
+        """Return the span in a sequence in which it begins later by so many tokens."""
+        return replace(self, begin=self.begin + by, end=self.end + by)
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +65,11 @@ class Pass:
         token_ids: ``(num_tokens,)`` int32. Context and completion, in order.
         trained: ``(num_tokens,)`` bool. True where the token is a target of the loss in this pass.
             A target is predicted from the token before it, so the first token can't be one.
+        images: The spans of its images, in order.
 
     Raises:
-        ValueError: if the shapes differ, the pass is empty, an id is negative or the first token is
-            trained.
+        ValueError: if the shapes differ, the pass is empty, an id is negative, the first token is
+            trained, a token of an image or right after one is, or the spans aren't in order.
 
     >>> Pass([5, 6, 7], [False, False, True]).num_trained
     1
@@ -30,8 +77,11 @@ class Pass:
 
     token_ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
+    images: tuple[ImageSpan, ...]
 
-    def __init__(self, token_ids: ArrayLike, trained: ArrayLike) -> None:
+    def __init__(
+        self, token_ids: ArrayLike, trained: ArrayLike, images: Sequence[ImageSpan] = ()
+    ) -> None:
         given = np.asarray(token_ids)
         if given.size and given.dtype.kind in "iu" and given.max() > np.iinfo(np.int32).max:
             raise ValueError(f"token ids must be less than 2^31, got {given.max()}")
@@ -54,8 +104,22 @@ class Pass:
                 "predict it from; mark it as context (label -100) or put a beginning-of-sequence "
                 "token before it"
             )
+        end = 0
+        for span in images:
+            if not end <= span.begin < span.end <= ids.size:
+                raise ValueError(
+                    f"the images of a pass must be in order, each within its {ids.size} tokens and "
+                    f"after the one before it, got tokens {span.begin} to {span.end} after {end}"
+                )
+            end = span.end
+            if mask[span.begin : end + 1].any():
+                raise ValueError(
+                    f"the image in tokens {span.begin} to {end} of a pass is trained, or the token "
+                    "after it is: only text can be, and only after text"
+                )
         object.__setattr__(self, "token_ids", ids)
         object.__setattr__(self, "trained", mask)
+        object.__setattr__(self, "images", tuple(images))
 
     def __len__(self) -> int:
         return self.token_ids.size
@@ -64,3 +128,20 @@ class Pass:
     def num_trained(self) -> int:
         """Number of trained tokens."""
         return int(self.trained.sum())
+
+    def first(self, num_tokens: int) -> Pass | None:
+        """Return the first tokens of the pass, or None if none of them is trained.
+
+        They are fewer where an image would be cut.
+
+        >>> Pass([1, 7, 7, 2, 3], [0, 0, 0, 0, 1], [ImageSpan(1, 3, ImageSource("a"))]).first(4)
+        >>> Pass([1, 2, 3], [0, 1, 1]).first(2).token_ids
+        array([1, 2], dtype=int32)
+        """
+        for span in self.images:
+            if span.begin < num_tokens < span.end:
+                num_tokens = span.begin
+        if not self.trained[:num_tokens].any():
+            return None
+        images = [span for span in self.images if span.end <= num_tokens]
+        return Pass(self.token_ids[:num_tokens], self.trained[:num_tokens], images)

@@ -23,6 +23,7 @@ from onepass_trl.cli import VERBS, main
 from onepass_trl.cli.sft import make_parser
 from tests.chats import CHATS, write_jsonl
 from tests.conversations import as_record, random_chat
+from tests.images import make_image, make_image_model, make_processor
 from tests.model_coverage import EXACT, RECORD
 from tests.models import MODELS
 from tests.pages import (
@@ -64,6 +65,7 @@ def workspace(tmp_path, monkeypatch):
     """A folder, the current one, in which the commands find what they name."""
     monkeypatch.chdir(tmp_path)
     Path("examples").symlink_to(REPOSITORY / "examples")
+    make_image(40, 24).save("chart.png")
     write_jsonl(Path("chats.jsonl"), CHATS)
     write_jsonl(Path("passes.jsonl"), [as_record(random_chat(2, vocab_size=300))])
     return tmp_path
@@ -92,6 +94,8 @@ class TestCode:
             "tokenizer": tokenizer,
             "messages": CHATS[0]["messages"][:-1],
         }
+        if page.stem == "images":
+            names |= {"model": make_image_model("qwen3_5"), "processor": make_processor("qwen3_5")}
         for block in blocks_of(page):
             if block.not_run:
                 continue

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import yaml
 
+import onepass_trl.training.trainer
 from onepass_trl import build_tree, linearize, render_passes
 from onepass_trl.cli import setsft
 from onepass_trl.cli.sft import make_parser
+from tests.images import make_image_model, make_processor
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = REPOSITORY / "examples"
@@ -107,6 +109,23 @@ def test_the_scripts_run(command, tmp_path, tiny_model_dir):
     names = dict(folder=tmp_path, model=tiny_model_dir, data=EXAMPLES / "conversations.jsonl")
     run([part.format(**names) for part in command])
     assert any(tmp_path.rglob("model.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+def test_drawings_are_trained(tmp_path, monkeypatch):
+    """With the processor of the tests, as transformers loads none of these without torchvision."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("train_on_images")
+    make_image_model("qwen3_vl").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(
+        onepass_trl.training.trainer,
+        "load_processing_class_of",
+        lambda *_: make_processor("qwen3_vl"),
+    )
+    flags = ["--records=3", "--steps=1", f"--output={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["", f"--model={tmp_path / 'model'}", *flags])
+    example.main()
+    assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").exists()
 
 
 @pytest.mark.long("examples", "onepass_trl/setsft")

@@ -8,6 +8,7 @@ COVERED_BY = {
     "attention/branching/": "attention/branching/test_segments.py",
     "attention/cuda_library.py": "cuda/test_build.py",
     "attention/head_exchange.py": "training/test_context_parallel.py",
+    "attention/image_models.py": "training/test_images.py",
     "attention/implementations/": "attention/test_op.py",
     "attention/layer_inputs.py": "attention/branching/test_layers.py",
     "attention/ops.py": "attention/test_op.py",
@@ -34,6 +35,7 @@ COVERED_BY = {
     "training/finite_weights.py": "training/test_trainer.py",
     "training/response_templates.py": "preparation/test_round_trip.py",
     "training/trl_advice.py": "training/test_trainer.py",
+    "vision.py": "chat/test_images.py",
 }
 
 

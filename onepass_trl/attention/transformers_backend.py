@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from onepass_trl.attention.api import tree_attention
@@ -30,7 +35,13 @@ from onepass_trl.attention.layer_inputs import check_not_required, layer_name
 from onepass_trl.attention.model_check import base_model, carries_state, check_model
 from onepass_trl.attention.remembered import Remembered
 
-__all__ = ["check_model", "onepass_attention", "register", "use_onepass_attention"]
+__all__ = [
+    "check_model",
+    "onepass_attention",
+    "register",
+    "set_attention",
+    "use_onepass_attention",
+]
 
 NAME = "onepass"
 # Attribute of the modules of a model whose layers all follow the tree.
@@ -255,6 +266,35 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, onepass_mask)
 
 
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Set the attention implementation of a model that generates text.
+
+    Encoders of images and the like keep theirs; those that had "onepass", which is for text, get
+    "sdpa", or "eager" where they have no SDPA.
+    """
+    encoders = _encoder_configs(model)
+    own = {name: config._attn_implementation for name, config in encoders.items()}
+    model.set_attn_implementation(
+        {
+            "": implementation,
+            **dict.fromkeys(model.config.sub_configs, implementation),
+            **{name: None if before == NAME else before for name, before in own.items()},
+        }
+        if encoders
+        else implementation
+    )
+
+
+def _encoder_configs(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
+    """Return the configurations of a model's encoders by name, none for a model of text alone."""
+    config = model.config
+    parts = {name: getattr(config, name) for name in config.sub_configs}
+    text = config.get_text_config(decoder=True)
+    if not any(part is text for part in parts.values()):
+        return {}
+    return {name: part for name, part in parts.items() if part is not None and part is not text}
+
+
 def use_onepass_attention(model: nn.Module) -> None:
     """Switch a model (or the model inside a PEFT wrapper) to "onepass", after `check_model`.
 
@@ -264,9 +304,14 @@ def use_onepass_attention(model: nn.Module) -> None:
     check_model(model)
     register()
     base = base_model(model)
-    base.set_attn_implementation(NAME)
+    set_attention(base, NAME)
+    encoders = {id(config) for config in _encoder_configs(base).values()}
     for module in base.modules():
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
+        if (
+            isinstance(module, PreTrainedModel)
+            and id(module.config) not in encoders
+            and module.config._attn_implementation != NAME
+        ):
             raise ValueError(
                 f"{type(module).__name__} keeps "
                 f"attn_implementation={module.config._attn_implementation!r}, expected {NAME!r}: "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.images import ImageContent, is_image_part, source_of
 from onepass_trl.chat.json_text import unique
 from onepass_trl.chat.marks import (
     REASONING_WORDS,
@@ -16,6 +17,7 @@ from onepass_trl.chat.marks import (
     split_inline,
     words_of,
 )
+from onepass_trl.passes import ImageSource
 
 Message = dict[str, Any]
 
@@ -50,10 +52,11 @@ _PART_REMEDIES = {
     **dict.fromkeys(
         ("tool", "function", "call"), f"give it in the message's 'tool_calls', as {_CALL_FORM}"
     ),
+    "image": "give it as {'type': 'image', 'image': ..} or with 'path', 'url', 'base64' or 'bytes'",
     **dict.fromkeys(
-        ("image", "video", "audio"),
-        "only text can be read, images, video and audio can't: train such rows with TRL's "
-        "SFTTrainer or remove the part",
+        ("video", "audio"),
+        "only text and images can be read: train such rows with TRL's SFTTrainer or remove the "
+        "part",
     ),
 }
 _OTHER_PART = "give its text as a part of type 'text', or remove it"
@@ -83,12 +86,13 @@ def normalize_messages(
 ) -> list[Message]:
     """Return copies of the messages in the one form that the rest of this package works with.
 
-    Every message has a known ``role`` and a string ``content``. An assistant message may have
-    ``reasoning_content`` (a non-empty string, repeated as ``thinking``, the name that some
-    templates read) and ``tool_calls`` (a non-empty list of ``{"type": "function", "function":
-    {"name": str, "arguments": dict}, ...}``). Keys whose value is None are dropped, since datasets
-    fill missing keys with None; nulls inside tool arguments are kept. A ``train`` flag stays, and a
-    ``weight``, ``loss`` or ``trainable`` of 0 or 1 becomes one.
+    Every message has a known ``role`` and a string ``content``, which is an `ImageContent` if there
+    are images in it. An assistant message may have ``reasoning_content`` (a non-empty string,
+    repeated as ``thinking``, the name that some templates read) and ``tool_calls`` (a non-empty
+    list of ``{"type": "function", "function": {"name": str, "arguments": dict}, ...}``). Keys whose
+    value is None are dropped, since datasets fill missing keys with None; nulls inside tool
+    arguments are kept. A ``train`` flag stays, and a ``weight``, ``loss`` or ``trainable`` of 0 or
+    1 becomes one.
 
     Args:
         messages: Messages in the OpenAI form.
@@ -143,6 +147,8 @@ def _normalize(
             f"has train={train!r} and role {role!r}; only an assistant's may be true, others false",
         )
     if role == "assistant":
+        if isinstance(out["content"], ImageContent):
+            _refuse(index, "is the assistant's and has an image, but models generate text only")
         _move_reasoning(out, index, inline_reasoning)
         calls = _tool_calls(out.pop("tool_calls", []), index)
         if calls:
@@ -172,16 +178,20 @@ def _refuse(index: int, problem: str) -> NoReturn:
 
 
 def _text(content: Any, index: int, part_separator: Callable[[], str]) -> str:
-    """Return the content as one string, from a string or a list of text parts."""
+    """Return the content as one string, from a string or a list of parts."""
     if not isinstance(content, str):
         if not isinstance(content, (list, tuple)):
             _refuse(
                 index,
                 f"has content of type {type(content).__name__}, expected a string or a list of "
-                "text parts",
+                "parts",
             )
-        parts = [_part_text(part, index) for part in content]
-        content = (part_separator() if len(parts) > 1 else "").join(parts)
+        parts = [_part(part, index, number) for number, part in enumerate(content)]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
+            content = ImageContent(parts)
+        else:
+            content = (part_separator() if len(parts) > 1 else "").join(texts)
     if not is_encodable(content):
         _refuse(
             index, "has content with an unpaired surrogate, which no tokenizer encodes; remove it"
@@ -189,9 +199,21 @@ def _text(content: Any, index: int, part_separator: Callable[[], str]) -> str:
     return content
 
 
-def _part_text(part: Any, index: int) -> str:
+def _part(part: Any, index: int, number: int) -> str | ImageSource:
     if isinstance(part, str):
         return part
+    if is_image_part(part):
+        try:
+            source = source_of(part)
+        except ChatFormatError as error:
+            _refuse(index, f"has an image in part {number} that can't be used: {error}")
+        if source is None:
+            _refuse(
+                index,
+                f"has a place for an image in part {number}, and no image for it: give it there, "
+                "as {'type': 'image', 'image': ..}, or in the row's column 'images'",
+            )
+        return source
     if not isinstance(part, Mapping):
         _refuse(
             index,
@@ -205,7 +227,7 @@ def _part_text(part: Any, index: int) -> str:
         _refuse(index, f"has a content part of type {kind!r} without a 'text' string; give it one")
     words = words_of(str(kind))
     remedy = next((_PART_REMEDIES[word] for word in _PART_REMEDIES if word in words), _OTHER_PART)
-    _refuse(index, f"has a content part of type {kind!r}; {remedy}")
+    _refuse(index, f"has a content part (number {number}) of type {kind!r}; {remedy}")
 
 
 def is_encodable(text: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from onepass_trl.chat.columns import EMPTY, check_columns
 from onepass_trl.chat.errors import ChatFormatError, errors_named
+from onepass_trl.chat.images import IMAGE_COLUMNS, record_images, with_images
 from onepass_trl.chat.messages import Message, with_calls
 from onepass_trl.chat.template import RESERVED
 from onepass_trl.chat.turns import TrainOn
@@ -32,7 +33,7 @@ _FORMS = (
     "(ShareGPT); 'text'; 'input_ids'; 'passes' as a list of {'input_ids', 'labels'}"
 )
 _WITH_MESSAGES = ("system", "tools", "chat_template_kwargs")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,22 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
     The forms, the first that the record has being taken: ``messages``; ``prompt`` and
     ``completion`` as lists of messages, of which only the completion's turns are trained;
     ``conversations`` (ShareGPT: ``from`` and ``value``, or ``role`` and ``content``). Next to it
-    the record may have ``system``, the text of a system message that comes first, ``tools`` and
-    ``chat_template_kwargs``.
+    the record may have ``system``, the text of a system message that comes first, ``tools``,
+    ``chat_template_kwargs``, and ``image`` or ``images``, see
+    `onepass_trl.chat.images.with_images`.
 
     Args:
         record: A record as plain Python. Those of datasets may have to become that first: see
             `onepass_trl.preparation.nulls.read_record`.
 
     Raises:
-        ChatFormatError: if the record has none of these forms, images, something that can't be
+        ChatFormatError: if the record has none of these forms, videos, something that can't be
             read, or a column that isn't read and may change what is trained.
 
     >>> read_conversation({"conversations": [{"from": "human", "value": "Hi"}]}).messages
     [{'role': 'user', 'content': 'Hi'}]
     """
-    _refuse_media(record)
+    refuse_media(record, _OTHER_MEDIA)
     columns = form_of(record, CONVERSATIONS)
     if not columns:
         found = [f"{name!r}{' (null)' if value is None else ''}" for name, value in record.items()]
@@ -124,7 +126,8 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
         train_on = list(range(sum(turns[: len(record["prompt"])]), sum(turns)))
         if not train_on:
             raise ChatFormatError("'completion' has no assistant message, so nothing is trained")
-    check_columns(record, (*columns, *_WITH_MESSAGES), messages)
+    check_columns(record, (*columns, *_WITH_MESSAGES, *IMAGE_COLUMNS), messages)
+    messages = with_images(messages, record_images(record))
     return Conversation(_with_system(record, messages), *_settings(record), train_on)
 
 
@@ -141,6 +144,7 @@ def read_question(record: Mapping[str, Any]) -> Question:
         ChatFormatError: if the record hasn't this form, or something can't be read; it names the
             completion.
     """
+    refuse_media(record)
     [columns] = QUESTIONS
     if missing := [column for column in columns if record.get(column) is None]:
         given = [repr(name) for name, value in record.items() if value is not None]
@@ -181,14 +185,22 @@ def _as_answer(completion: Any) -> Message:
     )
 
 
-def _refuse_media(record: Mapping[str, Any]) -> None:
-    """Raise an error for records with images, videos or audio."""
-    for column in _MEDIA:
-        if record.get(column) not in EMPTY:
+def refuse_media(
+    record: Mapping[str, Any], columns: Sequence[str] = (*IMAGE_COLUMNS, *_OTHER_MEDIA)
+) -> None:
+    """Raise an error for records with images, videos or audio in one of these columns."""
+    for column in columns:
+        if record.get(column) in EMPTY:
+            continue
+        if column in IMAGE_COLUMNS:
             raise ChatFormatError(
-                f"the row has images, video or audio in column {column!r}, which aren't supported, "
-                "only text; train it with TRL's SFTTrainer or remove the column"
+                f"the row has column {column!r}, but images can only be trained in a conversation: "
+                "give the row as 'messages', or remove the column"
             )
+        raise ChatFormatError(
+            f"the row has column {column!r}, but video and audio aren't supported: train the row "
+            "with TRL's SFTTrainer, or remove the column"
+        )
 
 
 def _message_list(record: Mapping[str, Any], column: str) -> list[Message]:

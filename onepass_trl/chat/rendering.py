@@ -5,24 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from onepass_trl.chat.encoding import (
-    AddedTokens,
     Ids,
     encode_after,
     encode_alone,
     encode_views,
 )
 from onepass_trl.chat.errors import ChatFormatError
+from onepass_trl.chat.images import images_of
 from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.chat.turns import InvalidTurn, TrainOn, TurnContext, TurnRenderer, TurnTexts, valid
-from onepass_trl.passes import Pass
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from onepass_trl.passes import ImageSpan, Pass
 
 
 def render_passes(
@@ -120,7 +117,7 @@ def render_each_turn(
     valid = [turn for turn in turns if isinstance(turn, TurnTexts)]
     if valid:
         renderer.context(normal[: valid[-1].index]).report_left_out()
-    passes = iter(_passes(valid, renderer.tokenizer, renderer.added))
+    passes = iter(_passes(valid, renderer))
     return [
         RenderedTurn(**vars(turn), rendered=next(passes)) if isinstance(turn, TurnTexts) else turn
         for turn in turns
@@ -151,6 +148,11 @@ def render_answers(
         except ChatFormatError as error:
             turns.append(InvalidTurn(error))
             continue
+        if images_of(normal):
+            raise ChatFormatError(
+                "the question has images, but several answers to one question can only be trained "
+                "without: train each answer as a conversation, or remove the images"
+            )
         context = context or renderer.context(normal[: last.index])
         turns.append(renderer.turn(context, normal[last.index], last))
     if context and any(isinstance(turn, TurnTexts) for turn in turns):
@@ -158,12 +160,11 @@ def render_answers(
     return turns
 
 
-def _passes(
-    turns: Sequence[TurnTexts], tokenizer: PreTrainedTokenizerBase, added: AddedTokens
-) -> list[Pass]:
+def _passes(turns: Sequence[TurnTexts], renderer: TurnRenderer) -> list[Pass]:
     """Return the pass of each turn of a conversation, tokenized."""
     if not turns:
         return []
+    tokenizer, added = renderer.tokenizer, renderer.added
     contexts = [turn.context for turn in turns]
     completions = [turn.completion for turn in turns]
     # What a turn generates appears in later contexts too, as a rule: its pieces are encoded once.
@@ -175,14 +176,17 @@ def _passes(
             encode_after(tokenizer, context, completion)
             for context, completion in zip(contexts, completions, strict=True)
         ]
-    passes = [_pass(*parts) for parts in zip(ids, completion_ids, strict=True)]
+    context_ids = list(ids)
     [first_ids] = encode_alone(tokenizer, contexts[:1])
-    if not np.array_equal(passes[0].token_ids[~passes[0].trained], first_ids):
+    if not np.array_equal(context_ids[0], first_ids):
         raise AssertionError(f"the pieces of a text don't give its ids with {tokenizer!r}")
-    return passes
+    return [
+        _pass(*renderer.with_images(context, turn), completion)
+        for context, turn, completion in zip(context_ids, turns, completion_ids, strict=True)
+    ]
 
 
-def _pass(context: Ids, completion: Ids) -> Pass:
+def _pass(context: Ids, images: Sequence[ImageSpan], completion: Ids) -> Pass:
     trained = np.zeros(context.size + completion.size, dtype=np.bool_)
     trained[context.size :] = True
-    return Pass(np.concatenate([context, completion]), trained)
+    return Pass(np.concatenate([context, completion]), trained, images)

@@ -20,16 +20,19 @@ from onepass_trl.chat.checks import (
     with_stand_ins,
     without_prompt,
 )
-from onepass_trl.chat.encoding import added_tokens
+from onepass_trl.chat.encoding import Ids, added_tokens
 from onepass_trl.chat.endings import Ending, find_ending
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
 from onepass_trl.chat.families import Turn, family_of
+from onepass_trl.chat.images import ImageContent, images_of, put_images
 from onepass_trl.chat.joining import Joined, join_turns
 from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN
 from onepass_trl.chat.messages import Message, normalize_messages, with_text_arguments
 from onepass_trl.chat.processing import ProcessingClass, tokenizer_of
 from onepass_trl.chat.template import Template
 from onepass_trl.chat.unread import check_keys, report_left_out
+from onepass_trl.passes import ImageSource, ImageSpan
+from onepass_trl.vision import ImageError, vision_of
 
 TrainOn: TypeAlias = Literal["all", "last"] | Sequence[int]
 Turns = TypeVar("Turns")
@@ -56,7 +59,7 @@ class TurnTexts:
             parts of one turn are joined.
         number: The turn's number among the assistant messages of the conversation, from 0; that of
             its last part if it was joined.
-        context: What inference would feed before the turn.
+        context: What inference would feed before the turn, with a placeholder for each image.
         completion: What the model must generate after it.
         name: What to call the turn in messages.
         template: The Jinja source of the chat template.
@@ -143,6 +146,8 @@ class TurnRenderer:
         self._reads_reasoning = self._family.reads_reasoning(self._template)
         self._has_marks = THINK_CLOSE in self._template.source.texts
         self._endings: dict[_Shape, Ending] = {}
+        self._vision = vision_of(processing_class)
+        self._image_tokens: dict[ImageSource, Ids] = {}
 
     def read(
         self, messages: Sequence[Mapping[str, Any]], train_on: TrainOn
@@ -153,6 +158,8 @@ class TurnRenderer:
             inline_reasoning=self._reads_reasoning,
             part_separator=lambda: self._template.part_separator,
         )
+        for index, message in enumerate(normal):
+            self._read_images(index, images_of([message]))
         joined = join_turns(normal)
         trained = _turns_to_train(joined, _trained_turns(normal, train_on))
         for message, _ in joined:
@@ -160,6 +167,44 @@ class TurnRenderer:
         together = [message for message, _ in joined]
         check_keys(self._template, together)
         return together, trained
+
+    def _read_images(self, index: int, images: Sequence[ImageSource]) -> None:
+        if images and self._vision is None:
+            raise ChatFormatError(
+                f"message {index} has an image, but {type(self.tokenizer).__name__} can't process "
+                "images: pass the processor of a model that sees them, or remove the image"
+            )
+        for number, image in enumerate(images):
+            try:
+                self._image_tokens[image] = self._tokens_of(image)
+            except ImageError as error:
+                raise ChatFormatError(f"message {index}, image {number}: {error}") from error
+
+    def _tokens_of(self, image: ImageSource) -> Ids:
+        """Return the ids that the processor puts in the place of an image's placeholder."""
+        assert self._vision is not None
+        ids = self._vision.tokens(image)
+        ends = self.tokenizer.convert_ids_to_tokens(ids[[0, -1]].tolist())
+        boundary = self.added.boundary
+        if boundary is None or not all(map(boundary.fullmatch, [*ends, self._vision.placeholder])):
+            raise ImageError(
+                f"the tokens of an image ({ends[0]!r} to {ends[1]!r}) must begin and end in added "
+                "tokens at which the tokenizer cuts texts, as those of other processors do"
+            )
+        return ids
+
+    def with_images(self, token_ids: Ids, turn: TurnTexts) -> tuple[Ids, list[ImageSpan]]:
+        """Return the context of a turn with the tokens of its images, and where these are.
+
+        Args:
+            token_ids: ``(num_tokens,)``, of its text.
+            turn: The turn.
+        """
+        images = [(image, self._image_tokens[image]) for image in images_of(turn.messages)]
+        if not images:
+            return token_ids, []
+        assert self._vision is not None
+        return put_images(token_ids, self._vision.placeholder_id, images)
 
     def context(self, messages: Sequence[Message]) -> TurnContext:
         """Return messages in their normal form as a context."""
@@ -169,8 +214,11 @@ class TurnRenderer:
         """Return the message as the template takes it."""
         if "tool_calls" in message and self._template.takes_text_arguments:
             message = with_text_arguments(message)
-        if self._template.takes_only_parts:
-            message = {**message, "content": [{"type": "text", "text": message["content"]}]}
+        content = message["content"]
+        if isinstance(content, ImageContent):
+            message = {**message, "content": content.for_template()}
+        elif self._template.takes_only_parts:
+            message = {**message, "content": [{"type": "text", "text": content}]}
         return message
 
     def turns(
@@ -242,6 +290,7 @@ class TurnRenderer:
     def _completion(self, context: TurnContext, message: Message) -> str:
         if not context.text:
             raise TurnError(_NOTHING_BEFORE)
+        self._check_places(context)
         completion = self._written(context, message)
         shape = _Shape.of(context, message)
         if shape not in self._endings:
@@ -251,6 +300,19 @@ class TurnRenderer:
             check_marks(context.text, completion)
         generated = without_prompt(context.text, message)
         return completion[: end_of_turn(completion, generated, self.added.special)]
+
+    def _check_places(self, context: TurnContext) -> None:
+        """Raise TurnError unless a context has a placeholder for each image before it."""
+        if self._vision is None:
+            return
+        placeholder, images = self._vision.placeholder, images_of(context.messages)
+        num_places = context.text.count(placeholder)
+        if num_places != len(images):
+            raise TurnError(
+                f"the text before it has {num_places} times {placeholder!r}, the place of an "
+                f"image, and the messages have {len(images)} images: use a chat template that "
+                "writes it once for each image, and remove it from the texts of messages"
+            )
 
     def _written(self, context: TurnContext, message: Message) -> str:
         """Return what the template writes for a message after its context."""

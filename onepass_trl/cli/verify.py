@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from onepass_trl.cli import Parser
 
 if TYPE_CHECKING:
+    from onepass_trl.chat.processing import ProcessingClass
     from onepass_trl.tools.verify import Comparison
 
 _HEADER = (
@@ -22,19 +23,17 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     from tqdm import tqdm
 
-    from onepass_trl.chat.processing import tokenizer_of
     from onepass_trl.cli.arguments import load_processing_class
     from onepass_trl.cli.conversations import load_passes
     from onepass_trl.tools.verify import compare
 
     processing_class = load_processing_class(options)
     conversations = load_passes(options, processing_class)
-    model = _load_model(options, len(tokenizer_of(processing_class)))
-    compare(
-        model, conversations[0][:1]
-    )  # not reported: the first use allocates, compiles and starts threads
+    model = _load_model(options, processing_class)
+    # Not reported: the first use allocates, compiles and starts threads.
+    compare(model, conversations[0][:1], processing_class)
     comparisons = [
-        compare(model, passes)
+        compare(model, passes, processing_class)
         for passes in tqdm(conversations, desc="verify", unit="conversation", leave=False)
     ]
     print(format_table(comparisons))
@@ -129,21 +128,26 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _load_model(options: argparse.Namespace, num_tokens: int) -> Any:
+def _load_model(options: argparse.Namespace, processing_class: ProcessingClass) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, set_seed
 
+    from onepass_trl.attention.image_models import IMAGE_MODELS
+    from onepass_trl.chat.processing import tokenizer_of
     from onepass_trl.cli.arguments import read_config, reading
 
+    config = read_config(options.model_name_or_path)
+    sees_images = config.model_type in IMAGE_MODELS
+    auto_model = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
+    num_tokens = len(tokenizer_of(processing_class))
     dtype = getattr(torch, options.dtype)
     if options.model_from_config:
         set_seed(0)
-        config = read_config(options.model_name_or_path)
         with reading("the configuration of", options.model_name_or_path):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_model.from_config(config, dtype=dtype)
     else:
         with reading("the weights of", options.model_name_or_path):
-            model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=dtype)
+            model = auto_model.from_pretrained(options.model_name_or_path, dtype=dtype)
     if model.get_input_embeddings().num_embeddings < num_tokens:  # some came with a chat template
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")

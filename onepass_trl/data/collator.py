@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from onepass_trl.data.image_positions import position_planes
 from onepass_trl.data.layout import TOKEN_COLUMNS, Layout, concatenate
 from onepass_trl.data.row_check import check_rows
 from onepass_trl.passes import IGNORE_INDEX
+from onepass_trl.vision import Vision
 
-MODEL_INPUTS = ("input_ids", "position_ids", "shift_labels", "visible_end")
-"""What a model gets from a batch to compute the log-probabilities of its targets."""
+ABOUT_ROWS = ("weights", "multiplicity", "attention_mask", "num_turns", "row_lengths")
+"""What a batch has for the loss and the metrics. The model gets all else."""
 
 _PADDING_RUN = 64  # tokens
 _DTYPES = {
@@ -44,12 +47,20 @@ class OnePassCollator:
     - ``num_turns``, ``row_lengths`` (in tokens): int64, ``(batch, 1)``, or ``(1, num_rows)`` if
       padding-free
 
+    and, if rows have images, what the model gets of these, in the order of their tokens:
+    ``pixel_values`` and whatever else the processor returns. Images are read and processed here,
+    each once for every place that it has in a row.
+
     Args:
         pad_token_id: id of the padding tokens; any id of the vocabulary does.
         padding_free: put all rows one after another into a single row instead of padding them to
             the same length.
         pad_to_multiple_of: pad the sequence to a multiple of this.
         vocab_size: refuse token ids and targets that aren't less; None takes any.
+        vision: processes the images of rows; None refuses rows with images.
+        planes: whether the model's rotary embeddings have a plane for each axis of an
+            image. Then ``position_ids`` are ``(4, batch, seq)`` if there are images: of the text,
+            time, height and width.
 
     >>> from onepass_trl import Pass, build_tree, linearize
     >>> long = linearize(build_tree([Pass([1, 2, 3], [0, 1, 1])]))
@@ -72,6 +83,8 @@ class OnePassCollator:
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
     vocab_size: int | None = None
+    vision: Vision | None = None
+    planes: bool = False
 
     def __post_init__(self) -> None:
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
@@ -115,7 +128,33 @@ class OnePassCollator:
                 batch[name].numpy()[index, : len(layout)] = getattr(layout, name)
         lengths = row_lengths.sum(dim=1, keepdim=True)
         batch["attention_mask"] = (torch.arange(length) < lengths).long()
+        batch |= self._of_images(layouts, batch["position_ids"])
         return {**batch, "num_turns": num_turns, "row_lengths": row_lengths}
+
+    def _of_images(
+        self, layouts: Sequence[Layout], position_ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return what the model gets of the images, and the positions that follow from them."""
+        sources = [span.source for layout in layouts for span in layout.images]
+        if not sources:
+            return {}
+        if self.vision is None:
+            raise ValueError(
+                "a row of the batch has images, which need the model's processor: give it to the "
+                "trainer as processing_class, or OnePassCollator "
+                "vision=onepass_trl.vision.vision_of(processor)"
+            )
+        inputs = self.vision.inputs(sources)
+        if self.planes:
+            grids = iter(inputs["image_grid_thw"].tolist())
+            position_ids = position_ids.repeat(4, 1, 1)
+            for index, layout in enumerate(layouts):
+                of_row = list(itertools.islice(grids, len(layout.images)))
+                position_ids.numpy()[:, index, : len(layout)] = position_planes(
+                    layout, of_row, self.vision.merge_size
+                )
+            inputs["position_ids"] = position_ids
+        return inputs
 
     def _check_vocabulary(self, layouts: Sequence[Layout]) -> None:
         for number, layout in enumerate(layouts if self.vocab_size is not None else ()):
@@ -154,4 +193,18 @@ def as_layout(row: Mapping[str, Any], name: str = "the row") -> Layout:
         column: values.astype(np.float32 if column == "weights" else np.int32, copy=False)
         for column, values in given.items()
     }
-    return Layout(**arrays, num_turns=int(row["num_turns"]))
+    layout = Layout.from_columns({**row, **arrays, "num_turns": int(row["num_turns"])})
+    end = 0
+    for span in layout.images:
+        if not end <= span.begin < span.end <= len(layout):
+            raise ValueError(
+                f"{name} has an image in tokens {span.begin} to {span.end}, expected images in "
+                f"order within its {len(layout)} tokens"
+            )
+        end = span.end
+    return layout
+
+
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what a model gets from a batch to compute the log-probabilities of its targets."""
+    return {name: values for name, values in batch.items() if name not in ABOUT_ROWS}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onepass_trl.data.tree import ROOT, TokenTree
-from onepass_trl.passes import IGNORE_INDEX, Pass
+from onepass_trl.passes import IGNORE_INDEX, ImageSource, ImageSpan, Pass
 
 
 @dataclass(eq=False)
@@ -30,6 +30,7 @@ class Layout:
         multiplicity: int32, how many passes hold this token; 0 for fork copies. Its sum is what
             N-pass would compute.
         num_turns: how many passes the row trains.
+        images: the spans of the row's images, in order.
     """
 
     input_ids: NDArray[np.int32]
@@ -39,9 +40,32 @@ class Layout:
     visible_end: NDArray[np.int32]
     multiplicity: NDArray[np.int32]
     num_turns: int
+    images: tuple[ImageSpan, ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.size
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns of a dataset's row; that of the images is ``image_spans``."""
+        spans = [
+            {"begin": span.begin, "end": span.end, **vars(span.source)} for span in self.images
+        ]
+        values = {name: value for name, value in vars(self).items() if name != "images"}
+        return {**values, "image_spans": spans}
+
+    @classmethod
+    def from_columns(cls, row: Mapping[str, Any]) -> Layout:
+        """Return the row that has these columns."""
+        values = {name: row[name] for name in (*TOKEN_COLUMNS, "num_turns")}
+        spans = [
+            ImageSpan(
+                int(span["begin"]),
+                int(span["end"]),
+                ImageSource(span["path"], span["content"]),
+            )
+            for span in row.get("image_spans", ())
+        ]
+        return cls(**values, images=tuple(spans))
 
 
 TOKEN_COLUMNS = (
@@ -84,6 +108,7 @@ def linearize(tree: TokenTree) -> Layout:
         multiplicity=np.empty(length, dtype=np.int32),
         num_turns=tree.num_passes,
     )
+    images: list[ImageSpan] = []
     for index, depth, _, begin, end in node_spans(tree):
         node = tree.nodes[index]
         num_tokens = node.token_ids.size
@@ -100,6 +125,8 @@ def linearize(tree: TokenTree) -> Layout:
         row.visible_end[copies] = np.arange(copies.start + 1, copies.stop + 1)
         row.multiplicity[begin:end] = node.multiplicity
         row.multiplicity[copies] = 0
+        images.extend(span.shifted(begin) for span in node.images)
+    row.images = tuple(images)
     for node, positions in zip(tree.nodes, _target_positions(tree), strict=True):
         is_target = positions >= 0
         row.shift_labels[positions[is_target]] = node.token_ids[is_target]
@@ -187,7 +214,12 @@ def concatenate(rows: Sequence[Layout]) -> Layout:
     arrays["visible_end"] = np.concatenate(
         [row.visible_end + np.int32(start) for row, start in zip(rows, starts, strict=True)]
     )
-    return Layout(**arrays, num_turns=sum(row.num_turns for row in rows))
+    images = [
+        span.shifted(int(start))
+        for row, start in zip(rows, starts, strict=True)
+        for span in row.images
+    ]
+    return Layout(**arrays, num_turns=sum(row.num_turns for row in rows), images=tuple(images))
 
 
 def trained_ids(row: Layout) -> NDArray[np.int32]:
@@ -235,8 +267,23 @@ def separate(row: Layout) -> Iterator[Layout]:
         end = int(row.visible_end[first])
         arrays = {name: getattr(row, name)[begin:end] for name in TOKEN_COLUMNS}
         arrays["visible_end"] = arrays["visible_end"] - np.int32(begin)
-        yield Layout(**arrays, num_turns=0)
+        images = [span.shifted(-begin) for span in row.images if begin <= span.begin < end]
+        yield Layout(**arrays, num_turns=0, images=tuple(images))
         begin = end
+
+
+def images_on(row: Layout, path: NDArray[np.int64]) -> tuple[ImageSpan, ...]:
+    """Return the spans of a row's images on a path of it, as indices into the path.
+
+    Args:
+        path: indices of the row, in order, that have all or nothing of each image.
+    """
+    on_path = np.isin([span.begin for span in row.images], path)
+    spans = [span for span, on in zip(row.images, on_path, strict=True) if on]
+    begins = np.searchsorted(path, [span.begin for span in spans]).tolist()
+    return tuple(
+        span.shifted(begin - span.begin) for span, begin in zip(spans, begins, strict=True)
+    )
 
 
 def target_paths(row: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

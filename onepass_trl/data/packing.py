@@ -56,7 +56,7 @@ def limit_passes(
 
     Args:
         overflow: ``"truncate"`` keeps the first `max_length` tokens of a pass (as ``SFTTrainer``
-            does), ``"drop"`` leaves the pass out, ``"error"`` raises.
+            does) without cutting an image, ``"drop"`` leaves the pass out, ``"error"`` raises.
 
     Raises:
         PassTooLongError: under ``"error"``, if a pass is longer.
@@ -86,9 +86,10 @@ def limit_passes(
             )
         lost.num_passes += 1
         remaining = pass_.num_trained
-        if overflow == "truncate" and pass_.trained[:max_length].any():
-            kept.append(Pass(pass_.token_ids[:max_length], pass_.trained[:max_length]))
-            remaining -= kept[-1].num_trained
+        shorter = pass_.first(max_length) if overflow == "truncate" else None
+        if shorter is not None:
+            kept.append(shorter)
+            remaining -= shorter.num_trained
         else:
             lost.num_lost_turns += 1
         lost.num_lost_tokens += remaining

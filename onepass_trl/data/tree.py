@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onepass_trl.passes import Pass
+from onepass_trl.passes import ImageSource, ImageSpan, Pass
 
 ROOT = 0
 
@@ -19,14 +20,19 @@ class Node:
 
     Attributes:
         token_ids: ``(num_tokens,)`` int32; empty for the root only.
+        keys: ``(num_tokens,)`` int32 or int64, what passes must have in common to share a token:
+            its id, and for a token of an image the image too.
         weights: ``(num_tokens,)`` int32, in how many passes each token is trained.
         multiplicity: how many passes go through this node.
-        children: index of each child node by its first token.
+        images: the spans of the node's images, which are never divided between nodes.
+        children: index of each child node by the key of its first token.
     """
 
     token_ids: NDArray[np.int32]
+    keys: NDArray[np.int32] | NDArray[np.int64]
     weights: NDArray[np.int32]
     multiplicity: int
+    images: tuple[ImageSpan, ...] = ()
     children: dict[int, int] = field(default_factory=dict)
 
 
@@ -40,8 +46,9 @@ class TokenTree:
 
     def __init__(self) -> None:
         empty = np.empty(0, dtype=np.int32)
-        self.nodes = [Node(empty, empty, 0)]
+        self.nodes = [Node(empty, empty, empty, 0)]
         self.num_passes = 0
+        self._images: dict[ImageSource, int] = {}  # numbered from 1
 
     def insert(self, pass_: Pass) -> int:
         """Merge one pass into the tree and return the index of the node in which it ends.
@@ -49,16 +56,19 @@ class TokenTree:
         The index stays valid when later passes split that node.
         """
         nodes, ids, trained = self.nodes, pass_.token_ids, pass_.trained
+        keys = self._keys(pass_)
         self.num_passes += 1
         nodes[ROOT].multiplicity += 1
         index, offset = ROOT, 0
         while offset < ids.size:
-            child = nodes[index].children.get(int(ids[offset]))
+            child = nodes[index].children.get(int(keys[offset]))
             if child is None:
-                nodes.append(Node(ids[offset:], trained[offset:].astype(np.int32), 1))
-                nodes[index].children[int(ids[offset])] = len(nodes) - 1
+                weights = trained[offset:].astype(np.int32)
+                images = tuple(s.shifted(-offset) for s in pass_.images if s.begin >= offset)
+                nodes.append(Node(ids[offset:], keys[offset:], weights, 1, images))
+                nodes[index].children[int(keys[offset])] = len(nodes) - 1
                 return len(nodes) - 1
-            shared = _common_prefix_length(nodes[child].token_ids, ids[offset:])
+            shared = _common_prefix_length(nodes[child].keys, keys[offset:])
             if shared < nodes[child].token_ids.size:
                 child = self._split(index, child, shared)
             nodes[child].weights += trained[offset : offset + shared]
@@ -66,14 +76,33 @@ class TokenTree:
             index, offset = child, offset + shared
         return index
 
+    def _keys(self, pass_: Pass) -> NDArray[np.int32] | NDArray[np.int64]:
+        """Return the keys of a pass's tokens, see `Node`."""
+        if not pass_.images:
+            return pass_.token_ids
+        keys = pass_.token_ids.astype(np.int64)
+        for span in pass_.images:
+            number = self._images.setdefault(span.source, len(self._images) + 1)
+            keys[span.begin : span.end] += number << 32  # above the bits of an id
+        return keys
+
     def _split(self, parent: int, index: int, length: int) -> int:
         """Move a node's first `length` tokens into a new node above it; return the new index."""
         node = self.nodes[index]
-        upper = Node(node.token_ids[:length], node.weights[:length].copy(), node.multiplicity)
-        node.token_ids, node.weights = node.token_ids[length:], node.weights[length:].copy()
-        upper.children[int(node.token_ids[0])] = index
+        upper = Node(
+            node.token_ids[:length],
+            node.keys[:length],
+            node.weights[:length].copy(),
+            node.multiplicity,
+            tuple(span for span in node.images if span.begin < length),
+        )
+        assert all(span.end <= length for span in upper.images), "one image has two lengths"
+        node.images = tuple(s.shifted(-length) for s in node.images if s.begin >= length)
+        node.token_ids, node.keys = node.token_ids[length:], node.keys[length:]
+        node.weights = node.weights[length:].copy()
+        upper.children[int(node.keys[0])] = index
         self.nodes.append(upper)
-        self.nodes[parent].children[int(upper.token_ids[0])] = len(self.nodes) - 1
+        self.nodes[parent].children[int(upper.keys[0])] = len(self.nodes) - 1
         return len(self.nodes) - 1
 
     def paths(self, ends: Sequence[int]) -> list[list[int]]:
@@ -149,7 +178,7 @@ def build_tree(passes: Sequence[Pass]) -> TokenTree:
     return tree
 
 
-def _common_prefix_length(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+def _common_prefix_length(a: NDArray[np.integer[Any]], b: NDArray[np.integer[Any]]) -> int:
     length = min(a.size, b.size)
     differs = a[:length] != b[:length]
     return int(differs.argmax()) if differs.any() else length

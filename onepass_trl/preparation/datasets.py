@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pyarrow
 import pyarrow.compute as compute
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, Image, IterableDataset, LargeList, List, Value
 
 from onepass_trl.chat.errors import TOO_DEEP
 from onepass_trl.chat.processing import ProcessingClass, chat_templates
@@ -132,6 +133,11 @@ def _made(dataset: AnyDataset, column_names: Sequence[str], maker: Maker, name: 
     if "passes" not in column_names:
         _report_unverified(maker, name)
     streaming = isinstance(dataset, IterableDataset)
+    if (
+        dataset.features is not None
+        and (stored := _as_stored(dataset.features)) != dataset.features
+    ):
+        dataset = dataset.cast(Features(stored))
     rows = dataset.map(
         _make_batch,
         batched=True,
@@ -165,6 +171,18 @@ def _made(dataset: AnyDataset, column_names: Sequence[str], maker: Maker, name: 
         )
         raise ValueError(f"{report.nothing_left(name)}: {reason}")
     return rows
+
+
+def _as_stored(feature: Any) -> Any:
+    """Return the type of columns, or of their values, with images as they are stored, not decoded.
+
+    Rows refer to the images of their records, and need none of their pixels.
+    """
+    if isinstance(feature, Mapping):
+        return {name: _as_stored(part) for name, part in feature.items()}
+    if isinstance(feature, (List, LargeList)):
+        return dataclasses.replace(feature, feature=_as_stored(feature.feature))
+    return dataclasses.replace(feature, decode=False) if isinstance(feature, Image) else feature
 
 
 def _make_batch(

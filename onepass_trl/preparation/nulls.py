@@ -29,6 +29,7 @@ _LISTS = (
     "passes",
     "images",
 )
+_OF_STRINGS = ("completions", "images")
 _CALLS = ("tool_calls", "function", "value")  # keys of arguments, the last in ShareGPT
 _PER_TOKEN = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask")
 _SETTINGS = ("tools", "chat_template_kwargs")
@@ -77,8 +78,8 @@ def read_record(
     decoded = {
         column: items
         for column, items in decoded.items()
-        # Other lists are plain text, but for completions, which may be strings.
-        if items is not None and (column == "completions" or all(map(_is_object, items)))
+        # Other lists are plain text, but for those that may hold strings.
+        if items is not None and (column in _OF_STRINGS or all(map(_is_object, items)))
     }
     read = {**record, **decoded}
     for column in _PER_TOKEN:

@@ -15,7 +15,7 @@ from onepass_trl.chat.columns import check_columns
 from onepass_trl.chat.errors import TOO_DEEP, ChatFormatError
 from onepass_trl.chat.messages import Message
 from onepass_trl.chat.processing import ProcessingClass, tokenizer_of
-from onepass_trl.chat.records import read_conversation
+from onepass_trl.chat.records import read_conversation, refuse_media
 from onepass_trl.chat.rendering import RenderedTurn, render_each_turn
 from onepass_trl.chat.turns import InvalidTurn, chosen_turns, valid
 from onepass_trl.data import (
@@ -43,6 +43,14 @@ ROW_FEATURES = {
     **{name: List(Value("int32")) for name in TOKEN_COLUMNS},
     "weights": List(Value("float32")),
     "num_turns": Value("int32"),
+    "image_spans": List(
+        {
+            "begin": Value("int32"),
+            "end": Value("int32"),
+            "path": Value("string"),
+            "content": Value("binary"),
+        }
+    ),
 }
 LABELS = {"labels": List(Value("int32"))}
 """What code for rows of ``SFTTrainer`` looks at; nothing here does. See `trained_ids`."""
@@ -108,11 +116,13 @@ def render_record(
             record, features, options.null_arguments, ignored=options.ignored_columns
         )
         if record.get("passes") is not None:
+            refuse_media(record)
             check_columns(record, ("passes",), None, is_whole=True)
             numbered = numbered_passes(record["passes"], options.train_on)
             return RenderedRecord(list(numbered.values()), list(numbered))
         sequence = sequence_of(record, tokenizer_of(tokenizer), options)
         if sequence is not None:
+            refuse_media(record)
             return RenderedRecord([sequence], sorted(chosen_turns(options.train_on, 1)))
         if options.completion_only_loss is False:
             raise ChatFormatError(
@@ -187,10 +197,16 @@ def lay_out(
 
 @dataclass(frozen=True)
 class RowMaker(Maker):
-    """Makes the rows of conversations: those of their prefix trees, in the columns of `Layout`."""
+    """Makes the rows of conversations: those of their prefix trees, in the columns of `Layout`.
+
+    Attributes:
+        no_images: why the model can't be trained on images, None if it can.
+    """
 
     features = ROW_FEATURES
     written_features: ClassVar[Mapping[str, Any]] = {**ROW_FEATURES, **LABELS}
+
+    no_images: str | None = None
 
     def make(
         self, record: Mapping[str, Any], index: int, features: Features | None
@@ -203,6 +219,8 @@ class RowMaker(Maker):
             features=features,
             verify=self.options.verifies(index),
         )
+        if self.no_images and any(pass_.images for pass_ in rendered.passes):
+            raise ChatFormatError(f"the row has images, but {self.no_images}")
         _, layouts, lost = lay_out(rendered.passes, self.options)
         invalid = [f"row {index}: {problem}" for problem in rendered.invalid]
         return [_written(layout) for layout in layouts], Report(lost, invalid)
@@ -213,7 +231,7 @@ class RowMaker(Maker):
 
     def join(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return one row that holds several, which don't see each other."""
-        layouts = [Layout(**row) for row in rows]
+        layouts = [Layout.from_columns(row) for row in rows]
         return _written(concatenate(layouts or [linearize(TokenTree())]))
 
     @staticmethod
@@ -243,7 +261,7 @@ class RowMaker(Maker):
 
 
 def _written(row: Layout) -> dict[str, Any]:
-    return {**vars(row), "labels": trained_ids(row)}
+    return {**row.columns(), "labels": trained_ids(row)}
 
 
 def _is_list(kind: pyarrow.DataType) -> bool:

@@ -121,8 +121,8 @@ def from_row(row: Mapping[str, Any]) -> list[TraceSet]:
     ids = np.split(columns["input_ids"], ends[:-1])
     trained = np.split(columns["trained"], ends[:-1])
     traces = [
-        Trace(Pass(*pass_), int(fork), int(number))
-        for *pass_, fork, number in zip(
+        Trace(Pass(pass_ids, flags), int(fork), int(number))
+        for pass_ids, flags, fork, number in zip(
             ids, trained, columns["forks"], columns["trace_numbers"], strict=True
         )
     ]

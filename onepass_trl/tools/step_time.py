@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 
 from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.data import Layout
-from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator
+from onepass_trl.data.collator import OnePassCollator, model_inputs
 from onepass_trl.passes import Pass
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import lay_out, render_record
@@ -204,7 +204,7 @@ def check_memory(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
 
 def _one_pass_batch(row: Layout, device: torch.device) -> dict[str, torch.Tensor]:
     batch = OnePassCollator()([row])
-    return {name: batch[name].to(device) for name in MODEL_INPUTS}
+    return {name: values.to(device) for name, values in model_inputs(batch).items()}
 
 
 def _n_pass_batch(pass_: Pass, device: torch.device) -> dict[str, torch.Tensor]:

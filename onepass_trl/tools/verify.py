@@ -13,9 +13,12 @@ from torch.nn import functional
 from onepass_trl.data import build_tree, linearize
 from onepass_trl.passes import Pass
 from onepass_trl.tools.bench.timing import seconds_of
+from onepass_trl.vision import Vision, ordinary_inputs, vision_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from onepass_trl.chat.processing import ProcessingClass
 
 # A gradient below this share of the whole gradient's norm is measured against that share: it is a
 # sum of larger terms that cancel (in the extreme, the gradient of a key bias without rotary
@@ -76,7 +79,11 @@ class Comparison:
         )
 
 
-def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
+def compare(
+    model: PreTrainedModel,
+    passes: Sequence[Pass],
+    processing_class: ProcessingClass | None = None,
+) -> Comparison:
     """Return how the loss and gradients of one pass differ from those of N separate passes.
 
     N-pass is one ordinary causal forward and backward for each pass, with the model's own logits
@@ -88,14 +95,16 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     Args:
         model: a causal language model of transformers.
         passes: of one conversation, see `onepass_trl.render_passes`.
+        processing_class: the model's processor, for passes with images.
 
     Raises:
         ValueError: if no token of `passes` or no parameter is trained, the model has no embedding
             for a token, or it cannot be trained in one pass.
     """
+    from onepass_trl.attention.image_models import has_position_planes, why_no_images
     from onepass_trl.attention.model_check import check_token_ids, reference_attention
-    from onepass_trl.attention.transformers_backend import use_onepass_attention
-    from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator
+    from onepass_trl.attention.transformers_backend import set_attention, use_onepass_attention
+    from onepass_trl.data.collator import OnePassCollator, model_inputs
     from onepass_trl.training import loss
 
     num_trained = sum(pass_.num_trained for pass_ in passes)
@@ -108,14 +117,18 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     check_token_ids("the conversation", max(int(p.token_ids.max()) for p in passes), model)
     loss.check_head(model)
     row = linearize(build_tree(passes))
+    vision = None if processing_class is None else vision_of(processing_class)
+    if row.images and (reason := why_no_images(model.config)):
+        raise ValueError(reason)
 
     def n_pass() -> float:
-        return sum(_backward_pass(model, pass_, num_trained) for pass_ in passes)
+        return sum(_backward_pass(model, pass_, num_trained, vision) for pass_ in passes)
 
-    batch = {name: x.to(model.device) for name, x in OnePassCollator()([row]).items()}
+    collator = OnePassCollator(vision=vision, planes=has_position_planes(model.config))
+    batch = {name: x.to(model.device) for name, x in collator([row]).items()}
 
     def one_pass() -> float:
-        outputs = loss.forward(model, {name: batch[name] for name in MODEL_INPUTS})
+        outputs = loss.forward(model, model_inputs(batch))
         weights = batch["weights"].to(outputs.log_probs.device)
         mean = loss.target_losses(outputs.log_probs, weights).sum() / num_trained
         mean.backward()
@@ -124,13 +137,13 @@ def compare(model: PreTrainedModel, passes: Sequence[Pass]) -> Comparison:
     implementation, training = model.config._attn_implementation, model.training
     model.eval()
     try:
-        model.set_attn_implementation(reference_attention(model))
+        set_attention(model, reference_attention(model))
         n_pass_loss, n_pass_gradients, n_pass_seconds = _measure(model, n_pass)
         use_onepass_attention(model)
         with loss.fused_lm_head(model):
             one_pass_loss, one_pass_gradients, one_pass_seconds = _measure(model, one_pass)
     finally:
-        model.set_attn_implementation(implementation)
+        set_attention(model, implementation)
         model.train(training)
     difference, worst = _gradient_difference(n_pass_gradients, one_pass_gradients)
     return Comparison(
@@ -163,7 +176,9 @@ def _measure(
     return losses[0], gradients, seconds
 
 
-def _backward_pass(model: PreTrainedModel, pass_: Pass, num_trained: int) -> float:
+def _backward_pass(
+    model: PreTrainedModel, pass_: Pass, num_trained: int, vision: Vision | None
+) -> float:
     """Backpropagate a pass's share of the mean loss, from the model's own logits, and return it."""
     targets = np.flatnonzero(pass_.trained)
     if targets.size == 0:
@@ -172,6 +187,7 @@ def _backward_pass(model: PreTrainedModel, pass_: Pass, num_trained: int) -> flo
         input_ids=_tensor(pass_.token_ids, model)[None].long(),
         use_cache=False,
         logits_to_keep=_tensor(targets - 1, model),
+        **ordinary_inputs(pass_.token_ids, pass_.images, vision, model.device),
     ).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     expected = _tensor(pass_.token_ids[targets], model).long()

@@ -9,11 +9,11 @@ from typing import Any, TypeVar, cast
 
 import pyarrow.compute as compute
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
-from onepass_trl.attention.model_check import check_token_ids
+from onepass_trl.attention.model_check import base_model, check_token_ids
 from onepass_trl.chat.processing import (
     MissingTorchvisionError,
     ProcessingClass,
@@ -64,6 +64,17 @@ def load_processing_class_of(
             f"{error}. Or pass the tokenizer as processing_class: checkpoints then lack the "
             "processor"
         ) from error
+
+
+def config_of(model: str | PreTrainedModel, args: OnePassSFTConfig) -> PreTrainedConfig:
+    """Return the configuration of a model, also of one inside a PEFT wrapper or not yet loaded."""
+    if not isinstance(model, str):
+        return base_model(model).config
+    return AutoConfig.from_pretrained(
+        model,
+        revision=(args.model_init_kwargs or {}).get("revision"),
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def preparation_options(args: OnePassSFTConfig, packing: bool) -> PreparationOptions:
@@ -142,16 +153,31 @@ def one_pass_model_kwargs(model_init_kwargs: dict[str, Any] | None) -> dict[str,
 
 
 def check_train_dataset(dataset: Any) -> None:
-    """Raise for a training dataset that is empty or has images."""
+    """Raise for a training dataset that is empty."""
+    if isinstance(dataset, (Dataset, IterableDataset)):  # of others SFTTrainer says what is missing
+        check_not_empty("train", dataset)
+
+
+# SFTTrainer leaves a dataset with such columns to a collator of its own, unprepared and unpacked.
+_IMAGE_COLUMNS = {column: f"onepass_{column}" for column in ("image", "images")}
+
+
+def with_hidden_images(dataset: Any) -> Any:
+    """Return a dataset with names for the columns of images that SFTTrainer doesn't know."""
+    return _renamed(dataset, _IMAGE_COLUMNS)
+
+
+def with_shown_images(dataset: Any) -> Any:
+    """Return a dataset with the usual names for the columns of images."""
+    return _renamed(dataset, {hidden: column for column, hidden in _IMAGE_COLUMNS.items()})
+
+
+def _renamed(dataset: Any, names: dict[str, str]) -> Any:
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        return  # SFTTrainer says what is missing
-    check_not_empty("train", dataset)
-    if vision := {"image", "images"} & set(get_dataset_column_names(dataset)):
-        raise ValueError(
-            f"the train dataset has the column {sorted(vision)[0]!r}: OnePassSFTTrainer trains "
-            "text conversations. Remove the column if the images don't matter, or train vision "
-            "data with SFTTrainer"
-        )
+        return dataset
+    given = set(get_dataset_column_names(dataset))
+    names = {name: new for name, new in names.items() if name in given}
+    return dataset.rename_columns(names) if names else dataset
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:

@@ -117,8 +117,13 @@ def forward_in_pieces(
         **kwargs: more arguments of the model.
 
     Raises:
-        ValueError: the inputs of the processes are not the same.
+        ValueError: the inputs of the processes are not the same, or have images.
     """
+    if "pixel_values" in inputs:
+        raise ValueError(
+            "the batch has images, and cp_size > 1 divides rows of text only: set cp_size to 1, or "
+            "remove the images"
+        )
     _check_same_batch(inputs["input_ids"], group)
     batch, seq = inputs["input_ids"].shape
     padding = -seq % group.size()

@@ -19,8 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onepass_trl.attention.model_check import base_model, reference_attention
-from onepass_trl.data.layout import Layout, separate, target_paths
+from onepass_trl.attention.transformers_backend import set_attention
+from onepass_trl.data.layout import Layout, images_on, separate, target_paths
 from onepass_trl.passes import IGNORE_INDEX
+from onepass_trl.vision import Vision, ordinary_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ def verify(
     *,
     log_probs: LogProbs,
     accelerator: Accelerator,
+    vision: Vision | None = None,
 ) -> None:
     """Raise ValueError unless one pass gives what N passes give, on one of the rows.
 
@@ -94,6 +97,7 @@ def verify(
             first one's choice counts.
         log_probs: computes rows as training does.
         accelerator: of the processes.
+        vision: processes the images of rows.
     """
     begin = time.perf_counter()
     [row] = broadcast_object_list([choose_row(rows)])
@@ -104,7 +108,7 @@ def verify(
     causal = getattr(wrapped, "_orig_mod", wrapped)
     wrapped.eval()
     try:
-        found = compare(row, log_probs, lambda row: causal_log_probs(model, row, causal))
+        found = compare(row, log_probs, lambda row: causal_log_probs(model, row, causal, vision))
     finally:
         wrapped.train()
     # All processes come to the same result, or some would wait for others that have raised.
@@ -124,14 +128,17 @@ def verify(
 
 
 def choose_row(rows: Iterable[Layout]) -> Layout | None:
-    """Return the smallest tree of `rows` that has several passes, of at most `MAX_TOKENS` tokens.
+    """Return the smallest tree of `rows` with images and several passes, of at most `MAX_TOKENS`.
 
-    If there is none, the smallest of one pass; None if all are longer.
+    If there is none with images, the smallest of several passes, else of one; None if all are
+    longer.
     """
     trees = [tree for row in rows for tree in separate(row)]
     fitting = [tree for tree in trees if len(tree) <= MAX_TOKENS and tree.weights.any()]
     return min(
-        fitting, key=lambda tree: (len(list(target_paths(tree))) == 1, len(tree)), default=None
+        fitting,
+        key=lambda tree: (not tree.images, len(list(target_paths(tree))) == 1, len(tree)),
+        default=None,
     )
 
 
@@ -170,11 +177,15 @@ def _pass_alone(row: Layout, path: NDArray[np.int64], targets: NDArray[np.int64]
         visible_end=np.full(length, length, dtype=np.int32),
         multiplicity=np.ones(length, dtype=np.int32),
         num_turns=1,
+        images=images_on(row, path),
     )
 
 
 def causal_log_probs(
-    model: PreTrainedModel, row: Layout, forward: Callable[..., Any]
+    model: PreTrainedModel,
+    row: Layout,
+    forward: Callable[..., Any],
+    vision: Vision | None = None,
 ) -> NDArray[np.float32]:
     """Return the log-probabilities of a pass's targets, ``(num_tokens,)``, 0 where there is none.
 
@@ -184,14 +195,18 @@ def causal_log_probs(
         model: the transformers model.
         row: one pass.
         forward: calls the model, which may be wrapped.
+        vision: processes the images of the pass.
     """
     is_target = row.weights > 0
     targets = torch.from_numpy(np.flatnonzero(is_target)).to(model.device)
     input_ids, labels = (
         torch.from_numpy(ids).long().to(model.device) for ids in (row.input_ids, row.shift_labels)
     )
+    images = ordinary_inputs(row.input_ids, row.images, vision, model.device)
     with _attention(model, reference_attention(model)):
-        outputs = forward(input_ids=input_ids[None], use_cache=False, logits_to_keep=targets)
+        outputs = forward(
+            input_ids=input_ids[None], use_cache=False, logits_to_keep=targets, **images
+        )
     log_probs = outputs.logits[0].float().log_softmax(-1).gather(1, labels[targets, None])[:, 0]
     out = np.zeros(len(row), dtype=np.float32)
     out[is_target] = log_probs.cpu().numpy()
@@ -201,8 +216,8 @@ def causal_log_probs(
 @contextmanager
 def _attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     before = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
+    set_attention(model, implementation)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_attention(model, before)

@@ -25,10 +25,11 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from onepass_trl import versions
+from onepass_trl.attention.image_models import has_position_planes, why_no_images
 from onepass_trl.attention.model_check import base_model, check_rotary_embedding
 from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
 from onepass_trl.chat.processing import ProcessingClass, check_template_source
-from onepass_trl.data.collator import MODEL_INPUTS, OnePassCollator, as_layout
+from onepass_trl.data.collator import ABOUT_ROWS, OnePassCollator, as_layout, model_inputs
 from onepass_trl.data.layout import Layout
 from onepass_trl.preparation.datasets import Maker, prepare_dataset
 from onepass_trl.preparation.options import PreparationOptions
@@ -41,12 +42,15 @@ from onepass_trl.training.arguments import (
     check_prepared,
     check_train_dataset,
     check_vocabulary,
+    config_of,
     load_processing_class_of,
     named_datasets,
     one_pass_model_kwargs,
     preparation_options,
     refuse_functions_of_logits,
     to_config,
+    with_hidden_images,
+    with_shown_images,
 )
 from onepass_trl.training.config import OnePassSFTConfig, check_parallelism
 from onepass_trl.training.context_parallel import (
@@ -58,6 +62,7 @@ from onepass_trl.training.finite_weights import FiniteWeights
 from onepass_trl.training.lm_head import add_fused_lm_head
 from onepass_trl.training.loss import check_head, forward, target_losses
 from onepass_trl.training.trl_advice import no_flash_attention_advice
+from onepass_trl.vision import vision_of
 
 AnyDataset: TypeAlias = "Dataset | IterableDataset"
 # The totals of training and of an evaluation that are logged, and what else is added up with them.
@@ -78,7 +83,8 @@ class OnePassSFTTrainer(SFTTrainer):
 
     Datasets have one conversation a record, in any of these forms:
 
-    - ``messages``: a list of messages
+    - ``messages``: a list of messages, with images for the models of
+      `onepass_trl.attention.image_models`
     - ``prompt`` and ``completion``: lists of messages; the turns of the completion are trained
     - ``conversations``: ShareGPT's ``from`` / ``value`` messages
     - ``passes``: lists of ``{"input_ids": .., "labels": ..}``, any sequences that share prefixes
@@ -162,12 +168,13 @@ class OnePassSFTTrainer(SFTTrainer):
             processing_class = load_processing_class_of(model, args)
         check_template_source(args.chat_template_path, processing_class)
 
+        self._why_no_images = why_no_images(config_of(model, args))
         packing = args.packing, args.eval_packing
         try:
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=train_dataset,
+                train_dataset=with_hidden_images(train_dataset),
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 callbacks=callbacks,
@@ -192,11 +199,16 @@ class OnePassSFTTrainer(SFTTrainer):
         check_rotary_embedding(self.model, args.max_length)
         for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
             check_vocabulary(name, dataset, self.model)
+        self._of_images: dict[str, Any] = {
+            "vision": None if self._why_no_images else vision_of(self.processing_class),
+            "planes": has_position_planes(base_model(self.model).config),
+        }
         self.data_collator: Any = data_collator or OnePassCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             padding_free=self.padding_free,
             pad_to_multiple_of=args.pad_to_multiple_of,
             vocab_size=getattr(self.model.get_input_embeddings(), "num_embeddings", None),
+            **self._of_images,
         )
         self.add_callback(FiniteWeights())
         self._verifies_model = args.verify_model
@@ -235,6 +247,7 @@ class OnePassSFTTrainer(SFTTrainer):
         formatting_func: Callable[..., Any] | None,
         dataset_name: str,
     ) -> AnyDataset:
+        dataset = with_shown_images(dataset)
         check_not_empty(dataset_name, dataset)
         options = preparation_options(args, packing)
         state = PartialState()
@@ -252,7 +265,7 @@ class OnePassSFTTrainer(SFTTrainer):
 
     def _maker(self, processing_class: ProcessingClass, options: PreparationOptions) -> Maker:
         """Return what makes the rows of a dataset's records."""
-        return RowMaker(processing_class, options)
+        return RowMaker(processing_class, options, self._why_no_images)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self._maker_type.features)
@@ -280,6 +293,7 @@ class OnePassSFTTrainer(SFTTrainer):
             self._first_rows(),
             log_probs=lambda row: self._log_probs(model, row),
             accelerator=self.accelerator,
+            vision=self._of_images["vision"],
         )
 
     def _first_rows(self) -> Iterator[Layout]:
@@ -288,9 +302,10 @@ class OnePassSFTTrainer(SFTTrainer):
 
     def _log_probs(self, model: torch.nn.Module, row: Layout) -> NDArray[np.float32]:
         """Return the log-probability of the target at each position of a row, ``(num_tokens,)``."""
-        collator = OnePassCollator(pad_to_multiple_of=self.args.pad_to_multiple_of)
-        batch = self._prepare_inputs(collator([row]))
-        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        collator = OnePassCollator(
+            pad_to_multiple_of=self.args.pad_to_multiple_of, **self._of_images
+        )
+        inputs: dict[str, Any] = model_inputs(self._prepare_inputs(collator([row])))
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = False
         return self._forward(model, inputs).log_probs[0, : len(row)].float().cpu().numpy()
@@ -320,10 +335,10 @@ class OnePassSFTTrainer(SFTTrainer):
                 "prediction_loss_only=True, or generate"
             )
         inputs = dict(inputs)
-        weights, multiplicity, num_turns, attention_mask = (
-            inputs.pop(key) for key in ("weights", "multiplicity", "num_turns", "attention_mask")
+        weights, multiplicity, attention_mask, num_turns, row_lengths = (
+            inputs.pop(key) for key in ABOUT_ROWS
         )
-        row_lengths, counted = inputs.pop("row_lengths"), inputs.pop("counted_rows", None)
+        counted = inputs.pop("counted_rows", None)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
             # The router statistics are means over tokens. Counting each as often as N passes would

@@ -148,7 +148,7 @@ ERRORS = [
     ({"role": "user", "content": 3}, "content of type int"),
     (
         {"role": "user", "content": [{"type": "image", "url": "x"}]},
-        "'image'; only text can be read",
+        "message 0 has an image in part 0 that can't be used: there is no file 'x'",
     ),
     (
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]},
@@ -177,8 +177,8 @@ ERRORS = [
         "nobody can read it, so remove the turn",
     ),
     ({"role": "user", "content": [{"type": "document"}]}, "'document'; give its text as a part"),
-    ({"role": "user", "content": [{"type": "input_audio"}]}, "video and audio can't"),
-    ({"role": "user", "content": [{"type": ["image"]}]}, "only text can be read"),
+    ({"role": "user", "content": [{"type": "input_audio"}]}, "only text and images can be read"),
+    ({"role": "user", "content": [{"type": ["image"]}]}, "give it as {'type': 'image'"),
     ({"role": "user", "content": [3]}, "part of type int"),
     ({"role": "user", "content": "\ud800"}, "surrogate"),
     ({"role": "user", "content": "x", "tool_calls": [1]}, "only assistant messages call tools"),
@@ -218,7 +218,10 @@ ERRORS = [
     ({"role": "assistant", "content": "", "answer": "x"}, "has 'answer' and no 'content'"),
     (calling({"function": {"name": "f", "arguments": "[1]"}}), "arguments that are list"),
     (calling({"function": {"name": "f", "arguments": "{a"}}), "aren't valid JSON"),
-    (calling({"function": {"name": "f", "arguments": '{"a":1,"a":2}'}}), "an object with the key 'a' twice"),
+    (
+        calling({"function": {"name": "f", "arguments": '{"a":1,"a":2}'}}),
+        "an object with the key 'a' twice",
+    ),
     (calling({"function": {"name": "f", "arguments": '{"a":NaN}'}}), "NaN isn't JSON"),
     (calling({"function": {"name": "f", "arguments": {"a": object()}}}), "can't be written"),
     (calling({"name": "f", "arguments": nested(101)}), "nested more than 100 levels deep"),

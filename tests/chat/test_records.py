@@ -53,8 +53,8 @@ def test_sharegpt():
 
 
 ERRORS = [
-    ({"messages": TWO_TURNS, "images": ["x"]}, "images, video or audio in column 'images'"),
-    ({"messages": TWO_TURNS, "audio": {"path": "x"}}, "images, video or audio in column 'audio'"),
+    ({"messages": TWO_TURNS, "images": ["x"]}, "image 0 of column 'images': there is no file 'x'"),
+    ({"messages": TWO_TURNS, "audio": {"path": "x"}}, "column 'audio', but video and audio aren't"),
     ({"text": "a"}, "none of the accepted forms: .*columns are 'text'"),
     ({"prompt": "a", "completion": "b"}, "column 'prompt' must be a list of message dicts"),
     ({"a": 1, "b": 2}, "none of the accepted forms: 'messages'.*columns are 'a', 'b'"),

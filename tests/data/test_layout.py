@@ -4,18 +4,55 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from onepass_trl import Pass, build_tree, linearize
+from onepass_trl import Layout, Pass, build_tree, linearize
 from onepass_trl.data import concatenate, linearize_with_targets
-from onepass_trl.data.layout import trained_ids
+from onepass_trl.data.layout import images_on, separate, target_paths, trained_ids
 from onepass_trl.visibility import check_visible_end, dense_mask
 from tests.conversations import chat_passes
-from tests.data.strategies import examples_of_passes, examples_of_row, pass_lists
+from tests.data.strategies import (
+    examples_of_passes,
+    examples_of_row,
+    image_pass_lists,
+    pass_lists,
+)
 
 
 @given(pass_lists())
 def test_a_row_trains_what_its_passes_train(passes):
     row = linearize(build_tree(passes))
     assert examples_of_row(row) == examples_of_passes(passes)
+
+
+@given(image_pass_lists())
+def test_a_row_trains_what_its_passes_with_images_train(passes):
+    """Images with the same tokens are told apart, and each is in the row as a whole."""
+    row = linearize(build_tree(passes))
+    assert examples_of_row(row) == examples_of_passes(passes)
+    assert sum(row.multiplicity[span.begin] for span in row.images) == sum(
+        len(pass_.images) for pass_ in passes
+    )
+    assert len(row.images) == len({span.begin for span in row.images})
+    assert Layout.from_columns(row.columns()).images == row.images
+
+
+@given(image_pass_lists(), image_pass_lists())
+def test_images_move_with_their_rows(first, second):
+    rows = [linearize(build_tree(passes)) for passes in (first, second)]
+    row = concatenate(rows)
+    assert examples_of_row(row) == examples_of_passes(first + second)
+    whole = [tree.images for row in rows for tree in separate(row)]
+    assert [tree.images for tree in separate(row)] == whole
+
+
+@given(image_pass_lists())
+def test_paths_have_the_images_of_their_passes(passes):
+    row = linearize(build_tree(passes))
+    spans = {pass_.images for pass_ in passes}
+    for path, targets in target_paths(row):
+        last = targets[-1] + 1  # a pass may go on after its last target
+        found = images_on(row, path)
+        assert any(found == of_pass[: len(found)] for of_pass in spans)
+        assert all(span.end <= last for span in found)
 
 
 @given(pass_lists())

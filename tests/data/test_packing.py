@@ -6,8 +6,14 @@ from hypothesis import strategies as st
 
 from onepass_trl import Pass, linearize
 from onepass_trl.data import limit_passes, pack, split_passes
+from onepass_trl.passes import ImageSource, ImageSpan
 from tests.conversations import chat_passes
-from tests.data.strategies import examples_of_passes, examples_of_row, pass_lists
+from tests.data.strategies import (
+    examples_of_passes,
+    examples_of_row,
+    image_pass_lists,
+    pass_lists,
+)
 
 
 @given(pass_lists(), st.integers(9, 14))
@@ -80,6 +86,26 @@ def test_truncate_keeps_the_start_and_counts_what_is_lost():
         2,
         5,
     )
+
+
+def test_truncating_cuts_no_image():
+    image = ImageSpan(2, 5, ImageSource("a"))
+    passes = [Pass([1, 2, 9, 9, 9, 3, 4], [0, 1, 0, 0, 0, 0, 1], [image])]
+    for max_length in (3, 4):
+        [kept], _ = limit_passes(passes, max_length, "truncate")
+        assert kept.token_ids.tolist() == [1, 2]
+        assert kept.images == ()
+    [kept], lost = limit_passes(passes, 6, "truncate")
+    assert kept.images == (image,)
+    assert (len(kept), lost.num_lost_tokens) == (6, 1)
+
+
+@given(image_pass_lists(), st.integers(10, 25))
+def test_split_trees_have_whole_images(passes, max_length):
+    kept, _ = limit_passes(passes, max_length, "drop")
+    trees = split_passes(kept, max_length) if kept else []
+    rows = [linearize(tree) for tree in trees]
+    assert sum(map(examples_of_row, rows), Counter()) == examples_of_passes(kept)
 
 
 def test_drop_leaves_whole_turns_out_and_counts_them():

@@ -67,7 +67,10 @@ def test_a_conversation_that_overflows_whole_leaves_the_others():
         ([{"text": 3}], "none of the accepted forms"),
         ([{"prompt": "a", "completion": [QUESTION]}], "'completion' must be text too"),
         ([{"question": "hello"}], "question"),
-        ([{"messages": [QUESTION], "image": "x.png"}], "images, video or audio in column 'image'"),
+        (
+            [{"messages": [QUESTION], "image": "x.png"}],
+            "image 0 of column 'image': there is no file",
+        ),
         ([{"messages": [QUESTION]}], "row 0 of the train dataset.*assistant"),
         (
             [*RECORDS, {"passes": [{"input_ids": [1, 2], "labels": [-100, 3]}]}],

@@ -38,12 +38,6 @@ def test_turns_are_parsed_back_as_trl_parses_known_templates(train, tiny_tokeniz
     assert "aren't parsed back" not in caplog.text
 
 
-def test_records_with_images_are_refused(train):
-    record = {"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}
-    with pytest.raises(ValueError, match="the train dataset has the column 'image'"):
-        train(dataset=Dataset.from_list([record]))
-
-
 def test_empty_datasets_are_errors(train):
     with pytest.raises(ValueError, match="train dataset is empty"):
         train(dataset=Dataset.from_dict({"messages": []}))

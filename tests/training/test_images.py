@@ -1,0 +1,317 @@
+"""One pass with images against N passes by the model's own forward and processor."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image, List
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from onepass_trl import OnePassCollator, OnePassSFTConfig, OnePassSFTTrainer, render_passes
+from onepass_trl.attention.image_models import IMAGE_MODELS, why_no_images
+from onepass_trl.tools import verify
+from onepass_trl.tools.verify import compare
+from onepass_trl.training.context_parallel import forward_in_pieces
+from onepass_trl.versions import checkpointing_option
+from tests.images import (
+    CHATS,
+    MODELS,
+    A,
+    B,
+    C,
+    answer,
+    make_image_model,
+    make_processor,
+    part,
+    text,
+)
+from tests.models import WINDOW, make_model
+from tests.n_pass import (
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    SGD,
+    assert_same_gradients,
+    gradients,
+)
+
+TEXT_ONLY = [{"role": "user", "content": "Hi"}, answer("Yo."), {"role": "user", "content": "Hm"}]
+TEXT_ONLY.append(answer("What?"))
+
+
+def test_every_family_is_tested():
+    assert MODELS.keys() == set(IMAGE_MODELS)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_one_pass_equals_n_passes(name, chat, monkeypatch):
+    monkeypatch.setattr(verify, "_GRADIENT_FLOOR", 1e-5)
+    model, processor = make_image_model(name), make_processor(name)
+    passes = render_passes(CHATS[chat], processor)
+    comparison = compare(model, passes, processor)
+    assert comparison.one_pass_tokens < comparison.n_pass_tokens
+    assert comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE), comparison
+
+
+def test_windows_are_measured_in_positions_of_the_text():
+    model = make_image_model(
+        "qwen2_5_vl",
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    processor = make_processor("qwen2_5_vl")
+    comparison = compare(model, render_passes(CHATS["four turns"], processor), processor)
+    assert comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE), comparison
+
+
+def n_pass_loss(model, processor, conversations):
+    """The mean loss of the trained tokens, each context and its pixels by the processor itself."""
+    total, count = torch.zeros(()), 0
+    for messages in conversations:
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        for index, pass_ in zip(turns, render_passes(messages, processor), strict=True):
+            inputs = processor.apply_chat_template(
+                messages[:index],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            completion = torch.from_numpy(pass_.token_ids[pass_.trained]).long()[None]
+            for name, more in (
+                ("input_ids", completion),
+                ("attention_mask", torch.ones_like(completion)),
+                ("mm_token_type_ids", torch.zeros_like(completion)),
+            ):
+                if name in inputs:
+                    inputs[name] = torch.cat([inputs[name], more], dim=1)
+            logits = model(**inputs, use_cache=False).logits[0, -completion.size(1) - 1 : -1]
+            log_probs = logits.log_softmax(-1).gather(1, completion[0, :, None])
+            total = total - log_probs.sum()
+            count += completion.numel()
+    return total / count
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def as_record(messages):
+    """The messages with places for images, and the images in a column."""
+    images, out = [], []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            images += [part["image"] for part in content if part["type"] == "image"]
+            content = [
+                {key: value for key, value in part.items() if key != "image"} for part in content
+            ]
+        else:
+            content = [text(content)]
+        out.append({**message, "content": content})
+    return {"messages": out, "images": images}
+
+
+def make_trainer(model, processor, records, tmp_path, **options):
+    settings = dict(
+        max_length=None,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        router_aux_loss_coef=0.0,
+        logging_steps=1,
+        per_device_train_batch_size=len(records),
+    )
+    settings[checkpointing_option()] = False
+    return OnePassSFTTrainer(
+        model,
+        OnePassSFTConfig(str(tmp_path), **{**settings, **options}),
+        train_dataset=Dataset.from_list(records),
+        processing_class=processor,
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "internvl"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(padding_free=True),
+        dict(packing=True, max_length=400),
+        dict(max_length=200),
+        dict(pad_to_multiple_of=64),
+        {checkpointing_option(): True},
+    ],
+    ids=["padded", "padding_free", "packed", "split", "multiple", "checkpointing"],
+)
+def test_a_batch_of_the_trainer_equals_n_passes(name, options, tmp_path):
+    conversations = [*CHATS.values(), TEXT_ONLY]
+    if options.get("max_length") == 200:
+        conversations = [CHATS["four turns"], CHATS["same image twice"], TEXT_ONLY]
+    reference, processor = make_image_model(name), make_processor(name)
+    trainer = make_trainer(
+        copy.deepcopy(reference),
+        processor,
+        list(map(as_record, conversations)),
+        tmp_path,
+        **options,
+    )
+    rows = list(trainer.train_dataset)
+    if options.get("max_length") == 200:
+        assert len(rows) > len(conversations)
+        assert max(len(row["input_ids"]) for row in rows) <= 200
+    if options.get("packing"):
+        assert len(rows) < len(conversations)
+
+    expected = n_pass_loss(reference, processor, conversations)
+    expected.backward()
+    batch = trainer.data_collator(rows)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=LOSS_TOLERANCE, atol=0)
+    assert_same_gradients(gradients(trainer.model), gradients(reference), floor=1e-4)
+
+
+def test_training_equals_n_pass_training(tmp_path):
+    """Two steps of SGD on all conversations, after the check of the model, and what is saved."""
+    conversations = [*CHATS.values(), TEXT_ONLY]
+    reference, processor = make_image_model("qwen3_vl"), make_processor("qwen3_vl")
+    records = list(map(as_record, conversations))
+    model = copy.deepcopy(reference)
+    trainer = make_trainer(model, processor, records, tmp_path, max_steps=2, **SGD)
+    trainer.train()
+    for _ in range(2):
+        reference.zero_grad()
+        n_pass_loss(reference, processor, conversations).backward()
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter -= 0.1 * parameter.grad
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-2")
+    for (name, trained), actual, expected in zip(
+        model.named_parameters(), saved.parameters(), reference.parameters(), strict=True
+    ):
+        torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(actual, trained, rtol=0, atol=0, msg=name)
+
+
+def test_the_check_of_the_model_sees_what_is_wrong_with_images(tmp_path, monkeypatch):
+    model, processor = make_image_model("qwen3_vl"), make_processor("qwen3_vl")
+    trainer = make_trainer(model, processor, [as_record(CHATS["four turns"])], tmp_path)
+    monkeypatch.setattr(
+        "onepass_trl.data.collator.position_planes",
+        lambda row, *_: np.tile(row.position_ids.astype(np.int64), (4, 1)),
+    )
+    with pytest.raises(ValueError, match="does not compute in one pass what it computes in"):
+        trainer.train()
+
+
+def test_adapters_are_trained(tmp_path):
+    peft = pytest.importorskip("peft")
+    reference, processor = make_image_model("qwen3_vl"), make_processor("qwen3_vl")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "qkv"], init_lora_weights=False)
+    reference = peft.get_peft_model(reference, config)
+    conversations = [CHATS["four turns"], TEXT_ONLY]
+    records = list(map(as_record, conversations))
+    trainer = make_trainer(copy.deepcopy(reference), processor, records, tmp_path)
+    expected = n_pass_loss(reference, processor, conversations)
+    expected.backward()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=LOSS_TOLERANCE, atol=0)
+    assert any("visual" in name for name in gradients(reference))
+    assert_same_gradients(gradients(trainer.model), gradients(reference))
+
+
+def test_rows_refer_to_images_and_pixels_are_loaded_in_batches(tmp_path):
+    """Paths stay paths, and bytes the bytes of the file; an image is read anew for each batch."""
+    path = tmp_path / "a.png"
+    A.save(path)
+    jpeg = io.BytesIO()
+    B.save(jpeg, "JPEG")
+    record = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "image"}, text("Same?")]},
+            {"role": "assistant", "content": [text("No.")]},
+        ],
+        "images": [{"path": str(path), "bytes": None}, {"path": None, "bytes": jpeg.getvalue()}],
+    }
+    dataset = Dataset.from_list([record]).cast_column("images", List(Image()))
+    model, processor = make_image_model("qwen3_vl"), make_processor("qwen3_vl")
+    trainer = OnePassSFTTrainer(
+        model,
+        OnePassSFTConfig(str(tmp_path / "out"), report_to="none", use_cpu=True, bf16=False),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=processor,
+    )
+    [row] = trainer.train_dataset
+    first, second = row["image_spans"]
+    assert (first["path"], first["content"]) == (str(path), None)
+    assert (second["path"], second["content"]) == (None, jpeg.getvalue())
+    batch = trainer.data_collator([row])
+    assert batch["image_grid_thw"].tolist() == [[1, 6, 10], [1, 4, 4]]
+    assert trainer.evaluate()["eval_loss"] > 0
+
+    C.resize((40, 24)).save(path)
+    again = trainer.data_collator([row])
+    assert not torch.equal(again["pixel_values"], batch["pixel_values"])
+    C.save(path)
+    with pytest.raises(ValueError, match="has 15 tokens in its row, but 1 x 6 x 3 by the proces"):
+        trainer.data_collator([row])
+    path.unlink()
+    with pytest.raises(ValueError, match=r"a\.png'\) can't be read"):
+        trainer.data_collator([row])
+
+
+def test_models_of_other_families_are_refused_with_images(tmp_path, tiny_tokenizer):
+    record = {"messages": [{"role": "user", "content": [part(A)]}, {"role": "assistant"}]}
+    record["messages"][1]["content"] = [text("Yes.")]
+    processor = make_processor("qwen3_vl")
+    with pytest.raises(
+        ValueError, match=r"\(model_type 'qwen3'\) doesn't see images in one pass, exp"
+    ):
+        make_trainer(make_model("qwen3"), processor, [record], tmp_path)
+    with pytest.raises(ValueError, match=r"message 0 has an image, but .* can't process images"):
+        make_trainer(make_model("qwen3"), tiny_tokenizer, [record], tmp_path)
+    passes = render_passes(record["messages"], processor)
+    with pytest.raises(ValueError, match="doesn't see images in one pass"):
+        compare(make_model("qwen3", vocab_size=len(processor.tokenizer)), passes, processor)
+
+
+def test_records_with_broken_images_may_be_left_out(tmp_path, caplog):
+    records = [as_record(CHATS["same image twice"]), as_record(CHATS["tool result"])]
+    records[0]["images"][0] = {"bytes": b"no image", "path": None}
+    records[0]["images"][1:] = [{"bytes": png(image), "path": None} for image in (A, A)]
+    records[1]["images"] = [{"bytes": png(image), "path": None} for image in (C, B)]
+    model, processor = make_image_model("qwen3_vl"), make_processor("qwen3_vl")
+    with pytest.raises(
+        ValueError, match=r"row 0 of the train .*message 0, image 0: the image \(8 by"
+    ):
+        make_trainer(model, processor, records, tmp_path)
+    trainer = make_trainer(model, processor, records, tmp_path, invalid_turns="drop")
+    assert [len(row["image_spans"]) for row in trainer.train_dataset] == [3]  # one in two branches
+    assert "row 0: message 0, image 0: the image (8 bytes) can't be read" in caplog.text
+
+
+def test_rows_are_not_divided_between_processes():
+    with pytest.raises(ValueError, match="has images, and cp_size > 1 divides rows of text only"):
+        forward_in_pieces(torch.nn.Identity(), None, {"pixel_values": torch.zeros(1)})
+
+
+def test_images_in_both_directions_are_refused():
+    problem = why_no_images(CONFIG_MAPPING["gemma3"]())
+    assert "the model (model_type 'gemma3') isn't proven to train images in one pass" in problem
+
+
+def test_a_collator_without_a_processor_refuses_images(tmp_path):
+    processor = make_processor("qwen3_vl")
+    trainer = make_trainer(
+        make_image_model("qwen3_vl"), processor, [as_record(CHATS["tool result"])], tmp_path
+    )
+    with pytest.raises(ValueError, match="has images, which need the model's processor"):
+        OnePassCollator()(list(trainer.train_dataset))
