@@ -16,7 +16,7 @@ ACROSS_VERSIONS := tests/test_versions.py tests/attention/test_transformers_back
   tests/cli tests/setsft/test_exactness.py tests/training/test_exactness.py tests/training/test_lm_head.py \
   tests/training/test_sequences.py tests/training/test_trainer.py
 
-.PHONY: help venv lock demo test test-all test-oldest test-newest .venv-oldest .venv-newest generated check format cuda check-cuda test-gpu carried wheel bench bench-gpu docs plots clean
+.PHONY: help venv lock demo test test-all test-oldest test-newest test-fla .venv-oldest .venv-newest .venv-fla generated check format cuda check-cuda test-gpu carried wheel bench bench-gpu docs plots clean
 
 help:
 	@echo "make venv        set up .venv with the versions of constraints.txt and build the package into it"
@@ -26,6 +26,7 @@ help:
 	@echo "make test        run the tests, but for the long ones (6 minutes on two cores)"
 	@echo "make test-oldest run a part with the oldest versions of other packages, in .venv-oldest (3 minutes)"
 	@echo "make test-newest the same with the newest, in .venv-newest"
+	@echo "make test-fla    run fla's kernels along trees in Triton's interpreter, in .venv-fla (4 minutes)"
 	@echo "make test-all    run them all, and record what the long ones guard in tests/long.json"
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make format      format Python and C++"
@@ -67,6 +68,14 @@ venv: .venv/installed
 	$(INSTALL) torch setuptools wheel ninja numpy
 	$(INSTALL) --upgrade --upgrade-strategy eager --no-build-isolation --only-deps '.[dev]'
 
+# fla makes plain models need a GPU, so it has an environment of its own; with what is built in the source tree.
+FLA := fla-core==0.6.0 triton==3.9.0
+.venv-fla: private BIN = $@/bin
+.venv-fla:
+	$(PYTHON) -m venv $@
+	$(INSTALL) --upgrade pip
+	$(INSTALL) torch transformers pytest pytest-xdist $(FLA)
+
 # Without the labels of torch's builds (+cpu, +cu130), so that each machine finds its own.
 FREEZE = -m pip freeze --all --exclude-editable | sed 's/+.*//'
 
@@ -85,13 +94,13 @@ lock:
 
 # Threads that wait sleep instead of spinning. It costs a few percent on an idle machine and is several
 # times faster on one that is busy with something else too.
-demo test test-all test-oldest test-newest: export OMP_WAIT_POLICY ?= passive
+demo test test-all test-oldest test-newest test-fla: export OMP_WAIT_POLICY ?= passive
 
 demo: venv
 	$(BIN)/python examples/demo.py
 
 # A test has one thread, and there is a process for each core.
-test test-all test-oldest test-newest: export OMP_NUM_THREADS ?= 1
+test test-all test-oldest test-newest test-fla: export OMP_NUM_THREADS ?= 1
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations 20
 
 test: venv
@@ -105,6 +114,12 @@ test-oldest: venv .venv-oldest
 test-newest: venv .venv-newest
 test-oldest test-newest:
 	$(PYTEST) $(or $(ARGS),$(ACROSS_VERSIONS))
+
+# Without tests/conftest.py, which needs TRL.
+test-fla: private BIN = .venv-fla/bin
+test-fla: export TRITON_INTERPRET = 1
+test-fla: venv .venv-fla
+	$(PYTEST) --confcutdir=tests/hybrids_fla -W default $(or $(ARGS),tests/hybrids_fla)
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -187,7 +202,7 @@ docs: venv .venv/docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-fla build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find onepass_trl -name '*.so' -delete
 	rm -f onepass_trl/_cuda.json
 	find . -name __pycache__ -prune -exec rm -rf {} +

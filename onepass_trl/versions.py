@@ -36,6 +36,24 @@ class Since(NamedTuple):
         return Version(version(self.package)) >= Version(self.version)
 
 
+class Between(NamedTuple):
+    """Versions of a package whose inside is known, from the oldest up to one that is not."""
+
+    package: str
+    oldest: str
+    before: str
+
+    def __str__(self) -> str:
+        return f"{self.package}>={self.oldest},<{self.before}"
+
+    def includes(self, installed: str) -> bool:
+        """Return whether a version is one of these."""
+        return Version(self.oldest) <= Version(installed) < Version(self.before)
+
+
+FLA = Between("flash-linear-attention", "0.6", "0.7")
+"""Of these `attention.branching.fla_backend` calls kernels that are no public interface."""
+
 FUSED_LM_HEAD = Since("trl", "1.16")
 """`add_fused_lm_head` for every device; 1.15 needs Triton. For older ones, `training.lm_head`."""
 

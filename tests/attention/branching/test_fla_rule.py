@@ -1,0 +1,98 @@
+"""When trees go through fla, and what is said where they can't. What fla computes of them is tested
+with its kernels, in tests/hybrids_fla.
+"""
+
+import logging
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from onepass_trl.attention.branching import fla_rule
+from onepass_trl.attention.branching.delta_rule import delta_rule
+
+TREE = torch.tensor([[4, 4, 3, 4]], dtype=torch.int32)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Return a function that installs a package "fla" of the given files in place of any other."""
+
+    def install(**files: str) -> None:
+        for name, text in files.items():
+            (tmp_path / "fla").mkdir(exist_ok=True)
+            (tmp_path / "fla" / f"{name}.py").write_text(text)
+
+    for module in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    for function in (fla_rule.installed_fla, fla_rule.usable_backend):
+        function.cache_clear()
+    yield install
+    for module in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        del sys.modules[module]
+    for function in (fla_rule.installed_fla, fla_rule.usable_backend):
+        function.cache_clear()
+
+
+UNUSABLE = {
+    "too old": (dict(__init__="__version__ = '0.5.2'"), "version 0.5.2, but only .*>=0.6,<0.7 is"),
+    "too new": (dict(__init__="__version__ = '0.7.0'"), "version 0.7.0, but only .*>=0.6,<0.7 is"),
+    "half installed": (dict(__init__="import no_such_module"), "ModuleNotFoundError: No module"),
+    "broken library": (dict(__init__="raise OSError('lib.so: no such file')"), "OSError: lib.so"),
+    "another Triton": (
+        dict(__init__="import torch; torch.no_such_name"),
+        "AttributeError: .*no_such_name",
+    ),
+    "no version": (dict(__init__=""), "ImportError: cannot import name '__version__'"),
+    "module missing": (
+        dict(__init__="__version__ = '0.6.1'", backends="BaseBackend = register = None"),
+        "No module named 'fla.ops'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "reason"), UNUSABLE.values(), ids=UNUSABLE)
+def test_what_trees_cannot_go_through_is_said_once_and_not_used(install, caplog, files, reason):
+    install(**files)
+    called = []
+
+    def rule(query, key, value, g, beta, **options):
+        called.append(options)
+        return value, value.new_zeros(len(value), 1, 2, 2)
+
+    x = torch.randn(1, 4, 1, 2)
+    gates = torch.zeros(1, 4, 1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            out, _ = delta_rule(rule, "rule")(x, x, x, gates, gates, visible_end=TREE)
+    assert torch.equal(out, x)
+    assert called
+    [record] = caplog.records
+    assert "doesn't take trees in one call" in record.message
+    assert re.search(reason, record.message), record.message
+
+
+def test_nothing_is_said_where_there_is_no_fla(install, caplog):
+    if fla_rule.importlib.util.find_spec("fla") is not None:
+        pytest.skip("fla is installed")
+    assert fla_rule.usable_backend() is None
+    assert fla_rule.installed_fla().detail == "not installed"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        (dict(RUNS_ON_CPU=False), "got tensors on the CPU, .*has kernels for GPUs only: move"),
+        (dict(RUNS_ON_CPU=True, MAX_KEY_DIM=256), "got keys of 320 numbers .*take at most 256"),
+    ],
+)
+def test_what_fla_has_no_kernel_for_is_refused(backend, message):
+    x, gates = torch.zeros(1, 4, 1, 320), torch.zeros(1, 4, 1)
+    with pytest.raises(ValueError, match=message):
+        fla_rule.along_tree_by_fla(
+            SimpleNamespace(**backend), "rule", TREE, (x, x, x, gates, gates), None
+        )

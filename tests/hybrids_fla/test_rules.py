@@ -1,0 +1,300 @@
+"""fla's delta rules along trees, against the recurrence itself in float64."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from fla.backends import dispatch
+from fla.ops.common import chunk_delta_h
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from onepass_trl.attention.branching import fla_backend, fla_rule, levels
+from onepass_trl.attention.branching.segments import segments_of
+from tests.attention.cases import random_visible_end
+from tests.attention.rows import chat_row
+
+GATED, KIMI = "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"
+TOLERANCE = 1e-5
+ARGUMENTS = ("query", "key", "value", "decay", "rate")
+
+
+def recurrence(query, key, value, decay, rate, parents: list[int]) -> Tensor:
+    """Return the outputs for ``(tokens, heads, ..)``, each from the state of the token before it.
+
+    Gated Delta Networks (arXiv 2412.06464), equation 10; with a decay per channel Kimi Linear's
+    (arXiv 2510.26692, equation 1).
+    """
+    repeats = value.shape[1] // query.shape[1]
+    query, key = (
+        (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).repeat_interleave(repeats, dim=1)
+        for x in (query, key)
+    )
+    query = query * query.shape[2] ** -0.5
+    decay = decay.exp()[..., None] if decay.ndim == 3 else decay.exp()[..., None, None]
+    states = {-1: value.new_zeros(value.shape[1], key.shape[2], value.shape[2])}
+    for token, parent in enumerate(parents):
+        state = states[parent] * decay[token]
+        error = value[token] - torch.einsum("hkv,hk->hv", state, key[token])
+        error = error * rate[token, :, None]
+        states[token] = state + key[token, :, :, None] * error[:, None]
+    return torch.stack(
+        [torch.einsum("hkv,hk->hv", states[t], query[t]) for t in range(len(parents))]
+    )
+
+
+class Case(NamedTuple):
+    """Inputs of a rule on a tree, the gradient of its output, and what comes of them in float64."""
+
+    name: str
+    visible_end: Tensor
+    leaves: list[Tensor]
+    dout: Tensor
+    expected: list[Tensor]
+
+    def out(self, *leaves: Tensor) -> Tensor:
+        options = dict(use_qk_l2norm_in_kernel=True, cu_seqlens=None, position_ids=None)
+        return fla_rule.along_tree_by_fla(
+            fla_rule.usable_backend(), self.name, self.visible_end, leaves, None, **options
+        )
+
+    def check(self, out: Tensor, gradients: tuple[Tensor, ...] | None = None) -> None:
+        if gradients is None:
+            gradients = torch.autograd.grad(out, self.leaves, self.dout)
+        results = zip(("out", *ARGUMENTS), (out, *gradients), self.expected, strict=True)
+        for name, actual, expected in results:
+            error = (actual.double() - expected).norm() / expected.norm()
+            assert error < TOLERANCE, (name, error)
+
+
+def make_case(name: str, visible_end: Tensor, *, key_dim: int = 16, value_dim: int = 16) -> Case:
+    heads, value_heads = (1, 1) if name == KIMI else (1, 2)
+    generator = torch.Generator().manual_seed(0)
+    shape = visible_end.shape
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*shape, *sizes, generator=generator)
+
+    channels = (key_dim,) if name == KIMI else ()
+    leaves = [
+        normal(heads, key_dim),
+        normal(heads, key_dim),
+        normal(value_heads, value_dim),
+        -0.2 * normal(value_heads, *channels).abs(),
+        normal(value_heads).sigmoid(),
+    ]
+    dout = normal(value_heads, value_dim)
+    exact = [x.double().requires_grad_() for x in leaves]
+    parents = segments_of(visible_end).token_parents.tolist()
+    out = recurrence(*(x.flatten(0, 1) for x in exact), parents).unflatten(0, shape)
+    gradients = torch.autograd.grad(out, exact, dout.double())
+    leaves = [x.requires_grad_() for x in leaves]
+    return Case(name, visible_end, leaves, dout, [out.detach(), *gradients])
+
+
+def random_rows(seed: int, batch: int, seq: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [random_visible_end(seq, generator) for _ in range(batch)]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def packed(*rows: Tensor) -> Tensor:
+    """Return one row of several, one after another."""
+    offsets = [sum(row.shape[1] for row in rows[:index]) for index in range(len(rows))]
+    return torch.cat([row + offset for row, offset in zip(rows, offsets, strict=True)], dim=1)
+
+
+SMALL = chat_row(2, 3, 10)
+LONG = torch.tensor([[90] * 4 + [82] * 78 + [90] * 8], dtype=torch.int32)  # a branch of two chunks
+ROWS: dict[str, Tensor] = {
+    "random": random_rows(seed=2, batch=2, seq=35),
+    "packed": packed(SMALL, torch.full((1, 20), 20, dtype=torch.int32), SMALL),
+    "causal": torch.full((1, 40), 40, dtype=torch.int32),
+}
+
+
+@pytest.fixture(autouse=True, params=[32])
+def chunk_size(request, monkeypatch) -> int:
+    """Small chunks, so that segments have several; fla takes 16 of the gated rule only."""
+    monkeypatch.setattr(fla_rule, "CHUNK_SIZE", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk_size", "row"),
+    [*((GATED, 16, row) for row in ROWS), (KIMI, 32, "random")],
+    indirect=["chunk_size"],
+)
+def test_a_rule_along_a_tree_is_the_recurrence(name, chunk_size, row):
+    case = make_case(name, ROWS[row], value_dim=8)
+    case.check(case.out(*case.leaves))
+
+
+@pytest.mark.parametrize("name", [GATED, KIMI])
+@pytest.mark.parametrize("chunk_size", [64], indirect=True)
+def test_chunks_of_the_size_that_models_use(name, chunk_size):
+    case = make_case(name, LONG, key_dim=24, value_dim=40)
+    case.check(case.out(*case.leaves))
+
+
+def test_half_of_the_arguments_without_gradients():
+    case = make_case(GATED, SMALL)
+    leaves = [x if i % 2 else x.detach() for i, x in enumerate(case.leaves)]
+    out = case.out(*leaves)
+    gradients = torch.autograd.grad(out, leaves[1::2], case.dout)
+    expected = case.expected[2::2]
+    for actual, exact in zip(gradients, expected, strict=True):
+        assert (actual.double() - exact).norm() < TOLERANCE * exact.norm()
+
+
+def test_without_gradients():
+    case = make_case(GATED, SMALL)
+    with torch.no_grad():
+        out = case.out(*case.leaves)
+    with torch.inference_mode():
+        assert torch.equal(case.out(*case.leaves), out)
+    assert (out.double() - case.expected[0]).norm() < TOLERANCE * case.expected[0].norm()
+
+
+def offloaded() -> torch.autograd.graph.saved_tensors_hooks:
+    """Saved tensors come back as others, as from the CPU's memory."""
+    return torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)
+
+
+@pytest.mark.parametrize("name", [GATED, KIMI])
+def test_saved_tensors_may_be_offloaded(name):
+    case = make_case(name, SMALL)
+    with offloaded():
+        out = case.out(*case.leaves)
+    case.check(out)
+
+
+@pytest.mark.parametrize(("use_reentrant", "hooks"), [(False, True), (True, False)])
+def test_activation_checkpointing(use_reentrant, hooks):
+    """Two layers, each computed again within the backward pass."""
+    case = make_case(GATED, SMALL)
+
+    def layers(run: Callable[..., Tensor]) -> Tensor:
+        query, key, value, decay, rate = case.leaves
+        value = run(query, key, value, decay, rate)
+        return run(query, key, value, decay, rate)
+
+    checkpointed = partial(checkpoint, case.out, use_reentrant=use_reentrant)
+    expected = torch.autograd.grad(layers(case.out), case.leaves, case.dout)
+    for leaf in case.leaves:
+        leaf.grad = None
+    if hooks:
+        with offloaded():
+            out = layers(checkpointed)
+    else:
+        out = layers(checkpointed)
+    out.backward(case.dout)
+    for leaf, gradient in zip(case.leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, gradient)
+
+
+def test_a_plain_call_within_a_recomputation_is_not_taken_for_the_tree():
+    """Checkpointing runs forwards between the beginning and the end of a backward pass."""
+    case = make_case(GATED, SMALL)
+    plain = []
+
+    def layer(*leaves: Tensor) -> Tensor:
+        out, _ = chunk_gated_delta_rule(*leaves, use_qk_l2norm_in_kernel=True, chunk_size=16)
+        plain.append(out.detach())
+        return case.out(*leaves) + 0 * out
+
+    out = checkpoint(layer, *case.leaves, use_reentrant=False)
+    case.check(out)
+    assert len(plain) == 2
+    assert torch.equal(*plain)
+
+
+def test_it_is_not_differentiated_twice():
+    case = make_case(GATED, SMALL)
+    with pytest.raises(RuntimeError, match="can't be differentiated twice"):
+        torch.autograd.grad(case.out(*case.leaves), case.leaves, case.dout, create_graph=True)
+
+
+def test_gradients_may_be_asked_for_twice_and_shared_by_two_calls():
+    case = make_case(GATED, SMALL)
+    out = case.out(*case.leaves) + case.out(*case.leaves)  # both get the same tensor as gradient
+    first = torch.autograd.grad(out, case.leaves, case.dout, retain_graph=True)
+    second = torch.autograd.grad(out, case.leaves, case.dout)
+    for actual, again, exact in zip(first, second, case.expected[1:], strict=True):
+        assert torch.equal(actual, again)
+        assert (actual.double() / 2 - exact).norm() < TOLERANCE * exact.norm()
+
+
+def test_layers_share_the_levels_of_a_batch(monkeypatch):
+    case = make_case(GATED, SMALL.clone())
+    made = []
+
+    class Counted(levels.Levels):
+        def __init__(self, *args):
+            made.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(levels, "Levels", Counted)
+    with torch.no_grad():
+        for _ in range(2):
+            case.out(*case.leaves)
+    assert len(made) == 1
+
+
+def test_a_call_after_an_error_is_not_taken_for_the_tree(monkeypatch):
+    """The error leaves the backward pass between its beginning and its end."""
+    case = make_case(GATED, SMALL)
+    out = case.out(*case.leaves)
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fla_backend, "_common", fail)
+        with pytest.raises(MemoryError):
+            torch.autograd.grad(out, case.leaves, case.dout)
+        with pytest.raises(MemoryError):
+            case.out(*case.leaves)
+    options = dict(use_qk_l2norm_in_kernel=True, chunk_size=16)
+    plain, _ = chunk_gated_delta_rule(*case.leaves, **options)
+    actual = torch.autograd.grad(plain, case.leaves, case.dout)
+    causal = make_case(GATED, torch.full_like(SMALL, SMALL.shape[1]))
+    causal.check(plain, actual)
+
+
+@pytest.mark.parametrize("function", ["fwd_h", "bwd_dhu"])
+def test_a_state_that_has_not_followed_the_tree_is_an_error(monkeypatch, function):
+    """As where another backend came first."""
+    verifier = f"chunk_gated_delta_rule_{function}_verifier"
+    monkeypatch.setattr(fla_backend.TreeBackend, verifier, lambda *_, **__: (False, None))
+    case = make_case(GATED, SMALL)
+    with pytest.raises(RuntimeError, match=f"has not called chunk_gated_delta_rule_{function}"):
+        torch.autograd.grad(case.out(*case.leaves), case.leaves, case.dout)
+
+
+FUNCTION, KERNEL = "chunk_gated_delta_rule_bwd_dhu", fla_backend._FORWARD_KERNEL
+CHANGES = {
+    "another signature": (FUNCTION, dispatch("common")(lambda k, w: None), r"takes \(k, w\)"),
+    "no dispatch": (
+        FUNCTION,
+        inspect.unwrap(chunk_delta_h.chunk_gated_delta_rule_bwd_dhu),
+        f"{FUNCTION} takes no backends .*FLA_DISABLE_BACKEND_DISPATCH=1",
+    ),
+    "another kernel": (KERNEL, SimpleNamespace(arg_names=["k", "h"]), rf"{KERNEL} takes \(k, h\)"),
+    "no kernel": (KERNEL, None, f"there is no {KERNEL}"),
+}
+
+
+@pytest.mark.parametrize(("name", "changed", "reason"), CHANGES.values(), ids=CHANGES)
+def test_a_change_inside_fla_is_noticed(monkeypatch, name, changed, reason):
+    assert fla_backend.difference() is None
+    monkeypatch.setattr(chunk_delta_h, name, changed)
+    assert re.search(reason, fla_backend.difference())
