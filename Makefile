@@ -118,8 +118,9 @@ test-oldest test-newest:
 # Without tests/conftest.py, which needs TRL.
 test-fla: private BIN = .venv-fla/bin
 test-fla: export TRITON_INTERPRET = 1
+test-fla: export ONEPASS_TEST_GPU_DRY_RUN = 1
 test-fla: venv .venv-fla
-	$(PYTEST) --confcutdir=tests/hybrids_fla -W default $(or $(ARGS),tests/hybrids_fla)
+	$(PYTEST) --confcutdir=tests/hybrids_fla -W default $(or $(ARGS),tests/hybrids_fla tests/gpu/test_fla.py)
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "threads", f"{torch.get_num_threads()} (of {os.cpu_count()} CPUs)"
     yield from _devices()
     yield from _attention()
+    yield from _recurrences()
 
 
 def _checks() -> Iterator[tuple[str, str, str, str]]:
@@ -131,3 +133,32 @@ def _attention() -> Iterator[tuple[str, str]]:
     for status in available_impls():
         state = f"usable on {', '.join(status.devices)}" if status.devices else "not usable"
         yield f"attention {status.name}", f"{state} ({status.detail})"
+
+
+# Layers, and the module and package whose kernels transformers calls for them where they are there.
+_KERNELS = (
+    ("Mamba 2", "mamba_ssm", "mamba-ssm"),
+    ("short convolutions", "causal_conv1d", "causal-conv1d"),
+)
+
+
+def _recurrences() -> Iterator[tuple[str, str]]:
+    """Who computes the layers that carry state."""
+    from onepass_trl.attention.branching.fla_rule import installed_fla
+
+    fla = installed_fla()
+    what = "a tree" if fla.backend is not None else "segments of equal depth and length"
+    yield "linear attention", f"a call for {what} (flash-linear-attention: {fla.detail})"
+    for layers, module, package in _KERNELS:
+        yield layers, _kernels_of(module, package)
+
+
+def _kernels_of(module: str, package: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return f"PyTorch ({package} is not installed)"
+    try:
+        importlib.import_module(module)
+    # What importing raises where parts of a package don't fit each other or the machine.
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        return f"PyTorch ({package} can't be imported: {type(error).__name__}: {error})"
+    return f"{package} {_version(package)}"

@@ -65,7 +65,7 @@ def difference() -> str | None:
     for name, expected in _ARGUMENTS.items():
         function = getattr(chunk_delta_h, name, None)
         if function is None:
-            return f"there is no {name}"
+            return f"{name} is missing"
         if name.endswith("blockdim64"):
             actual = function.arg_names
         else:

@@ -46,12 +46,12 @@ def installed_fla() -> Fla:
         from fla import __version__
 
         if not FLA.includes(__version__):
-            return Fla(None, f"version {__version__}, but only {FLA} is known inside")
+            return Fla(None, f"version {__version__}, expected {FLA}")
         from onepass_trl.attention.branching import fla_backend
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         return Fla(None, f"it can't be imported: {type(error).__name__}: {error}")
     if (difference := fla_backend.difference()) is not None:
-        return Fla(None, f"version {__version__} with another inside: {difference}")
+        return Fla(None, f"version {__version__}, whose {difference}")
     return Fla(fla_backend, f"version {__version__}")
 
 
@@ -61,8 +61,8 @@ def usable_backend() -> ModuleType | None:
     fla = installed_fla()
     if fla.backend is None and importlib.util.find_spec("fla") is not None:
         logger.warning(
-            "flash-linear-attention is installed, but doesn't take trees in one call (%s). The "
-            "layers that it is for will be several times slower: install %s",
+            "flash-linear-attention is installed, but can't compute a tree in one call (%s), so "
+            "layers of linear attention take longer than need be: install %s",
             fla.detail,
             FLA,
         )

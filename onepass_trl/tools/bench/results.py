@@ -18,7 +18,7 @@ import torch
 
 from onepass_trl.tools.outputs import write_output
 
-_PACKAGES = ("torch", "transformers", "trl", "tokenizers", "numpy")
+_PACKAGES = ("torch", "transformers", "trl", "tokenizers", "numpy", "fla-core")
 _REPOSITORY = Path(__file__).parents[3]
 _NO_RESULTS = ":(exclude)benchmarks/results"
 
