@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onepass_trl.attention.branching import fla_rule
 from onepass_trl.attention.branching.segments import segments_of
+from onepass_trl.attention.head_exchange import ContextParallel
 
 GATED, KIMI = "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"
 ARGUMENTS = ("query", "key", "value", "decay", "rate")
@@ -47,10 +48,17 @@ class Case(NamedTuple):
     dout: Tensor
     expected: list[Tensor]
 
-    def out(self, *leaves: Tensor) -> Tensor:
-        options = dict(use_qk_l2norm_in_kernel=True, cu_seqlens=None, position_ids=None)
+    def out(self, *leaves: Tensor, context_parallel: ContextParallel | None = None) -> Tensor:
+        """Return what fla gives, called as by a layer of transformers."""
         return fla_rule.along_tree_by_fla(
-            fla_rule.usable_backend(), self.name, self.visible_end, leaves, None, **options
+            fla_rule.usable_backend(),
+            self.name,
+            self.visible_end,
+            leaves,
+            context_parallel,
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=None,
+            position_ids=None,
         )
 
     def errors(self, out: Tensor, gradients: tuple[Tensor, ...] | None = None) -> dict[str, float]:
@@ -59,7 +67,7 @@ class Case(NamedTuple):
             gradients = torch.autograd.grad(out, self.leaves, self.dout)
         results = zip(("out", *ARGUMENTS), (out, *gradients), self.expected, strict=True)
         return {
-            name: float((actual.double() - expected).norm() / expected.norm())
+            name: float((actual.detach().double() - expected).norm() / expected.norm())
             for name, actual, expected in results
         }
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from fla.backends import dispatch
 from fla.ops.common import chunk_delta_h
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from onepass_trl.attention.branching import fla_backend, fla_rule, levels
+from onepass_trl.attention.head_exchange import ContextParallel
 from tests.attention.cases import random_visible_end
 from tests.attention.rows import chat_row
 from tests.hybrids_fla.cases import GATED, KIMI, make_case
@@ -155,6 +157,20 @@ def test_gradients_may_be_asked_for_twice_and_shared_by_two_calls():
     for actual, again, exact in zip(first, second, case.expected[1:], strict=True):
         assert torch.equal(actual, again)
         assert (actual.double() / 2 - exact).norm() < TOLERANCE * exact.norm()
+
+
+def test_rows_that_processes_share():
+    """A group of one process; what several exchange is tested with other rules."""
+    case = make_case(GATED, random_rows(seed=3, batch=2, seq=6))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        pieces = ContextParallel(group, torch.arange(6).expand(2, -1))
+        out = case.out(*case.leaves, context_parallel=pieces)
+        assert max(case.errors(out).values()) < TOLERANCE
+    finally:
+        dist.destroy_process_group()
 
 
 def test_layers_share_the_levels_of_a_batch(monkeypatch):
