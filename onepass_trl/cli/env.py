@@ -147,18 +147,29 @@ def _recurrences() -> Iterator[tuple[str, str]]:
     from onepass_trl.attention.branching.fla_rule import installed_fla
 
     fla = installed_fla()
-    what = "a tree" if fla.backend is not None else "segments of equal depth and length"
-    yield "linear attention", f"a call for {what} (flash-linear-attention: {fla.detail})"
+    if fla.backend is not None:
+        yield "linear attention", f"flash-linear-attention ({fla.detail}), a call for a tree"
+    elif (problem := _import_problem("fla", "flash-linear-attention")) is not None:
+        yield "linear attention", f"PyTorch ({problem})"
+    else:
+        yield (
+            "linear attention",
+            f"flash-linear-attention ({fla.detail}), a call for segments of one depth and length",
+        )
     for layers, module, package in _KERNELS:
-        yield layers, _kernels_of(module, package)
+        problem = _import_problem(module, package)
+        yield (
+            layers,
+            f"{package} {_version(package)}" if problem is None else f"PyTorch ({problem})",
+        )
 
 
-def _kernels_of(module: str, package: str) -> str:
+def _import_problem(module: str, package: str) -> str | None:
     if importlib.util.find_spec(module) is None:
-        return f"PyTorch ({package} is not installed)"
+        return f"{package} is not installed"
     try:
         importlib.import_module(module)
     # What importing raises where parts of a package don't fit each other or the machine.
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        return f"PyTorch ({package} can't be imported: {type(error).__name__}: {error})"
-    return f"{package} {_version(package)}"
+        return f"{package} can't be imported: {type(error).__name__}: {error}"
+    return None

@@ -9,13 +9,26 @@ from typing import Any
 from torch import Tensor
 
 from onepass_trl.attention.branching.chunked_delta_rule import along_chunks
+from onepass_trl.attention.branching.fla_rule import (
+    along_tree_by_fla,
+    is_of_fla,
+    refuse_cpu,
+    runs_in_interpreter,
+    usable_backend,
+)
 from onepass_trl.attention.branching.packages import is_of_transformers
 from onepass_trl.attention.branching.recurrences import along_tree
 from onepass_trl.attention.head_exchange import ContextParallel
 
 
 def delta_rule(rule: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return `rule`, a gated or Kimi delta rule, made to follow `visible_end`."""
+    """Return `rule`, a gated or Kimi delta rule, made to follow `visible_end`.
+
+    On GPUs fla computes it where it can take a tree, whatever `rule` is.
+    """
+    backend = usable_backend()
+    of_fla = is_of_fla(rule)
+    interpreted = runs_in_interpreter()
 
     @functools.wraps(rule)
     def branching(
@@ -39,11 +52,18 @@ def delta_rule(rule: Callable[..., Any], name: str) -> Callable[..., Any]:
             return rule(q, k, v, g=decay, beta=rate, **state, **kwargs)
 
         sequences = (query, key, value, g, beta)
+        on_gpu = key.device.type != "cpu" or interpreted
+        if of_fla and not on_gpu:
+            refuse_cpu(name)
         if visible_end is None:
             return run(sequences, initial_state, output_final_state)
         assert initial_state is None
         assert not output_final_state
-        if is_of_transformers(rule):
+        if backend is not None and on_gpu:
+            out = along_tree_by_fla(
+                backend, name, visible_end, sequences, context_parallel, **kwargs
+            )
+        elif is_of_transformers(rule):
             out = along_chunks(visible_end, sequences, name, context_parallel, **kwargs)
         else:
             out = along_tree(visible_end, run, sequences, name, context_parallel)

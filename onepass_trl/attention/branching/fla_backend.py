@@ -28,7 +28,6 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.kda import chunk_kda
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from triton import knobs
 
 from onepass_trl.attention.branching.levels import Level, Levels
 
@@ -39,8 +38,6 @@ RULES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "chunk_kimi_delta_attention": inspect.unwrap(chunk_kda),
 }
 _OPTIONS = {name: inspect.signature(rule).parameters.keys() for name, rule in RULES.items()}
-RUNS_ON_CPU = knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter."""
 MAX_KEY_DIM = 256
 """Of a head, for which fla's kernels have registers."""
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from onepass_trl.attention.branching.levels import levels_of
+from onepass_trl.attention.branching.packages import implementation
 from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.versions import FLA
 
@@ -69,6 +71,25 @@ def usable_backend() -> ModuleType | None:
     return fla.backend
 
 
+def runs_in_interpreter() -> bool:
+    """Whether Triton interprets its kernels, for which it needs no GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_of_fla(rule: Callable[..., Any]) -> bool:
+    """Whether fla does the work of a rule of transformers."""
+    module = getattr(implementation(rule), "__module__", None)
+    return module is not None and module.startswith("fla.")
+
+
+def refuse_cpu(name: str) -> NoReturn:
+    """Raise the ValueError for a rule of fla that got tensors on the CPU."""
+    raise ValueError(
+        f"{name} got tensors on the CPU, and flash-linear-attention, which is installed, has "
+        "kernels for GPUs only: move the model to a GPU, or use an environment without that package"
+    )
+
+
 # Autograd's hooks, and what is made of a tree once per batch, are no part of a graph.
 @torch.compiler.disable
 def along_tree_by_fla(
@@ -90,17 +111,11 @@ def along_tree_by_fla(
         options: what the model gives the rule besides.
 
     Raises:
-        ValueError: fla has no kernel for the device or for the size of the keys.
+        ValueError: fla has no kernel for the size of the keys.
     """
-    key = sequences[1]
-    if key.device.type == "cpu" and not backend.RUNS_ON_CPU:
+    if (key_dim := sequences[1].shape[-1]) > backend.MAX_KEY_DIM:
         raise ValueError(
-            f"{name} got tensors on the CPU, and flash-linear-attention, which is installed, has "
-            "kernels for GPUs only: move the model to a GPU, or train where fla is not installed"
-        )
-    if key.shape[-1] > backend.MAX_KEY_DIM:
-        raise ValueError(
-            f"{name} got keys of {key.shape[-1]} numbers per head, and the kernels of "
+            f"{name} got keys of {key_dim} numbers per head, and the kernels of "
             f"flash-linear-attention, which is installed, take at most {backend.MAX_KEY_DIM}: "
             "train where fla is not installed"
         )

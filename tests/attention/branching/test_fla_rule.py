@@ -83,16 +83,20 @@ def test_nothing_is_said_where_there_is_no_fla(install, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    ("backend", "message"),
-    [
-        (dict(RUNS_ON_CPU=False), "got tensors on the CPU, .*has kernels for GPUs only: move"),
-        (dict(RUNS_ON_CPU=True, MAX_KEY_DIM=256), "got keys of 320 numbers .*take at most 256"),
-    ],
-)
-def test_what_fla_has_no_kernel_for_is_refused(backend, message):
+@pytest.mark.parametrize("visible_end", [TREE, None])
+def test_tensors_on_the_cpu_are_refused_before_triton_is_asked(visible_end):
+    def rule(*_, **__):
+        raise AssertionError("0 active drivers")
+
+    rule.__module__ = "fla.ops.gated_delta_rule.chunk"
+    branching = delta_rule(rule, "rule")
+    x, gates = torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1)
+    with pytest.raises(ValueError, match=r"rule got tensors on the CPU, .*for GPUs only: move"):
+        branching(x, x, x, gates, gates, visible_end=visible_end)
+
+
+def test_keys_for_which_fla_has_no_kernel_are_refused():
     x, gates = torch.zeros(1, 4, 1, 320), torch.zeros(1, 4, 1)
-    with pytest.raises(ValueError, match=message):
-        fla_rule.along_tree_by_fla(
-            SimpleNamespace(**backend), "rule", TREE, (x, x, x, gates, gates), None
-        )
+    backend = SimpleNamespace(MAX_KEY_DIM=256)
+    with pytest.raises(ValueError, match=r"got keys of 320 numbers .*take at most 256"):
+        fla_rule.along_tree_by_fla(backend, "rule", TREE, (x, x, x, gates, gates), None)
