@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -17,6 +19,9 @@ def test_env_prints_versions_and_implementations(capsys):
     out = capsys.readouterr().out
     assert f"(tested up to {TESTED['transformers']})" in out
     assert "attention cpu: usable on cpu" in out
+    assert re.search(r"^linear attention: (PyTorch|flash-linear-attention) ", out, re.MULTILINE)
+    assert re.search(r"^Mamba 2: (PyTorch|mamba-ssm) ", out, re.MULTILINE)
+    assert re.search(r"^short convolutions: (PyTorch|causal-conv1d) ", out, re.MULTILINE)
     assert "CUDA kernels" not in out
 
 
