@@ -149,13 +149,14 @@ check-cuda: venv .venv/cute
 test-gpu:
 	$(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
 
-# TRL and what else it needs there, for the Python of that machine; it has torch and transformers.
+# TRL and fla and what else they need there, for the Python of that machine; it has torch and transformers.
 CARRIED_PYTHON ?= 3.12
 CARRIED := build/carried
 carried: venv
 	rm -rf $(CARRIED)/wheels
 	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version $(CARRIED_PYTHON) \
-	  -d $(CARRIED)/wheels $(shell grep -E '^(trl|datasets|dill|multiprocess)==' constraints.txt)
+	  -d $(CARRIED)/wheels $(shell grep -E '^(trl|datasets|dill|multiprocess)==' constraints.txt) \
+	  $(filter fla-core%,$(FLA)) einops
 	git describe --always --dirty > $(CARRIED)/commit
 
 .venv/auditwheel: .venv/installed

@@ -76,6 +76,10 @@ class Setting:
         if importlib.util.find_spec("trl") is None:
             known = None
             no_trl = None if wheels else f"{self.carried} has no wheels: run `make carried`"
+        no_fla = "its kernels need a GPU" if self.is_dry else None
+        carries_fla = known is None and any("/fla_core-" in wheel for wheel in wheels)
+        if not carries_fla and importlib.util.find_spec("fla") is None:
+            no_fla = f"flash-linear-attention is not installed, nor carried in {self.carried}"
         bench = self.carried / "bench"
         no_bench = None if bench.exists() else f"there is no {bench}: see README.md"
         return [
@@ -115,6 +119,7 @@ class Setting:
             Step("wheels", 30, [self._install(wheels)], known or no_trl),
             Step("training", 100, [self._training()], no_trl),
             Step("conversations", 60, [self._conversations(bench)], no_trl or no_bench),
+            Step("fla", 150, [self._pytest("fla", "test_fla.py")], no_fla),
         ]
 
     def parity_results(self) -> list[Path]:
