@@ -12,10 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class FiniteWeights(TrainerCallback):
-    """Raises FloatingPointError before weights are saved that a NaN gradient has reached.
-
-    A parameter that ZeRO has divided is empty here, and not looked at.
-    """
+    """Raises FloatingPointError before weights are saved that a NaN gradient has reached."""
 
     def on_step_end(
         self,
@@ -35,9 +32,7 @@ class FiniteWeights(TrainerCallback):
 @torch.no_grad()
 def check_weights(model: nn.Module, step: int) -> None:
     """Raise FloatingPointError, in all processes, for trained weights that aren't finite."""
-    trained = (x for x in model.parameters() if x.requires_grad)
-    local = (x.to_local() if isinstance(x, DTensor) else x for x in trained)
-    finite = [x.isfinite().all() for x in local]
+    finite = [_is_finite(x) for x in model.parameters() if x.requires_grad]
     if not finite:
         return
     all_finite = torch.stack([x.to(finite[0].device) for x in finite]).all()
@@ -47,3 +42,17 @@ def check_weights(model: nn.Module, step: int) -> None:
             "they are not saved. Resume from an earlier checkpoint with a lower learning_rate, or "
             "set max_grad_norm"
         )
+
+
+def _is_finite(weight: nn.Parameter) -> torch.Tensor:
+    """Return whether what this process holds of a weight is finite; all of it with ZeRO-3.
+
+    DeepSpeed's pieces are filled up with any values, so the weight is put together.
+    """
+    if hasattr(weight, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([weight]):
+            return weight.isfinite().all()
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return local.isfinite().all()

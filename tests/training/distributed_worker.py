@@ -30,6 +30,11 @@ from tests.training.sharding import shard_on_cpu
 
 def main(folder: str, options: dict) -> None:
     start(options)
+    train_and_save(make_trainer(folder, options), folder)
+
+
+def make_trainer(folder: str, options: dict) -> OnePassSFTTrainer:
+    """Return a trainer of a tiny model on the conversations."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>")),
         pad_token="<pad>",
@@ -50,14 +55,13 @@ def main(folder: str, options: dict) -> None:
     settings[checkpointing_option()] = False
     rows = Dataset.from_list([as_record(passes) for passes in WITH_ROLLOUTS])
     evaluate = options.pop("evaluate", False)
-    trainer = OnePassSFTTrainer(
+    return OnePassSFTTrainer(
         make_model(options.pop("model", "qwen3")),
         OnePassSFTConfig(**{**settings, **options}),
         train_dataset=rows,
         eval_dataset=rows.select(range(3)) if evaluate else None,
         processing_class=tokenizer,
     )
-    train_and_save(trainer, folder)
 
 
 def start(options: dict) -> None:

@@ -1,10 +1,12 @@
 """Two gloo processes on the CPU give the losses and the weights of one process."""
 
+import json
+
 import pytest
 import torch
 
 from onepass_trl.versions import checkpointing_option
-from tests.launching import FSDP2, run, zero
+from tests.launching import FSDP2, launch, run, zero
 from tests.training.sharding import needs_deepspeed
 
 long = pytest.mark.long("onepass_trl", "tests/training", "tests/launching.py")
@@ -80,6 +82,23 @@ def test_rows_in_pieces_equal_one_process(num_processes, options, single, tmp_pa
     run_ = run(tmp_path / "run", num_processes, cp_size=2, **evaluation, **options, **FSDP2)
     check_equal(run_, single, options)
     check_evaluation(run_, single)
+
+
+@pytest.mark.long("onepass_trl/training/finite_weights.py", "tests/training/spoiled_worker.py")
+@pytest.mark.parametrize(
+    "options",
+    [{}, FSDP2, pytest.param(zero(3), marks=needs_deepspeed)],
+    ids=["ddp", "fsdp2", "zero3"],
+)
+def test_all_processes_refuse_a_weight_that_is_nan_in_one(options, tmp_path):
+    use_cpu = str(options.get("use_cpu", True)).lower()
+    options = dict(options, save_strategy="steps", save_steps=1)
+    arguments = (str(tmp_path), json.dumps(options))
+    launch(2, "tests.training.spoiled_worker", *arguments, ACCELERATE_USE_CPU=use_cpu)
+    for process in range(2):
+        error = (tmp_path / f"{process}.txt").read_text()
+        assert error.startswith("the weights aren't finite after step 1, since a gradient was NaN")
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def check_evaluation(actual_run, expected_run):
