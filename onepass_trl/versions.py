@@ -67,6 +67,9 @@ ROUTER_AUX_LOSS_COEF = Since("trl", "1.14")
 ACTIVATION_CHECKPOINTING = Since("transformers", "5.23")
 """The option `activation_checkpointing`. Before, it is called `gradient_checkpointing`."""
 
+FLEX_FLASH = Since("torch", "2.13")
+"""FlexAttention's backend FLASH with block masks in its backward and lse in natural logarithms."""
+
 LAYERS_SINCE = {
     "NemotronHMamba2Mixer": Since("transformers", "5.17"),
     "FalconH1Mixer": Since("transformers", "5.17"),

@@ -48,7 +48,9 @@ def tree_attention(
             passed tests on such a device with this dtype and head size, or a check, which the first
             call runs in a process of its own, else "varlen" (FlashAttention of torch: bfloat16 and
             float16, head sizes up to 256, no softcap, not under torch.compile), else "flex". Any
-            other name is used, unchecked, or refused.
+            other name is used, unchecked, or refused. "flex_flash" is FlexAttention by the kernels
+            of flash-attn-4: torch 2.13, compute capability 9.0 or 10.x, bfloat16 and float16, no
+            sinks.
         return_lse: also return the natural logarithm of the softmax's denominator, sink included.
             "varlen" has no gradient through it.
 

@@ -59,7 +59,8 @@ class OnePassSFTConfig(SFTConfig):
             passes before the first step, with this run's model, adapters, dtype and devices. Unless
             they agree but for rounding, the run ends with an error.
         attention_impl: implementation of tree attention: ``"auto"``, ``"cuda"``, ``"cpu"``,
-            ``"varlen"``, ``"flex"`` or ``"dense"``. See `onepass_trl.tree_attention`.
+            ``"varlen"``, ``"flex"``, ``"flex_flash"`` or ``"dense"``. See
+            `onepass_trl.tree_attention`.
 
     Raises:
         ValueError: for an option of ``SFTConfig`` that one-pass training can't honour.
@@ -204,10 +205,10 @@ class OnePassSFTConfig(SFTConfig):
                 "activation_offloading moves activations from an accelerator to the CPU, so it "
                 "needs an accelerator; this run uses the CPU. Set activation_offloading=False"
             )
-        if self.attention_impl == "flex" and self.device.type == "cpu":
+        if self.attention_impl in ("flex", "flex_flash") and self.device.type == "cpu":
             raise ValueError(
-                "attention_impl='flex' can't train on a CPU: FlexAttention has no backward there. "
-                "Use 'auto'"
+                f"attention_impl={self.attention_impl!r} can't train on a CPU: FlexAttention has "
+                "no backward there. Use 'auto'"
             )
         if self.attention_impl == "varlen" and self.device.type == "cpu":
             raise ValueError(

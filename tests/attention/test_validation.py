@@ -48,7 +48,7 @@ BAD_INPUTS = {
     "sinks device": ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta"),
     "impl": (
         {"impl": "fast"},
-        "impl is 'fast', expected one of auto, cuda, cpu, varlen, flex, dense",
+        "impl is 'fast', expected one of auto, cuda, cpu, varlen, flex, flex_flash, dense",
     ),
     "cuda": ({"impl": "cuda"}, "impl='cuda' and q is on cpu: use impl='auto'"),
     "float16": (
@@ -129,7 +129,7 @@ def test_every_name_is_an_implementation():
 
 def test_impls_say_where_they_run():
     impls = {impl.name: impl for impl in available_impls()}
-    assert list(impls) == ["cuda", "cpu", "varlen", "flex", "dense"]
+    assert list(impls) == ["cuda", "cpu", "varlen", "flex", "flex_flash", "dense"]
     if not torch.cuda.is_available():
         assert impls["cuda"].devices == ()
     assert impls["cpu"].devices == ("cpu",)

@@ -286,6 +286,7 @@ def test_a_model_id_is_loaded_with_one_pass_attention(train, tmp_path, caplog):
         (dict(activation_offloading=True), "needs an accelerator"),
         (dict(null_arguments="maybe"), "null_arguments must be one of"),
         (dict(attention_impl="flex"), "can't train on a CPU"),
+        (dict(attention_impl="flex_flash"), "can't train on a CPU"),
         (dict(attention_impl="varlen"), "can't train on a CPU"),
         (dict(fp16=True), "fp16=True needs an accelerator"),
         (dict(attention_impl="foo"), "attention_impl must be one of auto, cuda"),

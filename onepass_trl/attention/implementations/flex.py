@@ -1,5 +1,8 @@
 """Tree attention through FlexAttention, for CUDA devices without a kernel that is trusted.
 
+"flex_flash" is the same by FlexAttention's backend FLASH, the kernels of flash-attn-4, which nobody
+gets unasked.
+
 Compiled on CUDA, with dynamic shapes, so that rows of new lengths do not compile again. On other
 devices it runs eagerly, which materializes all scores and on a CPU has no backward: only good for
 comparing it with the other implementations.
@@ -7,6 +10,7 @@ comparing it with the other implementations.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from functools import cache, partial
@@ -18,11 +22,14 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from onepass_trl.attention.implementations.base import Call, Implementation, ImplStatus, check_dtype
 from onepass_trl.attention.remembered import Remembered
+from onepass_trl.versions import FLEX_FLASH as FLASH_SINCE
 from onepass_trl.visibility import Tiles, coverage
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 128
+FLASH_QUERY_BLOCK = 256
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Of the compiled function. A model has a handful: see `_compiled`.
@@ -69,6 +76,66 @@ def _run(call: Call) -> tuple[Tensor, Tensor]:
         return_aux=AuxRequest(lse=True),
     )
     return (out, aux.lse) if call.sinks is None else add_sinks(out, aux.lse, call.sinks)
+
+
+def _flash_status() -> ImplStatus:
+    if not torch.cuda.is_available():
+        return ImplStatus("flex_flash", True, (), "torch sees no CUDA device")
+    reason = _missing_for_flash(torch.cuda.get_device_capability())
+    detail = reason or "FlexAttention by the kernels of flash-attn-4"
+    return ImplStatus("flex_flash", True, () if reason else ("cuda",), detail)
+
+
+def _check_flash(call: Call) -> None:
+    if call.q.device.type != "cuda":
+        raise ValueError(f"impl='flex_flash' and q is on {call.q.device}: use impl='auto'")
+    check_dtype("flex_flash", call, FLASH_DTYPES)
+    reason = _missing_for_flash(torch.cuda.get_device_capability(call.q.device))
+    if reason is None and call.sinks is not None:
+        reason = "sinks need a gradient through lse, which flash-attn-4 doesn't have"
+    if reason is None and torch.are_deterministic_algorithms_enabled():
+        reason = "its backward isn't deterministic, which torch.use_deterministic_algorithms asks"
+    if reason is not None:
+        raise ValueError(f"impl='flex_flash': {reason}; use impl='flex'")
+
+
+def _missing_for_flash(capability: tuple[int, int]) -> str | None:
+    """Return what the backend FLASH lacks on a device, None if nothing."""
+    if not FLASH_SINCE.installed:
+        return f"it needs torch {FLASH_SINCE.version} and this is {torch.__version__}"
+    if capability[0] not in (9, 10):
+        number = ".".join(map(str, capability))
+        return f"it needs compute capability 9.0 or 10.x and the device has {number}"
+    # The second is looked for in the first, which has to be there.
+    if not all(map(importlib.util.find_spec, ("flash_attn", "flash_attn.cute"))):
+        return "flash-attn-4 isn't installed (pip install --pre flash-attn-4)"
+    return None
+
+
+def _run_flash(call: Call) -> tuple[Tensor, Tensor]:
+    if 0 in call.q.shape[:3]:
+        return _run(call)
+    out, aux = _compiled(**_flash_arguments(call), kernel_options={"BACKEND": "FLASH"})
+    return out, aux.lse
+
+
+def _flash_arguments(call: Call) -> dict[str, Any]:
+    """Return the arguments of FlexAttention: the backend FLASH takes no number of Python's."""
+    softcap = None
+    if call.softcap is not None:
+        softcap = torch.full((), call.softcap, dtype=torch.float32, device=call.q.device)
+    return {
+        "query": call.q,
+        "key": call.k,
+        "value": call.v,
+        "score_mod": None if softcap is None else _softcap_mod(softcap),
+        "block_mask": _remembered_block_mask(
+            call.visible_end, call.positions, call.window, for_flash=True
+        ),
+        "scale": call.scale,
+        "enable_gqa": call.q.shape[1] != call.k.shape[1],
+        "return_aux": AuxRequest(lse=True),
+    }
 
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +189,7 @@ def _warn_of_float32() -> None:
     )
 
 
-def _softcap_mod(softcap: float) -> Callable[..., Tensor]:
+def _softcap_mod(softcap: float | Tensor) -> Callable[..., Tensor]:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
@@ -130,7 +197,7 @@ def _softcap_mod(softcap: float) -> Callable[..., Tensor]:
 
 
 def _mask_mod(
-    visible_end: Tensor, positions: Tensor | None, window: int | None
+    visible_end: Tensor, positions: Tensor | None, window: int | Tensor | None
 ) -> Callable[..., Tensor]:
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < visible_end[b, key])
@@ -147,16 +214,17 @@ def _mask_mod(
 
 
 def _remembered_block_mask(
-    visible_end: Tensor, positions: Tensor | None, window: int | None
+    visible_end: Tensor, positions: Tensor | None, window: int | None, *, for_flash: bool = False
 ) -> BlockMask:
     others = () if window is None or positions is None else (positions,)
     # Of an alias: the mask must not keep the tensor alive with which it goes.
-    make = partial(build_block_mask, visible_end.detach(), positions, window)
-    return _block_masks.get(visible_end, others, window, make)
+    ends = visible_end.detach()
+    make = partial(build_block_mask, ends, positions, window, for_flash=for_flash)
+    return _block_masks.get(visible_end, others, (window, for_flash), make)
 
 
 def build_block_mask(
-    visible_end: Tensor, positions: Tensor | None, window: int | None
+    visible_end: Tensor, positions: Tensor | None, window: int | None, *, for_flash: bool = False
 ) -> BlockMask:
     """Return the `BlockMask` of a row from the ranges of its blocks: O((seq / 128)^2).
 
@@ -164,29 +232,38 @@ def build_block_mask(
         visible_end: ``(batch, seq)`` int32.
         positions: ``(batch, seq)`` int32, or None without a window.
         window: None for none.
+        for_flash: whether it is for the backend FLASH, which takes blocks of 256 queries, and the
+            window as a tensor.
     """
     seq = visible_end.shape[1]
-    num_blocks = (seq + BLOCK - 1) // BLOCK
-    first = torch.arange(num_blocks, device=visible_end.device) * BLOCK
-    last = torch.clamp(first + BLOCK, max=seq) - 1
-    ranges: tuple[Tensor, ...] = _block_ranges(visible_end, num_blocks)
-    if positions is not None:
-        ranges += _block_ranges(positions, num_blocks)
-    blocks = Tiles(first, last, *ranges)
-    visited, full = coverage(blocks, blocks, window)
+    query_block = FLASH_QUERY_BLOCK if for_flash else BLOCK
+    queries, keys = (_blocks(visible_end, positions, size) for size in (query_block, BLOCK))
+    visited, full = coverage(queries, keys, window)
+    limit: int | Tensor | None = window
+    if for_flash and window is not None:
+        limit = torch.full((), window, dtype=torch.int32, device=visible_end.device)
     return BlockMask.from_kv_blocks(
         *_block_list(visited & ~full),
         *_block_list(full),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_mask_mod(visible_end, positions, window),
+        BLOCK_SIZE=(query_block, BLOCK),
+        mask_mod=_mask_mod(visible_end, positions, limit),
         seq_lengths=(seq, seq),
     )
 
 
-def _block_ranges(x: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+def _blocks(visible_end: Tensor, positions: Tensor | None, size: int) -> Tiles:
+    """Return the blocks of `size` tokens, the last of which may be shorter."""
+    seq = visible_end.shape[1]
+    first = torch.arange(0, seq, size, device=visible_end.device)
+    last = torch.clamp(first + size, max=seq) - 1
+    ranges = [_block_ranges(x, size) for x in (visible_end, positions) if x is not None]
+    return Tiles(first, last, *(bound for bounds in ranges for bound in bounds))
+
+
+def _block_ranges(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return the minimum and maximum of each block, ``(batch, num_blocks)`` each."""
-    padded = torch.cat([x, x[:, -1:].expand(-1, num_blocks * BLOCK - x.shape[1])], dim=1)
-    blocks = padded.view(x.shape[0], num_blocks, BLOCK)
+    padded = torch.cat([x, x[:, -1:].expand(-1, -x.shape[1] % size)], dim=1)
+    blocks = padded.view(x.shape[0], -1, size)
     return blocks.amin(-1), blocks.amax(-1)
 
 
@@ -198,3 +275,4 @@ def _block_list(visited: Tensor) -> tuple[Tensor, Tensor]:
 
 
 FLEX = Implementation("flex", _status, _check, _run, _suits)
+FLEX_FLASH = Implementation("flex_flash", _flash_status, _check_flash, _run_flash)

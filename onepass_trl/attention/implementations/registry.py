@@ -8,12 +8,12 @@ from onepass_trl.attention.implementations.base import Call, Implementation, Imp
 from onepass_trl.attention.implementations.cpu import CPU
 from onepass_trl.attention.implementations.cuda import CUDA
 from onepass_trl.attention.implementations.dense import DENSE
-from onepass_trl.attention.implementations.flex import FLEX
+from onepass_trl.attention.implementations.flex import FLEX, FLEX_FLASH
 from onepass_trl.attention.implementations.varlen import VARLEN
 
-Impl = Literal["auto", "cuda", "cpu", "varlen", "flex", "dense"]
+Impl = Literal["auto", "cuda", "cpu", "varlen", "flex", "flex_flash", "dense"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (CUDA, CPU, VARLEN, FLEX, DENSE)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (CUDA, CPU, VARLEN, FLEX, FLEX_FLASH, DENSE)
 """Best first: "auto" takes the first that suits a call."""
 
 

@@ -299,6 +299,7 @@ def test_two_processes_of_a_launcher_check_once(tmp_path):
     assert sorted(run.stdout.split()) == ["began", "began", "checks", "passed", "passed"]
 
 
+@pytest.mark.long("onepass_trl/attention/self_check", "tests/attention/self_check")
 @pytest.mark.parametrize("way", ["-c", "-"])
 def test_any_main_program_can_check(tmp_path, way):
     """As one given on the command line, or typed in as in a notebook."""
