@@ -5,9 +5,9 @@ token from those before it in the row; on a tree these have to be the tokens bef
 pass. transformers computes both in functions of a modeling module and hands them the keyword
 arguments that the model gets. `layers` puts functions in their place that, given `visible_end`,
 
-- run the recurrence along the passes, each segment from the state in which its parent segment ends
-  (`delta_rule` and `mamba2`): for all chunks of the tree at once where it is one that this package
-  has in PyTorch too (`chunked_delta_rule`), else by calling it for each segment (`recurrences`);
+- run the recurrence along the passes, each segment from the state in which its parent segment ends:
+  Mamba 2 by its own scan of all chunks of the tree (`mamba2`), a delta rule in PyTorch for all
+  chunks too (`chunked_delta_rule`), and another by calling it for each segment (`recurrences`);
 - convolve along the row, and once more the few tokens at seams, with their own predecessors
   (`convolutions`).
 

@@ -76,12 +76,10 @@ def _delta_rule(sequences: Sequence[Tensor], chunks: Chunks, *, normalize: bool)
     values = _solve(system, v * rate)
     reads = _solve(system, k * (rate * decay))
     keys = k * (log[..., -1:, :] - log).exp()
-    flat = (x.flatten(0, 2) for x in (values, reads, keys, decay[..., -1, :, None]))
-    starts, updates = _States.apply(*flat, chunks)
-    own = queries_keys.flatten(0, 2) @ updates
-    out = torch.baddbmm(own, (q * decay).flatten(0, 2), starts)
-    by_head = out.unflatten(0, v.shape[:3]).flatten(1, 2)
-    return chunks.join(by_head.transpose(1, 2).to(dtype))
+    by_head = (x.flatten(1, 2) for x in (values, reads, keys, decay[..., -1, :, None]))
+    starts, updates = _States.apply(*by_head, chunks)
+    out = queries_keys.flatten(1, 2) @ updates + (q * decay).flatten(1, 2) @ starts
+    return chunks.join(out.transpose(1, 2).to(dtype))
 
 
 def _normalized(x: Tensor) -> Tensor:
@@ -136,71 +134,56 @@ class _States(torch.autograd.Function):
     """The states in which chunks begin, and the updates that each token makes to the state.
 
     The state after a chunk is ``decay * start + keys.T @ updates``, and its updates are ``values -
-    reads @ start``. All have ``chunks * heads`` as first dimension. Kept for the backward are, of
-    the states, only those in which chunks begin.
+    reads @ start``. For the backward only states in which chunks begin are kept.
     """
 
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, reads: Tensor, keys: Tensor, decay: Tensor, chunks: Chunks
     ) -> tuple[Tensor, Tensor]:
-        """Return ``(chunks * heads, d_k, d_v)`` and ``(chunks * heads, size, d_v)``.
+        """Return ``(chunks, heads, d_k, d_v)`` and ``(chunks, heads, size, d_v)``.
 
         Args:
-            values: ``(chunks * heads, size, d_v)``.
-            reads: ``(chunks * heads, size, d_k)``.
-            keys: ``(chunks * heads, size, d_k)``.
-            decay: ``(chunks * heads, d_k or 1, 1)``.
+            values: ``(chunks, heads, size, d_v)``.
+            reads: ``(chunks, heads, size, d_k)``.
+            keys: ``(chunks, heads, size, d_k)``.
+            decay: ``(chunks, heads, d_k or 1, 1)``.
             chunks: of the batch.
         """
-        heads = len(values) // len(chunks.tokens)
-        starts = values.new_zeros(len(values), keys.shape[-1], values.shape[-1])
-        updates = torch.empty_like(values, memory_format=torch.contiguous_format)
-        for at, step in enumerate(chunks.steps):
-            own = slice(step.begin * heads, step.end * heads)
-            torch.baddbmm(values[own], reads[own], starts[own], alpha=-1, out=updates[own])
-            if step.num_followed == 0:
-                break
-            followed = slice(own.start, own.start + step.num_followed * heads)
-            following = chunks.steps[at + 1]
-            after = starts[own.stop : following.end * heads]
-            decayed = starts[followed] * decay[followed]
-            ends = decayed.baddbmm_(keys[followed].mT, updates[followed])
-            if following.before is None:
-                after.copy_(ends)
-            else:
-                by_chunk = ends.unflatten(0, (-1, heads))
-                after.copy_(by_chunk.index_select(0, following.before).flatten(0, 1))
+        starts = values.new_zeros(*values.shape[:2], keys.shape[-1], values.shape[-1])
+        updates = values.clone(memory_format=torch.contiguous_format)
+        for step, following in [*chunks.handovers(), (chunks.steps[-1], None)]:
+            own, followed = step.own, step.followed
+            _add_product(updates[own], reads[own], starts[own], alpha=-1)
+            if following is not None:
+                ends = starts[followed] * decay[followed]
+                _add_product(ends, keys[followed].mT, updates[followed])
+                following.hand_on(ends, starts[following.own])
         ctx.save_for_backward(reads, keys, decay, starts, updates)
-        ctx.chunks, ctx.heads = chunks, heads
+        ctx.chunks = chunks
         return starts, updates
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         reads, keys, decay, starts, updates = ctx.saved_tensors
-        heads, steps = ctx.heads, ctx.chunks.steps
         d_starts, d_updates = (x.clone(memory_format=torch.contiguous_format) for x in gradients)
-        d_reads = torch.empty_like(reads)
-        d_keys = torch.zeros_like(keys)
-        d_decay = torch.zeros_like(decay)
-        for at in range(len(steps) - 1, -1, -1):
-            step = steps[at]
-            own = slice(step.begin * heads, step.end * heads)
-            if step.num_followed > 0:
-                followed = slice(own.start, own.start + step.num_followed * heads)
-                following = steps[at + 1]
-                d_ends = d_starts[own.stop : following.end * heads]
-                if following.before is not None:
-                    of_parents = d_ends.new_zeros(step.num_followed, heads, *d_ends.shape[1:])
-                    by_chunk = d_ends.unflatten(0, (-1, heads))
-                    of_parents.index_add_(0, following.before, by_chunk)
-                    d_ends = of_parents.flatten(0, 1)
-                d_updates[followed].baddbmm_(keys[followed], d_ends)
+        d_reads = torch.empty_like(reads, memory_format=torch.contiguous_format)
+        d_keys, d_decay = torch.zeros_like(keys), torch.zeros_like(decay)
+        for step, following in [(ctx.chunks.steps[-1], None), *reversed(ctx.chunks.handovers())]:
+            own, followed = step.own, step.followed
+            if following is not None:
+                d_ends = torch.empty_like(starts[followed])
+                following.hand_back(d_starts[following.own], d_ends)
+                _add_product(d_updates[followed], keys[followed], d_ends)
                 d_keys[followed] = updates[followed] @ d_ends.mT
-                product = starts[followed] * d_ends
-                d_decay[followed] = product.sum_to_size(decay[followed].shape)
-                d_starts[followed] += d_ends * decay[followed]
-            torch.bmm(d_updates[own], starts[own].mT, out=d_reads[own]).neg_()
-            d_starts[own].baddbmm_(reads[own].mT, d_updates[own], alpha=-1)
+                d_decay[followed] = (starts[followed] * d_ends).sum_to_size(decay[followed].shape)
+                d_starts[followed].addcmul_(d_ends, decay[followed])
+            torch.matmul(d_updates[own], starts[own].mT, out=d_reads[own]).neg_()
+            _add_product(d_starts[own], reads[own].mT, d_updates[own], alpha=-1)
         return d_updates, d_reads, d_keys, d_decay, None
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor, *, alpha: int = 1) -> None:
+    """Add ``alpha * a @ b`` to a contiguous tensor, for each chunk and head."""
+    to.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=alpha)

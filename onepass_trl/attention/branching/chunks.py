@@ -14,15 +14,29 @@ from onepass_trl.attention.remembered import Remembered
 
 
 class Step(NamedTuple):
-    """Chunks ``[begin, end)``, which have as many chunks before them in their passes."""
+    """Chunks which have as many chunks before them in their passes."""
 
-    begin: int
-    end: int
-    num_followed: int
-    """How many have chunks after them: the first ones."""
+    own: slice
+    """Of all chunks, these."""
+    followed: slice
+    """Of all chunks, those of these that have chunks after them: the first ones."""
     before: Tensor | None
-    """``(end - begin,)`` int64, the chunk before each, counted from the beginning of the step
-    before; None if these are its followed chunks in their order, and at the first step."""
+    """``(chunks,)`` int64, the chunk before each, counted from the beginning of the step before;
+    None if these are its followed chunks in their order, and at the first step."""
+
+    def hand_on(self, ends: Tensor, starts: Tensor) -> None:
+        """Write into `starts` of these chunks, ``(chunks, ..)``, the `ends` of those before."""
+        if self.before is None:
+            starts.copy_(ends)
+        else:
+            torch.index_select(ends, 0, self.before, out=starts)
+
+    def hand_back(self, starts: Tensor, ends: Tensor) -> None:
+        """Write into `ends` of the chunks before the sums of the `starts` that follow them."""
+        if self.before is None:
+            ends.copy_(starts)
+        else:
+            ends.zero_().index_add_(0, self.before, starts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +60,10 @@ class Chunks:
     is_padding: Tensor
     places: Tensor
     steps: list[Step]
+
+    def handovers(self) -> list[tuple[Step, Step]]:
+        """Return all pairs of a step and the one after it."""
+        return list(zip(self.steps, self.steps[1:], strict=False))
 
     def cut(self, x: Tensor) -> Tensor:
         """Return ``(batch, seq, ..)`` as chunks, ``(chunks, size, ..)``.
@@ -141,7 +159,11 @@ def cut_into_chunks(segments: Segments, size: int, device: torch.device) -> Chun
     uploaded = _upload([tokens.ravel(), places, *(x for x in befores if x is not None)], device)
     on_device = iter(uploaded[2:])
     steps = [
-        Step(begin, end, num, None if chosen is None else next(on_device))
+        Step(
+            slice(begin, end),
+            slice(begin, begin + num),
+            None if chosen is None else next(on_device),
+        )
         for begin, end, num, chosen in zip(
             bounds[:-1].tolist(), bounds[1:].tolist(), followed.tolist(), befores, strict=True
         )

@@ -36,6 +36,29 @@ def delta_rule(
     return torch.stack(outputs)
 
 
+def mamba2(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *others: Any, softplus: bool, limit: Any
+) -> Tensor:
+    """Return the outputs of Mamba 2, ``(tokens, heads, head_dim)``.
+
+    `others` are the sequence z, if there is one, A, D, the bias of dt, and the tokens' parents.
+    """
+    *gate, A, D, bias, parents = others
+    shared_by = x.shape[1] // B.shape[1]
+    B, C = (y.repeat_interleave(shared_by, 1) for y in (B, C))
+    steps = dt + bias
+    steps = (torch.nn.functional.softplus(steps) if softplus else steps).clamp(*limit)
+    decay = (steps * A).exp()[..., None, None]
+    states = {-1: x.new_zeros(*x.shape[1:], B.shape[-1])}
+    outputs = []
+    for token, parent in enumerate(parents):
+        added = (steps[token][:, None] * x[token])[..., None] * B[token][:, None]
+        states[token] = states[parent] * decay[token] + added
+        outputs.append((states[token] * C[token][:, None]).sum(-1) + D[:, None] * x[token])
+    out = torch.stack(outputs)
+    return out * torch.nn.functional.silu(gate[0]) if gate else out
+
+
 @st.composite
 def trees(draw: st.DrawFn, longest: int = 90) -> Tensor:
     """Draw `visible_end` of one or two rows of random trees, ``(batch, seq)`` int32."""

@@ -15,13 +15,10 @@ CPU = torch.device("cpu")
 def tokens_before(chunks):
     """Return for each chunk the last token of the chunk before it, -1 for none."""
     last = torch.where(chunks.is_padding, -1, chunks.tokens).amax(1)
-    before = [torch.full((chunks.steps[0].end,), -1)]
-    for earlier, step in zip(chunks.steps, chunks.steps[1:], strict=False):
-        own = torch.arange(earlier.num_followed) if step.before is None else step.before
-        assert len(own) == step.end - step.begin
-        assert set(own.tolist()) == set(range(earlier.num_followed))
-        before.append(last[earlier.begin : earlier.end][own])
-    return torch.cat(before).tolist()
+    before = torch.full_like(last, -1)
+    for earlier, step in chunks.handovers():
+        step.hand_on(last[earlier.followed], before[step.own])
+    return before.tolist()
 
 
 @settings(deadline=None)
@@ -29,10 +26,10 @@ def tokens_before(chunks):
 def test_chunks_are_pieces_of_passes_step_by_step(visible_end, size):
     segments = cut_into_segments(visible_end.numpy())
     chunks = cut_into_chunks(segments, size, CPU)
-    assert chunks.steps[0].begin == 0
-    for step, following in zip(chunks.steps, chunks.steps[1:], strict=False):
-        assert step.end == following.begin
-    assert chunks.steps[-1].num_followed == 0
+    bounds = [0, *(step.own.stop for step in chunks.steps)]
+    assert [step.own.start for step in chunks.steps] == bounds[:-1]
+    assert bounds[-1] == len(chunks.tokens)
+    assert all(step.own.start == step.followed.start for step in chunks.steps)
     seen = []
     for tokens, padding, before in zip(
         chunks.tokens.tolist(), chunks.is_padding.tolist(), tokens_before(chunks), strict=True
@@ -52,6 +49,21 @@ def test_chunks_are_pieces_of_passes_step_by_step(visible_end, size):
 
 @settings(deadline=None)
 @given(trees(), st.integers(1, 9))
+def test_what_is_handed_back_is_the_gradient_of_what_is_handed_on(visible_end, size):
+    chunks = cut_into_chunks(cut_into_segments(visible_end.numpy()), size, CPU)
+    followed = [step.followed.stop - step.followed.start for step in chunks.steps]
+    assert followed.pop() == 0
+    for (_, following), num in zip(chunks.handovers(), followed, strict=True):
+        ends = torch.randn(num, 3, dtype=torch.double)
+        starts = ends.new_empty(following.own.stop - following.own.start, 3)
+        following.hand_on(ends, starts)
+        gradient, back = torch.randn_like(starts), torch.full_like(ends, torch.nan)
+        following.hand_back(gradient, back)
+        torch.testing.assert_close((ends * back).sum(), (starts * gradient).sum())
+
+
+@settings(deadline=None)
+@given(trees(), st.integers(1, 9))
 def test_rows_are_cut_and_joined(visible_end, size):
     chunks = cut_into_chunks(cut_into_segments(visible_end.numpy()), size, CPU)
     x = torch.randn(*visible_end.shape, 2, dtype=torch.double, requires_grad=True)
@@ -67,7 +79,8 @@ def test_a_step_goes_on_in_the_order_of_the_one_before_unless_it_branches():
     """A trunk of 30 tokens, whose first 10 have a branch of 9 and one of 5, in chunks of 2."""
     ends = np.array([[44] * 10 + [19] * 9 + [24] * 5 + [44] * 20], np.int32)
     chunks = cut_into_chunks(cut_into_segments(ends), 2, CPU)
-    assert [step.end - step.begin for step in chunks.steps] == [1] * 5 + [3] * 3 + [2] * 2 + [1] * 5
+    sizes = [step.own.stop - step.own.start for step in chunks.steps]
+    assert sizes == [1] * 5 + [3] * 3 + [2] * 2 + [1] * 5
     befores = [step.before for step in chunks.steps]
     assert befores.pop(5).tolist() == [0, 0, 0]
     assert befores == [None] * 14
