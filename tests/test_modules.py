@@ -16,6 +16,7 @@ COVERED_BY = {
     "chat/checks.py": "chat/test_rendering.py",
     "chat/errors.py": "chat/test_rendering.py",
     "chat/families/": "chat/test_families.py",
+    "chat/json_text.py": "preparation/test_json_files.py",
     "chat/template.py": "chat/test_rendering.py",
     "chat/turns.py": "chat/test_rendering.py",
     "cli/": "cli/test_cli.py",
