@@ -33,7 +33,6 @@ COVERED_BY = {
     "tools/plots.py": "cli/test_estimate.py",
     "training/arguments.py": "training/test_trainer.py",
     "training/config.py": "training/test_trainer.py",
-    "training/finite_weights.py": "training/test_trainer.py",
     "training/response_templates.py": "preparation/test_round_trip.py",
     "training/trl_advice.py": "training/test_trainer.py",
     "vision.py": "chat/test_images.py",
