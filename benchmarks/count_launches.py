@@ -1,15 +1,10 @@
 """What a layer of linear attention launches with flash-linear-attention, forward and backward.
 
 On a GPU such a layer is bound by launches and by chunks that wait for one another, so this counts
-them and times nothing. One chat of each number of turns is
-
-- grouped: cut into segments, fla called for each group of equal depth and length
-- leveled: cut into segments, fla called once (`attention/branching/levels.py`)
-- n_pass: one call for all passes, packed one after another
-
-Kernels are counted and not run, so no GPU is needed. `launches` are those of Triton's kernels,
-`torch_kernels` what PyTorch launches besides: operations that compute something or copy. `steps`
-are the chunks that follow one another in the kernels that carry the state forward.
+them and times nothing, for chats of several lengths, in the ways of `linear_ways.py`. Kernels are
+counted and not run, so no GPU is needed. `launches` are those of Triton's kernels, `torch_kernels`
+what PyTorch launches besides: operations that compute something or copy. `steps` are the chunks
+that follow one another in the kernels that carry the state forward.
 
     make .venv-fla
     export TRITON_INTERPRET=1 PYTHONPATH=.
@@ -19,28 +14,17 @@ are the chunks that follow one another in the kernels that carry the state forwa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
-from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-from torch import Tensor
+from linear_ways import Shape, Way, chat, ways
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import autotuner, interpreter
 
-from onepass_trl.attention.branching import delta_rule, fla_rule
-from onepass_trl.attention.branching.levels import levels_of
-from onepass_trl.attention.branching.recurrences import Groups
-from onepass_trl.attention.branching.segments import segments_of
-from onepass_trl.data import build_tree, linearize
 from onepass_trl.tools.bench.results import write
-from onepass_trl.tools.bench.workload import chat_passes
 
-NAME = "torch_chunk_gated_delta_rule"
-HEADS, VALUE_HEADS, HEAD_DIM = 1, 2, 16  # launches don't depend on them
-CHUNK = fla_rule.CHUNK_SIZE
+SMALL = Shape(heads=1, value_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
 # What allocates or names memory and launches nothing.
 _FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach"}
 
@@ -60,8 +44,8 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(run: Callable[[], Tensor]) -> dict[str, int]:
-    """Return what a second run launches, forward and backward; the first makes what is kept."""
+def count(way: Way) -> dict[str, int]:
+    """Return what a second step launches; the first makes what is kept of the tree."""
     launches = 0
 
     def note(*_: Any, **__: Any) -> None:
@@ -70,45 +54,11 @@ def count(run: Callable[[], Tensor]) -> dict[str, int]:
 
     untimed = patch.object(autotuner.Autotuner, "_bench", lambda *_, **__: [0.0, 0.0, 0.0])
     with untimed, patch.object(interpreter.InterpretedFunction, "run", note):
-        run().backward()
+        way.step()
         launches = 0
         with _Operations() as operations:
-            run().backward()
+            way.step()
     return {"launches": launches, "torch_kernels": operations.count}
-
-
-def inputs(num_tokens: int) -> list[Tensor]:
-    sizes = [(HEADS, HEAD_DIM), (HEADS, HEAD_DIM), (VALUE_HEADS, HEAD_DIM)]
-    sizes += [(VALUE_HEADS,), (VALUE_HEADS,)]
-    return [torch.zeros(1, num_tokens, *size, requires_grad=True) for size in sizes]
-
-
-def grouped_and_leveled(visible_end: Tensor) -> dict[str, dict[str, int]]:
-    leaves = inputs(visible_end.shape[1])
-
-    def run(rule: Callable[..., Any]) -> Tensor:
-        return rule(*leaves, visible_end=visible_end, use_qk_l2norm_in_kernel=True)[0].sum()
-
-    leveled = delta_rule.delta_rule(chunk_gated_delta_rule, NAME)
-    with patch.object(delta_rule, "usable_backend", lambda: None):
-        grouped = delta_rule.delta_rule(chunk_gated_delta_rule, NAME)
-    groups = Groups(segments_of(visible_end), visible_end.device).groups
-    steps = sum(-(-group.length // CHUNK) for group in groups)
-    return {
-        "grouped": count(lambda: run(grouped)) | {"steps": steps},
-        "leveled": count(lambda: run(leveled)) | {"steps": levels_of(visible_end, CHUNK).num_steps},
-    }
-
-
-def n_pass(lengths: list[int]) -> dict[str, int]:
-    leaves = inputs(sum(lengths))
-    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
-
-    def run() -> Tensor:
-        options = dict(use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens)
-        return chunk_gated_delta_rule(*leaves, **options)[0].sum()
-
-    return count(run) | {"steps": -(-max(lengths) // CHUNK)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,17 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     results = []
     for turns in args.turns:
-        rng = np.random.default_rng(0)
-        passes = chat_passes(turns, (30, 100), (170, 800), (30, 100), 4096, rng)
-        visible_end = torch.from_numpy(linearize(build_tree(passes)).visible_end)[None]
-        counted = grouped_and_leveled(visible_end)
-        counted["n_pass"] = n_pass([len(pass_) for pass_ in passes])
+        of_chat = ways(chat(turns), SMALL)
+        counted = {name: count(way) | {"steps": way.steps} for name, way in of_chat.items()}
         result: dict[str, Any] = {"turns": turns}
-        result["one_pass_tokens"] = visible_end.shape[1]
-        result["n_pass_tokens"] = sum(len(pass_) for pass_ in passes)
+        result["one_pass_tokens"] = of_chat["leveled"].num_tokens
+        result["n_pass_tokens"] = of_chat["n_pass"].num_tokens
         for figure in ("launches", "torch_kernels", "steps"):
-            for way in ("grouped", "leveled", "n_pass"):
-                result[f"{figure}_{way}"] = counted[way][figure]
+            result |= {f"{figure}_{name}": counted[name][figure] for name in counted}
         results.append(result)
         print(", ".join(f"{name} {value}" for name, value in result.items()), flush=True)
     if args.json:

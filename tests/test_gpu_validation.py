@@ -180,7 +180,7 @@ def test_dry_run_of_all_steps(tmp_path, tiny_model_dir):
     assert summary["commit"] == "abc1234"
     statuses = {name: outcome["status"] for name, outcome in summary["steps"].items()}
     assert statuses.pop("parity") == "failed"
-    skipped = {name: statuses.pop(name) for name in ("record", "wheels", "fla")}
+    skipped = {name: statuses.pop(name) for name in ("record", "wheels", "fla", "linear")}
     assert set(skipped.values()) == {"skipped"}
     assert set(statuses.values()) == {"passed"}, run.stdout
     assert len(statuses) == 13

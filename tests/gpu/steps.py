@@ -120,6 +120,7 @@ class Setting:
             Step("training", 100, [self._training()], no_trl),
             Step("conversations", 60, [self._conversations(bench)], no_trl or no_bench),
             Step("fla", 150, [self._pytest("fla", "test_fla.py")], no_fla),
+            Step("linear", 100, [self._linear()], no_fla),
         ]
 
     def parity_results(self) -> list[Path]:
@@ -152,6 +153,11 @@ class Setting:
         progress = self.results / f"{name}.json"
         env = test.env | env | {"ONEPASS_TEST_GPU_RESULTS": str(progress)}
         return replace(test, name=name, env=env, progress=progress)
+
+    def _linear(self) -> Command:
+        path = str(self.results / "linear.json")
+        script = "benchmarks/gpu_linear.py"
+        return self._python("linear", script, "--turns", "5", "20", "--json", path)
 
     def _parity(self) -> list[Command]:
         kernels = ["bfloat16-64-64"]
