@@ -13,8 +13,12 @@ of the whole step. `token_ratio` is what one pass can win over `n_pass`, and `sp
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # offline, there may be no more
 
 import torch
 from linear_ways import Shape, Way, chat, ways
