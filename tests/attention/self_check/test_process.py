@@ -23,7 +23,7 @@ KERNEL = (torch.device("cpu"), torch.bfloat16, (32, 16))
 def check(monkeypatch):
     """Return what comes of a program in the place of the check."""
 
-    def run(program: str, time_limit: float = 60) -> Verdict:
+    def run(program: str, time_limit: float = 180) -> Verdict:
         monkeypatch.setattr(process, "_command", lambda: [sys.executable, "-c", program])
         monkeypatch.setattr(process, "TIME_LIMIT", time_limit)
         return check_in_process(*KERNEL)
@@ -149,8 +149,8 @@ def all_end(path: Path) -> bool:
 
 def test_what_hangs_is_ended_with_what_it_has_started(check, tmp_path):
     path = tmp_path / "pids"
-    verdict = check(HANGING.format(path=str(path)), time_limit=5)
-    assert verdict == Verdict("failed", "it took more than 5 seconds, in: one token")
+    verdict = check(HANGING.format(path=str(path)), time_limit=10)
+    assert verdict == Verdict("failed", "it took more than 10 seconds, in: one token")
     assert all_end(path)
 
 
@@ -166,7 +166,7 @@ def test_an_interrupted_wait_ends_the_process(check, tmp_path):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.alarm(5)
+    signal.alarm(10)
     try:
         with pytest.raises(KeyboardInterrupt):
             check(HANGING.format(path=str(path)))
