@@ -103,20 +103,13 @@ class Setting:
             Step("attention", 180, [self._attention("attention")]),
             Step("portable", 40, [self._attention("portable", "--cases", "causal", env=portable)]),
             Step("steps", 120, [self._bench("steps", "--only", "steps", "--models", "0.6B")]),
-            Step(
-                "others",
-                120,
-                [
-                    self._pytest("implementations", "test_implementations.py"),
-                    self._pytest("integration", "test_integration.py", "-k", "not sanitizer"),
-                ],
-            ),
+            Step("wheels", 30, [self._install(wheels)], known or no_trl),
+            Step("others", 120, self._others()),
             *(
                 Step(tool, 75, [self._sanitized(tool)], no_sanitizer)
                 for tool in ("memcheck", "racecheck", "synccheck")
             ),
             Step("ncu", 75, [self._profiled()], no_ncu),
-            Step("wheels", 30, [self._install(wheels)], known or no_trl),
             Step("training", 100, [self._training()], no_trl),
             Step("conversations", 60, [self._conversations(bench)], no_trl or no_bench),
             Step("fla", 240, [self._fla()], no_fla),
@@ -181,6 +174,16 @@ class Setting:
             if part
         ]
 
+    def _others(self) -> list[Command]:
+        """All tests but those of parity, in two processes, the compilers' in one of them."""
+        first = "test_implementations.py"
+        rest = ["--ignore", "tests/gpu/test_parity.py", "--ignore", f"tests/gpu/{first}"]
+        commands = [
+            self._pytest("implementations", first),
+            self._pytest("integration", "", *rest, "-k", "not sanitizer"),
+        ]
+        return [replace(c, env=c.env | self._with_wheels()) for c in commands]
+
     def _record(self) -> Command:
         files = map(str, self.parity_results())
         return self._python("record", "tests/gpu/record_validation.py", *files)
@@ -229,7 +232,8 @@ class Setting:
         return str(self.results / "site")
 
     def _with_wheels(self) -> dict[str, str]:
-        return {"PYTHONPATH": os.pathsep.join((self._site, str(ROOT)))}
+        paths = (self._site, os.environ.get("PYTHONPATH", str(ROOT)))
+        return {"PYTHONPATH": os.pathsep.join(paths)}
 
     def _training(self) -> Command:
         given = ["--steps", "1", "--turns", "2"] if self.is_dry else ["--steps", "40", "--bf16"]
