@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,6 +55,12 @@ def describe() -> dict[str, Any]:
         "tools": {tool: shutil.which(tool) for tool in ("compute-sanitizer", "ncu", "nvcc")},
         "implementations": {status.name: status.detail for status in available_impls()},
     }
+    if shutil.which("nvidia-smi"):
+        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+        command = ["nvidia-smi", query, "--format=csv"]
+        facts["nvidia-smi"] = subprocess.run(
+            command, capture_output=True, text=True, timeout=20
+        ).stdout
     if not DRY_RUN:
         properties = torch.cuda.get_device_properties()
         capability = torch.cuda.get_device_capability()

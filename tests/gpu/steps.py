@@ -104,7 +104,7 @@ class Setting:
             Step("portable", 40, [self._attention("portable", "--cases", "causal", env=portable)]),
             Step("steps", 120, [self._bench("steps", "--only", "steps", "--models", "0.6B")]),
             Step("wheels", 30, [self._install(wheels)], known or no_trl),
-            Step("others", 120, self._others()),
+            Step("others", 150, self._others()),
             *(
                 Step(tool, 75, [self._sanitized(tool)], no_sanitizer)
                 for tool in ("memcheck", "racecheck", "synccheck")
@@ -175,13 +175,12 @@ class Setting:
         ]
 
     def _others(self) -> list[Command]:
-        """All tests but those of parity, in two processes, the compilers' in one of them."""
-        first = "test_implementations.py"
-        rest = ["--ignore", "tests/gpu/test_parity.py", "--ignore", f"tests/gpu/{first}"]
-        commands = [
-            self._pytest("implementations", first),
-            self._pytest("integration", "", *rest, "-k", "not sanitizer"),
-        ]
+        """All tests but those of parity: what takes long in processes of its own."""
+        files = {name: f"test_{name}.py" for name in ("implementations", "self_check")}
+        ignored = ["test_parity.py", *files.values()]
+        rest = [f"--ignore=tests/gpu/{file}" for file in ignored]
+        commands = [self._pytest(name, file) for name, file in files.items()]
+        commands.append(self._pytest("integration", "", *rest, "-k", "not sanitizer"))
         return [replace(c, env=c.env | self._with_wheels()) for c in commands]
 
     def _record(self) -> Command:
