@@ -14,6 +14,7 @@ put in its place.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -143,7 +144,7 @@ def _paths_above(ends: Indices, tokens: Iterable[int]) -> Iterator[tuple[int, In
         yield token, root + np.flatnonzero(ends[root:token] > token)
 
 
-class _Sequences(NamedTuple):
+class Sequences(NamedTuple):
     """`Chains` on the device, as the kernels take them."""
 
     queries: Tensor
@@ -156,39 +157,49 @@ class _Sequences(NamedTuple):
 
 
 # All layers of a forward pass share their sequences.
-_sequences: Remembered[_Sequences] = Remembered()
+_sequences: Remembered[Sequences] = Remembered()
 
 
-def _sequences_of(call: Call) -> _Sequences:
+def _sequences_of(call: Call) -> Sequences:
     """Return the sequences of a call's rows.
 
     Raises:
         PositionsError: the window of the kernels can't be that of the positions.
     """
     visible_end, positions = call.visible_end.detach(), call.positions
-
-    def make() -> _Sequences:
-        chains = chains_of(
-            visible_end.cpu().numpy(), None if positions is None else positions.cpu().numpy()
-        )
-        query_starts, key_starts = (
-            np.concatenate([[0], ends]) for ends in (chains.query_ends, chains.key_ends)
-        )
-
-        def on_device(x: NDArray[np.integer]) -> Tensor:
-            return torch.from_numpy(x).to(visible_end.device)
-
-        return _Sequences(
-            on_device(chains.queries),
-            on_device(chains.keys),
-            on_device(query_starts.astype(np.int32)),
-            on_device(key_starts.astype(np.int32)),
-            int(np.diff(query_starts).max()),
-            int(np.diff(key_starts).max()),
-        )
-
     others = () if positions is None else (positions,)
+    make = partial(make_sequences, visible_end, positions)
     return _sequences.get(call.visible_end, others, None, make)
+
+
+def make_sequences(visible_end: Tensor, positions: Tensor | None) -> Sequences:
+    """Return the chains of rows as the kernels take them, found on the host.
+
+    Args:
+        visible_end: ``(batch, seq)`` int32.
+        positions: ``(batch, seq)`` int32, given for a window.
+
+    Raises:
+        PositionsError: the window of the kernels can't be that of the positions.
+    """
+    chains = chains_of(
+        visible_end.cpu().numpy(), None if positions is None else positions.cpu().numpy()
+    )
+    query_starts, key_starts = (
+        np.concatenate([[0], ends]) for ends in (chains.query_ends, chains.key_ends)
+    )
+
+    def on_device(x: NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(x).to(visible_end.device)
+
+    return Sequences(
+        on_device(chains.queries),
+        on_device(chains.keys),
+        on_device(query_starts.astype(np.int32)),
+        on_device(key_starts.astype(np.int32)),
+        int(np.diff(query_starts).max()),
+        int(np.diff(key_starts).max()),
+    )
 
 
 def _status() -> ImplStatus:
@@ -249,7 +260,7 @@ def _run(call: Call) -> tuple[Tensor, Tensor]:
 
 
 class _VarlenAttention(torch.autograd.Function):
-    """Attention of `_Sequences`. The keys and values of the paths are gathered twice, not kept.
+    """Attention of `Sequences`. The keys and values of the paths are gathered twice, not kept.
 
     A sink takes probability and gives no value: it changes the output and lse, and backward of the
     kernels, which knows the probabilities by lse and the output, is right with the changed ones.
@@ -262,7 +273,7 @@ class _VarlenAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         sinks: Tensor | None,
-        sequences: _Sequences,
+        sequences: Sequences,
         scale: float,
         window: int | None,
     ) -> tuple[Tensor, Tensor]:
@@ -294,7 +305,7 @@ class _VarlenAttention(torch.autograd.Function):
             )
         assert dout is not None
         q, k, v, sinks, out, lse, *state = ctx.saved_tensors
-        sequences: _Sequences = ctx.sequences
+        sequences: Sequences = ctx.sequences
         dout = _tokens(dout, out.shape[-1])[sequences.queries]
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             dout,
@@ -322,7 +333,7 @@ class _VarlenAttention(torch.autograd.Function):
         )
 
 
-def _kernel_arguments(sequences: _Sequences, window: int | None) -> tuple[Any, ...]:
+def _kernel_arguments(sequences: Sequences, window: int | None) -> tuple[Any, ...]:
     """Return what both kernels take after their tensors: sequences, dropout, causality."""
     lengths = (sequences.query_starts, sequences.key_starts)
     return (*lengths, sequences.most_queries, sequences.most_keys, 0.0, window is None)
@@ -333,7 +344,7 @@ def _window(window: int | None) -> dict[str, int]:
     return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
-def _gathered(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) -> tuple[Tensor, ...]:
+def _gathered(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
     """Return q, k and v of all sequences, ``(num_tokens, heads, head_dim)`` each, of one size."""
     width = -(-q.shape[3] // _ALIGNMENT) * _ALIGNMENT
     places = (sequences.queries, sequences.keys, sequences.keys)
@@ -345,7 +356,7 @@ def _tokens(x: Tensor, width: int) -> Tensor:
     return pad(x.transpose(1, 2).flatten(0, 1), (0, width - x.shape[3]))
 
 
-def _added_up(gradient: Tensor, sequences: _Sequences, dtype: torch.dtype) -> Tensor:
+def _added_up(gradient: Tensor, sequences: Sequences, dtype: torch.dtype) -> Tensor:
     """Return the gradient of each token: the sum of those of its gathered copies, in `dtype`.
 
     By atomic additions on CUDA devices, unless ``torch.use_deterministic_algorithms(True)``.

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from onepass_trl.attention import available_impls, tree_attention
 from onepass_trl.attention.implementations.flex import build_block_mask
+from onepass_trl.attention.implementations.varlen import make_sequences
 from onepass_trl.attention.reference import visibility_mask
 from onepass_trl.tools.bench.workload import AttentionShape
 
@@ -114,6 +115,9 @@ def make_peers(x: Inputs, window: int | None = None) -> dict[str, Peer]:
         plan = partial(torch.ops.onepass.tree_plan, x.visible_end, positions, window or 0)
         ours = peers["onepass cuda"] = peers["onepass cuda"]._replace(prepare=plan)
         peers["onepass cuda, same bits"] = ours._replace(same_bits=True)
+    if "varlen" in usable:
+        sequences = partial(make_sequences, x.visible_end, positions)
+        peers["onepass varlen"] = peers["onepass varlen"]._replace(prepare=sequences)
     build_blocks = partial(build_block_mask, x.visible_end, positions, window)
     if "flex" in usable:
         peers[FLEX] = Peer(tree("flex"), build_blocks)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from onepass_trl import build_tree, linearize
-from onepass_trl.attention import available_impls
-from onepass_trl.tools.bench import attention
+from onepass_trl.attention import ImplStatus, available_impls
+from onepass_trl.tools.bench import attention, peers
 from onepass_trl.tools.bench.attention import measure_attention
 from onepass_trl.tools.bench.peers import CAUSAL, DENSE_MASK, FLEX, make_inputs, make_peers
 from onepass_trl.tools.bench.report import attention_table
@@ -15,9 +15,9 @@ ROW = LAYOUT.visible_end
 OURS = ["onepass cpu", "onepass dense"]
 
 
-def measure(peers, **options):
+def measure(names, **options):
     given = dict(dtype=torch.float32, device=torch.device("cpu"), repeats=2)
-    return measure_attention(ROW, AttentionShape(4, 2, 16, 8), **{**given, **options}, peers=peers)
+    return measure_attention(ROW, AttentionShape(4, 2, 16, 8), **{**given, **options}, peers=names)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,11 +95,20 @@ def test_unknown_peers_are_refused():
 def test_every_usable_implementation_is_a_peer():
     shape = AttentionShape(4, 2, 16, 8)
     inputs = make_inputs(ROW, shape, torch.float32, torch.device("cpu"))
-    peers = make_peers(inputs)
+    made = make_peers(inputs)
     usable = [f"onepass {status.name}" for status in available_impls() if "cpu" in status.devices]
-    assert list(peers) == [*usable, FLEX, DENSE_MASK, CAUSAL]
-    assert not peers[FLEX].has_backward
-    assert "no backward on a CPU" in peers[FLEX].note
+    assert list(made) == [*usable, FLEX, DENSE_MASK, CAUSAL]
+    assert not made[FLEX].has_backward
+    assert "no backward on a CPU" in made[FLEX].note
+
+
+def test_finding_the_sequences_of_variable_length_kernels_is_timed_too(monkeypatch):
+    usable = ImplStatus("varlen", True, ("cpu",), "as if there were kernels for CPUs")
+    monkeypatch.setattr(peers, "available_impls", lambda: [usable])
+    x = make_inputs(ROW, AttentionShape(4, 2, 16, 8), torch.float32, torch.device("cpu"))
+    made = make_peers(x)["onepass varlen"].prepare()
+    assert made.queries.numel() == ROW.size
+    assert made.keys.numel() == made.key_starts[-1] > ROW.size
 
 
 def test_flex_is_compiled_and_timed_forward():
