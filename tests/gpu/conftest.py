@@ -143,8 +143,15 @@ class GpuTests:
                     f"{kernel!s:24} {count['passed']:4} of {tests} passed, {count['failed']} failed"
                 )
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self._write(finished=not self._device_lost)
+        if not RESUMES or self._device_lost:
+            return
+        # The status of all processes that have shared these tests.
+        if {"failed", "died"} & set(self._outcomes.values()):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        elif session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self._outcomes:
+            session.exitstatus = pytest.ExitCode.OK
 
     def _count(self, kernel: Kernel) -> dict[str, int]:
         outcomes = Counter(

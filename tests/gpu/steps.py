@@ -103,13 +103,13 @@ class Setting:
             Step("attention", 180, [self._attention("attention")]),
             Step("portable", 40, [self._attention("portable", "--cases", "causal", env=portable)]),
             Step("steps", 120, [self._bench("steps", "--only", "steps", "--models", "0.6B")]),
-            Step("wheels", 30, [self._install(wheels)], known or no_trl),
             Step("others", 150, self._others()),
             *(
                 Step(tool, 75, [self._sanitized(tool)], no_sanitizer)
                 for tool in ("memcheck", "racecheck", "synccheck")
             ),
             Step("ncu", 75, [self._profiled()], no_ncu),
+            Step("wheels", 30, [self._install(wheels)], known or no_trl),
             Step("training", 100, [self._training()], no_trl),
             Step("conversations", 60, [self._conversations(bench)], no_trl or no_bench),
             Step("fla", 240, [self._fla()], no_fla),
@@ -175,13 +175,12 @@ class Setting:
         ]
 
     def _others(self) -> list[Command]:
-        """All tests but those of parity: what takes long in processes of its own."""
+        """All other tests but fla's: what takes long in processes of its own."""
         files = {name: f"test_{name}.py" for name in ("implementations", "self_check")}
-        ignored = ["test_parity.py", *files.values()]
+        ignored = ["test_parity.py", "test_fla.py", *files.values()]
         rest = [f"--ignore=tests/gpu/{file}" for file in ignored]
         commands = [self._pytest(name, file) for name, file in files.items()]
-        commands.append(self._pytest("integration", "", *rest, "-k", "not sanitizer"))
-        return [replace(c, env=c.env | self._with_wheels()) for c in commands]
+        return [*commands, self._pytest("integration", "", *rest, "-k", "not sanitizer")]
 
     def _record(self) -> Command:
         files = map(str, self.parity_results())
