@@ -61,6 +61,12 @@ def tree_attention(
         but for the gradient of q on CUDA devices with ``d_qk = d_v <= 128``, where that takes
         ``torch.use_deterministic_algorithms(True)``.
 
+        With "cpu", NaN and infinities in q, k and v reach only the outputs and gradients of what
+        sees them, and sinks may be infinite; with the others they may spread to other tokens.
+        Gradients of "cpu" and "cuda" take probabilities from the logarithm that ``lse`` is, so
+        their relative error is up to the largest score times 6e-8 in float32: scores of 1e7, which
+        no model has, give gradients that aren't normalized.
+
     Raises:
         ValueError: an argument that does not fit the others, or that the implementation does not
             support.

@@ -43,6 +43,7 @@ REFUSALS = {
     "System role not supported": "system messages",
     "roles must alternate": "tool messages",
     "of its tool call": "tool calls",
+    "Only user and assistant roles": "tool messages",
     "its content": "text with a call",
 }
 # Why a turn isn't parsed back, by a part of the error.
@@ -185,11 +186,16 @@ def _prompts(
 
 
 def as_served(message: Mapping[str, Any], case: Case) -> dict[str, Any]:
-    """Return the message as a server gives it to the template: DeepSeek's wants JSON text."""
+    """Return the message as a server gives it to the template.
+
+    DeepSeek's wants JSON text, and some vision models' wants parts.
+    """
     served = dict(message)
     if served.get("reasoning_content"):
         served["thinking"] = served["reasoning_content"]
-    if served.get("tool_calls") and case.tokens.folder == "deepseek-r1":
+    if case.takes_parts:
+        served["content"] = [{"type": "text", "text": served["content"]}]
+    if served.get("tool_calls") and case.takes_text_arguments:
         served["tool_calls"] = json.loads(json.dumps(served["tool_calls"]))
         for call in served["tool_calls"]:
             function = call["function"]

@@ -16,12 +16,17 @@ from tests.chat import response_templates as parsing
 _HERE = Path(__file__).parent
 
 
-def trl_template(name: str) -> str:
-    """Return a chat template that TRL ships, without importing TRL."""
+def trl_template_file(name: str) -> Path:
+    """Return the file of a chat template that TRL may ship, without importing TRL."""
     spec = importlib.util.find_spec("trl")
     assert spec is not None
     assert spec.origin is not None
-    return (Path(spec.origin).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+    return Path(spec.origin).parent / "chat_templates" / f"{name}.jinja"
+
+
+def trl_template(name: str) -> str:
+    """Return the Jinja source of a chat template that TRL ships."""
+    return trl_template_file(name).read_text("utf-8")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Case:
         parser: The response template, None for TRL's.
         edit: Text of the template, and what replaces it.
         misreading: Why TRL's parser doesn't read texts with quotes, brackets and line ends.
+        takes_parts: Whether servers give contents as lists of parts.
+        takes_text_arguments: Whether servers give the arguments of calls as JSON text.
     """
 
     name: str
@@ -70,6 +77,8 @@ class Case:
     parser: dict[str, Any] | None = field(default=None, hash=False)
     edit: tuple[str, str] | None = None
     misreading: str | None = None
+    takes_parts: bool = False
+    takes_text_arguments: bool = False
 
     @property
     def slug(self) -> str:
@@ -145,6 +154,11 @@ _COHERE = Tokens(
     bos="<BOS_TOKEN>",
     eos="<|END_OF_TURN_TOKEN|>",
 )
+_VISION = Tokens(
+    "<|begin_of_text|> <|im_start|> <end_of_utterance>",
+    bos="<|begin_of_text|>",
+    eos="<end_of_utterance>",
+)
 _MISTRAL = Tokens(
     "<s> </s> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CALLS] [TOOL_RESULTS] "
     "[/TOOL_RESULTS]",
@@ -185,14 +199,22 @@ CASES = {
             "deepseek_r1_distill",
             _DEEPSEEK,
             parser=parsing.DEEPSEEK_V3,  # TRL's doesn't know the prompt after tool outputs
+            takes_text_arguments=True,
         ),
-        Case("DeepSeek-V3", "deepseekv3", _DEEPSEEK, parser=parsing.DEEPSEEK_V3),
+        Case(
+            "DeepSeek-V3",
+            "deepseekv3",
+            _DEEPSEEK,
+            parser=parsing.DEEPSEEK_V3,
+            takes_text_arguments=True,
+        ),
         Case(
             "DeepSeek-V3.1 (form)",
             "deepseek_v3_1",
             _DEEPSEEK,
             {"thinking": True},
             parser=parsing.DEEPSEEK_V3_1,
+            takes_text_arguments=True,
         ),
         Case("QwQ (form)", "qwq", _QWEN, parser=parsing.QWEN3),
         Case("gpt-oss", "gptoss", _HARMONY),
@@ -271,5 +293,47 @@ CASES = {
             reasoning=False,
             parser=parsing.plain("<start_of_turn>model\n", "<end_of_turn>"),
         ),
+        Case(
+            "Qwen2.5-VL (text)",
+            "qwen2_5_vl",
+            _QWEN,
+            reasoning=False,
+            parser=parsing.plain("<|im_start|>assistant\n", "<|im_end|>"),
+        ),
+        *(
+            Case(
+                f"{name} (text)",
+                template,
+                _VISION,
+                reasoning=False,
+                parser=parsing.plain("Assistant:", "<end_of_utterance>"),
+                takes_parts=True,
+            )
+            for name, template in (("SmolVLM", "smolvlm"), ("Idefics 3", "idefics3"))
+        ),
+        Case(
+            "LLaVA-NeXT (text)",
+            "llava_next",
+            Tokens("<s> </s>", bos="<s>", eos="</s>"),
+            reasoning=False,
+            parser=parsing.plain("[/INST]", "</s>"),
+            takes_parts=True,
+        ),
     ]
 }
+
+TRAINING = {
+    name: replace(
+        case,
+        name=f"{name}, for training",
+        template=f"{case.template}_training",
+        # TRL knows originals by their text, and parses what both write.
+        parser=case.parser or parsing.of_trl(case.template_text()),
+        takes_text_arguments=False,  # those for training take dicts, as the others do
+    )
+    for name, case in CASES.items()
+    if case.edit is None
+    and case.template != "deepseek_r1_distill"  # it takes reasoning in the content alone
+    and trl_template_file(f"{case.template}_training").exists()
+}
+"""The versions for training that TRL ships, by the names of their families."""

@@ -7,12 +7,21 @@ round trip. See transformers' documentation of `parse_response` for the form.
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 from trl import chat_template_utils as trl_templates
 
 _ROLE = {"role": "assistant"}
 _CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+
+
+def of_trl(template: str) -> dict[str, Any]:
+    """Return TRL's response template for a chat template that it knows."""
+    tokenizer: Any = SimpleNamespace(chat_template=template)
+    found: dict[str, Any] = trl_templates.add_response_schema(tokenizer).response_template
+    return found
+
 
 QWEN3: dict[str, Any] = trl_templates.qwen3_template
 GEMMA4: dict[str, Any] = trl_templates.gemma4_template

@@ -11,7 +11,7 @@ from onepass_trl.chat import ChatFormatError, render_passes
 from onepass_trl.chat.families import Composable, Family, family_of, registered_families, registry
 from onepass_trl.chat.template import Template
 from tests.chat.coverage import REFUSALS, UNKNOWN_PROMPT, cover
-from tests.chat.families import CASES
+from tests.chat.families import CASES, TRAINING
 from tests.chat.golden import CONVERSATIONS
 from tests.chat.tokenizers import make_small_tokenizer, small_tokenizer, texts
 
@@ -41,11 +41,11 @@ AGENT = [
 ]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_turn_is_rendered_right_or_refused_for_a_known_reason(name):
+@pytest.mark.parametrize("case", [*CASES.values(), *TRAINING.values()], ids=lambda case: case.name)
+def test_every_turn_is_rendered_right_or_refused_for_a_known_reason(case):
     conversations = [{"id": name, "messages": messages} for name, messages in CONVERSATIONS.items()]
     conversations.append({"id": "agent", "messages": AGENT})
-    covered = cover(CASES[name], make_small_tokenizer(CASES[name]), conversations)
+    covered = cover(case, make_small_tokenizer(case), conversations)
     assert covered.refused.keys() <= set(REFUSALS.values())
     assert covered.rendered >= 3
     assert covered.equal_contexts == covered.stopped == covered.rendered

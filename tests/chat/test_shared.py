@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tests.chat.coverage import FILES, RECORD, cover, read_conversations
-from tests.chat.families import CASES
+from tests.chat.families import CASES, TRAINING
 from tests.chat.tokenizers import SHARED, SHARED_REASON, make_real_tokenizer
 
 pytestmark = [
@@ -25,9 +25,12 @@ def sample():
     return [row for file, step in SAMPLED.items() for row in read_conversations(file)[3::step]]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_family(name):
-    case = CASES[name]
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [*CASES.items(), *TRAINING.items()],
+    ids=[case.name for case in (*CASES.values(), *TRAINING.values())],
+)
+def test_family(name, case):
     record = json.loads(RECORD.read_text("utf-8"))[name]
     covered = cover(case, make_real_tokenizer(case), sample())
     assert covered.refused.keys() <= record["refused"].keys()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from onepass_trl.chat import InvalidTurn, render_each_turn
-from tests.chat.families import CASES, trl_template
+from tests.chat.families import CASES, TRAINING, trl_template
 from tests.chat.tokenizers import make_small_tokenizer
 
 FOLDER = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
@@ -39,10 +39,7 @@ KINDS = {
 }
 CALLS = ("call", "text and call", "two calls", "all three")
 VISION = ("idefics3", "llava_next", "qwen2_5_vl", "smolvlm")
-NO_REASONING = (
-    *(case.template for case in CASES.values() if not case.reasoning),
-    *VISION,
-)
+NO_REASONING = tuple(case.template for case in CASES.values() if not case.reasoning)
 NO_CALLS = ("cohere", "cohere2", "gemma", "gemma3", "lfm2", "llama3", "phi3", "phi3_5", *VISION)
 REFUSED = {
     **{name: {"reasoning", "all three"} for name in NO_REASONING},
@@ -68,6 +65,11 @@ def problems(name, messages):
     tokenizer.chat_template = trl_template(name)
     turns = render_each_turn(messages, tokenizer, chat_template_kwargs=case.kwargs)
     return [str(turn.error) for turn in turns if isinstance(turn, InvalidTurn)]
+
+
+def test_every_template_is_among_the_families():
+    covered = {case.template for case in (*CASES.values(), *TRAINING.values())}
+    assert set(NAMES) - covered == {"deepseek_r1_distill_training"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.marks import THINK_OPEN
@@ -42,8 +42,11 @@ class Turn:
         return self.message.get("reasoning_content", "")
 
     def with_content(self, content: str) -> Turn:
-        """Return the turn with another content."""
-        return replace(self, messages=[*self.messages[:-1], {**self.message, "content": content}])
+        """Return the turn with another content, as a list of parts if it is one now."""
+        given: Any = content
+        if isinstance(self.message["content"], list):
+            given = [{"type": "text", "text": content}]
+        return replace(self, messages=[*self.messages[:-1], {**self.message, "content": given}])
 
     def with_reasoning(self, reasoning: str) -> Turn:
         """Return the turn with another reasoning, ``""`` for none."""
