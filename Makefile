@@ -16,7 +16,7 @@ ACROSS_VERSIONS := tests/test_versions.py tests/attention/test_transformers_back
   tests/cli tests/setsft/test_exactness.py tests/training/test_exactness.py tests/training/test_lm_head.py \
   tests/training/test_sequences.py tests/training/test_trainer.py
 
-.PHONY: help venv lock demo test test-all test-oldest test-newest test-fla .venv-oldest .venv-newest .venv-fla generated check format cuda check-cuda test-gpu carried wheel bench bench-gpu docs plots clean
+.PHONY: help venv lock demo test test-all test-oldest test-newest test-fla .venv-oldest .venv-newest .venv-fla generated check format cuda check-cuda test-gpu carried wheel try-wheel bench bench-gpu docs plots clean
 
 help:
 	@echo "make venv        set up .venv with the versions of constraints.txt and build the package into it"
@@ -35,6 +35,7 @@ help:
 	@echo "make test-gpu    test it on a GPU; ARGS='-k bfloat16-128' for a part"
 	@echo "make carried     what a GPU machine without a network needs for all of tests/gpu, in build/carried"
 	@echo "make wheel       a wheel in dist/ with both libraries, for every Python and torch (needs nvcc, not a GPU; takes long)"
+	@echo "make try-wheel   install it into .venv-wheel and train three steps; TORCH='torch==2.11.*' for one of them"
 	@echo "make bench       run the benchmarks and regenerate the tables of benchmarks/README.md"
 	@echo "make generated   write all generated pages, golden files, tables and figures again (an hour)"
 	@echo "make plots       draw docs/figures from the results of the benchmarks"
@@ -172,6 +173,14 @@ wheel: venv .venv/cute .venv/auditwheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch_*' -w dist build/wheel/*.whl
 	@! find dist -name '*.whl' -size +100000000c | grep . \
 	  || { echo "more than 100 MB: name fewer ONEPASS_CUDA_ARCHS or ONEPASS_HEAD_DIMS"; exit 1; }
+
+# As on a machine that has nothing but Python: no compiler is on the PATH, nor anything else.
+try-wheel:
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install '$(TORCH)' dist/*.whl
+	for command in 'onepass-trl env' 'python examples/one_step.py' 'python examples/demo.py --steps 3'; do \
+	  env -i HOME="$$HOME" PATH="$(CURDIR)/.venv-wheel/bin" $$command || exit 1; done
 
 bench: venv
 	set -e; for script in $(BENCHMARKS); do \
