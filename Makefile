@@ -35,7 +35,7 @@ help:
 	@echo "make test-gpu    test it on a GPU; ARGS='-k bfloat16-128' for a part"
 	@echo "make carried     what a GPU machine without a network needs for all of tests/gpu, in build/carried"
 	@echo "make wheel       a wheel in dist/ with both libraries, for every Python and torch (needs nvcc, not a GPU; takes long)"
-	@echo "make try-wheel   install it into .venv-wheel and train three steps; TORCH='torch==2.11.*' for one of them"
+	@echo "make try-wheel   install it into .venv-wheel and train a step; TORCH='torch==2.11.*' for one of them"
 	@echo "make bench       run the benchmarks and regenerate the tables of benchmarks/README.md"
 	@echo "make generated   write all generated pages, golden files, tables and figures again (an hour)"
 	@echo "make plots       draw docs/figures from the results of the benchmarks"
@@ -179,7 +179,7 @@ try-wheel:
 	rm -rf .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install '$(TORCH)' dist/*.whl
-	for command in 'onepass-trl env' 'python examples/one_step.py' 'python examples/demo.py --steps 3'; do \
+	for command in 'onepass-trl env' 'python examples/one_step.py' 'python examples/demo.py --steps 1'; do \
 	  env -i HOME="$$HOME" PATH="$(CURDIR)/.venv-wheel/bin" $$command || exit 1; done
 
 bench: venv

@@ -1,4 +1,10 @@
-"""Datasets of single sequences train as with TRL's trainer: the same loss on the same records."""
+"""Datasets of single sequences train as with TRL's trainer: the same loss on the same records.
+
+``python -m tests.training.test_sequences`` prints both, for docs/migrating.md.
+"""
+
+import tempfile
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
 from onepass_trl.versions import Since
+from tests.chat.tokenizers import small_tokenizer
 from tests.conversations import as_record, random_chat
 from tests.models import make_model
 from tests.training.conversations import history
@@ -149,3 +156,25 @@ def test_the_completion_is_predicted_from_the_prompt_as_served(
     assert row["input_ids"][: len(served)].tolist() == served
     targets = row["shift_labels"][torch.as_tensor(row["shift_labels"]) != -100]
     assert tiny_tokenizer.decode(targets) == completion + tiny_tokenizer.eos_token
+
+
+def main():
+    lines = ["| columns | `SFTTrainer` | `OnePassSFTTrainer` |", "|---|---|---|"]
+    for form, columns in FORMS.items():
+        options = {"dataset_text_field": "body"} if form == "text_field" else {}
+        with tempfile.TemporaryDirectory() as folder:
+            found = [
+                losses(*classes, small_tokenizer("qwen3"), folder, columns, **options)
+                for classes in (
+                    (SFTTrainer, partial(SFTConfig, max_length=None)),
+                    (OnePassSFTTrainer, OnePassSFTConfig),
+                )
+            ]
+        cells = (", ".join(f"{loss:.6f}" for loss in one) for one in found)
+        names = ", ".join(f"`{column}`" for column in columns)
+        lines.append(f"| {names} | {' | '.join(cells)} |")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
