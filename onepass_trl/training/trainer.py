@@ -187,6 +187,9 @@ class OnePassSFTTrainer(SFTTrainer):
         finally:
             args.packing, args.eval_packing = packing
 
+        # The targets of a step are counted over all its batches, also for a model whose own loss
+        # can't be given their number (Qwen3-VL, Gemma 4).
+        self.model_accepts_loss_kwargs = True
         use_onepass_attention(self.model)
         check_head(self.model)
         if not versions.FUSED_LM_HEAD.installed:

@@ -27,6 +27,7 @@ from tests.images import (
     part,
     text,
 )
+from tests.launching import run
 from tests.models import WINDOW, make_model
 from tests.n_pass import (
     GRADIENT_TOLERANCE,
@@ -38,6 +39,7 @@ from tests.n_pass import (
 
 TEXT_ONLY = [{"role": "user", "content": "Hi"}, answer("Yo."), {"role": "user", "content": "Hm"}]
 TEXT_ONLY.append(answer("What?"))
+CONVERSATIONS = [*CHATS.values(), TEXT_ONLY]
 
 
 def test_every_family_is_tested():
@@ -150,7 +152,7 @@ def make_trainer(model, processor, records, tmp_path, **options):
     ids=["padded", "padding_free", "packed", "split", "multiple", "checkpointing"],
 )
 def test_a_batch_of_the_trainer_equals_n_passes(name, options, tmp_path):
-    conversations = [*CHATS.values(), TEXT_ONLY]
+    conversations = CONVERSATIONS
     if options.get("max_length") == 200:
         conversations = [CHATS["four turns"], CHATS["same image twice"], TEXT_ONLY]
     reference, processor = make_image_model(name), make_processor(name)
@@ -177,26 +179,49 @@ def test_a_batch_of_the_trainer_equals_n_passes(name, options, tmp_path):
     assert_same_gradients(gradients(trainer.model), gradients(reference), floor=1e-4)
 
 
-def test_training_equals_n_pass_training(tmp_path):
-    """Two steps of SGD on all conversations, after the check of the model, and what is saved."""
-    conversations = [*CHATS.values(), TEXT_ONLY]
-    reference, processor = make_image_model("qwen3_vl"), make_processor("qwen3_vl")
-    records = list(map(as_record, conversations))
-    model = copy.deepcopy(reference)
-    trainer = make_trainer(model, processor, records, tmp_path, max_steps=2, **SGD)
-    trainer.train()
+def n_pass_training(processor):
+    """The model after two steps of SGD on all conversations, and the loss of each step."""
+    model, losses = make_image_model("qwen3_vl"), []
     for _ in range(2):
-        reference.zero_grad()
-        n_pass_loss(reference, processor, conversations).backward()
+        model.zero_grad()
+        loss = n_pass_loss(model, processor, CONVERSATIONS)
+        loss.backward()
+        losses.append(loss.item())
         with torch.no_grad():
-            for parameter in reference.parameters():
+            for parameter in model.parameters():
                 parameter -= 0.1 * parameter.grad
+    return model, losses
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_equals_n_pass_training(accumulation, tmp_path):
+    """After the check of the model, with text alone in a batch, and what is saved."""
+    processor = make_processor("qwen3_vl")
+    model, records = make_image_model("qwen3_vl"), list(map(as_record, CONVERSATIONS))
+    batch = {
+        "per_device_train_batch_size": len(records) // accumulation,
+        "gradient_accumulation_steps": accumulation,
+    }
+    trainer = make_trainer(model, processor, records, tmp_path, max_steps=2, **batch, **SGD)
+    trainer.train()
+    expected, losses = n_pass_training(processor)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-6)
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-2")
-    for (name, trained), actual, expected in zip(
-        model.named_parameters(), saved.parameters(), reference.parameters(), strict=True
+    for (name, trained), actual, other in zip(
+        model.named_parameters(), saved.parameters(), expected.parameters(), strict=True
     ):
-        torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(trained, other, rtol=1e-4, atol=1e-6, msg=name)
         torch.testing.assert_close(actual, trained, rtol=0, atol=0, msg=name)
+
+
+def test_two_processes_equal_n_pass_training(tmp_path):
+    options = dict(per_device_train_batch_size=2)
+    history, weights = run(tmp_path / "run", 2, "tests.training.image_worker", **options)
+    expected, losses = n_pass_training(make_processor("qwen3_vl"))
+    assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses, 1e-6)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.data, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_check_of_the_model_sees_what_is_wrong_with_images(tmp_path, monkeypatch):

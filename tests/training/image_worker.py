@@ -1,0 +1,36 @@
+"""Trains two steps of SGD on conversations with images and saves the losses and the weights;
+started by test_images.py.
+
+torchrun --nproc-per-node 2 -m tests.training.image_worker FOLDER JSON_OPTIONS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tests.images import make_image_model, make_processor
+from tests.n_pass import SGD
+from tests.training.distributed_worker import start, train_and_save
+from tests.training.test_images import CONVERSATIONS, as_record, make_trainer
+
+
+def main(folder: str, options: dict) -> None:
+    start(options)
+    trainer = make_trainer(
+        make_image_model("qwen3_vl"),
+        make_processor("qwen3_vl"),
+        list(map(as_record, CONVERSATIONS)),
+        Path(folder),
+        max_steps=2,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        **SGD,
+        **options,
+    )
+    train_and_save(trainer, folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
