@@ -216,6 +216,16 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
     dq_sums = new_empty(own_lse, {batch, heads, padded, d_qk}, ScalarType::Float);
     p.dq_sums = static_cast<float*>(dq_sums->mutable_data_ptr());
   }
+  p.group_parts = parts_of_group(p.batch, p.heads, p.kv_heads, p.seq);
+  OptionalTensor dk_parts, dv_parts;
+  if (p.group_parts > 1) {
+    const auto parts = [&](int64_t d) {
+      return new_empty(own_lse, {p.group_parts, batch, p.kv_heads, padded, d}, ScalarType::Float);
+    };
+    dk_parts = parts(d_qk), dv_parts = parts(d_v);
+    p.dk_parts = static_cast<float*>(dk_parts->mutable_data_ptr());
+    p.dv_parts = static_cast<float*>(dv_parts->mutable_data_ptr());
+  }
   launch(kernel, p, call.device);
   return {dq, dk, dv, dsinks};
 }

@@ -125,6 +125,80 @@ __device__ __forceinline__ void store_gradient(Element* staging, const Tensor& g
                                    gradient.seq_stride, first, seq);
 }
 
+// A key of a part of dk or dv, `width` floats.
+__device__ __forceinline__ float* part_of_gradient(float* parts, const BackwardParams& params,
+                                                   int32_t width, int32_t part, int32_t b,
+                                                   int32_t kv_head, int32_t key) {
+  const int64_t head_index = (int64_t{part} * params.batch + b) * params.kv_heads + kv_head;
+  return parts + (head_index * padded(params.seq) + key) * width;
+}
+
+// Writes a warp's 16 keys of dk or dv, times `factor`: as store_gradient does, or the block's part.
+template <typename Element, int kCols>
+__device__ __forceinline__ void store_gradient_of_keys(Element* staging, const Tensor& gradient,
+                                                       float* parts, const BackwardParams& params,
+                                                       int32_t b, int32_t first, float factor,
+                                                       Accumulator<1, kCols / 8>& values) {
+  const KeyBlock block = key_block(params);
+  multiply_by(values, factor);
+  if (parts == nullptr) {
+    store_gradient<Element, kCols>(staging, gradient, b, block.kv_head, first, params.seq, values);
+    return;
+  }
+  const int lane = threadIdx.x % 32;
+  float* of_lane =
+      part_of_gradient(parts, params, kCols, block.part, b, block.kv_head, first + lane / 4) +
+      lane % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kCols / 8; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<float2*>(of_lane + 8 * half * kCols + 8 * n) = {values[0][n][2 * half],
+                                                                        values[0][n][2 * half + 1]};
+    }
+  }
+}
+
+// dk or dv from its parts, added in their order. A thread per 8 columns of a key.
+template <typename Element>
+static __global__ void __launch_bounds__(kStatisticsThreads)
+    add_parts_kernel(const BackwardParams params, const Tensor gradient, float* parts,
+                     int32_t width) {
+  const int32_t chunk = blockIdx.x * kStatisticsThreads + threadIdx.x;
+  const int32_t key = chunk / (width / 8), column = chunk % (width / 8) * 8;
+  const int32_t kv_head = blockIdx.y, b = blockIdx.z;
+  if (key >= params.seq) return;
+  float2 total[4] = {};
+  for (int32_t part = 0; part < params.group_parts; ++part) {
+    const float2* of_part = reinterpret_cast<const float2*>(
+        part_of_gradient(parts, params, width, part, b, kv_head, key) + column);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      total[i].x += of_part[i].x;
+      total[i].y += of_part[i].y;
+    }
+  }
+  uint4* out = reinterpret_cast<uint4*>(head_of<Element>(gradient, b, kv_head) +
+                                        key * gradient.seq_stride + column);
+  *out = {pack<Element>(total[0].x, total[0].y), pack<Element>(total[1].x, total[1].y),
+          pack<Element>(total[2].x, total[2].y), pack<Element>(total[3].x, total[3].y)};
+}
+
+// Static, like its kernel: the linker would keep one family's copy for both.
+template <typename Element>
+static void launch_add_parts(const BackwardParams& params, int32_t head_qk, int32_t head_v,
+                             Stream stream) {
+  if (params.group_parts == 1) return;
+  const auto add = [&](const Tensor& gradient, float* parts, int32_t width) {
+    const Grid by_chunk{ceil_div(params.seq * (width / 8), kStatisticsThreads), params.kv_heads,
+                        params.batch};
+    launch(add_parts_kernel<Element>, by_chunk, kStatisticsThreads, 0, stream, params, gradient,
+           parts, width);
+  };
+  add(params.dk, params.dk_parts, head_qk);
+  add(params.dv, params.dv_parts, head_v);
+}
+
 // Static, like its kernels: the linker would keep one family's copy for both.
 template <typename Element>
 static void launch_statistics(const BackwardParams& params, int32_t head_qk, int32_t head_v,

@@ -88,6 +88,7 @@ __device__ __forceinline__ T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffff, value, lane);
 }
 __device__ __forceinline__ int first_bit(uint32_t bits) { return __ffs(bits) - 1; }
+__device__ __forceinline__ int leading_zeros(uint32_t bits) { return first_bit(__brev(bits)); }
 
 // c (16 x 8) += a (16 x 16) * b (16 x 8), one warp. Of lane l: c[0..1] are matrix row l / 4,
 // columns 2 (l % 4) and the next, c[2..3] the same eight rows below.

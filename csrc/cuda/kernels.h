@@ -33,6 +33,10 @@ int64_t plan_size(int32_t seq);
 // Queries per head of the backward pass's scratch: whole pairs of tiles.
 int32_t padded_seq(int32_t seq);
 
+// Into how many parts a backward pass cuts the query heads of a group: several where there are few
+// tiles of keys and values.
+int32_t parts_of_group(int32_t batch, int32_t heads, int32_t kv_heads, int32_t seq);
+
 // `counts`: scratch of the size of the plan.
 void launch_plan(const PlanParams& params, int32_t* counts, Stream stream);
 

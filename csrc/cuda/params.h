@@ -47,6 +47,11 @@ struct BackwardParams : Params {
   // (batch, heads, padded_seq, d_qk): scratch to which blocks add dq, in any order; null to get the
   // same bits every time.
   float* dq_sums;
+  // Into how many parts the query heads of a group are cut, each with blocks of its own. Of
+  // several, each has its part of the gradients of the keys and values in scratch, (group_parts,
+  // batch, kv_heads, padded_seq, d_qk or d_v), null for one.
+  int32_t group_parts;
+  float *dk_parts, *dv_parts;
 };
 
 struct PlanParams {

@@ -122,6 +122,12 @@ int64_t plan_size(int32_t seq) { return plan_stride(seq); }
 
 int32_t padded_seq(int32_t seq) { return padded(seq); }
 
+int32_t parts_of_group(int32_t batch, int32_t heads, int32_t kv_heads, int32_t seq) {
+  // Of pairs of tiles: blocks of portable kernels have one tile, and run two at a time.
+  const int64_t blocks = int64_t{batch} * kv_heads * ceil_div(seq, 2 * kTile);
+  return parts_for_balance(blocks, heads / kv_heads);
+}
+
 void launch_plan(const PlanParams& params, int32_t* counts, Stream stream) {
   const int32_t tiles = num_tiles(params.seq);
   const int32_t entries = 2 * (tiles + ceil_div(tiles, 2));

@@ -93,6 +93,60 @@ ONEPASS_INLINE QueryTile query_tile(const TileRange* ranges, int32_t first, int3
   return query;
 }
 
+// As many blocks as keep the multiprocessors of a large device evenly busy until the last one ends:
+// some four for each. A power of two.
+constexpr int32_t kBalancedBlocks = 512;
+#if defined(ONEPASS_EMULATE)
+constexpr int32_t kBlocksInBalance = 8;  // short rows have few
+#else
+constexpr int32_t kBlocksInBalance = kBalancedBlocks;
+#endif
+
+// The entry of an order and the head that a block takes.
+struct Place {
+  int32_t entry, head;
+};
+
+// Blocks start by ascending x, then y, of a grid of entries x heads. Those of one head follow one
+// another, so that blocks that run together read the same tokens from the cache. Of the last heads,
+// as many as have `balanced` blocks (a power of two), the longest blocks come first: a long one
+// that starts late would run alone in the end.
+__device__ __forceinline__ Place place_of(int32_t x, int32_t y, int32_t entries, int32_t heads,
+                                          int32_t balanced = kBlocksInBalance) {
+  const int wanted = max_of(leading_zeros(entries) - leading_zeros(balanced), 0);
+  const int shift = min_of(wanted, 31 - leading_zeros(heads));
+  const int32_t apart = heads - (1 << shift);
+  if (y < apart) return {x, y};
+  const int32_t index = (y - apart) * entries + x;
+  return {index >> shift, apart + (index & ((1 << shift) - 1))};
+}
+__device__ __forceinline__ Place place_of_block() {
+  return place_of(recomputed(blockIdx.x), recomputed(blockIdx.y), gridDim.x, gridDim.y);
+}
+
+// Into how many parts to cut the query heads of a group so that `blocks` become `balanced`, or
+// nearly.
+ONEPASS_INLINE int32_t parts_for_balance(int64_t blocks, int32_t group,
+                                         int32_t balanced = kBlocksInBalance) {
+  int32_t parts = 1;
+  while (parts < group && parts * blocks < balanced) parts *= 2;
+  return min_of(parts, group);
+}
+
+// What a block that computes dk and dv takes: keys, and of the query heads of their group one part.
+struct KeyBlock {
+  int32_t entry, kv_head, part, first_head, end_head;
+};
+
+__device__ __forceinline__ KeyBlock key_block(const BackwardParams& params) {
+  const Place place = place_of_block();
+  const int32_t parts = params.group_parts, group = params.heads / params.kv_heads;
+  const int32_t kv_head = place.head / parts, part = place.head % parts;
+  const int32_t first_head = kv_head * group;
+  return {place.entry, kv_head, part, first_head + part * group / parts,
+          first_head + (part + 1) * group / parts};
+}
+
 struct alignas(8) Visit {
   int32_t tile;  // index of the key tile, -1 if none is left
   bool full;     // every query sees every key of it
@@ -142,25 +196,23 @@ class KeyTileWalk {
 };
 
 struct QueryStep {
-  int32_t head;   // of the group, -1 if none is left
+  int32_t head;   // -1 if none is left
   int32_t first;  // query
   bool full;      // every query sees every key
 };
 
-// The tiles of kQueries queries that visit a tile of kKeys keys, for each of `heads` query heads in
-// turn, found as in KeyTileWalk.
+// The tiles of kQueries queries that visit a tile of kKeys keys, for each query head of the block
+// in turn, found as in KeyTileWalk.
 template <int kQueries, int kKeys = kTile>
 class QueryTileWalk {
   static_assert((kKeys == kTile || kKeys == 2 * kTile) && kKeys % kQueries == 0);
 
  public:
-  __device__ __forceinline__ QueryTileWalk(const Params& params, int32_t b, int32_t tile,
-                                           int32_t heads)
+  __device__ __forceinline__ QueryTileWalk(const BackwardParams& params, int32_t b, int32_t tile)
       : params_(params),
         b_(b),
         first_key_(tile * kKeys),
-        heads_(heads),
-        head_(0),
+        head_(key_block(params).first_head),
         first_(first_key_ - 32 * kQueries),
         visited_(0),
         full_(0) {}
@@ -174,7 +226,7 @@ class QueryTileWalk {
       first_ += 32 * kQueries;
       if (first_ >= end) {
         first_ = first_key_ - 32 * kQueries;
-        if (++head_ >= heads_) return {-1, 0, false};
+        if (++head_ >= key_block(params_).end_head) return {-1, 0, false};
         continue;
       }
       const KeyTile key = key_tile<kKeys>(plan.ranges, first_key_, seq);
@@ -191,8 +243,8 @@ class QueryTileWalk {
   }
 
  private:
-  const Params& params_;
-  const int32_t b_, first_key_, heads_;
+  const BackwardParams& params_;
+  const int32_t b_, first_key_;
   int32_t head_, first_;
   uint32_t visited_, full_;
 };

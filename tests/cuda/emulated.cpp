@@ -20,6 +20,26 @@ int64_t onepass_size_of_params() { return sizeof(Params); }
 int64_t onepass_size_of_backward_params() { return sizeof(BackwardParams); }
 int64_t onepass_plan_size(int32_t seq) { return plan_size(seq); }
 
+int32_t onepass_parts_of_group(int32_t batch, int32_t heads, int32_t kv_heads, int32_t seq) {
+  return parts_of_group(batch, heads, kv_heads, seq);
+}
+
+// The same with as many blocks as the compiled kernels aim at.
+int32_t onepass_parts_for_balance(int64_t blocks, int32_t group) {
+  return parts_for_balance(blocks, group, kBalancedBlocks);
+}
+
+// For every block of a grid in the order in which they start, its entry and its head.
+void onepass_places(int32_t entries, int32_t heads, int32_t* places) {
+  for (int32_t y = 0; y < heads; ++y) {
+    for (int32_t x = 0; x < entries; ++x) {
+      const Place place = place_of(x, y, entries, heads, kBalancedBlocks);
+      *places++ = place.entry;
+      *places++ = place.head;
+    }
+  }
+}
+
 void onepass_seed(uint64_t seed) { emulator::seed = seed; }
 
 // Matrix loads, those with a bank conflict, and products, since the last call.

@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.attention.cases import Case
@@ -68,6 +70,8 @@ class _BackwardParams(ctypes.Structure):
         *_Params._fields_,
         *((name, _Tensor) for name in ("dout", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("dlse", "statistics", "dsinks", "dq_sums")),
+        ("group_parts", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("dk_parts", "dv_parts")),
     ]
 
 
@@ -221,10 +225,37 @@ def backward(
         setattr(params, name, _tensor(x))
     params.dlse, params.statistics, params.dsinks = map(_pointer, (dlse, statistics, dsinks))
     params.dq_sums = _pointer(dq_sums)
+    params.group_parts = parts_of_group(q, k)
+    parts = []
+    if params.group_parts > 1:
+        of_keys = (params.group_parts, *k.shape[:2], rows[2])
+        like = lse.new_empty(1, 1, math.prod(of_keys), 1)
+        parts = [guarded(like, x.shape[3]) for x in (k, v)]
+        params.dk_parts, params.dv_parts = map(_pointer, parts)
     assert library().onepass_backward(_MAJOR[family], *_kind(q, v), ctypes.byref(params))
-    for x in (*gradients, statistics, *([] if dq_sums is None else [dq_sums])):
+    for x in (*gradients, statistics, *parts, *([] if dq_sums is None else [dq_sums])):
         assert_guards_untouched(x)
     return *gradients, dsinks
+
+
+def parts_of_group(q: Tensor, k: Tensor) -> int:
+    """Return into how many parts a backward pass cuts the query heads of a group."""
+    batch, heads, seq, _ = q.shape
+    return library().onepass_parts_of_group(batch, heads, k.shape[1], seq)
+
+
+def parts_for_balance(blocks: int, group: int) -> int:
+    """Return into how many parts the compiled kernels cut a group if they had `blocks` without."""
+    return library().onepass_parts_for_balance(ctypes.c_int64(blocks), group)
+
+
+def places(entries: int, heads: int) -> NDArray[np.int32]:
+    """Return the entry and the head of every block of the compiled kernels, ``(blocks, 2)``, in the
+    order in which they start.
+    """
+    found = np.empty((entries * heads, 2), np.int32)
+    library().onepass_places(entries, heads, found.ctypes.data_as(ctypes.c_void_p))
+    return found
 
 
 def guarded_copy(x: Tensor) -> Tensor:

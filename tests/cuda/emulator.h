@@ -116,7 +116,7 @@ struct Block {
   std::vector<uint8_t> shared;
   int arrived = 0;
   uint64_t generation = 0;
-  Index index;
+  Index index, grid;
   int current = 0;
   std::function<void()> body;
   std::mt19937_64 random;
@@ -275,6 +275,7 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, int shared_bytes,
             const Arguments&... arguments) {
   EMULATOR_CHECK(threads % 32 == 0 && shared_bytes <= 227 * 1024);
   Block running;
+  running.grid = grid;
   running.threads.resize(threads);
   for (int t = 0; t < threads; ++t) {
     running.threads[t].stack = std::make_unique<uint8_t[]>(kStackBytes);
@@ -299,6 +300,7 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, int shared_bytes,
 
 #define threadIdx (::onepass::cuda::emulator::thread().index)
 #define blockIdx (::onepass::cuda::emulator::block->index)
+#define gridDim (::onepass::cuda::emulator::block->grid)
 
 inline uint8_t* shared_memory() {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(emulator::block->shared.data());
@@ -328,6 +330,7 @@ inline float fast_tanh(float x) {
   return 1.0f - 2.0f / (1.0f + fast_exp2(2.8853900817779268f * x));
 }
 inline int first_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
+inline int leading_zeros(uint32_t bits) { return __builtin_clz(bits); }
 
 inline void sync_block() {
   emulator::Block& running = *emulator::block;

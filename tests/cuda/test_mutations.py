@@ -67,6 +67,16 @@ MUTATIONS = {
         "  sync_block();  // every warp is done with K\n",
         "",
     ),
+    "only the first part of dk and dv is taken": (
+        "cuda/gradients.h",
+        "part < params.group_parts",
+        "part < 1",
+    ),
+    "one of the last heads takes the blocks of all": (
+        "cuda/plan.h",
+        "apart + (index & ((1 << shift) - 1))",
+        "apart",
+    ),
     "partial tiles are taken for full ones": (
         "cuda/plan.h",
         "full_ = ballot(covered == Coverage::full);",
@@ -181,7 +191,8 @@ mutated = emulation.load(emulation.build(Path(sys.argv[1]), [(head_dim, head_dim
 emulation.library = lambda: mutated
 for seed in range(6):
     emulation.set_seed(seed)
-    shape = Shape(1, 2, 1, 270, head_dim, head_dim)
+    kv_heads = 1 + seed % 2  # groups cut into parts, and whole ones
+    shape = Shape(1, 2, kv_heads, 270, head_dim, head_dim)
     case = make_case(shape, dtype=torch.bfloat16, seed=seed)
     for family in ("sm80", "sm80 fused", "sm90", "sm90 fused"):
         if "fused" in family and head_dim > 128:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 from onepass_trl.attention.ops import plan_size
 from onepass_trl.visibility import count_tiles, dense_mask
 from tests.attention.cases import Shape, make_case, random_visible_end, tree_positions
-from tests.attention.rows import causal_row, chat_row
+from tests.attention.rows import causal_row, chat_row, packed_chats
 
 from . import emulation
 
@@ -111,6 +113,57 @@ def test_tiles_that_are_visited_hold_every_pair_that_a_window_leaves(seq):
             [block.any() for block in tiles_of(part.T, TILE)] for part in tiles_of(mask, TILE)
         ]
         assert not (np.array(needed) & ~left).any()
+
+
+@pytest.mark.parametrize("entries", [1, 2, 3, 63, 64, 65, 511, 512, 2048])
+@pytest.mark.parametrize("heads", [1, 2, 3, 7, 8, 32])
+def test_every_entry_of_every_head_has_one_block(entries, heads):
+    places = emulation.places(entries, heads)
+    assert len(np.unique(places, axis=0)) == entries * heads
+    assert places.min() == 0
+    assert places.max(0).tolist() == [entries - 1, heads - 1]
+    for head in range(heads):
+        assert (np.diff(places[places[:, 1] == head, 0]) > 0).all(), "longest blocks first"
+
+
+MULTIPROCESSORS = 132
+START = 4
+"""What a block costs besides its steps, in steps: a guess."""
+
+
+def time_of(blocks: Iterable[float]) -> float:
+    """Return when the last block ends: each starts on the multiprocessor that is free first."""
+    free_at = [0.0] * MULTIPROCESSORS
+    for steps in blocks:
+        heapq.heapreplace(free_at, free_at[0] + START + steps)
+    return max(free_at)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (16, 2), (28, 4), (32, 32), (64, 8)])
+@pytest.mark.parametrize(
+    ("turns", "seq"), [(1, 32768), (1, 8192), (10, 8192), (10, 12000), (10, 32768)]
+)
+def test_blocks_of_the_fused_backward_pass_end_together(heads, kv_heads, turns, seq):
+    row = causal_row(seq) if turns == 1 else packed_chats(seq, turns, 50, 400)
+    steps = np.sort(steps_of_keys(row[0].numpy()))[::-1]
+    group = heads // kv_heads
+    parts = emulation.parts_for_balance(len(steps) * kv_heads, group)
+    sizes = np.diff(np.arange(parts + 1) * group // parts)
+    places = emulation.places(len(steps), kv_heads * parts)
+    in_order = (steps[entry] * sizes[head % parts] for entry, head in places)
+    ideal = (START + steps * group).sum() * kv_heads / MULTIPROCESSORS
+    assert time_of(in_order) < 1.06 * ideal  # 1.051 at most
+
+
+def steps_of_keys(ends: Ints) -> Ints:
+    """Return how many tiles of 64 queries visit each pair of tiles of keys."""
+    first = np.arange(0, len(ends), TILE)
+    last = np.minimum(first + TILE, len(ends)) - 1
+    keys = range(0, len(ends), 2 * TILE)
+    furthest = [ends[key : key + 2 * TILE].max() for key in keys]
+    return np.array(
+        [((last >= key) & (first < end)).sum() for key, end in zip(keys, furthest, strict=True)]
+    )
 
 
 def products_of(m: int, n: int, k: int) -> int:

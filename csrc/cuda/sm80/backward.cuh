@@ -23,10 +23,11 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
   using Config = BackwardConfig<kHeadQk, kHeadV>;
   constexpr int kStreamed = Config::kStreamed;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t head = blockIdx.y, b = blockIdx.z, seq = params.seq;
+  const Place place = place_of_block();
+  const int32_t head = place.head, b = blockIdx.z, seq = params.seq;
   const int32_t kv_head = head / (params.heads / params.kv_heads);
   const Plan plan = plan_of_row(params.plan, b, seq);
-  const int32_t first_query = plan.query_order[blockIdx.x] * kTile;
+  const int32_t first_query = plan.query_order[place.entry] * kTile;
   const int32_t warp_query = first_query + warp * 16;
 
   Element* q_tile = reinterpret_cast<Element*>(shared_memory());
@@ -100,10 +101,9 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   using Walk = QueryTileWalk<kStreamed>;
   constexpr bool kWantDk = kWant != Want::dv, kWantDv = kWant != Want::dk;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t kv_head = blockIdx.y, b = blockIdx.z, seq = params.seq;
-  const int32_t group = params.heads / params.kv_heads;
-  const Plan plan = plan_of_row(params.plan, b, seq);
-  const int32_t tile = plan.key_order[blockIdx.x];
+  const KeyBlock block = key_block(params);
+  const int32_t b = blockIdx.z, seq = params.seq;
+  const int32_t tile = plan_of_row(params.plan, b, seq).key_order[block.entry];
   const int32_t first_key = tile * kTile, warp_key = first_key + warp * 16;
 
   Element* k_tile = reinterpret_cast<Element*>(shared_memory());
@@ -118,16 +118,16 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   };
   const auto load = [&](const QueryStep& step, int stage) {
     if (step.head < 0) return;
-    const int32_t head = kv_head * group + step.head;
-    load_tile<Element, kStreamed, kHeadQk>(q_stage(stage), params.q, b, head, step.first, seq);
-    load_tile<Element, kStreamed, kHeadV>(dout_stage(stage), params.dout, b, head, step.first, seq);
-    load_statistics<kStreamed>(statistics_stage(stage), params, b, head, step.first);
+    load_tile<Element, kStreamed, kHeadQk>(q_stage(stage), params.q, b, step.head, step.first, seq);
+    load_tile<Element, kStreamed, kHeadV>(dout_stage(stage), params.dout, b, step.head, step.first,
+                                          seq);
+    load_statistics<kStreamed>(statistics_stage(stage), params, b, step.head, step.first);
   };
 
-  Walk walk(params, b, tile, group);
-  load_tile<Element, kTile, kHeadQk>(k_tile, params.k, b, kv_head, first_key, seq);
+  Walk walk(params, b, tile);
+  load_tile<Element, kTile, kHeadQk>(k_tile, params.k, b, block.kv_head, first_key, seq);
   if constexpr (kWantDk) {
-    load_tile<Element, kTile, kHeadV>(v_tile, params.v, b, kv_head, first_key, seq);
+    load_tile<Element, kTile, kHeadV>(v_tile, params.v, b, block.kv_head, first_key, seq);
   }
   QueryStep step = walk.next();  // at least the tile on the diagonal
   load(step, 0);
@@ -179,13 +179,13 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     step = next;
   }
   if constexpr (kWantDk) {
-    multiply_by(dk, params.scoring.scale);
-    store_gradient<Element, kHeadQk>(k_tile + warp * 16 * kHeadQk, params.dk, b, kv_head, warp_key,
-                                     seq, dk);
+    store_gradient_of_keys<Element, kHeadQk>(k_tile + warp * 16 * kHeadQk, params.dk,
+                                             params.dk_parts, params, b, warp_key,
+                                             params.scoring.scale, dk);
   }
   if constexpr (kWantDv) {
-    store_gradient<Element, kHeadV>(v_tile + warp * 16 * kHeadV, params.dv, b, kv_head, warp_key,
-                                    seq, dv);
+    store_gradient_of_keys<Element, kHeadV>(v_tile + warp * 16 * kHeadV, params.dv, params.dv_parts,
+                                            params, b, warp_key, 1, dv);
   }
 }
 
@@ -199,7 +199,7 @@ void launch_backward(const BackwardParams& params, Stream stream) {
   launch_statistics<Element>(params, kHeadQk, kHeadV, stream);
   launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{tiles, params.heads, params.batch}, kThreads,
          Config::kSharedBytes, stream, params);
-  const Grid by_key_tile{tiles, params.kv_heads, params.batch};
+  const Grid by_key_tile{tiles, params.kv_heads * params.group_parts, params.batch};
   if constexpr (Config::kSeparate) {
     launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dv>, by_key_tile, kThreads,
            Config::kSharedBytes, stream, params);
@@ -209,6 +209,7 @@ void launch_backward(const BackwardParams& params, Stream stream) {
     launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dk_and_dv>, by_key_tile, kThreads,
            Config::kSharedBytes, stream, params);
   }
+  launch_add_parts<Element>(params, kHeadQk, kHeadV, stream);
 }
 
 }  // namespace onepass::cuda::sm80

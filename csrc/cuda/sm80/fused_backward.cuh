@@ -39,9 +39,9 @@ template <typename Element, int kHead>
 __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
     dq_dk_dv_kernel(const BackwardParams params) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t kv_head = blockIdx.y, b = blockIdx.z, seq = params.seq;
-  const int32_t group = params.heads / params.kv_heads;
-  const int32_t tile = plan_of_row(params.plan, b, seq).key_order[blockIdx.x];
+  const KeyBlock block = key_block(params);
+  const int32_t b = blockIdx.z, seq = params.seq;
+  const int32_t tile = plan_of_row(params.plan, b, seq).key_order[block.entry];
   const int32_t first_key = tile * kTile;
 
   Element* k_tile = reinterpret_cast<Element*>(shared_memory());
@@ -52,23 +52,21 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
   Statistics* statistics = reinterpret_cast<Statistics*>(ds_tile + kTile * kTile);
   const auto load_q = [&](const QueryStep& step) {
     if (step.head >= 0) {
-      load_tile<Element, kTile, kHead>(q_tile, params.q, b, kv_head * group + step.head, step.first,
-                                       seq);
+      load_tile<Element, kTile, kHead>(q_tile, params.q, b, step.head, step.first, seq);
     }
     commit_copies();
   };
   const auto load_dout = [&](const QueryStep& step) {
     if (step.head >= 0) {
-      const int32_t head = kv_head * group + step.head;
-      load_tile<Element, kTile, kHead>(dout_tile, params.dout, b, head, step.first, seq);
-      load_statistics<kTile>(statistics, params, b, head, step.first);
+      load_tile<Element, kTile, kHead>(dout_tile, params.dout, b, step.head, step.first, seq);
+      load_statistics<kTile>(statistics, params, b, step.head, step.first);
     }
     commit_copies();
   };
 
-  QueryTileWalk<kTile> walk(params, b, tile, group);
-  load_tile<Element, kTile, kHead>(k_tile, params.k, b, kv_head, first_key, seq);
-  load_tile<Element, kTile, kHead>(v_tile, params.v, b, kv_head, first_key, seq);
+  QueryTileWalk<kTile> walk(params, b, tile);
+  load_tile<Element, kTile, kHead>(k_tile, params.k, b, block.kv_head, first_key, seq);
+  load_tile<Element, kTile, kHead>(v_tile, params.v, b, block.kv_head, first_key, seq);
   QueryStep step = walk.next();  // at least the tile on the diagonal
   load_q(step);
   load_dout(step);
@@ -109,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
       load_transposed<Element, kTile>(of_keys, ds_tile + k * kTile, warp / 2 * 32);
       multiply_add<Element, kHead, 2>(dq, of_keys, k_tile + k * kHead, warp % 2);
     }
-    float* sums = dq_of_warp<kHead>(params, b, kv_head * group + step.head, step.first, warp);
+    float* sums = dq_of_warp<kHead>(params, b, step.head, step.first, warp);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -122,11 +120,10 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
   }
   sync_block();  // every warp is done with K
   const int32_t warp_key = recomputed(first_key) + warp * 16;
-  multiply_by(dk, params.scoring.scale);
-  store_gradient<Element, kHead>(k_tile + warp * 16 * kHead, params.dk, b, kv_head, warp_key, seq,
-                                 dk);
-  store_gradient<Element, kHead>(v_tile + warp * 16 * kHead, params.dv, b, kv_head, warp_key, seq,
-                                 dv);
+  store_gradient_of_keys<Element, kHead>(k_tile + warp * 16 * kHead, params.dk, params.dk_parts,
+                                         params, b, warp_key, params.scoring.scale, dk);
+  store_gradient_of_keys<Element, kHead>(v_tile + warp * 16 * kHead, params.dv, params.dv_parts,
+                                         params, b, warp_key, 1, dv);
 }
 
 // dq from its sums: a block per tile of queries, 16 of them for each warp.
@@ -154,10 +151,12 @@ void launch_fused_backward(const BackwardParams& params, Stream stream) {
   using Config = FusedBackwardConfig<kHead>;
   const int32_t tiles = num_tiles(params.seq);
   launch_statistics<Element>(params, kHead, kHead, stream);
-  launch(dq_dk_dv_kernel<Element, kHead>, Grid{tiles, params.kv_heads, params.batch}, kThreads,
+  launch(dq_dk_dv_kernel<Element, kHead>,
+         Grid{tiles, params.kv_heads * params.group_parts, params.batch}, kThreads,
          Config::kSharedBytes, stream, params);
   launch(round_dq_kernel<Element, kHead>, Grid{tiles, params.heads, params.batch}, kThreads,
          Config::kTileBytes, stream, params);
+  launch_add_parts<Element>(params, kHead, kHead, stream);
 }
 
 }  // namespace onepass::cuda::sm80

@@ -25,9 +25,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kStreamed = Config::kStreamed;
   using Walk = KeyTileWalk<kConsumers * kStreamed, kStreamed>;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
-  const int32_t head = blockIdx.y, b = blockIdx.z, seq = params.seq;
+  const Place place = place_of_block();
+  const int32_t head = place.head, b = blockIdx.z, seq = params.seq;
   const int32_t first_query =
-      plan_of_row(params.plan, b, seq).query_order_2[blockIdx.x] * kConsumers * kStreamed;
+      plan_of_row(params.plan, b, seq).query_order_2[place.entry] * kConsumers * kStreamed;
   const BackwardMemory<Config> memory;
   memory.init_barriers();
 
@@ -119,13 +120,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kStreamed = Config::kStreamed;
   constexpr bool kWantDk = kWant != Want::dv, kWantDv = kWant != Want::dk;
   const int warpgroup = threadIdx.x / kWarpgroup;
-  const int32_t kv_head = blockIdx.y, b = blockIdx.z, seq = params.seq;
-  const int32_t tile = plan_of_row(params.plan, b, seq).key_order_2[blockIdx.x];
+  const int32_t b = blockIdx.z;
   const BackwardMemory<Config> memory;
   memory.init_barriers();
 
   if (warpgroup == 0) {
-    bring_keys_and_queries(memory, params, maps, b, tile, kv_head, kWantDk);
+    bring_keys_and_queries(memory, params, maps, b, kWantDk);
     return;
   }
 
@@ -190,14 +190,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int32_t warp_key = memory.step(qk.index)->first_key + warp * 16;
   sync_threads(1 + consumer, kWarpgroup);  // the whole consumer is done with its kept tiles
   if constexpr (kWantDk) {
-    multiply_by(dk, params.scoring.scale);
     Element* staging =
         reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp % 4 * 16 * kHeadQk;
-    store_gradient<Element, kHeadQk>(staging, params.dk, b, kv_head, warp_key, seq, dk);
+    store_gradient_of_keys<Element, kHeadQk>(staging, params.dk, params.dk_parts, params, b,
+                                             warp_key, params.scoring.scale, dk);
   }
   if constexpr (kWantDv) {
     Element* staging = reinterpret_cast<Element*>(memory.kept_v(consumer)) + warp % 4 * 16 * kHeadV;
-    store_gradient<Element, kHeadV>(staging, params.dv, b, kv_head, warp_key, seq, dv);
+    store_gradient_of_keys<Element, kHeadV>(staging, params.dv, params.dv_parts, params, b,
+                                            warp_key, 1, dv);
   }
 }
 
@@ -218,7 +219,7 @@ void launch_backward(const BackwardParams& params, Stream stream) {
   launch_statistics<Element>(params, kHeadQk, kHeadV, stream);
   launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{pairs, params.heads, params.batch}, kThreads,
          Config::kSharedBytes, stream, params, maps);
-  const Grid by_keys{pairs, params.kv_heads, params.batch};
+  const Grid by_keys{pairs, params.kv_heads * params.group_parts, params.batch};
   if constexpr (Config::kSeparate) {
     launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dv>, by_keys, kThreads,
            Config::kSharedBytes, stream, params, maps);
@@ -228,6 +229,7 @@ void launch_backward(const BackwardParams& params, Stream stream) {
     launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dk_and_dv>, by_keys, kThreads,
            Config::kSharedBytes, stream, params, maps);
   }
+  launch_add_parts<Element>(params, kHeadQk, kHeadV, stream);
 }
 
 }  // namespace onepass::cuda::sm90

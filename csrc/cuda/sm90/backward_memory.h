@@ -5,6 +5,7 @@
 // both consumers are done with it (one arrival per warp).
 #pragma once
 
+#include "../gradients.h"
 #include "../tokens.h"
 #include "tensor_map.h"
 #include "tile.h"
@@ -107,21 +108,22 @@ struct BackwardMemory {
 };
 
 // The producer of a kernel that keeps keys: one warp of its warpgroup loads K, V if needed, and
-// then, for all query heads of the keys' group, Q with its statistics and dO, and tells the
-// consumers where they are. After the last comes a step without a head.
+// then, for the query heads of the block, Q with its statistics and dO, and tells the consumers
+// where they are. After the last comes a step without a head.
 template <typename Config>
 __device__ __forceinline__ void bring_keys_and_queries(const BackwardMemory<Config>& memory,
                                                        const BackwardParams& params,
                                                        const BackwardMaps& maps, int32_t b,
-                                                       int32_t tile, int32_t kv_head, bool want_v) {
+                                                       bool want_v) {
   release_registers<kProducerRegisters>();
   if (threadIdx.x >= 32) return;
   const int lane = threadIdx.x;
+  const KeyBlock block = key_block(params);
+  const int32_t tile = plan_of_row(params.plan, b, params.seq).key_order_2[block.entry];
   if (lane == 0) {
-    memory.copy_kept(maps.k, maps.v, want_v, tile * kConsumers * kTile, kv_head, b);
+    memory.copy_kept(maps.k, maps.v, want_v, tile * kConsumers * kTile, block.kv_head, b);
   }
-  const int32_t group = params.heads / params.kv_heads;
-  QueryTileWalk<Config::kStreamed, kConsumers * kTile> walk(params, b, tile, group);
+  QueryTileWalk<Config::kStreamed, kConsumers * kTile> walk(params, b, tile);
   Stage<Config::kStagesQk> qk;
   Stage<Config::kStagesV> v;
   QueryStep step = walk.next();
@@ -132,17 +134,16 @@ __device__ __forceinline__ void bring_keys_and_queries(const BackwardMemory<Conf
   };
   for (; step.head >= 0; step = walk.next()) {
     wait(memory.empty_qk(qk.index), qk.parity ^ 1);  // returns at once in the first round
-    const int32_t head = kv_head * group + step.head;
     if (lane == 0) {
       tell_step();
-      memory.copy_qk(qk.index, maps.q, step.first, head, b, Config::kStatisticsBytes);
-      const int64_t head_index = index_of_head(params, b, head);
+      memory.copy_qk(qk.index, maps.q, step.first, step.head, b, Config::kStatisticsBytes);
+      const int64_t head_index = index_of_head(params, b, step.head);
       copy_bytes(memory.statistics(qk.index),
                  params.statistics + head_index * padded(params.seq) + step.first,
                  Config::kStatisticsBytes, memory.full_qk(qk.index));
     }
     wait(memory.empty_v(v.index), v.parity ^ 1);
-    if (lane == 0) memory.copy_v(v.index, maps.dout, step.first, head, b);
+    if (lane == 0) memory.copy_v(v.index, maps.dout, step.first, step.head, b);
     qk.advance();
     v.advance();
   }

@@ -50,8 +50,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   using TileV = typename Config::TileV;
   constexpr int kQueries = Config::kQueries, kKeys = Config::kKeys;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
-  const int32_t first_head = blockIdx.y * num_heads, b = blockIdx.z, seq = params.seq;
-  const int32_t first_query = plan_of_row(params.plan, b, seq).query_order_2[blockIdx.x] * kQueries;
+  const Place place = place_of_block();
+  const int32_t first_head = place.head * num_heads, b = blockIdx.z, seq = params.seq;
+  const int32_t first_query =
+      plan_of_row(params.plan, b, seq).query_order_2[place.entry] * kQueries;
 
   const ForwardMemory<Config> memory;
   memory.init_barriers();

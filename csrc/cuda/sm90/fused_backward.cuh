@@ -91,13 +91,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   using TileDs = typename Config::TileDs;
   constexpr int kParts = Config::kStreamed / kTile;
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
-  const int32_t kv_head = blockIdx.y, b = blockIdx.z, seq = params.seq;
-  const int32_t tile = plan_of_row(params.plan, b, seq).key_order_2[blockIdx.x];
+  const int32_t b = blockIdx.z;
   const BackwardMemory<Config> memory;
   memory.init_barriers();
 
   if (warpgroup == 0) {
-    bring_keys_and_queries(memory, params, maps, b, tile, kv_head, true);
+    bring_keys_and_queries(memory, params, maps, b, true);
     return;
   }
 
@@ -202,8 +201,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     publish_writes();
     sync_warp();
     if (lane == 0) {
-      const int32_t head = kv_head * (params.heads / params.kv_heads) + step.head;
-      add_floats(dq_of_warp<kHead>(params, b, head, step.first, warp), staging(), kDqOfWarp * 4);
+      add_floats(dq_of_warp<kHead>(params, b, step.head, step.first, warp), staging(),
+                 kDqOfWarp * 4);
     }
     sync_warp();
     Barrier* empty = memory.empty_qk(stage.index);
@@ -217,11 +216,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (lane == 0) wait_added();
   sync_warp();
   sync_threads(1, kConsumerThreads);  // both are done with the kept tiles
-  multiply_by(dk, params.scoring.scale);
   Element* kept_k = reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp % 4 * 16 * kHead;
-  store_gradient<Element, kHead>(kept_k, params.dk, b, kv_head, warp_key, seq, dk);
+  store_gradient_of_keys<Element, kHead>(kept_k, params.dk, params.dk_parts, params, b, warp_key,
+                                         params.scoring.scale, dk);
   Element* kept_v = reinterpret_cast<Element*>(memory.kept_v(consumer)) + warp % 4 * 16 * kHead;
-  store_gradient<Element, kHead>(kept_v, params.dv, b, kv_head, warp_key, seq, dv);
+  store_gradient_of_keys<Element, kHead>(kept_v, params.dv, params.dv_parts, params, b, warp_key, 1,
+                                         dv);
 }
 
 // dq from its sums: a block per tile of queries, with a warp for the sums of each warp.
@@ -263,11 +263,13 @@ void launch_fused_backward(const BackwardParams& params, Stream stream) {
       map(params.v, params.kv_heads, kTile), map(params.dout, params.heads, Config::kStreamed)};
   launch_statistics<Element>(params, kHead, kHead, stream);
   launch(dq_dk_dv_kernel<Element, kHead>,
-         Grid{ceil_div(params.seq, kConsumers * kTile), params.kv_heads, params.batch}, kThreads,
-         Config::kSharedBytes, stream, params, maps);
+         Grid{ceil_div(params.seq, kConsumers * kTile), params.kv_heads * params.group_parts,
+              params.batch},
+         kThreads, Config::kSharedBytes, stream, params, maps);
   launch(round_dq_kernel<Element, kHead>,
          Grid{ceil_div(params.seq, Config::kStreamed), params.heads, params.batch}, kRoundThreads,
          kRoundThreads / 32 * kDqOfWarp * static_cast<int>(sizeof(Element)), stream, params);
+  launch_add_parts<Element>(params, kHead, kHead, stream);
 }
 
 }  // namespace onepass::cuda::sm90
