@@ -189,7 +189,7 @@ def test_an_error_of_training_is_not_taken_for_a_damaged_file(
         train_tiny("sft", chats, tiny_model_dir, tmp_path)
 
 
-@pytest.mark.parametrize("verb", VERBS.keys() - {"env"})
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"env"}))
 def test_a_model_that_is_not_there(verb, chats, tmp_path, capsys):
     model = tmp_path / "no" / "model"
     if verb in ("sft", "setsft"):
