@@ -1,14 +1,15 @@
-"""Which causal language models of transformers train in one pass: each one that a tiny random model
-can be made of is compared with N-pass, and goes through the trainer. The record is what
-docs/models.md shows.
+"""Which causal language models and multimodal models of transformers train text in one pass: each
+one that a tiny random model can be made of is compared with N-pass, and goes through the trainer.
+The record is what docs/models.md shows.
 
-python -m tests.model_coverage          # compares all models, 5 minutes
+python -m tests.model_coverage          # compares all models, 8 minutes
 python -m tests.model_coverage --table  # writes the tables only
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import resource
@@ -26,22 +27,44 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, Pass
 from onepass_trl.attention.model_check import check_model, reference_attention
-from onepass_trl.tools.bench.workload import num_parameters
+from onepass_trl.tools.model_class import AutoModel
 from onepass_trl.tools.verify import compare
 from tests.chat.tokenizers import small_tokenizer
 from tests.conversations import as_record, random_chat
 from tests.models import COMMON, LATENT, MODELS, MOE, WINDOW, make_model, random_model
 from tests.pages import with_part
 
+MODELS_OF_TEXT, MODELS_OF_IMAGES = "models", "image_text_models"
+AUTO_MODELS: dict[str, AutoModel] = {
+    MODELS_OF_TEXT: AutoModelForCausalLM,
+    MODELS_OF_IMAGES: AutoModelForImageTextToText,
+}
+MODEL_TYPES = {
+    MODELS_OF_TEXT: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODELS_OF_IMAGES: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+TITLES = {
+    MODELS_OF_TEXT: "Causal language models",
+    MODELS_OF_IMAGES: "Multimodal models, on text",
+}
 RECORD = Path(__file__).with_name("model_coverage.json")
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-4
-SECONDS, BYTES, PARAMETERS = 120, 8 * 2**30, 40_000_000  # at most, for a model
+SECONDS, BYTES, PARAMETERS = 120, 8 * 2**30, 50_000_000  # at most, for a model
 
 EXACT, REFUSED, DIFFERS, UNTRIED = "exact", "refused", "differs", "not tried"
 
@@ -109,26 +132,98 @@ _VISION = dict(
     num_heads=2,
     out_hidden_size=32,
 )
+_AUDIO = dict(
+    d_model=16,
+    encoder_layers=1,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=16,
+    output_dim=32,
+    num_hidden_layers=1,
+    downsample_hidden_size=16,
+)
 
 
-def make_tiny_model(model_type: str) -> PreTrainedModel:
+def _planes(time: int, height: int, width: int) -> dict[str, Any]:
+    """Return rotary embeddings of this many frequencies for each plane of positions."""
+    sections = [time, height, width]
+    return dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=sections))
+
+
+# What the parts of multimodal models need in addition, or instead.
+_ROTARY = dict(rope_type="default", rope_theta=1e4)
+PARTS: dict[str, dict[str, Any]] = {
+    "chameleon": dict(vocabulary_map={"<image>": 5}),
+    "cohere_compass": dict(
+        text_config=dict(
+            layer_types=["full_attention", "sliding_attention"],
+            rope_parameters=dict(full_attention=_ROTARY, sliding_attention=_ROTARY),
+        )
+    ),
+    "cosmos3_edge": dict(text_config=_planes(2, 3, 3)),
+    "glm4v": dict(text_config=_planes(2, 1, 1)),
+    "glm4v_moe": dict(text_config=_planes(1, 1, 0)),
+    "glm5_next": dict(text_config=dict(num_key_value_heads=4, qk_rope_head_dim=0)),
+    "glm_ocr": dict(text_config=_planes(2, 1, 1)),
+    "hunyuan_vl": dict(text_config=_planes(2, 3, 3)),
+    "hy_v4_vl": dict(text_config=_planes(2, 1, 1)),
+    "hyperclovax_vision_v2": dict(text_config=dict(COMMON, model_type="hyperclovax")),
+    "inkling2": dict(vision_config=dict(text_hidden_size=32)),
+    "inkling2_loop": dict(vision_config=dict(text_hidden_size=32)),
+    "janus": dict(
+        vq_config=dict(embed_dim=8, num_embeddings=16, base_channels=32, latent_channels=8)
+    ),
+    "mistral4": dict(num_key_value_heads=4),
+    "molmo2": dict(
+        vision_config=dict(num_key_value_heads=2, head_dim=8),
+        adapter_config=dict(
+            vision_feature_layer=[0, 0],
+            num_key_value_heads=2,
+            head_dim=8,
+            text_hidden_size=32,
+        ),
+    ),
+    "paddleocr_vl": dict(text_config=_planes(2, 3, 3)),
+    "paligemma": dict(text_config=dict(COMMON, model_type="gemma", head_dim=16)),
+    "qwen2_5_omni_thinker": dict(text_config=_planes(2, 1, 1), audio_config=_AUDIO),
+    "qwen2_5_vl": dict(text_config=_planes(2, 1, 1)),
+    "qwen2_vl": dict(text_config=_planes(2, 1, 1), vision_config=dict(embed_dim=16)),
+    "qwen3_omni_moe_thinker": dict(text_config=_planes(2, 3, 3), audio_config=_AUDIO),
+}
+
+
+def make_tiny_model(model_type: str, auto: AutoModel = AutoModelForCausalLM) -> PreTrainedModel:
     """Return a random model of this type, as small as its configuration's usual names allow."""
-    if model_type in _TESTED:
+    if auto is AutoModelForCausalLM and model_type in _TESTED:
         return make_model(_TESTED[model_type])
     kind = CONFIG_MAPPING[model_type]
     settings = _sizes_of(kind)
-    if (text := kind.sub_configs.get("text_config")) in CONFIG_MAPPING.values():
-        tested = MODELS.get(_TESTED.get(text.model_type, ""), {})
-        settings["text_config"] = {**_sizes_of(text), **tested, "model_type": text.model_type}
-        settings |= {
-            name: None if name.startswith("audio") else _VISION
-            for name in kind.sub_configs
-            if name != "text_config"
-        }
+    if "text_config" in kind.sub_configs or auto is AutoModelForImageTextToText:
+        settings |= _parts_of(kind)
+    for name, value in PARTS.get(model_type, {}).items():
+        is_part = name in kind.sub_configs
+        settings[name] = {**(settings[name] or {}), **value} if is_part else value
     config = kind(**settings)
-    if (size := num_parameters(config)) > PARAMETERS:
+    with torch.device("meta"):
+        size = auto.from_config(copy.deepcopy(config)).num_parameters()
+    if size > PARAMETERS:
         raise MemoryError(f"{size:,} parameters")
-    return random_model(config)
+    return random_model(config, auto=auto)
+
+
+def _parts_of(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Return small values for the configurations that a multimodal one consists of."""
+    parts: dict[str, Any] = {}
+    for name, part in kind.sub_configs.items():
+        if name.startswith("audio"):
+            parts[name] = None
+        elif name != "text_config":
+            parts[name] = _VISION
+        elif part in CONFIG_MAPPING.values():
+            tested = MODELS.get(_TESTED.get(part.model_type, ""), {})
+            parts[name] = {**_sizes_of(part), **tested, "model_type": part.model_type}
+        else:  # of any text model
+            parts[name] = {**COMMON, **MODELS["qwen3"]}
+    return parts
 
 
 def _sizes_of(kind: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -141,12 +236,12 @@ def _sizes_of(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     }
 
 
-def classify(model_type: str) -> tuple[str, str]:
+def classify(model_type: str, auto: AutoModel = AutoModelForCausalLM) -> tuple[str, str]:
     """Return what a model type is (EXACT, REFUSED, DIFFERS or UNTRIED), and why."""
     stage = UNTRIED
     signal.alarm(SECONDS)
     try:
-        model = make_tiny_model(model_type)
+        model = make_tiny_model(model_type, auto)
         stage = DIFFERS
         check_model(model)
         stage = UNTRIED
@@ -200,6 +295,7 @@ def reason(message: str) -> str:
     for part, words in {
         "doesn't hand what it gets on": "attention that isn't handed visible_end",
         "pass position_ids": "attention with a window that isn't handed position_ids",
+        "attention cannot be replaced": "attention outside transformers' attention interface",
         "AttentionInterface": "attention outside transformers' attention interface",
         "not causal": "attention that isn't causal",
         "encoder-decoder": "an encoder-decoder",
@@ -226,30 +322,37 @@ def _prepare_worker() -> None:
     signal.signal(signal.SIGALRM, _too_long)
 
 
-def _classified(model_type: str) -> tuple[str, tuple[str, str]]:
-    return model_type, classify(model_type)
+def _classified(task: tuple[str, str]) -> tuple[str, str, tuple[str, str]]:
+    group, model_type = task
+    return group, model_type, classify(model_type, AUTO_MODELS[group])
 
 
 def cover() -> dict[str, Any]:
     """Return the record: what each model type is, and why."""
-    types = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    results = {}
+    tasks = [(group, model_type) for group, types in MODEL_TYPES.items() for model_type in types]
+    results: dict[str, dict[str, tuple[str, str]]] = {group: {} for group in MODEL_TYPES}
     with get_context("spawn").Pool(2, _prepare_worker, maxtasksperchild=10) as pool:
-        for model_type, result in pool.imap_unordered(_classified, types):
-            results[model_type] = result
-            print(model_type, *result, file=sys.stderr, flush=True)
-    return {"transformers": transformers.__version__, "models": dict(sorted(results.items()))}
+        for group, model_type, result in pool.imap_unordered(_classified, tasks):
+            results[group][model_type] = result
+            print(group, model_type, *result, file=sys.stderr, flush=True)
+    found = {group: dict(sorted(types.items())) for group, types in results.items()}
+    return {"transformers": transformers.__version__, **found}
 
 
 def tables(record: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of the page that the record decides."""
+    yield f"transformers {record['transformers']}."
+    for group, title in TITLES.items():
+        yield from ("", f"## {title}", "")
+        yield from _table(record[group])
+
+
+def _table(results: dict[str, tuple[str, str]]) -> Iterator[str]:
     by_kind: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for model_type, (kind, why) in record["models"].items():
+    for model_type, (kind, why) in results.items():
         by_kind[kind][why].append(f"`{model_type}`")
     exact = by_kind[EXACT][""]
-    yield f"transformers {record['transformers']}, {len(record['models'])} model types."
-    yield ""
-    yield _wrapped(f"**{len(exact)} equal N-pass:** {', '.join(exact)}")
+    yield _wrapped(f"**{len(exact)} of {len(results)} equal N-pass:** {', '.join(exact)}")
     yield ""
     refused = by_kind[REFUSED]
     number = sum(map(len, refused.values()))

@@ -6,8 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from onepass_trl.tools.model_class import AutoModel
 from onepass_trl.versions import LAYERS_SINCE
 
 VOCAB_SIZE = 512
@@ -206,10 +212,12 @@ def make_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel
     return random_model(CONFIG_MAPPING[settings.pop("model_type")](**settings), seed=seed)
 
 
-def random_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+def random_model(
+    config: PreTrainedConfig, *, seed: int = 0, auto: AutoModel = AutoModelForCausalLM
+) -> PreTrainedModel:
     """Return a random float32 model of a configuration, as `make_model` does."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = auto.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

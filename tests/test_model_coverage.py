@@ -4,11 +4,21 @@ import json
 
 import pytest
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.model_coverage import EXACT, PAGE, RECORD, REFUSED, classify, page_with_tables
+from tests.model_coverage import (
+    AUTO_MODELS,
+    EXACT,
+    MODEL_TYPES,
+    MODELS_OF_IMAGES,
+    MODELS_OF_TEXT,
+    PAGE,
+    RECORD,
+    REFUSED,
+    classify,
+    page_with_tables,
+)
 
-MODELS = json.loads(RECORD.read_text("utf-8"))
+FOUND = json.loads(RECORD.read_text("utf-8"))
 
 
 def test_the_page_is_up_to_date():
@@ -16,22 +26,30 @@ def test_the_page_is_up_to_date():
     assert page_with_tables(text) == text, "run python -m tests.model_coverage --table"
 
 
-def test_the_readme_has_the_numbers():
-    kinds = [kind for kind, _ in MODELS["models"].values()]
+@pytest.mark.parametrize("group", MODEL_TYPES)
+def test_the_readme_has_the_numbers(group):
+    kinds = [kind for kind, _ in FOUND[group].values()]
     numbers = f"{kinds.count(EXACT)} are equal, {kinds.count(REFUSED)} refused"
     assert numbers in PAGE.parents[1].joinpath("README.md").read_text("utf-8")
 
 
-def test_the_record_has_all_models():
-    if transformers.__version__ != MODELS["transformers"]:
-        pytest.skip(f"the record is of transformers {MODELS['transformers']}")
-    assert MODELS["models"].keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+@pytest.mark.parametrize("group", MODEL_TYPES)
+def test_the_record_has_all_models(group):
+    if transformers.__version__ != FOUND["transformers"]:
+        pytest.skip(f"the record is of transformers {FOUND['transformers']}")
+    assert FOUND[group].keys() == MODEL_TYPES[group].keys()
 
 
 @pytest.mark.parametrize(
-    "model_type", ["glm4_moe", "gemma4_text", "olmo3", "phi3", "bloom", "mllama", "nemotron"]
+    ("group", "model_type"),
+    [
+        *((MODELS_OF_TEXT, name) for name in ("glm4_moe", "gemma4_text", "olmo3", "phi3")),
+        *((MODELS_OF_TEXT, name) for name in ("bloom", "mllama", "nemotron")),
+        *((MODELS_OF_IMAGES, name) for name in ("qwen3_5", "qwen3_vl", "glm4v", "gemma3")),
+        *((MODELS_OF_IMAGES, name) for name in ("lfm3_vl", "paligemma")),
+    ],
 )
-def test_a_model_is_what_the_record_says(model_type):
-    kind, why = MODELS["models"][model_type]
+def test_a_model_is_what_the_record_says(group, model_type):
+    kind, why = FOUND[group][model_type]
     assert kind in (EXACT, REFUSED)
-    assert classify(model_type) == (kind, why)
+    assert classify(model_type, AUTO_MODELS[group]) == (kind, why)

@@ -44,15 +44,24 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model through which text goes: the model itself, unless it has encoders
+    of images and the like besides a language model."""
+    config = model.config.get_text_config(decoder=True)
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return next((part for part in parts if part.config is config), model)
+
+
 def check_model(model: nn.Module) -> None:
     """Raise ValueError, naming the layers and the reason, if `model` cannot be trained in one pass.
 
-    Every token mixer must be causal attention, full or with a sliding window, that goes through
-    transformers' attention interface, or a layer of `branching.layers.MIXERS`: only these can be
-    told to branch at the nodes of a tree.
+    Every token mixer of its `text_model` must be causal attention, full or with a sliding window,
+    that goes through transformers' attention interface, or a layer of `branching.layers.MIXERS`:
+    only these can be told to branch at the nodes of a tree.
     """
     base = base_model(model)
-    config = base.config.get_text_config(decoder=True)
+    text = text_model(base)
+    config = text.config
     name = type(base).__name__
 
     def refuse(reason: str) -> ValueError:
@@ -60,14 +69,14 @@ def check_model(model: nn.Module) -> None:
 
     if base.config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder, expected a decoder-only model")
-    if layers := _unsupported_layers(base, config):
+    if layers := _unsupported_layers(text, config):
         kinds = "; ".join(f"{kind} in {_layer_list(at)}" for kind, at in layers.items())
         raise refuse(
             f"{kinds}. Such layers do not attend by a mask, so they cannot follow the branches of "
             f"a tree; only {' and '.join(SUPPORTED_LAYERS)} layers can, and of those that carry "
             f"state {', '.join(MIXERS)}"
         )
-    for module in base.modules():
+    for module in text.modules():
         since = LAYERS_SINCE.get(type(module).__name__)
         if is_mixer(module) and since is not None and not since.installed:
             raise refuse(
@@ -76,8 +85,8 @@ def check_model(model: nn.Module) -> None:
                 f"'transformers>={since.version}'"
             )
     # Models with layers that branch don't all say it of their attention: theirs is tested.
-    through_interface = base._supports_attention_backend or any(map(is_mixer, base.modules()))
-    if not through_interface or not base._can_set_attn_implementation():
+    through_interface = text._supports_attention_backend or any(map(is_mixer, text.modules()))
+    if not through_interface or not text._can_set_attn_implementation():
         raise refuse("its attention does not go through transformers' AttentionInterface")
     if getattr(config, "attention_chunk_size", None) and not hasattr(config, "layer_types"):
         raise refuse("its attention is chunked (attention_chunk_size), which is not supported")

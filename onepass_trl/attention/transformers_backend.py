@@ -313,7 +313,7 @@ def use_onepass_attention(model: nn.Module) -> None:
             and module.config._attn_implementation != NAME
         ):
             raise ValueError(
-                f"{type(module).__name__} keeps "
+                f"{type(module).__name__} cannot be trained in one pass: it keeps "
                 f"attn_implementation={module.config._attn_implementation!r}, expected {NAME!r}: "
                 "its attention cannot be replaced"
             )

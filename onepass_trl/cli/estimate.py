@@ -168,8 +168,9 @@ def _measure(
 ) -> tuple[StepTime, StepTime]:
     import torch
     from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
+    from onepass_trl.tools.model_class import auto_model
     from onepass_trl.tools.step_time import check_memory, choose_probes, measure, spread
 
     chosen = spread(found.row_tokens)
@@ -184,7 +185,7 @@ def _measure(
     check_memory(config, getattr(torch, dtype), device)
     set_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = auto_model(config).from_config(config, dtype=getattr(torch, dtype))
     repeats = 3
     with tqdm(total=(len(rows) + len(passes)) * (repeats + 1), desc="measure", leave=False) as bar:
         return measure(

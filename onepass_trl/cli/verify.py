@@ -130,24 +130,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _load_model(options: argparse.Namespace, processing_class: ProcessingClass) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, set_seed
+    from transformers import set_seed
 
-    from onepass_trl.attention.image_models import IMAGE_MODELS
     from onepass_trl.chat.processing import tokenizer_of
     from onepass_trl.cli.arguments import read_config, reading
+    from onepass_trl.tools.model_class import auto_model
 
     config = read_config(options.model_name_or_path)
-    sees_images = config.model_type in IMAGE_MODELS
-    auto_model = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
     num_tokens = len(tokenizer_of(processing_class))
     dtype = getattr(torch, options.dtype)
     if options.model_from_config:
         set_seed(0)
         with reading("the configuration of", options.model_name_or_path):
-            model = auto_model.from_config(config, dtype=dtype)
+            model = auto_model(config).from_config(config, dtype=dtype)
     else:
         with reading("the weights of", options.model_name_or_path):
-            model = auto_model.from_pretrained(options.model_name_or_path, dtype=dtype)
+            model = auto_model(config).from_pretrained(options.model_name_or_path, dtype=dtype)
     if model.get_input_embeddings().num_embeddings < num_tokens:  # some came with a chat template
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")

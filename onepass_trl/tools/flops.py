@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from onepass_trl.attention.model_check import check_model
+from onepass_trl.attention.model_check import check_model, text_model
+from onepass_trl.tools.model_class import auto_model
 
 # Cost of forward + backward in units of one forward, without activation checkpointing. A matrix
 # product has two in its backward. Attention has two products forward and five backward, as the
@@ -59,30 +60,29 @@ class ModelCost:
 def model_cost(config: PreTrainedConfig) -> ModelCost:
     """Return what the forward pass of a causal language model with this configuration costs.
 
-    The model is built without memory for its weights; of a multimodal one, only the text model.
+    The model is built without memory for its weights. Of a multimodal one the operations are those
+    of text.
 
     Raises:
         ValueError: if it can't be built or can't be trained in one pass, see `check_model`.
     """
-    text_config = copy.deepcopy(config.get_text_config(decoder=True))
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(text_config)
+            model = auto_model(config).from_config(copy.deepcopy(config))
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(
             f"no causal language model can be built from its {type(config).__name__}: "
             f"{str(error).partition(chr(10))[0][:200]}"
         ) from error
     check_model(model)
-    head = model.get_output_embeddings()
-    body = sum(_active_weights(module, text_config) for module in model.modules())
-    head_weights = head.weight.numel()
+    text, head = text_model(model), model.get_output_embeddings()
+    body = [module for module in text.modules() if module is not head]
     return ModelCost(
         name=type(model).__name__,
         num_parameters=model.num_parameters(),
-        linear_flops=2 * (body - head_weights),
-        head_flops=2 * head_weights,
-        attention=_attention_layers(model, text_config),
+        linear_flops=2 * sum(_active_weights(module, text.config) for module in body),
+        head_flops=2 * head.weight.numel(),
+        attention=_attention_layers(text, text.config),
     )
 
 

@@ -189,6 +189,8 @@ def _backward_pass(
         logits_to_keep=_tensor(targets - 1, model),
         **ordinary_inputs(pass_.token_ids, pass_.images, vision, model.device),
     ).logits[0]
+    if len(logits) != len(targets):  # some multimodal models don't know logits_to_keep
+        logits = logits[targets - 1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     expected = _tensor(pass_.token_ids[targets], model).long()
     loss = functional.cross_entropy(logits, expected, reduction="sum") / num_trained

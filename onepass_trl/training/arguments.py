@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Training
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
-from onepass_trl.attention.model_check import base_model, check_token_ids
+from onepass_trl.attention.model_check import base_model, check_token_ids, text_model
 from onepass_trl.chat.processing import (
     MissingTorchvisionError,
     ProcessingClass,
@@ -24,6 +24,7 @@ from onepass_trl.preparation.datasets import Maker, named_rows
 from onepass_trl.preparation.options import NullArguments, PreparationOptions
 from onepass_trl.training.config import OnePassSFTConfig
 from onepass_trl.training.response_templates import trl_response_template
+from onepass_trl.versions import checkpointing_option
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,18 @@ def one_pass_model_kwargs(model_init_kwargs: dict[str, Any] | None) -> dict[str,
             asked,
         )
     return {**kwargs, "attn_implementation": "onepass"}
+
+
+def looks_for_unused_parameters(args: OnePassSFTConfig, model: Any) -> None:
+    """Set ``ddp_find_unused_parameters`` for a model whose encoders have no part in text.
+
+    DDP would wait for their gradients. TRL 1.16 sets it too, but only with a processor.
+    Reentrant checkpointing fails with it, so it stays as it is there.
+    """
+    base = base_model(model)
+    reentrant = (getattr(args, f"{checkpointing_option()}_kwargs") or {}).get("use_reentrant")
+    if args.ddp_find_unused_parameters is None and text_model(base) is not base and not reentrant:
+        args.ddp_find_unused_parameters = True
 
 
 def check_train_dataset(dataset: Any) -> None:

@@ -207,7 +207,10 @@ def causal_log_probs(
         outputs = forward(
             input_ids=input_ids[None], use_cache=False, logits_to_keep=targets, **images
         )
-    log_probs = outputs.logits[0].float().log_softmax(-1).gather(1, labels[targets, None])[:, 0]
+    logits = outputs.logits[0]
+    if len(logits) != len(targets):  # some multimodal models don't know logits_to_keep
+        logits = logits[targets]
+    log_probs = logits.float().log_softmax(-1).gather(1, labels[targets, None])[:, 0]
     out = np.zeros(len(row), dtype=np.float32)
     out[is_target] = log_probs.cpu().numpy()
     return out

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from trl.trainer import utils
 
 from onepass_trl import versions
+from onepass_trl.attention.model_check import text_model
 from onepass_trl.passes import IGNORE_INDEX
 
 # The most logits that are in memory at once: 0.5 GiB in float32.
@@ -44,6 +45,23 @@ def add_fused_lm_head(model: PreTrainedModel) -> None:
         return _scored(self, *args, **kwargs) if fused_lm_head else own_forward(*args, **kwargs)
 
     model.forward = MethodType(forward, model)
+
+
+def check_sharded_head(model: PreTrainedModel) -> None:
+    """Raise ValueError for a head whose gradient FSDP2 would not average over the processes.
+
+    The fused head reads the weight without calling the model's own, so FSDP2 gathers it only if
+    accelerate has sharded it together with the embeddings or with the last norm, which it doesn't
+    find in multimodal models.
+    """
+    weight = model.get_output_embeddings().weight
+    is_tied = weight is model.get_input_embeddings().weight
+    if text_model(model) is not model and not is_tied and weight.requires_grad:
+        raise ValueError(
+            f"{type(model).__name__} has an LM head of its own, whose gradient FSDP would not "
+            "average over the processes: freeze it (lm_head.requires_grad_(False)), train "
+            "adapters, or use DDP or DeepSpeed"
+        )
 
 
 @dataclass

@@ -44,6 +44,7 @@ from onepass_trl.training.arguments import (
     check_vocabulary,
     config_of,
     load_processing_class_of,
+    looks_for_unused_parameters,
     named_datasets,
     one_pass_model_kwargs,
     preparation_options,
@@ -59,7 +60,7 @@ from onepass_trl.training.context_parallel import (
     gather_router_logits,
 )
 from onepass_trl.training.finite_weights import FiniteWeights
-from onepass_trl.training.lm_head import add_fused_lm_head
+from onepass_trl.training.lm_head import add_fused_lm_head, check_sharded_head
 from onepass_trl.training.loss import check_head, forward, target_losses
 from onepass_trl.training.trl_advice import no_flash_attention_advice
 from onepass_trl.vision import vision_of
@@ -194,6 +195,8 @@ class OnePassSFTTrainer(SFTTrainer):
         check_head(self.model)
         if not versions.FUSED_LM_HEAD.installed:
             add_fused_lm_head(base_model(self.model))
+        if self.is_fsdp_enabled:
+            check_sharded_head(base_model(self.model))
         if not versions.ROUTER_AUX_LOSS_COEF.installed:
             self.router_aux_loss_coef = args.router_aux_loss_coef
         if self._context_parallel_group is not None:
@@ -219,6 +222,7 @@ class OnePassSFTTrainer(SFTTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and make it leave context parallelism to this trainer."""
+        looks_for_unused_parameters(self.args, self.model)
         super().create_accelerator_and_postprocess()
         # Known to the options unless an accelerator was configured before them.
         check_parallelism(self.accelerator.parallelism_config)

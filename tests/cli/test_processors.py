@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from onepass_trl.chat import processing
 from onepass_trl.cli import main
@@ -11,6 +11,7 @@ from onepass_trl.cli.sft import train
 from tests.chat.test_processing import PARTS
 from tests.chat.tokenizers import make_processor
 from tests.chats import CHATS
+from tests.model_coverage import make_tiny_model
 
 
 @pytest.fixture
@@ -70,3 +71,16 @@ def test_checkpoints_hold_the_processor(with_processor, chats, tmp_path):
         assert type(processor).__name__ == "LlavaProcessor"
         assert processor.chat_template == PARTS
     assert main(["verify", str(chats), f"--model_name_or_path={out}", "-k1"]) == 0
+
+
+def test_verbs_load_the_class_of_a_multimodal_model(run_on_chats, tiny_tokenizer, tmp_path):
+    model = make_tiny_model("qwen3_vl", AutoModelForImageTextToText)
+    model.save_pretrained(tmp_path / "model")
+    make_processor(tiny_tokenizer).save_pretrained(tmp_path / "model")
+    status, out, _ = run_on_chats("estimate", CHATS, model=tmp_path / "model")
+    assert status == 0
+    assert "Qwen3VLForConditionalGeneration" in out
+    for flags in ([], ["--model_from_config"]):
+        status, out, _ = run_on_chats("verify", CHATS, "-k1", *flags, model=tmp_path / "model")
+        assert status == 0
+        assert "One pass agrees with N-pass" in out

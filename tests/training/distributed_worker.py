@@ -17,12 +17,13 @@ from accelerate import ParallelismConfig
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
 from onepass_trl.versions import checkpointing_option
 from tests.conversations import as_record
-from tests.models import make_model
+from tests.model_coverage import make_tiny_model
+from tests.models import MODELS, make_model
 from tests.n_pass import SGD
 from tests.training.conversations import WITH_ROLLOUTS
 from tests.training.sharding import shard_on_cpu
@@ -56,12 +57,19 @@ def make_trainer(folder: str, options: dict) -> OnePassSFTTrainer:
     rows = Dataset.from_list([as_record(passes) for passes in WITH_ROLLOUTS])
     evaluate = options.pop("evaluate", False)
     return OnePassSFTTrainer(
-        make_model(options.pop("model", "qwen3")),
+        make_model_of(options.pop("model", "qwen3")),
         OnePassSFTConfig(**{**settings, **options}),
         train_dataset=rows,
         eval_dataset=rows.select(range(3)) if evaluate else None,
         processing_class=tokenizer,
     )
+
+
+def make_model_of(name: str) -> PreTrainedModel:
+    """Return a tiny model of `tests.models`, or a multimodal one of this type."""
+    if name in MODELS:
+        return make_model(name)
+    return make_tiny_model(name, AutoModelForImageTextToText)
 
 
 def start(options: dict) -> None:

@@ -12,6 +12,7 @@ import torch
 from onepass_trl.passes import IGNORE_INDEX, Pass
 from onepass_trl.tools.bench.timing import available_bytes
 from onepass_trl.tools.flops import has_latent_keys, head_sizes
+from onepass_trl.tools.model_class import auto_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -141,11 +142,9 @@ def attention_shape(config: PretrainedConfig) -> AttentionShape:
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model with random weights on the CPU, always the same."""
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     # A copy of the configuration: a trainer writes into that of its model.
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    return auto_model(config).from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def labelled(pass_: Pass) -> dict[str, list[int]]:
@@ -175,7 +174,5 @@ def missing_memory(
 
 def num_parameters(config: PretrainedConfig) -> int:
     """Return how many parameters a model has, without allocating them."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
+        return auto_model(config).from_config(copy.deepcopy(config)).num_parameters()
