@@ -20,7 +20,7 @@ OLDEST = {
 }
 """What the package needs, as ``pyproject.toml`` asks for it."""
 
-TESTED = {"torch": "2.13", "transformers": "5.24", "trl": "1.16"}
+TESTED = {"torch": "2.14", "transformers": "5.24", "trl": "1.16"}
 """The newest that the tests have run with. Newer ones are neither refused nor warned of."""
 
 
