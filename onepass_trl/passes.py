@@ -53,7 +53,7 @@ class ImageSpan:
     source: ImageSource
 
     def shifted(self, by: int) -> ImageSpan:
-        """Return the span in a sequence in which it begins later by so many tokens."""
+        """Return the span with `by` added to its begin and end."""
         return replace(self, begin=self.begin + by, end=self.end + by)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from onepass_trl.chat.json_text import RepeatedKeyError, unique
 from onepass_trl.preparation.options import NullArguments, PreparationOptions, parse_train_on
 
 if TYPE_CHECKING:
@@ -213,7 +214,9 @@ def read_config(model: str) -> PreTrainedConfig:
 def json_object(text: str) -> dict[str, Any]:
     """Return the JSON object in a text, for argparse."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique)
+    except RepeatedKeyError as error:
+        raise argparse.ArgumentTypeError(f"{error}, got {text[:80]}") from None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

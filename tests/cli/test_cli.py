@@ -204,6 +204,9 @@ def test_verify_takes_template_arguments(tiny_model_dir, chats, capsys):
     with pytest.raises(SystemExit):
         main(["verify", *flags, "--chat_template_kwargs=[1]"])
     assert "expected a JSON object, got [1]" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["verify", *flags, '--chat_template_kwargs={"a": 1, "a": 2}'])
+    assert "an object with the key 'a' twice; keep one, got {" in capsys.readouterr().err
 
 
 def test_verify_trains_the_turns_that_are_chosen(tiny_model_dir, chats, capsys):

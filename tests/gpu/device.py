@@ -7,8 +7,6 @@ tested where there is no GPU; what only a GPU can do is left out then.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -50,18 +48,6 @@ every_kernel = pytest.mark.parametrize("kernel", built_kernels(), ids=str)
 
 def case_on_device(shape: Shape, dtype: torch.dtype = BF16, **options: object) -> Case:
     return make_case(shape, dtype=dtype, **options).to(DEVICE)
-
-
-@contextmanager
-def deterministic(enabled: bool = True) -> Iterator[None]:
-    """Ask for the same bits every time, or, by default of torch, for what is fast."""
-    before = torch.get_deterministic_debug_mode()
-    # A warning is enough for what torch itself cannot do so.
-    torch.use_deterministic_algorithms(enabled, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before)
 
 
 def poison_memory() -> None:

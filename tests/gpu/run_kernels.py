@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 
 from onepass_trl.attention import tree_attention
+from onepass_trl.attention.self_check.comparison import deterministic_mode
 from tests.attention.rows import chat_row
 
-from .device import BF16, DEVICE, DRY_RUN, IMPL, built_kernels, case_on_device, deterministic
+from .device import BF16, DEVICE, DRY_RUN, IMPL, built_kernels, case_on_device
 
 
 def small() -> None:
@@ -25,7 +26,7 @@ def small() -> None:
             kernel.shape(2, 2, 1, seq), kernel.dtype, window=50, softcap=2.0, sinks=True
         )
         for same_bits in (False, True):
-            with deterministic(same_bits):
+            with deterministic_mode(same_bits):
                 case.run(IMPL, kernel.dtype)
 
 

@@ -43,7 +43,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Step:
-    """Something to learn from the machine: commands that run beside each other."""
+    """Something to learn from the machine: commands that run at the same time."""
 
     name: str
     limit: float

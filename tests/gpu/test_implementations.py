@@ -14,10 +14,11 @@ from torch import Tensor
 from onepass_trl.attention import tree_attention
 from onepass_trl.attention.implementations.base import Call
 from onepass_trl.attention.implementations.varlen import VARLEN
+from onepass_trl.attention.self_check.comparison import deterministic_mode
 from tests.attention.cases import Case, error
 from tests.attention.flash import flash_attention_on_cpu
 
-from .device import BF16, DRY_RUN, Kernel, case_on_device, deterministic
+from .device import BF16, DRY_RUN, Kernel, case_on_device
 
 HEADS = [(64, 64), (128, 128), (192, 128), (256, 256)]
 ALL: dict[str, Any] = {"window": 100, "softcap": 2.0, "sinks": True}
@@ -86,7 +87,7 @@ def test_against_the_reference(kernels_on_cpu, impl, dtype, heads, options):
 def test_variable_length_kernels_give_the_same_bits_where_asked_for(kernels_on_cpu, window):
     seq = 300 if DRY_RUN else 3000
     case = case_on_device(Kernel(BF16, 128, 128).shape(2, 8, 2, seq), window=window, sinks=True)
-    with deterministic():
+    with deterministic_mode():
         first = run("varlen", case, BF16)
         for _ in range(5):
             for name, x in run("varlen", case, BF16).items():

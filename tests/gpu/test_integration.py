@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from onepass_trl.attention import cuda_library, tree_attention
+from onepass_trl.attention.self_check.comparison import deterministic_mode
 from onepass_trl.attention.transformers_backend import use_onepass_attention
 from tests.attention.cases import error
 from tests.attention.rows import chat_row
 from tests.models import make_model
 
-from .device import BF16, DEVICE, IMPL, Kernel, built_kernels, case_on_device, deterministic
+from .device import BF16, DEVICE, IMPL, Kernel, built_kernels, case_on_device
 
 ROOT = Path(__file__).parents[2]
 KERNEL: Kernel = built_kernels()[0]
@@ -42,7 +43,7 @@ def test_compile_full_graph(backend, options):
         )
 
     leaves = leaves_of(case)
-    with deterministic():
+    with deterministic_mode():
         expected = case.run(IMPL, KERNEL.dtype)
         out, lse = run(case.visible_end, leaves)
         gradients = torch.autograd.grad(
@@ -61,7 +62,7 @@ def test_gradient_checkpointing(use_reentrant):
         return tree_attention(*tensors, case.visible_end, impl=IMPL)
 
     dout = case.dout.to(KERNEL.dtype)
-    with deterministic():
+    with deterministic_mode():
         expected = torch.autograd.grad(run(*leaves), leaves, dout)
         checkpoint(run, *leaves, use_reentrant=use_reentrant).backward(dout)
     for leaf, gradient in zip(leaves, expected, strict=True):
@@ -151,7 +152,7 @@ def test_memory_at_131072_tokens(gpu, same_bits):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with deterministic(same_bits):
+    with deterministic_mode(same_bits):
         out = tree_attention(q, k, v, visible_end, impl="cuda")
         gradients = torch.autograd.grad(out, (q, k, v), dout)
     peak = torch.cuda.max_memory_allocated() - before

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from onepass_trl.attention import tree_attention
 from onepass_trl.attention.reference import visibility_mask
+from onepass_trl.attention.self_check.comparison import deterministic_mode
 from tests.attention.cases import Case, assert_errs_little_more_than_eager, error
 from tests.attention.rows import causal_row, chat_row, packed_row
 
@@ -19,7 +20,6 @@ from .device import (
     IMPL,
     Kernel,
     case_on_device,
-    deterministic,
     every_kernel,
     poison_memory,
 )
@@ -42,7 +42,7 @@ ROWS = {
 def check(case: Case, dtype: torch.dtype) -> None:
     for same_bits in (False, True):
         poison_memory()
-        with deterministic(same_bits):
+        with deterministic_mode(same_bits):
             result = case.run(IMPL, dtype)
         assert_errs_little_more_than_eager(case, result, dtype)
 
@@ -105,7 +105,7 @@ def test_any_strides_give_the_same_bits(kernel: Kernel, lay_out):
     results = []
     for change in (Tensor.contiguous, lay_out):
         leaves = [change(x).detach().requires_grad_() for x in (q, k, v)]
-        with deterministic():
+        with deterministic_mode():
             out = tree_attention(*leaves, case.visible_end, impl=IMPL)
             results.append([out, *torch.autograd.grad(out, leaves, change(dout))])
     for expected, actual in zip(*results, strict=True):
@@ -118,7 +118,7 @@ def test_the_same_bits_every_time(kernel: Kernel, same_bits):
     """Also under load, so that a race has its chance to show. dq only if that is asked for."""
     shape = kernel.shape(2, 8, 2, 300 if DRY_RUN else 3000)
     case = case_on_device(shape, kernel.dtype, seed=10, window=200, softcap=5.0, sinks=True)
-    with deterministic(same_bits):
+    with deterministic_mode(same_bits):
         first = case.run(IMPL, kernel.dtype)
         for _ in range(2 if DRY_RUN else 10):
             poison_memory()
@@ -150,7 +150,7 @@ def test_131072_tokens(kernel: Kernel, same_bits):
     dout = torch.zeros(1, heads, seq, kernel.d_v, device=DEVICE, dtype=kernel.dtype)
     dout[:, :, queries] = normal(heads, kernel.d_v).detach()[:, :, queries]
     poison_memory()
-    with deterministic(same_bits):
+    with deterministic_mode(same_bits):
         out, lse = tree_attention(q, k, v, visible_end, impl=IMPL, return_lse=True)
         actual = [out[:, :, queries], *torch.autograd.grad(out, (q, k, v), dout)]
 

@@ -253,7 +253,7 @@ def test_adapters_are_trained(tmp_path):
 
 
 def test_rows_refer_to_images_and_pixels_are_loaded_in_batches(tmp_path):
-    """Paths stay paths, and bytes the bytes of the file; an image is read anew for each batch."""
+    """Paths stay paths, and bytes the bytes of the file; an image is read again for each batch."""
     path = tmp_path / "a.png"
     A.save(path)
     jpeg = io.BytesIO()

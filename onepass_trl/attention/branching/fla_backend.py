@@ -147,7 +147,7 @@ def _follow_backward(node: torch.autograd.graph.Node, call: _Call) -> None:
 
 @register("common")
 class TreeBackend(BaseBackend):
-    """Stands in for what carries states, in the calls of `along_levels`."""
+    """Replaces the functions that carry states, in the calls of `along_levels`."""
 
     backend_type = "onepass_tree"
     priority = -1  # before all of fla's

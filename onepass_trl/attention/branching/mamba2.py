@@ -15,7 +15,7 @@ from onepass_trl.attention.branching.packages import is_of_transformers
 from onepass_trl.attention.head_exchange import ContextParallel
 
 SIZE_IN_PYTORCH = 64
-"""At most so many tokens has a chunk where a function in PyTorch makes matrices of size x size."""
+"""Most tokens of a chunk where a function in PyTorch makes matrices of size x size."""
 
 
 def chunk_scan(scan: Callable[..., Any], name: str) -> Callable[..., Any]:

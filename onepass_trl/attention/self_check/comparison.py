@@ -48,7 +48,7 @@ def mistake_in(case: Case, run: Run, device: torch.device, dtype: torch.dtype) -
     earlier: Results | None = None
     for deterministic in (False, True, True):
         _poison_memory(device)
-        with _deterministic(deterministic):
+        with deterministic_mode(deterministic):
             results = _results(case, run, dtype, device, case.copies)
         way = "with deterministic algorithms" if deterministic else "in the default mode"
         for name, result in results.items():
@@ -168,8 +168,10 @@ def _mistake(actual: Tensor, expected: Tensor, magnitude: Tensor, limit: float) 
 
 
 @contextmanager
-def _deterministic(enabled: bool) -> Iterator[None]:
+def deterministic_mode(enabled: bool = True) -> Iterator[None]:
+    """Ask for the same bits every time, or, by default of torch, for what is fast."""
     before = torch.get_deterministic_debug_mode()
+    # A warning is enough for what torch itself can't do so.
     torch.use_deterministic_algorithms(enabled, warn_only=True)
     try:
         yield
