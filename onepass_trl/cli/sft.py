@@ -20,6 +20,7 @@ import psutil
 import yaml
 
 _SECONDS_TO_END = 30  # after an interrupt
+_FILES = ("--config", "--accelerate_config")  # TRL reads them as two arguments only
 
 
 def main(argv: list[str]) -> int:
@@ -212,12 +213,15 @@ def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any
 def _as_flags(arguments: list[str]) -> list[str]:
     """Return `arguments` as `TrlParser` knows them.
 
-    A dataset that comes first becomes ``--dataset_name``, and ``--config=FILE`` two arguments.
+    A dataset that comes first becomes ``--dataset_name``. ``--config=FILE`` becomes two arguments,
+    and so does ``--accelerate_config=FILE``.
     """
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--dataset_name", *arguments]
-    parts = (text.split("=", 1) if text.startswith("--config=") else [text] for text in arguments)
-    flags = [part for pair in parts for part in pair]
+    flags: list[str] = []
+    for argument in arguments:
+        flag, is_joined, value = argument.partition("=")
+        flags += [flag, value] if is_joined and flag in _FILES else [argument]
     for flag, file in pairwise(flags):
         if flag == "--config":
             _check_config(file)

@@ -71,7 +71,7 @@ def test_sft_trains_and_saves(sft_flags, tmp_path, capfd):
 def test_sft_trains_in_two_processes(sft_flags, launcher, capfd):
     """A step of two processes takes twice the rows of one: 2 of the 8 at batch size 1."""
     flags = [*sft_flags, "--per_device_train_batch_size=1", *ANY_PORT]
-    assert main(["sft", *flags, *(part for flag in launcher for part in flag.split("="))]) == 0
+    assert main(["sft", *flags, *launcher]) == 0
     assert "'epoch': '0.25'" in capfd.readouterr().out
 
 
@@ -171,6 +171,11 @@ def test_unknown_flags_are_refused_before_anything_starts(sft_flags, capsys):
         main(["sft", *sft_flags, "--lerning_rate=1"])
     assert error.value.code == 2
     assert "--lerning_rate" in capsys.readouterr().err
+
+
+def test_a_missing_configuration_of_accelerate_is_an_error(sft_flags, capsys):
+    assert main(["sft", *sft_flags, "--accelerate_config=no.yaml"]) == 2
+    assert "no.yaml is neither a file nor a valid config" in capsys.readouterr().err
 
 
 def test_a_yaml_file_is_read_before_anything_starts(tmp_path, capsys):
