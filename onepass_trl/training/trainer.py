@@ -60,6 +60,7 @@ from onepass_trl.training.context_parallel import (
     gather_router_logits,
 )
 from onepass_trl.training.finite_weights import FiniteWeights
+from onepass_trl.training.freed_memory import keep_freed_memory
 from onepass_trl.training.lm_head import add_fused_lm_head, check_sharded_head
 from onepass_trl.training.loss import check_head, forward, target_losses
 from onepass_trl.training.trl_advice import no_flash_attention_advice
@@ -217,6 +218,8 @@ class OnePassSFTTrainer(SFTTrainer):
             **self._of_images,
         )
         self.add_callback(FiniteWeights())
+        if args.device.type == "cpu":
+            keep_freed_memory()
         self._verifies_model = args.verify_model
         self._totals = {mode: dict.fromkeys(_TOTALS, 0.0) for mode in ("train", "eval")}
 
