@@ -35,7 +35,10 @@ class ImageSource:
         return is_address(self.path or "")
 
     def __str__(self) -> str:
-        return f"{len(self.content)} bytes" if self.content is not None else repr(self.path)
+        if self.content is not None:
+            return f"{len(self.content)} bytes"
+        path = str(self.path)
+        return f"{path[:60]!r}.." if path.startswith("data:") else repr(path)
 
 
 @dataclass(frozen=True)

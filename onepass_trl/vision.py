@@ -159,4 +159,5 @@ def load(source: ImageSource) -> Image:
         httpx.HTTPError,
         httpx.InvalidURL,
     ) as error:
-        raise ImageError(f"the image ({source}) can't be read: {error}") from error
+        reason = str(error)[:300]  # some repeat an image that is in its address
+        raise ImageError(f"the image ({source}) can't be read: {reason}") from error

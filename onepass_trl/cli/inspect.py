@@ -157,6 +157,8 @@ def _line(found: Inspection, segment: Segment) -> Text:
         )
         if not is_copy
     )
+    if segment.image >= 0:
+        text += f" {found.images[segment.image]}"
     what, colour = ("trained", "green") if segment.trained else ("context", "blue")
     return Text.assemble(
         (f"{segment.role}{number}", "bold"),

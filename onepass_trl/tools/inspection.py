@@ -16,7 +16,7 @@ from onepass_trl.chat.processing import ProcessingClass, tokenizer_of
 from onepass_trl.chat.rendering import RenderedTurn
 from onepass_trl.data.layout import Layout, linearize, node_spans
 from onepass_trl.data.tree import ROOT, TokenTree
-from onepass_trl.passes import Pass
+from onepass_trl.passes import ImageSource, Pass
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import render_record
 from onepass_trl.tools.transcript import message_starts, token_texts
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class Segment:
     """A run of a row's tokens of one message, which the same passes see, all trained or none.
 
+    An image is a segment of its own.
+
     Attributes:
         begin: first token in the row.
         end: exclusive.
@@ -41,6 +43,7 @@ class Segment:
         trained: whether its tokens are targets of the loss.
         multiplicity: how many passes hold it.
         num_copies: fork copies among its tokens.
+        image: number of the image that the tokens are, or -1.
     """
 
     begin: int
@@ -52,6 +55,7 @@ class Segment:
     trained: bool
     multiplicity: int
     num_copies: int
+    image: int
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +95,7 @@ class Inspection:
         is_copy: ``(num_tokens,)`` bool, whether a token is a fork copy.
         trunk: the tree; the trunk is the path of the last pass, up to what that pass generates.
         pass_lengths: number of tokens of each pass.
+        images: those of the passes, each once, in the order of the conversation.
         has_reasoning: whether a trained turn has reasoning; None if messages aren't known.
     """
 
@@ -100,6 +105,7 @@ class Inspection:
     is_copy: NDArray[np.bool_]
     trunk: Branch
     pass_lengths: list[int]
+    images: list[ImageSource]
     has_reasoning: bool | None
 
     @property
@@ -111,6 +117,11 @@ class Inspection:
     def token_ratio(self) -> float:
         """Tokens of N-pass over those of one pass."""
         return self.n_pass_tokens / len(self.row)
+
+    @property
+    def n_pass_images(self) -> int:
+        """Images that N-pass encodes; one pass encodes those of its row."""
+        return sum(int(self.row.multiplicity[span.begin]) for span in self.row.images)
 
     @property
     def pairs(self) -> int:
@@ -163,7 +174,8 @@ def inspect_passes(
     """
     tree = TokenTree()
     ends = [tree.insert(pass_) for pass_ in passes]
-    view = _View(tree, tokenizer_of(tokenizer))
+    images = list(dict.fromkeys(span.source for pass_ in passes for span in pass_.images))
+    view = _View(tree, tokenizer_of(tokenizer), images)
     paths = tree.paths(ends)
     if turns:
         view.find_messages(turns, paths)
@@ -179,6 +191,7 @@ def inspect_passes(
             [str(message["role"]) for message in messages],
         ),
         pass_lengths=[len(pass_) for pass_ in passes],
+        images=images,
         has_reasoning=reasoning,
     )
 
@@ -186,7 +199,9 @@ def inspect_passes(
 class _View:
     """A tree with its row, and what each token of the row is."""
 
-    def __init__(self, tree: TokenTree, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tree: TokenTree, tokenizer: PreTrainedTokenizerBase, images: Sequence[ImageSource]
+    ) -> None:
         self.tree, self.tokenizer, self.row = tree, tokenizer, linearize(tree)
         num_tokens = len(self.row)
         self.texts = [""] * num_tokens
@@ -202,6 +217,14 @@ class _View:
             self.texts[tokens] = [*texts[:-1], *texts[-1:] * (copies + 1)]
             trained = node.weights > 0
             self.trained[tokens] = [*trained[:-1], *trained[-1:].repeat(copies + 1)]
+        # An image's first token has its name as text, the others none.
+        self.numbers = {image: number for number, image in enumerate(images)}
+        self.names = {image: f"[image {number}]" for image, number in self.numbers.items()}
+        self.image = np.full(num_tokens, -1, dtype=np.int64)  # index among the row's
+        for index, image in enumerate(self.row.images):
+            self.image[image.begin : image.end] = index
+            texts = [self.names[image.source], *[""] * (image.end - image.begin - 1)]
+            self.texts[image.begin : image.end] = texts
 
     def tokens(self, index: int) -> NDArray[np.int64]:
         """Return the row indices of a node's tokens, fork copies included."""
@@ -222,7 +245,7 @@ class _View:
         for turn, where in zip(reversed(turns), reversed(tokens), strict=True):
             in_context = where[: len(where) - turn.rendered.num_trained]
             texts = [self.texts[token] for token in in_context.tolist()]
-            starts = message_starts("".join(texts), turn.messages[:-1], added, ends)
+            starts = message_starts("".join(texts), turn.messages[:-1], added, ends, self.names)
             known = [(start, number) for number, start in enumerate(starts) if start is not None]
             offsets = np.cumsum([0, *map(len, texts)])[:-1]
             at = np.searchsorted([start for start, _ in known], offsets, side="right") - 1
@@ -238,13 +261,14 @@ class _View:
     def segments(self, index: int, roles: Sequence[str]) -> list[Segment]:
         """Return the segments of a node."""
         *_, begin, end = self.spans[index]
-        keys = np.stack([self.message[begin:end], self.trained[begin:end]])
+        keys = np.stack([x[begin:end] for x in (self.message, self.trained, self.image)])
         cuts = begin + 1 + np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0))
         borders = [begin, *cuts.tolist(), end]
         return [self._segment(index, *border, roles) for border in pairwise(borders)]
 
     def _segment(self, index: int, begin: int, end: int, roles: Sequence[str]) -> Segment:
         message, trained = int(self.message[begin]), bool(self.trained[begin])
+        image = int(self.image[begin])
         if message >= 0:
             role = roles[message]
         elif roles:
@@ -261,6 +285,7 @@ class _View:
             trained=trained,
             multiplicity=self.tree.nodes[index].multiplicity,
             num_copies=int(self.is_copy[begin:end].sum()),
+            image=-1 if image < 0 else self.numbers[self.row.images[image].source],
         )
 
     def outline(self, paths: Mapping[int, list[int]], roles: Sequence[str]) -> Branch:

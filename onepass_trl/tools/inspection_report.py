@@ -41,6 +41,12 @@ def figures(found: Inspection, layers: Sequence[AttentionLayers] = ()) -> Iterat
     for layer in layers:
         if layer.window is not None:
             yield _in_window(found, layer.window, layer.num_layers)
+    if found.row.images:
+        num_images, n_pass_images = len(found.row.images), found.n_pass_images
+        yield (
+            f"images: one pass encodes {num_images:,}, N-pass {n_pass_images:,} = "
+            f"{n_pass_images / num_images:.2f} x"
+        )
     trained, copies = int(found.trained[~found.is_copy].sum()), int(found.is_copy.sum())
     yield f"trained tokens: {trained:,}; fork copies: {copies}"
 

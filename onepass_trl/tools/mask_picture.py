@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from onepass_trl.tools.inspection import Branch, Inspection
 from onepass_trl.tools.plots import ONE_PASS, new_figure
+from onepass_trl.tools.thumbnails import thumbnail_of
 from onepass_trl.visibility import TILE, coverage, cut_into_tiles
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ CELLS = 1024  # on a side of the picture, at most
 
 _FULL, _SEEN, _MASKED, _SKIPPED = "#0b4f6c", "#5aa9c8", "#f2b866", "#ffffff"
 _TRUNK, _BRANCHES = "#4b5563", (ONE_PASS, "#8fc1d4")
+_IMAGE = "#a3379b"
 _NARROWEST_LABELLED = 0.062  # of the row
+_THUMBNAIL = 0.14  # of the row, the side of the square that holds one
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +118,11 @@ def colours(raster: Raster) -> NDArray[np.float32]:
 def draw(found: Inspection, title: str) -> Figure:
     """Return the picture of an inspected row; its layers without a window.
 
-    Queries go down and keys to the right. Bands along both axes show trunk and branches.
+    Queries go down and keys to the right. Bands along both axes show trunk, branches and images.
+    Above the diagonal, where no query sees a key, are thumbnails of as many images as have room.
+
+    Raises:
+        ImageError: if an image can't be read.
     """
     raster = rasterize(found.row.visible_end)
     figure = new_figure(8.6, 9.2)
@@ -135,6 +142,7 @@ def draw(found: Inspection, title: str) -> Figure:
     for spine in axes.spines.values():
         spine.set(color="#9ca3af", linewidth=0.6)
     _draw_bands(axes, found)
+    _draw_images(axes, found)
     _describe(figure, axes, found, title)
     return figure
 
@@ -181,6 +189,33 @@ def _draw_bands(axes: Axes, found: Inspection) -> None:
         axes.text(end + gap + thickness / 2, middle, name, rotation=-90, **text)
 
 
+def _draw_images(axes: Axes, found: Inspection) -> None:
+    """Mark the tokens of images in the bands, and draw those that have room above the diagonal."""
+    end = len(found.row)
+    gap, thickness, side = 0.008 * end, 0.012 * end, _THUMBNAIL * end
+    free_from = 0.0
+    for span in found.row.images:
+        length = span.end - span.begin
+        style: dict[str, Any] = {"facecolor": _IMAGE, "clip_on": False}
+        axes.add_patch(_rectangle((span.begin, -gap), length, -thickness, **style))
+        axes.add_patch(_rectangle((end + gap, span.begin), thickness, length, **style))
+        # The lower left corner of its square, which touches the diagonal.
+        corner = min(max((span.begin + span.end) / 2, side), end - side)
+        if corner < free_from:
+            continue
+        free_from = corner + side
+        thumbnail = thumbnail_of(span.source).image
+        width, height = (0.85 * side * pixels / max(thumbnail.size) for pixels in thumbnail.size)
+        left, bottom = corner + 0.05 * side, corner - 0.05 * side
+        top = bottom - height
+        axes.imshow(np.asarray(thumbnail), extent=(left, left + width, bottom, top))
+        frame: dict[str, Any] = {"facecolor": "none", "edgecolor": _IMAGE}
+        axes.add_patch(_rectangle((left, top), width, height, **frame))
+        number = found.images.index(span.source)
+        axes.text(left, top - gap, f"image {number}", fontsize=8)
+    axes.set(xlim=(0, end), ylim=(end, 0))  # which imshow changes
+
+
 def _rectangle(corner: tuple[float, float], width: float, height: float, **style: Any) -> Any:
     from matplotlib.patches import Rectangle
 
@@ -211,6 +246,7 @@ def _describe(figure: Figure, axes: Axes, found: Inspection, title: str) -> None
         (_SKIPPED, f"not computed ({skipped:,} tiles below the diagonal)"),
         (_TRUNK, "trunk: what later turns see"),
         (_BRANCHES[0], "branch: hidden from later turns"),
+        *([(_IMAGE, "tokens of an image")] if found.row.images else []),
     ]
     figure.legend(
         handles=[

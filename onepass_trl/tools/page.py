@@ -16,19 +16,26 @@ import numpy as np
 from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import Branch, Inspection
 from onepass_trl.tools.inspection_report import figures, name_of, remarks
+from onepass_trl.tools.thumbnails import thumbnail_of
 from onepass_trl.tools.transcript import visible_text
 from onepass_trl.visibility import TILE, coverage, cut_into_tiles
 
 _MOST_TILES = 256  # on a side of the picture
+_MOST_THUMBNAILS = 64
 
 
 def to_html(found: Inspection, title: str, layers: Sequence[AttentionLayers] = ()) -> str:
     """Return the page: text in ASCII, of a size linear in the tokens, which loads nothing.
 
-    `layers` are those of the model, if it is known: the page shows each of their windows.
+    `layers` are those of the model, if it is known: the page shows each of their windows. Images
+    are embedded as thumbnails, the first 64 of them.
 
     The conversation is embedded as JSON in which no character has a meaning in HTML, and is added
-    to the document only as text. The page's policy allows its own script and no other.
+    to the document only as text. The page's policy allows its own script and no other, and the
+    thumbnails.
+
+    Raises:
+        ImageError: if an image can't be read.
     """
     page = files("onepass_trl.tools").joinpath("page.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", page, flags=re.DOTALL)
@@ -63,10 +70,20 @@ def _data(found: Inspection, layers: Sequence[AttentionLayers]) -> dict[str, Any
         "layers": [_tiles(found, window) for window in (None, *windows)],
         "trained": found.trained.astype(int).tolist(),
         "copies": found.is_copy.nonzero()[0].tolist(),
+        "images": _images(found),
         "outline": _outline(found.trunk, "trunk", segments),
         "segments": sorted(segments, key=lambda segment: segment["begin"]),
         "figures": [*figures(found, layers), *remarks(found)],
     }
+
+
+def _images(found: Inspection) -> list[dict[str, Any]]:
+    images: list[dict[str, Any]] = [{"name": visible_text(str(image))} for image in found.images]
+    for image, source in zip(images[:_MOST_THUMBNAILS], found.images, strict=False):
+        thumbnail = thumbnail_of(source)
+        image["size"] = f"{thumbnail.width} x {thumbnail.height}"
+        image["uri"] = thumbnail.as_uri()
+    return images
 
 
 def _tiles(found: Inspection, window: int | None) -> dict[str, Any]:
@@ -105,6 +122,8 @@ def _outline(branch: Branch, name: str, segments: list[dict[str, Any]]) -> dict[
                 "role": f"{item.role}{number}",
                 "place": name,
                 "trained": item.trained,
+                "passes": item.multiplicity,
+                "image": item.image,
             }
         )
     return {"name": name, "items": items}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from onepass_trl.chat.images import ImageContent
+from onepass_trl.passes import ImageSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +81,7 @@ def message_starts(
     messages: Sequence[Mapping[str, Any]],
     added: re.Pattern[str] | None,
     ends_of_turn: Iterable[str],
+    images: Mapping[ImageSource, str] | None = None,
 ) -> list[int | None]:
     """Return where in a context each message begins, and at the end where the generated turn does.
 
@@ -90,6 +94,7 @@ def message_starts(
         messages: of the context, in their normal form.
         added: pattern of the added tokens.
         ends_of_turn: texts of the tokens with which a turn ends.
+        images: what the context has in the places of images.
 
     >>> chat = [{"role": "user", "content": "Hi"}]
     >>> message_starts("<s>Hi<e><s>", chat, re.compile("<.>"), ["<e>"])
@@ -99,7 +104,7 @@ def message_starts(
     end, ends = 0, [text for text in ends_of_turn if text]
     for message in messages:
         begin = None
-        for forms in _needles(message):
+        for forms in _needles(message, images or {}):
             needle = next((form for form in forms if context.find(form, end) >= 0), None)
             if needle is None:
                 continue
@@ -116,14 +121,19 @@ def message_starts(
     return [*starts, end + _border(context[end:], added, ends)]
 
 
-def _needles(message: Mapping[str, Any]) -> list[list[str]]:
-    """Return the texts of a rendered message in order, each in several spellings."""
-    names = [[call["function"]["name"]] for call in message.get("tool_calls") or ()]
-    content = str(message.get("content") or "").strip()
-    if not content:
-        return names
-    as_json = [json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
-    return [[content, *as_json], *names]
+def _needles(
+    message: Mapping[str, Any], images: Mapping[ImageSource, str]
+) -> Iterator[Sequence[str]]:
+    """Yield the texts and images of a rendered message in order, each in several spellings."""
+    content = message.get("content")
+    for part in content.parts if isinstance(content, ImageContent) else (content or "",):
+        if isinstance(part, ImageSource):
+            if part in images:  # else the template has left it out of every turn
+                yield [images[part]]
+        elif text := str(part).strip():
+            yield text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    for call in message.get("tool_calls") or ():
+        yield [call["function"]["name"]]
 
 
 def _first_border(gap: str, added: re.Pattern[str] | None) -> int:

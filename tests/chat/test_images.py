@@ -250,6 +250,8 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
         ask(part(A), part(str(cut)))
     )
     assert "message 0, image 0: the image (4 bytes) can't be read: " in refusal(ask(part(b"text")))
+    embedded = {"type": "image", "url": "data:image/png;base64," + "A" * 10_000}
+    assert len(refusal(ask(embedded))) < 500
     assert "its 'base64' can't be decoded" in refusal(ask({"type": "image", "base64": "?"}))
     assert "an image is ndarray, expected a PIL image, a path" in refusal(
         ask(part(np.zeros((4, 4, 3))))

@@ -11,6 +11,7 @@ from onepass_trl.tools.transcript import message_starts
 from onepass_trl.visibility import dense_mask
 from tests.chat.tokenizers import small_tokenizer
 from tests.chats import CHAT
+from tests.images import CHATS, make_processor
 
 
 def segments_of(branch):
@@ -42,6 +43,34 @@ def test_segments_cover_the_row_once_and_hold_their_message(template):
         for other in CHAT[:number]:
             context = "".join(text_of(found, segment) for segment in own)
             assert other["content"] not in context
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl"])
+def test_images_are_segments_of_their_message(name):
+    for chat in CHATS.values():
+        found = inspect_record({"messages": chat}, make_processor(name))
+        segments = sorted(segments_of(found.trunk), key=lambda segment: segment.begin)
+        shown = [segment for segment in segments if segment.image >= 0]
+        assert [(s.begin, s.end) for s in shown] == [(i.begin, i.end) for i in found.row.images]
+        for segment, image in zip(shown, found.row.images, strict=True):
+            assert found.images[segment.image] == image.source
+            assert text_of(found, segment) == f"[image {segment.image}]"
+        for number, message in enumerate(chat):
+            own = [segment for segment in segments if segment.message == number]
+            assert {segment.role for segment in own} == {message["role"]}
+            if isinstance(message["content"], str):
+                assert not any(segment.image >= 0 for segment in own)
+                continue
+            given = {id(part["image"]) for part in message["content"] if part["type"] == "image"}
+            assert len({segment.image for segment in own} - {-1}) == len(given)
+
+
+def test_n_pass_encodes_an_image_in_every_later_turn():
+    found = inspect_record({"messages": CHATS["four turns"]}, make_processor("qwen3_vl"))
+    assert (len(found.images), len(found.row.images), found.n_pass_images) == (4, 4, 4 + 2 + 2 + 1)
+    assert "images: one pass encodes 4, N-pass 9 = 2.25 x" in list(figures(found))
+    found = inspect_record({"messages": CHATS["same image twice"]}, make_processor("qwen3_vl"))
+    assert (len(found.images), len(found.row.images), found.n_pass_images) == (1, 3, 2 + 2 + 1)
 
 
 def test_trunk_and_branches_of_a_chat(tiny_tokenizer):

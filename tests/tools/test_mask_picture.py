@@ -6,12 +6,13 @@ from hypothesis import strategies as st
 
 from onepass_trl import Pass
 from onepass_trl.tools import mask_picture
-from onepass_trl.tools.inspection import inspect_passes
+from onepass_trl.tools.inspection import inspect_passes, inspect_record
 from onepass_trl.tools.mask_picture import colours, rasterize, stretches
 from onepass_trl.tools.plots import save
 from onepass_trl.visibility import causal_visible_end, dense_mask
 from tests.attention.cases import random_visible_end
 from tests.conversations import forked_rollouts, random_chat
+from tests.images import A, B, answer, make_processor, part, text
 
 pytest.importorskip("matplotlib")
 
@@ -48,6 +49,25 @@ def test_the_raster_is_the_dense_mask_cell_by_cell(seq, max_cells, seed):
         (raster.full, kinds == 2),
     ):
         np.testing.assert_allclose(share, cell_means(pairs, raster.cell), atol=1e-6)
+
+
+def test_images_are_marked_and_those_with_room_drawn():
+    chat = [{"role": "user", "content": [part(A), part(B), text("Same?")]}, answer("No." * 30)]
+    chat += [{"role": "user", "content": [part(A), text("And this one?")]}, answer("A.")]
+    found = inspect_record({"messages": chat}, make_processor("qwen3_vl"))
+    figure = mask_picture.draw(found, "images")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.texts if "image" in label.get_text()] == [
+        "image 0",
+        "image 0",
+    ]
+    _, *drawn = axes.images
+    assert [picture.get_array().shape for picture in drawn] == [(24, 40, 3)] * 2
+    for picture in drawn:  # above the diagonal
+        left, _, bottom, _ = picture.get_extent()
+        assert bottom < left
+    assert axes.get_xlim() == (0, len(found.row))
+    assert "tokens of an image" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_a_long_row_takes_no_memory_of_its_square():

@@ -13,6 +13,7 @@ from onepass_trl.tools.page import to_html
 from onepass_trl.visibility import count_tiles, dense_mask
 from tests.browser import CHROMIUM, NO_CHROMIUM, chromium
 from tests.chats import CHAT
+from tests.images import A, B, answer, make_image, make_processor, part, text
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
@@ -48,7 +49,7 @@ def open_page(browser, tmp_path):
     yield opened
     context.close()
     assert not errors
-    assert [url.split(":")[0] for url in requests] == ["file"]
+    assert {url.split(":")[0] for url in requests} <= {"file", "data"}  # thumbnails are data
 
 
 def hover(page, index):
@@ -126,6 +127,59 @@ def test_a_hostile_conversation_is_text_and_runs_nothing(open_page, tiny_tokeniz
     assert text.count("</script><script>window.ran = 1</script><img src=x onerror=") == 2
     # A token that is a part of a character is shown as a dot.
     assert "$DATA $TITLE ⟨2028⟩ ␛[31m ⟨202E⟩ & &lt; \\u003c ]]>" in text.replace("·", "")
+
+
+@in_browser
+def test_images_are_shown_once_where_they_are_in_the_row(open_page, tmp_path):
+    hostile = tmp_path / "<img src=x onerror='window.ran = 1'>&lt;\u202e.png"
+    A.save(hostile)
+    chat = [
+        {"role": "user", "content": [part(hostile), text("What is it?")]},
+        answer("A cat."),
+        {"role": "user", "content": [part(B), text("And now?")]},
+        answer("A dog."),
+        {"role": "user", "content": [part(hostile)]},
+        answer("The cat."),
+    ]
+    found = inspect_record({"messages": chat}, make_processor("qwen3_vl"))
+    page = open_page(found, title="images")
+    assert page.evaluate("window.ran") is None
+    sizes = "[...document.querySelectorAll('img')].map(i => [i.naturalWidth, i.naturalHeight])"
+    page.wait_for_function("[...document.querySelectorAll('img')].every(i => i.complete)")
+    assert page.evaluate(sizes) == [[40, 24], [16, 16], [40, 24]]
+    captions = page.evaluate(
+        "[...document.querySelectorAll('figcaption')]"
+        ".map(caption => [...caption.children].map(line => line.textContent))"
+    )
+    first, second, again = (f"{span.begin}..{span.end - 1}" for span in found.row.images)
+    name = f"image 0: {str(hostile)!r}"
+    assert captions == [
+        [name, "40 x 24", "in 3 passes, encoded once", f"also at row indices {again}"],
+        [f"image 1: {found.images[1]}", "16 x 16", "in 2 passes, encoded once"],
+        [name, "40 x 24", "in 1 pass", f"also at row indices {first}"],
+    ]
+    last = found.row.images[1].end - 1
+    hover(page, last)
+    assert lit(page) == seen(found, last)
+    details = page.evaluate("document.querySelector('#details').textContent")
+    assert "number 3 of 4 of image 1, id " in details
+    assert f", image 1 · 4 tokens at {second}" in page.evaluate(
+        "document.querySelector('#outline').textContent"
+    )
+
+
+@in_browser
+def test_a_page_has_no_more_than_64_thumbnails(open_page):
+    images = [part(make_image(8, 8, seed)) for seed in range(66)]
+    chat = [{"role": "user", "content": images}, answer("Many.")]
+    page = open_page(inspect_record({"messages": chat}, make_processor("qwen3_vl")))
+    count = "document.querySelectorAll('{}').length"
+    assert page.evaluate(count.format("figure")) == 66
+    assert page.evaluate(count.format("figure img")) == 64
+    texts = page.evaluate("[...document.querySelectorAll('figure')].map(f => f.textContent)")
+    assert ["no thumbnail: the first 64 images have one" in text for text in texts] == (
+        [False] * 64 + [True] * 2
+    )
 
 
 @in_browser
