@@ -7,7 +7,13 @@ import re
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 _QUOTED = re.compile(rf"(?<=[`'\"]){THINK_CLOSE}(?=[`'\"])")
-_FIRST_MARK = re.compile(r"\s*([<\[◁][^<>\[\]◁▷\n]{1,40}[>\]▷])")
+_MARK = re.compile(r"[<\[◁][^<>\[\]◁▷\n]{1,40}[>\]▷]")
+_OPENER = re.compile(
+    r"(?<!['\"\u2018\u201c])([<\[◁])([^\s<>\[\]◁▷/]{1,40})[^<>\[\]◁▷\n]{0,40}([>\]▷])"
+)
+_CODE = re.compile(r"^ *(```+|~~~+).*?(?:^ *\1|\Z)|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+_WORD_CHARACTER = re.compile(r"\w")
+_SENTENCE = re.compile(r"\w\W*[.!?\u3002\uff01\uff1f\n]")
 _WORD = re.compile(r"[a-z]+")
 REASONING_WORDS = frozenset(
     {
@@ -80,7 +86,37 @@ def other_mark(content: str) -> str | None:
     >>> other_mark("<thinking>Add.</thinking>4"), other_mark("<|channel|>analysis<|message|>Add.")
     ('<thinking>', '<|channel|>')
     """
-    found = _FIRST_MARK.match(content)
-    if found is None or found[1] == THINK_OPEN:
+    found = _MARK.match(content.lstrip())
+    if found is None or found[0] == THINK_OPEN:
         return None
-    return found[1] if words_of(found[1]) & (REASONING_WORDS | {"channel"}) else None
+    return found[0] if words_of(found[0]) & (REASONING_WORDS | {"channel"}) else None
+
+
+def thought_within(content: str) -> str | None:
+    """Return the mark of another format that begins reasoning within a content, or None.
+
+    Reasoning is a text from a mark to the one that closes it, which begins a line or has the end of
+    a sentence. What only names such marks is none: code, quotations, "between <thought> and
+    </thought>".
+
+    >>> thought_within("Sure.\\n<thinking>Add</thinking>4"), thought_within("A `<cot>Hm.</cot>`.")
+    ('<thinking>', None)
+    """
+    prose = _CODE.sub("`", content)
+    last = {mark[0]: mark.start() for mark in _MARK.finditer(prose)}
+    position = 0
+    while mark := _OPENER.search(prose, position):
+        position = begin = mark.end()
+        bracket, name, end = mark.groups()
+        if bracket + name + end == THINK_OPEN or not words_of(name) & REASONING_WORDS:
+            continue
+        line = prose.rfind("\n", 0, mark.start()) + 1
+        begins_line = not prose[line : mark.start()].strip()
+        evidence = _WORD_CHARACTER if begins_line else _SENTENCE
+        for closer in (f"{bracket}/{name}{end}", re.sub("begin|start", "end", mark[0])):
+            if last.get(closer, 0) < begin:
+                continue
+            position = prose.find(closer, begin)
+            if evidence.search(prose, begin, position):
+                return mark[0]
+    return None

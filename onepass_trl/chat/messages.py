@@ -15,6 +15,7 @@ from onepass_trl.chat.marks import (
     THINK_OPEN,
     other_mark,
     split_inline,
+    thought_within,
     words_of,
 )
 from onepass_trl.passes import ImageSource
@@ -255,10 +256,11 @@ def _move_reasoning(message: Message, index: int, inline_reasoning: bool) -> Non
         _refuse(index, f"has different reasoning in {' and '.join(given)}; keep one of them")
     reasoning = values.pop() if values else ""
     if inline_reasoning:
-        if not given and (mark := other_mark(message["content"])):
+        content = message["content"]
+        if not given and (mark := other_mark(content) or thought_within(content)):
             _refuse(
                 index,
-                f"has content that begins with {mark!r}; if that is reasoning, give it as "
+                f"has content with {mark!r}; if reasoning comes after it, give that as "
                 "'reasoning_content' without such marks, else say so by an empty "
                 "'reasoning_content'",
             )

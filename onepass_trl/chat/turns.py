@@ -12,9 +12,11 @@ import numpy as np
 
 from onepass_trl.chat.checks import (
     after_stand_ins,
+    check_arguments,
     check_generable,
     check_marks,
     check_stand_ins,
+    closing_marks,
     end_of_turn,
     mentions_marks,
     with_stand_ins,
@@ -145,7 +147,7 @@ class TurnRenderer:
         self._family = family_of(self._template)
         self._reads_reasoning = self._family.reads_reasoning(self._template)
         self._has_marks = THINK_CLOSE in self._template.source.texts
-        self._endings: dict[_Shape, Ending] = {}
+        self._forms: dict[_Shape, _Form] = {}
         self._vision = vision_of(processing_class)
         self._image_tokens: dict[ImageSource, Ids] = {}
 
@@ -227,7 +229,7 @@ class TurnRenderer:
         """Return the trained turns of messages in their normal form."""
 
         def read() -> list[TurnTexts | InvalidTurn]:
-            self._endings.clear()
+            self._forms.clear()
             whole = self.context(messages)
             return [
                 self.turn(whole.up_to(turn.index), messages[turn.index], turn) for turn in trained
@@ -293,9 +295,11 @@ class TurnRenderer:
         self._check_places(context)
         completion = self._written(context, message)
         shape = _Shape.of(context, message)
-        if shape not in self._endings:
-            self._endings[shape] = self._ending(context, message)
-        completion = self._endings[shape].cut(completion)
+        if shape not in self._forms:
+            self._forms[shape] = self._form(context, message)
+        form = self._forms[shape]
+        completion = form.ending.cut(completion)
+        check_arguments(message, completion, form.closing_marks)
         if not mentions_marks(message):
             check_marks(context.text, completion)
         generated = without_prompt(context.text, message)
@@ -319,8 +323,8 @@ class TurnRenderer:
         messages = [*context.prepared, self._prepare(message)]
         return self._family.completion(Turn(self._template, messages, context.text))
 
-    def _ending(self, context: TurnContext, message: Message) -> Ending:
-        """Return how turns like this one end, having checked that the template writes their fields.
+    def _form(self, context: TurnContext, message: Message) -> _Form:
+        """Return how turns like this one are written, having checked that all of their fields are.
 
         Raises:
             TurnError: if it doesn't.
@@ -341,7 +345,8 @@ class TurnRenderer:
             followed = None
         if followed is None:
             followed = last
-        return find_ending(last, followed, self.added.special, self._eos, context.text)
+        ending = find_ending(last, followed, self.added.special, self._eos, context.text)
+        return _Form(ending, closing_marks(completion.removesuffix(ending.extra), texts))
 
 
 @dataclass(frozen=True)
@@ -384,6 +389,13 @@ class _Shape(NamedTuple):
             content.startswith(THINK_OPEN),
             len(message.get("tool_calls", ())),
         )
+
+
+class _Form(NamedTuple):
+    """How a template writes turns of one shape."""
+
+    ending: Ending
+    closing_marks: frozenset[str]
 
 
 def _next_messages(message: Message) -> list[Message]:

@@ -122,7 +122,7 @@ MARKS = [
 @pytest.mark.parametrize("content", MARKS)
 def test_reasoning_between_other_marks(content):
     message = {"role": "assistant", "content": content}
-    with pytest.raises(ChatFormatError, match=r"begins with .*give it as 'reasoning_content'"):
+    with pytest.raises(ChatFormatError, match=r"content with .*give that as 'reasoning_content'"):
         normalize(message)
     assert normalize(message, inline_reasoning=False) == [message]
     assert normalize({**message, "reasoning_content": ""}) == [message]
@@ -134,6 +134,48 @@ def test_reasoning_between_other_marks(content):
     "content", ["<answer>2</answer>", "[1] Think.", "2 <thinking>", "<b>I</b>"]
 )
 def test_other_marks_are_content(content):
+    message = {"role": "assistant", "content": content}
+    assert normalize(message) == [message]
+
+
+MARKS_WITHIN = [
+    "Sure.\n\n<thinking>\nAdd.\n</thinking>\n\n2",
+    "Sure.\n<thinking>Add</thinking>2",
+    "I see. <reasoning>One and one are two.</reasoning> So 2.",
+    "Sure.\n<|begin_of_thought|>\nAdd.\n<|end_of_thought|>\n2",
+    "So: [THINK]Add.[/THINK]2",
+    "So: ◁think▷Add.◁/think▷2",
+    "<answer>1</answer>\n<seed:think>No.</seed:think><answer>2</answer>",
+    "First.\n<thinking effort='low'>\nAdd\n</thinking>2",
+    "Use `<thinking>`.\n<thinking></thinking>\n<thinking>Add.</thinking>",
+]
+
+
+@pytest.mark.parametrize("content", MARKS_WITHIN)
+def test_reasoning_between_other_marks_within_an_answer(content):
+    message = {"role": "assistant", "content": content}
+    with pytest.raises(ChatFormatError, match=r"content with .*give that as 'reasoning_content'"):
+        normalize(message)
+    assert normalize(message, inline_reasoning=False) == [message]
+    assert normalize({**message, "reasoning_content": ""}) == [message]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Put your thoughts between <thinking> and </thinking>, then answer.",
+        "Use <reasoning></reasoning>. Then <answer>..</answer>.",
+        "Write <thinking>...</thinking>.",
+        "Write `<thinking>Add.</thinking>` first.",
+        "It is '<thinking>Add.</thinking>'.",
+        "So:\n```xml\n<thinking>\nAdd.\n</thinking>\n```\nOk.",
+        "So:\n~~~~\n~~~\n<thinking>\nAdd.\n</thinking>\n~~~~\nOk.",
+        "So:\n   ```\n<thinking>\nAdd.\n</thinking>",
+        "See\n[Analysis of A](a.html)\n[Analysis of B](b.html).",
+        "It ends </thinking>. It begins\n<thinking> Add.",
+    ],
+)
+def test_texts_about_such_marks_are_content(content):
     message = {"role": "assistant", "content": content}
     assert normalize(message) == [message]
 

@@ -50,7 +50,7 @@ def test_a_closing_mark_that_the_reasoning_quotes(template):
 @pytest.mark.parametrize("template", REASONING)
 @pytest.mark.parametrize("line", [0, 1])
 def test_reasoning_between_other_marks(template, line):
-    with pytest.raises(ChatFormatError, match=r"begins with .*'reasoning_content'"):
+    with pytest.raises(ChatFormatError, match=r"has content with .*'reasoning_content'"):
         turns("other_marks", line, template)
     [turn] = turns("other_marks", line, "llama3_1")
     assert turn.completion.startswith(turn.message["content"])

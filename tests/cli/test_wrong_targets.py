@@ -61,11 +61,15 @@ WRONG = {
     ),
     "other marks": (
         chat(said("<reasoning>Add.</reasoning>4")),
-        "begins with '<reasoning>'.* give it as 'reasoning_content'",
+        "has content with '<reasoning>'.* give that as 'reasoning_content'",
+    ),
+    "other marks within an answer": (
+        chat(said("I add.\n<thinking>\nTwo and two.\n</thinking>\n4")),
+        "has content with '<thinking>'.* give that as 'reasoning_content'",
     ),
     "marks of Kimi": (
         chat(said("◁think▷Add.◁/think▷4")),
-        "begins with '◁think▷'.* give it as 'reasoning_content'",
+        "has content with '◁think▷'.* give that as 'reasoning_content'",
     ),
     "reasoning of another name": (
         chat(said("4", thinking_blocks=[{"type": "thinking", "thinking": "Add."}])),
@@ -74,6 +78,12 @@ WRONG = {
     "calls of another name": (
         chat(said("I add.", function_calls=[CALL])),
         "'function_calls', .*give it as 'tool_calls'",
+    ),
+    "a mark in an argument": (
+        chat(
+            said("", tool_calls=[{"function": {"name": "say", "arguments": {"a": "</tool_call>"}}}])
+        ),
+        "tool call 0 contains '</tool_call>'",
     ),
     "a switch of another name": (
         chat(said("4", train_detail=[{"begin": 0}])),
