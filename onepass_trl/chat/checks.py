@@ -9,7 +9,7 @@ from typing import Any
 
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN, closes_reasoning
-from onepass_trl.chat.messages import Message, as_text
+from onepass_trl.chat.messages import REASONING_KEYS, Message, as_text
 
 _INLINE = re.compile(rf"\s*{THINK_OPEN}\s*")
 _TAG = re.compile(r"<[^<>\s]+>")
@@ -144,7 +144,7 @@ def with_stand_ins(message: Message) -> tuple[Message, dict[str, str]]:
     out, texts = dict(message), {}
     if message.get("reasoning_content", "").strip():
         texts["its reasoning"] = "stand-in for reasoning"
-        out["reasoning_content"] = out["thinking"] = texts["its reasoning"]
+        out.update(dict.fromkeys(REASONING_KEYS, texts["its reasoning"]))
     if message["content"].strip():
         out["content"] = texts["its content"] = "stand-in for content"
         if inline := _INLINE.match(message["content"]):  # the template takes it for content

@@ -89,11 +89,11 @@ def normalize_messages(
 
     Every message has a known ``role`` and a string ``content``, which is an `ImageContent` if there
     are images in it. An assistant message may have ``reasoning_content`` (a non-empty string,
-    repeated as ``thinking``, the name that some templates read) and ``tool_calls`` (a non-empty
-    list of ``{"type": "function", "function": {"name": str, "arguments": dict}, ...}``). Keys whose
-    value is None are dropped, since datasets fill missing keys with None; nulls inside tool
-    arguments are kept. A ``train`` flag stays, and a ``weight``, ``loss`` or ``trainable`` of 0 or
-    1 becomes one.
+    repeated as ``reasoning`` and ``thinking``, the names that some templates read) and
+    ``tool_calls`` (a non-empty list of ``{"type": "function", "function": {"name": str,
+    "arguments": dict}, ...}``). Keys whose value is None are dropped, since datasets fill missing
+    keys with None; nulls inside tool arguments are kept. A ``train`` flag stays, and a ``weight``,
+    ``loss`` or ``trainable`` of 0 or 1 becomes one.
 
     Args:
         messages: Messages in the OpenAI form.
@@ -106,8 +106,9 @@ def normalize_messages(
         ChatFormatError: if a message isn't in a form that is understood; it names the message.
 
     >>> answer = {"role": "assistant", "content": "<think>2+2</think>4"}
-    >>> normalize_messages([answer], inline_reasoning=True)
-    [{'role': 'assistant', 'content': '4', 'reasoning_content': '2+2', 'thinking': '2+2'}]
+    >>> [message] = normalize_messages([answer], inline_reasoning=True)
+    >>> message["reasoning_content"], message["reasoning"], message["thinking"], message["content"]
+    ('2+2', '2+2', '2+2', '4')
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise ChatFormatError(
@@ -241,7 +242,7 @@ def is_encodable(text: str) -> bool:
 
 
 def _move_reasoning(message: Message, index: int, inline_reasoning: bool) -> None:
-    """Put the message's reasoning, however it is spelled, into the two keys that templates read."""
+    """Put the message's reasoning, however it is spelled, into the keys that templates read."""
     given = {key: message.pop(key) for key in REASONING_KEYS if key in message}
     for key, value in given.items():
         if not isinstance(value, str):
@@ -277,7 +278,7 @@ def _move_reasoning(message: Message, index: int, inline_reasoning: bool) -> Non
         if inline:
             reasoning, message["content"] = inline
     if reasoning:
-        message["reasoning_content"] = message["thinking"] = reasoning
+        message.update(dict.fromkeys(REASONING_KEYS, reasoning))
 
 
 def with_calls(message: Message, index: int) -> Message:

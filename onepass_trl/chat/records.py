@@ -260,4 +260,4 @@ def _settings(record: Mapping[str, Any]) -> tuple[list[Any] | None, dict[str, An
                 "remove it. A template, or its tokens, may be given for all rows, in the option "
                 "chat_template_kwargs or with the tokenizer"
             )
-    return record.get("tools"), kwargs
+    return record.get("tools") or None, kwargs  # a client without tools sends no list of none

@@ -20,6 +20,7 @@ from transformers.utils.chat_parsing.response_templates import (
 
 from onepass_trl.chat import ChatFormatError, RenderedTurn
 from onepass_trl.chat.marks import split_inline
+from onepass_trl.chat.messages import REASONING_KEYS
 from onepass_trl.chat.processing import ProcessingClass, chat_templates, tokenizer_of
 
 # The parser reads this many characters of the context, to see what the prompt has of the message.
@@ -120,7 +121,7 @@ def _fields(
     message: Mapping[str, Any], parsed: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield what each field is called, as it was given and as it was parsed."""
-    reasoning = parsed.get("reasoning_content") or parsed.get("thinking") or ""
+    reasoning = next(filter(None, map(parsed.get, REASONING_KEYS)), "")
     given_reasoning, content = message.get("reasoning_content", ""), message["content"]
     read_content = parsed.get("content") or ""
     if not given_reasoning and not _same(content, read_content):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from onepass_trl.chat.encoding import encode_alone
 from onepass_trl.chat.errors import TemplateRefusal
+from onepass_trl.chat.messages import REASONING_KEYS
 from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.chat.turns import TurnContext, TurnRenderer
 
@@ -85,9 +86,7 @@ def train_on_one_rendering(
         if "reasoning_content" in message
     }
     context.prepared = [
-        message | dict.fromkeys(("reasoning_content", "thinking"), marks[index])
-        if index in marks
-        else message
+        message | dict.fromkeys(REASONING_KEYS, marks[index]) if index in marks else message
         for index, message in enumerate(context.prepared)
     ]
     befores, whole = context.template.sharing_views(

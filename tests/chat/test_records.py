@@ -14,6 +14,13 @@ TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"typ
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
+@pytest.mark.parametrize("tools", [[], None, "absent"])
+def test_an_empty_list_of_tools_is_none(tools):
+    """Datasets fill the column so; Llama 3.1's template would say that there are functions."""
+    record = {"messages": TWO_TURNS} | ({} if tools == "absent" else {"tools": tools})
+    assert read_conversation(record).tools is None
+
+
 def test_messages_with_tools_and_template_arguments():
     record = {"messages": TWO_TURNS, "tools": TOOLS, "chat_template_kwargs": {"a": 1}, "id": 3}
     conversation = read_conversation(record)

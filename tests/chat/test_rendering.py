@@ -16,8 +16,9 @@ from onepass_trl.chat import (
     render_passes,
     render_turns,
 )
+from onepass_trl.chat.messages import REASONING_KEYS
 from tests.chat.families import trl_template
-from tests.chat.tokenizers import SMALL, small_tokenizer, texts
+from tests.chat.tokenizers import SMALL, small_tokenizer, texts, tokenizer_with
 from tests.chats import CALL, TOOL_TURNS, TWO_TURNS
 
 
@@ -88,6 +89,19 @@ def test_every_spelling_of_reasoning_gives_the_same_passes(family, key):
     ):
         assert a.token_ids.tolist() == b.token_ids.tolist()
         assert a.trained.tolist() == b.trained.tolist()
+
+
+@pytest.mark.parametrize("given", REASONING_KEYS)
+@pytest.mark.parametrize("read", REASONING_KEYS)
+def test_a_template_may_read_reasoning_by_any_name(read, given):
+    tokenizer = tokenizer_with(
+        f"{{% for m in messages %}}{{{{ m.role }}}}\n{{{{ m.{read} or '' }}}}: {{{{ m.content }}}}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    messages[1][given] = "Add."
+    [item] = render_passes(messages, tokenizer)
+    assert texts(tokenizer, item)[1] == "Add.: 4<|im_end|>"
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3_1", "gptoss"])

@@ -30,8 +30,8 @@ def calling(**arguments):
     ]
 
 
-# LFM2.5's template puts texts between quotes as they are.
-BAD = calling(text="it's 4")
+# TRL's parser of LFM2.5 takes the text for the beginning of another call.
+BAD = calling(text="4, note(5)")
 
 
 def test_turns_are_parsed_back():

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.marks import THINK_OPEN
-from onepass_trl.chat.messages import Message
+from onepass_trl.chat.messages import REASONING_KEYS, Message
 from onepass_trl.chat.template import Template
 
 SPLIT_CALLS = "split it into one assistant message for each call, each followed by its tool message"
-_REASONING_FIELDS = ("reasoning_content", "thinking")
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ class Turn:
 
     def with_reasoning(self, reasoning: str) -> Turn:
         """Return the turn with another reasoning, ``""`` for none."""
-        message = {k: v for k, v in self.message.items() if k not in _REASONING_FIELDS}
+        message = {k: v for k, v in self.message.items() if k not in REASONING_KEYS}
         if reasoning:
-            message.update(dict.fromkeys(_REASONING_FIELDS, reasoning))
+            message.update(dict.fromkeys(REASONING_KEYS, reasoning))
         return replace(self, messages=[*self.messages[:-1], message])
 
     def ends_prompt(self, mark: str) -> bool:
