@@ -6,7 +6,7 @@ Inference doesn't see them either, so they are no error, but they are reported.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onepass_trl.chat.checks import written_forms
@@ -84,12 +84,7 @@ def report_left_out(
         prepared: the same, as the template takes them.
         context: what the template writes for them.
     """
-    if template.tools and not template.names("tools") and _is_new(template.text, "tools", ""):
-        logger.warning(
-            "a conversation has tools, but this chat template doesn't read tools: neither training "
-            "nor inference sees them. Use a template that writes them, or put them into the system "
-            "message"
-        )
+    _report_tools(template)
     missing = [
         index
         for index, message in enumerate(messages)
@@ -118,6 +113,31 @@ def report_left_out(
                 "writes, such as the first system message",
                 role,
                 index,
+            )
+
+
+def _report_tools(template: Template) -> None:
+    """Log, once for each template, that it reads no tools, or that servers give them otherwise."""
+    if not template.tools:
+        return
+    if not template.names("tools"):
+        if _is_new(template.text, "tools", ""):
+            logger.warning(
+                "a conversation has tools, but this chat template doesn't read tools: neither "
+                "training nor inference sees them. Use a template that writes them, or put them "
+                "into the system message"
+            )
+        return
+    for tool in template.tools:
+        served = not isinstance(tool, Mapping) or (
+            tool.get("type") == "function" and isinstance(tool.get("function"), Mapping)
+        )
+        if not served and _is_new(template.text, "tools", "form"):
+            logger.warning(
+                "a conversation has a tool with the keys %s. Servers give templates {'type': "
+                "'function', 'function': {'name': .., 'parameters': ..}}, so inference may see "
+                "another text: give tools in that form",
+                ", ".join(map(repr, tool)),
             )
 
 

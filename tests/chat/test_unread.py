@@ -34,6 +34,29 @@ def test_a_message_that_the_template_leaves_out_is_named_once(caplog, template, 
     assert f"leaves out a message with role '{role}' (message {place})" in record.message
 
 
+@pytest.mark.parametrize("tool", [TOOL["function"], {"function": TOOL["function"]}, {"name": "f"}])
+def test_tools_in_another_form_than_that_of_servers_are_named_once(caplog, tool):
+    tokenizer = small_tokenizer("qwen3")
+    for _ in range(2):
+        render_passes([USER, ANSWER], tokenizer, tools=[TOOL, tool])
+    [record] = caplog.records
+    assert f"a tool with the keys {str(list(tool))[1:-1]}. Servers give templates" in record.message
+
+
+def test_functions_as_tools_are_not_reported(caplog):
+    def search(query: str) -> str:
+        """
+        Search.
+
+        Args:
+            query: What for.
+        """
+
+    [item] = render_passes([USER, ANSWER], small_tokenizer("qwen3"), tools=[search])
+    assert '"type": "function"' in small_tokenizer("qwen3").decode(item.token_ids)
+    assert not caplog.records
+
+
 def test_tools_that_the_template_does_not_read_are_named_once(caplog):
     tokenizer = small_tokenizer("phi3")
     for _ in range(2):
