@@ -3,6 +3,10 @@
 Query ``i`` sees key ``j`` iff ``j <= i < visible_end[j]`` and, in a sliding-window layer,
 ``positions[i] - positions[j] < window``. Causal attention, packed sequences, padding and prefix
 trees all follow this rule. ARCHITECTURE.md lists its copies in code that can't call this module.
+
+Rows with blocks that see themselves in both directions, as some models see images, have a second
+int per key: ``visible_begin[j] <= i`` takes the place of ``j <= i``. It is the first token of j's
+block, and j itself outside of blocks.
 """
 
 from __future__ import annotations
@@ -70,10 +74,51 @@ def check_visible_end(visible_end: NDArray[np.int32]) -> None:
         open_keys.append(key)
 
 
+def check_visible_begin(visible_begin: NDArray[np.int32], visible_end: NDArray[np.int32]) -> None:
+    """Raise `VisibilityError` unless each token begins where it is, or in the block before it.
+
+    A block is one unit: what sees one token of it sees all, so these have the same `visible_end`.
+
+    Args:
+        visible_begin: ``(num_tokens,)`` int32.
+        visible_end: ``(num_tokens,)`` int32, of a tree.
+
+    >>> ends = np.array([4, 4, 4, 4], dtype=np.int32)
+    >>> check_visible_begin(np.array([0, 1, 1, 3], dtype=np.int32), ends)
+    >>> check_visible_begin(np.array([0, 1, 0, 3], dtype=np.int32), ends)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    onepass_trl.visibility.VisibilityError: visible_begin[2] is 0, expected 2, or 1 as that of ...
+    """
+    if visible_begin.shape != visible_end.shape:
+        raise VisibilityError(
+            f"visible_begin has shape {visible_begin.shape}, expected {visible_end.shape} as "
+            "visible_end"
+        )
+    begins_here = visible_begin == np.arange(visible_begin.size)
+    goes_on = np.append(False, visible_begin[1:] == visible_begin[:-1])[: visible_begin.size]
+    if not (begins_here | goes_on).all():
+        key = int((begins_here | goes_on).argmin())
+        or_before = f", or {visible_begin[key - 1]} as that of the token before it" if key else ""
+        raise VisibilityError(
+            f"visible_begin[{key}] is {visible_begin[key]}, expected {key}{or_before}: a block is "
+            "a run of tokens that all have its first one"
+        )
+    cut = ~begins_here & np.append(False, visible_end[1:] != visible_end[:-1])[: visible_end.size]
+    if cut.any():
+        key = int(cut.argmax())
+        raise VisibilityError(
+            f"visible_end[{key}] is {visible_end[key]} and visible_end[{key - 1}] is "
+            f"{visible_end[key - 1]}, expected the same: both tokens are in the block that begins "
+            f"at {visible_begin[key]}, which is seen whole or not at all"
+        )
+
+
 def dense_mask(
     visible_end: NDArray[np.int32],
     positions: NDArray[np.int32] | None = None,
     window: int | None = None,
+    visible_begin: NDArray[np.int32] | None = None,
 ) -> NDArray[np.bool_]:
     """Return the ``(num_tokens, num_tokens)`` bool mask, True where query (row) sees key (column).
 
@@ -85,7 +130,8 @@ def dense_mask(
            [1, 0, 1]])
     """
     index = np.arange(visible_end.size)
-    mask = (index[None, :] <= index[:, None]) & (index[:, None] < visible_end[None, :])
+    begin = index if visible_begin is None else visible_begin
+    mask = (begin[None, :] <= index[:, None]) & (index[:, None] < visible_end[None, :])
     if window is not None:
         if positions is None:
             raise ValueError(_NO_POSITIONS)
@@ -129,6 +175,8 @@ class Tiles:
         max_end: the largest.
         min_position: the least position; needed with a window, like the next.
         max_position: the largest.
+        min_begin: the least `visible_begin`; None, like the next, without blocks.
+        max_begin: the largest.
     """
 
     first: Any
@@ -137,6 +185,8 @@ class Tiles:
     max_end: Any
     min_position: Any = None
     max_position: Any = None
+    min_begin: Any = None
+    max_begin: Any = None
 
     def __getitem__(self, index: Any) -> Tiles:
         """Return the tiles of an index, for instance a slice."""
@@ -145,15 +195,17 @@ class Tiles:
 
 
 def cut_into_tiles(
-    visible_end: NDArray[np.int32], positions: NDArray[np.int32] | None, size: int
+    visible_end: NDArray[np.int32],
+    positions: NDArray[np.int32] | None,
+    size: int,
+    visible_begin: NDArray[np.int32] | None = None,
 ) -> Tiles:
     """Return the tiles of `size` tokens of a row, the last of which may be shorter."""
     first = np.arange(0, visible_end.size, size)
     last = np.minimum(first + size, visible_end.size) - 1
     ranges = [
-        reduce.reduceat(x, first)
-        for x in (visible_end, positions)
-        if x is not None
+        None if x is None else reduce.reduceat(x, first)
+        for x in (visible_end, positions, visible_begin)
         for reduce in (np.minimum, np.maximum)
     ]
     return Tiles(first, last, *ranges)
@@ -167,8 +219,9 @@ def coverage(queries: Tiles, keys: Tiles, window: int | None = None) -> tuple[An
     visited tile may have no visible pair, and a tile that isn't full may have all.
     """
     q, k = queries[..., :, None], keys[..., None, :]
-    visited = (k.first <= q.last) & (q.first < k.max_end)
-    full = (k.last <= q.first) & (q.last < k.min_end)
+    min_begin, max_begin = (k.first, k.last) if k.min_begin is None else (k.min_begin, k.max_begin)
+    visited = (min_begin <= q.last) & (q.first < k.max_end)
+    full = (max_begin <= q.first) & (q.last < k.min_end)
     if window is not None:
         visited &= q.min_position - k.max_position < window
         full &= q.max_position - k.min_position < window

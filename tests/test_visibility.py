@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onepass_trl.visibility import (
     VisibilityError,
     causal_visible_end,
+    check_visible_begin,
     check_visible_end,
     count_tiles,
     coverage,
@@ -36,6 +37,49 @@ def test_check_accepts_exactly_the_trees(ends):
             check_visible_end(visible_end)
 
 
+def is_in_blocks(visible_begin: list[int], visible_end: list[int]) -> bool:
+    """Brute force: from its first token on to a token, all of a block begin and end alike."""
+    return all(
+        0 <= begin <= key
+        and set(visible_begin[begin : key + 1]) == {begin}
+        and len(set(visible_end[begin : key + 1])) == 1
+        for key, begin in enumerate(visible_begin)
+    )
+
+
+@given(st.data())
+def test_check_accepts_exactly_the_blocks(data):
+    ends = data.draw(st.lists(st.integers(1, 3), max_size=6))
+    begins = data.draw(st.lists(st.integers(-1, 6), min_size=len(ends), max_size=len(ends)))
+    arrays = (np.array(x, dtype=np.int32) for x in (begins, ends))
+    if is_in_blocks(begins, ends):
+        check_visible_begin(*arrays)
+    else:
+        with pytest.raises(VisibilityError, match=r"visible_(begin|end)\[\d\] is"):
+            check_visible_begin(*arrays)
+
+
+def test_blocks_see_themselves_in_both_directions():
+    ends, begins = (np.array(x, dtype=np.int32) for x in ([5, 5, 5, 4, 5], [0, 1, 1, 3, 4]))
+    assert dense_mask(ends, visible_begin=begins).astype(int).tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 1],
+    ]
+    positions = np.array([0, 1, 2, 3, 3], dtype=np.int32)
+    assert dense_mask(ends, positions, 1, begins).astype(int).tolist() == [
+        [1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+    with pytest.raises(VisibilityError, match=r"shape \(4,\), expected \(5,\)"):
+        check_visible_begin(begins[:4], ends)
+
+
 def test_a_window_is_measured_in_positions():
     visible_end = np.array([4, 2, 4, 4], dtype=np.int32)
     positions = np.array([0, 1, 1, 2], dtype=np.int32)
@@ -54,11 +98,12 @@ def test_visible_pairs_of_a_causal_row():
 
 
 @given(tilings())
+@settings(deadline=None)  # a tile per pair takes long on a busy machine
 def test_tiles_cover_what_the_dense_mask_has(tiling):
-    row, positions, window, sizes = tiling
+    row, positions, window, begins, sizes = tiling
     seq, (query_tile, key_tile) = row.size, sizes.values()
-    mask = dense_mask(row, positions, window)
-    queries, keys = (cut_into_tiles(row, positions, size) for size in sizes.values())
+    mask = dense_mask(row, positions, window, begins)
+    queries, keys = (cut_into_tiles(row, positions, size, begins) for size in sizes.values())
     visited, full = coverage(queries, keys, window)
     assert visited.shape == full.shape == (-(-seq // query_tile), -(-seq // key_tile))
     num_causal = 0
@@ -68,6 +113,8 @@ def test_tiles_cover_what_the_dense_mask_has(tiling):
             assert (is_visited, full[query, key]) == (tile.any(), tile.all())
         assert is_visited >= tile.any() >= tile.all() >= full[query, key]
         num_causal += key * key_tile < min((query + 1) * query_tile, seq)
+    if begins is not None:
+        return
     counts = count_tiles(row, positions, window, **sizes)
     num_visited, num_full = visited.sum(), full.sum()
     assert counts == (num_causal - num_visited, num_visited - num_full, num_full)

@@ -29,7 +29,7 @@ struct BackwardTile {
   T* dscores;      // (kTile queries, kTile)
   T* dqueries;     // (kTile, d_qk_padded)
   T* factor;       // (kTile)
-  Int<T>* index;   // (kTile)
+  Int<T>* begin;   // (kTile)
   Int<T>* end;     // (kTile), 0 beyond the last key
   Int<T>* position;
 
@@ -45,7 +45,7 @@ struct BackwardTile {
     dscores = scratch.take<T>(kTile * kTile);
     dqueries = scratch.take<T>(kTile * d_qk_padded);
     factor = scratch.take<T>(kTile);
-    index = scratch.take<Int<T>>(kTile);
+    begin = scratch.take<Int<T>>(kTile);
     end = scratch.take<Int<T>>(kTile);
     position = scratch.take<Int<T>>(kTile);
   }
@@ -54,7 +54,7 @@ struct BackwardTile {
 // The queries [first, last] of one query tile that may see a key tile.
 ONEPASS_INLINE QueryTile visiting(const KeyTile& queries, const KeyTile& keys) {
   QueryTile tile = query_tile(queries);
-  tile.first = tile.first > keys.first ? tile.first : keys.first;
+  tile.first = tile.first > keys.min_begin ? tile.first : keys.min_begin;
   tile.last = tile.last < keys.max_end - 1 ? tile.last : keys.max_end - 1;
   return tile;
 }
@@ -68,7 +68,7 @@ template <typename T>
 ONEPASS_INLINE IntVec<T> seen_lanes(const BackwardParams& p, const BackwardTile<T>& tile, int64_t b,
                                     int32_t query, int lane) {
   const IntVec<T> i = IntVec<T>{} + static_cast<Int<T>>(query);
-  IntVec<T> mask = visible(i, load_int<T>(tile.index + lane), load_int<T>(tile.end + lane));
+  IntVec<T> mask = visible(i, load_int<T>(tile.begin + lane), load_int<T>(tile.end + lane));
   if (p.scoring.window > 0) {
     const Int<T> position = p.positions[b * p.seq + query];
     mask &= in_window(IntVec<T>{} + position, load_int<T>(tile.position + lane), p.scoring.window);
@@ -211,7 +211,8 @@ void start_tile(const BackwardParams& p, const BackwardTile<T>& tile, const KeyT
   for (int64_t i = 0; i < p.d_v * kTile; ++i) tile.dvalues_t[i] = 0;
   for (int lane = 0; lane < kTile; ++lane) {
     const int64_t key = b * p.seq + keys.first + lane;
-    tile.index[lane] = keys.first + lane;
+    const bool has_begin = p.visible_begin != nullptr && lane < num_keys;
+    tile.begin[lane] = has_begin ? p.visible_begin[key] : keys.first + lane;
     tile.end[lane] = lane < num_keys ? p.visible_end[key] : 0;
     tile.position[lane] = lane < num_keys && p.scoring.window > 0 ? p.positions[key] : 0;
   }
@@ -231,7 +232,7 @@ void backward(const BackwardParams& p, int64_t task, void* memory) {
       all_finite<T>({tile.keys, tile.d_qk_padded, 1}, keys.last - keys.first + 1, p.d_qk);
   for (int64_t g = 0; g < group; ++g) {
     const int64_t head = kv_head * group + g;
-    for (int64_t t = k; t <= (keys.max_end - 1) / kTile; ++t) {
+    for (int64_t t = keys.min_begin / kTile; t <= (keys.max_end - 1) / kTile; ++t) {
       if (!visits(p, tiles[t], keys)) continue;
       const QueryTile queries = visiting(tiles[t], keys);
       visit<Storage>(p, tile, queries, keys, keys_finite, b, head);

@@ -37,16 +37,31 @@ struct ForwardTile {
   }
 };
 
-template <typename T>
+// Which queries see a key.
+template <bool kBlocks, typename T>
 ONEPASS_INLINE IntVec<T> visible_lanes(const Params& p, const ForwardTile<T>& tile, int64_t b,
                                        int64_t key, int lane) {
-  const Int<T> first = key, end = p.visible_end[b * p.seq + key];
-  IntVec<T> mask = visible(load_int<T>(tile.index + lane), IntVec<T>{} + first, IntVec<T>{} + end);
+  Int<T> begin = key;
+  if constexpr (kBlocks) begin = p.visible_begin[b * p.seq + key];
+  const Int<T> end = p.visible_end[b * p.seq + key];
+  IntVec<T> mask = visible(load_int<T>(tile.index + lane), IntVec<T>{} + begin, IntVec<T>{} + end);
   if (p.scoring.window > 0) {
     const Int<T> position = p.positions[b * p.seq + key];
     mask &= in_window(load_int<T>(tile.position + lane), IntVec<T>{} + position, p.scoring.window);
   }
   return mask;
+}
+
+template <bool kBlocks, typename T>
+void hide_unseen(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t key,
+                 int num_keys) {
+  const Vec<T> unseen = broadcast<T>(-__builtin_inf());
+  for (int n = 0; n < num_keys; ++n) {
+    for (int lane = 0; lane < kTile; lane += Simd<T>::lanes) {
+      T* score = tile.scores + n * kTile + lane;
+      store(score, visible_lanes<kBlocks>(p, tile, b, key + n, lane) ? load(score) : unseen);
+    }
+  }
 }
 
 // One online softmax step: scores become probabilities up to the final 1 / sum.
@@ -79,12 +94,12 @@ void softmax_step(const ForwardTile<T>& tile, int num_keys, int64_t d_v) {
 }
 
 // acc += V^T P, where a key that a query does not see must not contribute even 0 * NaN.
-template <typename T>
+template <bool kBlocks, typename T>
 void add_values_seen(const Params& p, const ForwardTile<T>& tile, MatrixA<T> values, int64_t b,
                      int64_t key, int num_keys) {
   for (int n = 0; n < num_keys; ++n) {
     for (int lane = 0; lane < kTile; lane += Simd<T>::lanes) {
-      const IntVec<T> mask = visible_lanes(p, tile, b, key + n, lane);
+      const IntVec<T> mask = visible_lanes<kBlocks>(p, tile, b, key + n, lane);
       const Vec<T> probability = load(tile.scores + n * kTile + lane);
       for (int64_t d = 0; d < p.d_v; ++d) {
         T* acc = tile.acc + d * kTile + lane;
@@ -108,18 +123,15 @@ void attend(const Params& p, const ForwardTile<T>& tile, int64_t b, int64_t kv_h
       store(tile.scores + i, score_of(load(tile.scores + i)).value);
     }
   }
+  // Without blocks, masks don't load begins.
+  const bool has_blocks = p.visible_begin != nullptr;
   if (partial) {
-    const Vec<T> unseen = broadcast<T>(-__builtin_inf());
-    for (int n = 0; n < num_keys; ++n) {
-      for (int lane = 0; lane < kTile; lane += lanes) {
-        T* score = tile.scores + n * kTile + lane;
-        store(score, visible_lanes(p, tile, b, key + n, lane) ? load(score) : unseen);
-      }
-    }
+    (has_blocks ? hide_unseen<true, T> : hide_unseen<false, T>)(p, tile, b, key, num_keys);
   }
   softmax_step(tile, num_keys, p.d_v);
   if (partial && !all_finite(values, num_keys, p.d_v)) {
-    add_values_seen(p, tile, values, b, key, num_keys);
+    (has_blocks ? add_values_seen<true, T> : add_values_seen<false, T>)(p, tile, values, b, key,
+                                                                        num_keys);
   } else {
     gemm<true>(p.d_v, kTile, num_keys, values.transposed(), tile.scores, kTile, tile.acc, kTile);
   }
@@ -167,7 +179,8 @@ void forward(const Params& p, int64_t task, void* memory) {
                               tile.queries);
 
   const KeyTile* blocks = p.key_blocks + b * p.num_blocks;
-  const int64_t num_blocks = queries.last / kKeyBlock + 1;
+  int64_t num_blocks = queries.last / kKeyBlock + 1;
+  while (num_blocks < p.num_blocks && blocks[num_blocks].min_begin <= queries.last) ++num_blocks;
   for (int64_t block = 0; block < num_blocks;) {
     const int64_t begin = block;
     bool partial = false;

@@ -22,10 +22,11 @@ struct Params {
   int64_t batch, heads, kv_heads, seq, d_qk, d_v;
   Scoring<double> scoring;
 
-  const int32_t* visible_end;  // (batch, seq)
-  const int32_t* positions;    // (batch, seq), null without a window
-  const KeyTile* key_blocks;   // (batch, num_blocks), kKeyBlock keys each
-  const KeyTile* tiles;        // (batch, num_tiles), kTile tokens each
+  const int32_t* visible_begin;  // (batch, seq), null if each token's is its own index
+  const int32_t* visible_end;    // (batch, seq)
+  const int32_t* positions;      // (batch, seq), null without a window
+  const KeyTile* key_blocks;     // (batch, num_blocks), kKeyBlock keys each
+  const KeyTile* tiles;          // (batch, num_tiles), kTile tokens each
   int64_t num_blocks, num_tiles;
 
   Tensor q, k, v, out;

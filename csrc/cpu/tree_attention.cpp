@@ -47,12 +47,13 @@ template <typename ParamsType>
 struct Call {
   ParamsType params{};
   StableTensor q, k, v, visible_end;
-  OptionalTensor positions, sinks;
+  OptionalTensor visible_begin, positions, sinks;
   std::vector<KeyTile> blocks, tiles;
 
   Call(const StableTensor& q_, const StableTensor& k_, const StableTensor& v_,
        const StableTensor& visible_end_, const OptionalTensor& positions_,
-       const OptionalTensor& sinks_, double scale, int64_t window, double softcap) {
+       const OptionalTensor& sinks_, double scale, int64_t window, double softcap,
+       const OptionalTensor& visible_begin_) {
     STD_TORCH_CHECK(q_.dim() == 4 && k_.dim() == 4 && v_.dim() == 4, "q, k and v have ", q_.dim(),
                     ", ", k_.dim(), " and ", v_.dim(), " dimensions");
     const ScalarType type = q_.scalar_type();
@@ -66,6 +67,10 @@ struct Call {
     v = last_dim_contiguous(checked("v", v_, {batch, kv_heads, seq, v_.size(3)}, type));
     visible_end = torch::stable::contiguous(
         checked("visible_end", visible_end_, {batch, seq}, ScalarType::Int));
+    if (visible_begin_.has_value()) {
+      visible_begin = torch::stable::contiguous(
+          checked("visible_begin", *visible_begin_, {batch, seq}, ScalarType::Int));
+    }
     if (window > 0) {
       STD_TORCH_CHECK(positions_.has_value(), "window is ", window, ", without positions");
       positions = torch::stable::contiguous(
@@ -80,6 +85,7 @@ struct Call {
     p.d_qk = q.size(3), p.d_v = v.size(3);
     p.scoring = {scale, softcap, static_cast<int32_t>(window)};
     p.q = raw(q), p.k = raw(k), p.v = raw(v);
+    p.visible_begin = pointer<int32_t>(visible_begin);
     p.visible_end = pointer<int32_t>(visible_end);
     p.positions = pointer<int32_t>(positions);
     p.sinks = pointer(sinks);
@@ -90,14 +96,19 @@ struct Call {
     Params& p = params;
     for (int64_t b = 0; b < p.batch; ++b) {
       const int32_t* row = p.visible_end + b * p.seq;
+      const int32_t* row_begins =
+          p.visible_begin == nullptr ? nullptr : p.visible_begin + b * p.seq;
       const int32_t* row_positions = p.positions == nullptr ? nullptr : p.positions + b * p.seq;
       STD_TORCH_CHECK(is_tree(row, p.seq), "visible_end of row ", b, " is not a tree, see ",
                       "onepass_trl.visibility.check_visible_end");
+      STD_TORCH_CHECK(row_begins == nullptr || are_blocks(row_begins, row, p.seq),
+                      "visible_begin of row ", b, " has no blocks, see ",
+                      "onepass_trl.visibility.check_visible_begin");
       STD_TORCH_CHECK(row_positions == nullptr || p.seq == 0 ||
                           *std::min_element(row_positions, row_positions + p.seq) >= 0,
                       "positions of row ", b, " are negative");
-      const auto row_blocks = make_tiles(row, row_positions, p.seq, kKeyBlock);
-      const auto row_tiles = make_tiles(row, row_positions, p.seq, kTile);
+      const auto row_blocks = make_tiles(row_begins, row, row_positions, p.seq, kKeyBlock);
+      const auto row_tiles = make_tiles(row_begins, row, row_positions, p.seq, kTile);
       blocks.insert(blocks.end(), row_blocks.begin(), row_blocks.end());
       tiles.insert(tiles.end(), row_tiles.begin(), row_tiles.end());
     }
@@ -145,10 +156,11 @@ void sinks_backward(const BackwardParams& p, int64_t h, void* dsinks) {
 std::tuple<StableTensor, StableTensor> tree_attention(
     const StableTensor& q, const StableTensor& k, const StableTensor& v,
     const StableTensor& visible_end, const OptionalTensor& positions, const OptionalTensor& sinks,
-    double scale, int64_t window, double softcap, const OptionalTensor& /*plan*/) {
+    double scale, int64_t window, double softcap, const OptionalTensor& /*plan*/,
+    const OptionalTensor& visible_begin) {
   const ScalarType type = q.scalar_type();
   const Kernels& kernels = kernels_for(type);
-  Call<Params> call(q, k, v, visible_end, positions, sinks, scale, window, softcap);
+  Call<Params> call(q, k, v, visible_end, positions, sinks, scale, window, softcap, visible_begin);
   Params& p = call.params;
   StableTensor out = empty_heads_last(q, v.size(3), type);
   StableTensor lse = new_empty(q, {p.batch, p.heads, p.seq}, accumulation_type(type));
@@ -164,10 +176,11 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
     const StableTensor& k, const StableTensor& v, const StableTensor& out, const StableTensor& lse,
     const StableTensor& visible_end, const OptionalTensor& positions, const OptionalTensor& sinks,
     double scale, int64_t window, double softcap, const OptionalTensor& /*plan*/,
-    bool /*deterministic: always*/) {
+    bool /*deterministic: always*/, const OptionalTensor& visible_begin) {
   const ScalarType type = q.scalar_type(), accumulation = accumulation_type(type);
   const Kernels& kernels = kernels_for(type);
-  Call<BackwardParams> call(q, k, v, visible_end, positions, sinks, scale, window, softcap);
+  Call<BackwardParams> call(q, k, v, visible_end, positions, sinks, scale, window, softcap,
+                            visible_begin);
   BackwardParams& p = call.params;
   const auto shaped_as_out = [&](const char* name, const StableTensor& x) {
     return last_dim_contiguous(checked(name, x, {p.batch, p.heads, p.seq, p.d_v}, type));

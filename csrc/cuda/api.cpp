@@ -154,10 +154,16 @@ struct Call {
   bool empty() const { return params.batch == 0 || params.seq == 0 || params.heads == 0; }
 };
 
+void check_no_blocks(const OptionalTensor& visible_begin) {
+  STD_TORCH_CHECK(!visible_begin.has_value(), "these kernels don't take visible_begin");
+}
+
 std::tuple<StableTensor, StableTensor> tree_attention(
     const StableTensor& q, const StableTensor& k, const StableTensor& v,
     const StableTensor& visible_end, const OptionalTensor& positions, const OptionalTensor& sinks,
-    double scale, int64_t window, double softcap, const OptionalTensor& plan) {
+    double scale, int64_t window, double softcap, const OptionalTensor& plan,
+    const OptionalTensor& visible_begin) {
+  check_no_blocks(visible_begin);
   Call<Params> call(q, k, v, visible_end, positions, sinks, scale, window, softcap, plan);
   Params& p = call.params;
   StableTensor out = empty_heads_last(q, v.size(3), q.scalar_type());
@@ -174,7 +180,9 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
     const StableTensor& dout, const OptionalTensor& dlse, const StableTensor& q,
     const StableTensor& k, const StableTensor& v, const StableTensor& out, const StableTensor& lse,
     const StableTensor& visible_end, const OptionalTensor& positions, const OptionalTensor& sinks,
-    double scale, int64_t window, double softcap, const OptionalTensor& plan, bool deterministic) {
+    double scale, int64_t window, double softcap, const OptionalTensor& plan, bool deterministic,
+    const OptionalTensor& visible_begin) {
+  check_no_blocks(visible_begin);
   Call<BackwardParams> call(q, k, v, visible_end, positions, sinks, scale, window, softcap, plan);
   BackwardParams& p = call.params;
   const ScalarType type = q.scalar_type();

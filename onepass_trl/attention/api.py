@@ -24,12 +24,14 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    visible_begin: Tensor | None = None,
     impl: Impl = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return attention in which query i sees key j iff ``j <= i < visible_end[j]``.
 
-    Differentiable in q, k, v and sinks. Under autocast q, k and v are cast to the autocast dtype.
+    With `visible_begin`, iff ``visible_begin[j] <= i < visible_end[j]``. Differentiable in q, k, v
+    and sinks. Under autocast q, k and v are cast to the autocast dtype.
 
     Args:
         q: ``(batch, heads, seq, d_qk)``, on a CPU float32, float64 or bfloat16; "cuda" takes
@@ -44,13 +46,16 @@ def tree_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: ``(heads,)`` floating, one more logit per head that takes probability and gives no
             value.
+        visible_begin: ``(batch, seq)`` int32, for rows with blocks that see themselves in both
+            directions, as some models see images: the block's first token for each token of it,
+            and j for all other tokens j. The tokens of a block have the same `visible_end`.
         impl: "auto" takes "cpu" for CPU tensors; for CUDA tensors "cuda" where it is built and has
             passed tests on such a device with this dtype and head size, or a check, which the first
             call runs in a process of its own, else "varlen" (FlashAttention of torch: bfloat16 and
             float16, head sizes up to 256, no softcap, not under torch.compile), else "flex". Any
             other name is used, unchecked, or refused. "flex_flash" is FlexAttention by the kernels
             of flash-attn-4: torch 2.13, compute capability 9.0 or 10.x, bfloat16 and float16, no
-            sinks.
+            sinks. With `visible_begin` only "cpu", "flex" and "dense" can run.
         return_lse: also return the natural logarithm of the softmax's denominator, sink included.
             "varlen" has no gradient through it.
 
@@ -70,12 +75,13 @@ def tree_attention(
     Raises:
         ValueError: an argument that does not fit the others, or that the implementation does not
             support.
-        VisibilityError: `visible_end` is not a tree (a ValueError; checked by "cpu").
+        VisibilityError: `visible_end` is not a tree, or `visible_begin` doesn't have its blocks in
+            it (a ValueError; checked by "cpu").
         ExtensionNotBuiltError: "cpu" or "cuda" without its compiled library.
     """
     q, k, v = _autocast(q, k, v)
     check_tensors(q, k, v, visible_end)
-    check_options(q, visible_end, positions, window, softcap, sinks)
+    check_options(q, visible_end, positions, window, softcap, sinks, visible_begin)
     call = Call(
         q,
         k,
@@ -86,6 +92,7 @@ def tree_attention(
         window=window,
         softcap=softcap,
         sinks=None if sinks is None else sinks.to(ops.accumulation_dtype(q.dtype)),
+        visible_begin=visible_begin,
     )
     out, lse = choose(impl, call).run(call)
     return (out, lse) if return_lse else out

@@ -8,7 +8,8 @@ either. Arguments, once for both ops:
   kv_heads, seq, d_v)`` of one dtype, any strides (free of copies where the last dimension is
   contiguous);
 - ``visible_end`` ``(batch, seq)`` int32; ``positions`` ``(batch, seq)`` int32, read only with a
-  window;
+  window; ``visible_begin`` ``(batch, seq)`` int32, or None if each token's is its own index: only
+  the CPU implementation takes it;
 - ``sinks`` ``(heads,)`` in the dtype of lse;
 - ``window`` 0 for none; ``softcap`` 0.0 for none;
 - ``plan``, on CUDA devices, what ``onepass::tree_plan`` has made of the same ``visible_end``,
@@ -31,14 +32,15 @@ from torch.autograd import forward_ad
 _library = torch.library.Library("onepass", "DEF")
 _library.define(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor visible_end, Tensor? positions, Tensor? "
-    "sinks, float scale, int window, float softcap, Tensor? plan=None) -> (Tensor out, Tensor lse)",
+    "sinks, float scale, int window, float softcap, Tensor? plan=None, Tensor? "
+    "visible_begin=None) -> (Tensor out, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "tree_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor visible_end, Tensor? positions, Tensor? sinks, float scale, int window, "
-    "float softcap, Tensor? plan=None, bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor "
-    "dv, Tensor dsinks)",
+    "float softcap, Tensor? plan=None, bool deterministic=False, Tensor? visible_begin=None) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -70,6 +72,7 @@ def _(
     window: int,
     softcap: float,
     plan: Tensor | None = None,
+    visible_begin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = _empty_heads_last(q, v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
@@ -92,6 +95,7 @@ def _(
     softcap: float,
     plan: Tensor | None = None,
     deterministic: bool = False,
+    visible_begin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (_empty_heads_last(x, x.shape[3]) for x in (q, k, v))
     return dq, dk, dv, lse.new_empty((0,) if sinks is None else sinks.shape)

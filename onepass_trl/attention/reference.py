@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def visibility_mask(
-    visible_end: Tensor, positions: Tensor | None = None, window: int | None = None
+    visible_end: Tensor,
+    positions: Tensor | None = None,
+    window: int | None = None,
+    visible_begin: Tensor | None = None,
 ) -> Tensor:
     """Return the ``(batch, seq, seq)`` bool mask, True where query (row) sees key (column).
 
@@ -15,10 +18,12 @@ def visibility_mask(
         visible_end: ``(batch, seq)`` int32.
         positions: ``(batch, seq)`` int32, needed with a window.
         window: how many positions a query looks back, itself included; None for all.
+        visible_begin: ``(batch, seq)`` int32, or None if each token's is its own index.
     """
     index = torch.arange(visible_end.shape[-1], device=visible_end.device)
-    query, key = index[:, None], index[None, :]
-    mask = (key <= query) & (query < visible_end[:, None, :])
+    begin = index[None, :] if visible_begin is None else visible_begin[:, None, :]
+    query = index[:, None]
+    mask = (begin <= query) & (query < visible_end[:, None, :])
     if window is not None:
         if positions is None:
             raise ValueError("a window is measured in positions: pass `positions` too")
@@ -38,6 +43,7 @@ def dense_tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    visible_begin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, lse)` of tree attention by materializing all scores: O(seq^2) memory.
 
@@ -53,6 +59,7 @@ def dense_tree_attention(
         window: as in `visibility_mask`.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: ``(heads,)``, one more logit per head that takes probability and gives no value.
+        visible_begin: as in `visibility_mask`.
 
     Returns:
         ``out`` ``(batch, heads, seq, d_v)`` in q's dtype and ``lse`` ``(batch, heads, seq)``, the
@@ -64,7 +71,7 @@ def dense_tree_attention(
     scores = scale * (q.to(dtype) @ keys.transpose(-1, -2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    mask = visibility_mask(visible_end, positions, window)
+    mask = visibility_mask(visible_end, positions, window, visible_begin)
     scores = scores.masked_fill(~mask[:, None], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     # Not exp(scores - lse): of huge scores, lse has lost what they add up to.

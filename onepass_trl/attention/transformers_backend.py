@@ -66,6 +66,7 @@ def onepass_attention(
     s_aux: Tensor | None = None,
     position_ids: Tensor | None = None,
     visible_end: Tensor | None = None,
+    visible_begin: Tensor | None = None,
     attention_impl: Impl = "auto",
     context_parallel: ContextParallel | None = None,
     **kwargs: Any,
@@ -87,6 +88,8 @@ def onepass_attention(
         s_aux: ``(heads,)``, one sink per head.
         position_ids: ``(batch, seq)`` or ``(1, seq)``, with any leading axes; needed with a window.
         visible_end: ``(batch, seq)`` int32, or None to compute what "sdpa" or "eager" would.
+        visible_begin: ``(batch, seq)`` int32, of rows with blocks that see themselves in both
+            directions; None without.
         attention_impl: implementation of `tree_attention`.
         context_parallel: if rows are divided among several processes. Then `seq` above is that of
             the piece, but `visible_end` is ``(batch, seq * processes)``, of whole rows.
@@ -117,6 +120,11 @@ def onepass_attention(
     _check_layer(
         module, query, key, attention_mask, dropout, is_causal, position_bias, sliding_window
     )
+    if context_parallel is not None and visible_begin is not None:
+        raise ValueError(
+            f"one-pass attention in {layer_name(module)}: visible_begin is of whole rows, and "
+            "cp_size > 1 divides rows of text only: set cp_size to 1, or remove the images"
+        )
     if context_parallel is not None:
         pieces = [x.transpose(1, 2) for x in (query, key, value)]
         whole = context_parallel.to_whole_rows(layer_name(module), *pieces)
@@ -136,6 +144,7 @@ def onepass_attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
+        visible_begin=visible_begin,
         impl=attention_impl,
     )
     assert isinstance(out, Tensor)

@@ -47,6 +47,7 @@ def check_options(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    visible_begin: Tensor | None = None,
 ) -> None:
     """Raise ValueError unless the options are valid and fit the tensors."""
     if window is not None:
@@ -54,14 +55,16 @@ def check_options(
             raise ValueError(f"window is {window}, expected at least 1, or None for no window")
         if positions is None:
             raise ValueError("a window is measured in positions: pass `positions` too")
-    if positions is not None:
-        if positions.dtype != torch.int32 or positions.shape != visible_end.shape:
+    for name, x in (("positions", positions), ("visible_begin", visible_begin)):
+        if x is None:
+            continue
+        if x.dtype != torch.int32 or x.shape != visible_end.shape:
             raise ValueError(
-                f"positions is {positions.dtype} of shape {tuple(positions.shape)}, expected "
-                f"torch.int32 of shape {tuple(visible_end.shape)}"
+                f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected torch.int32 of shape "
+                f"{tuple(visible_end.shape)}"
             )
-        if positions.device != q.device:
-            raise ValueError(f"positions is on {positions.device}, expected {q.device} as q")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, expected {q.device} as q")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}, expected a positive number, or None for no cap")
     if sinks is not None:

@@ -31,6 +31,16 @@ def random_visible_end(seq: int, generator: torch.Generator) -> list[int]:
     return ends
 
 
+def random_visible_begin(visible_end: list[int], generator: torch.Generator) -> list[int]:
+    """Return a `visible_begin` with blocks of random length in runs of tokens that end alike."""
+    begins: list[int] = []
+    for token, end in enumerate(visible_end):
+        can_go_on = token > 0 and visible_end[token - 1] == end
+        goes_on = can_go_on and bool(torch.rand((), generator=generator) < 0.9)
+        begins.append(begins[-1] if goes_on else token)
+    return begins
+
+
 def tree_positions(visible_end: Tensor) -> Tensor:
     """Return each token's number of visible predecessors, `(batch, seq)` int32: its position in its
     own pass.
@@ -100,8 +110,12 @@ def make_case(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     visible_end: Tensor | None = None,
+    blocks: bool = False,
 ) -> Case:
-    """Return a case of random trees, or of the given ``(batch, seq)`` rows."""
+    """Return a case of random trees, or of the given ``(batch, seq)`` rows.
+
+    With `blocks`, runs of their tokens see themselves in both directions.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -120,6 +134,9 @@ def make_case(
     if sinks:
         inputs["sinks"] = normal(shape.heads)
     options = {"positions": tree_positions(visible_end), "window": window, "softcap": softcap}
+    if blocks:
+        begins = [random_visible_begin(ends, generator) for ends in visible_end.tolist()]
+        options["visible_begin"] = torch.tensor(begins, dtype=torch.int32).reshape(b, n)
     dout, dlse = normal(b, shape.heads, n, shape.d_v), normal(b, shape.heads, n)
     return Case(inputs, visible_end, options, dout, dlse)
 

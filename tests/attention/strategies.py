@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from .cases import Case, Shape, make_case, random_visible_end, tree_positions
+from .cases import Case, Shape, make_case, random_visible_begin, random_visible_end, tree_positions
 
 
 @st.composite
@@ -29,6 +29,7 @@ def cases(draw: st.DrawFn) -> Case:
         window=draw(st.one_of(st.none(), st.integers(1, 100))),
         softcap=draw(st.one_of(st.none(), st.sampled_from([1.0, 30.0]))),
         sinks=draw(st.booleans()),
+        blocks=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -39,15 +40,19 @@ class Tiling(NamedTuple):
     visible_end: NDArray[np.int32]
     positions: NDArray[np.int32]
     window: int | None
+    visible_begin: NDArray[np.int32] | None
     sizes: dict[str, Any]
 
 
 @st.composite
 def tilings(draw: st.DrawFn) -> Tiling:
-    """Random trees of all lengths up to a few tiles, with and without a window."""
+    """Random trees of all lengths up to a few tiles, with and without a window and blocks."""
     seq = draw(st.integers(0, 70))
     sizes = {name: draw(st.integers(1, 20)) for name in ("query_tile", "key_tile")}
     window = draw(st.none() | st.integers(1, 40))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     ends = torch.tensor([random_visible_end(seq, generator)], dtype=torch.int32)
-    return Tiling(ends[0].numpy(), tree_positions(ends)[0].numpy(), window, sizes)
+    begins = None
+    if draw(st.booleans()):
+        begins = np.array(random_visible_begin(ends[0].tolist(), generator), dtype=np.int32)
+    return Tiling(ends[0].numpy(), tree_positions(ends)[0].numpy(), window, begins, sizes)

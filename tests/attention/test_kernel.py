@@ -20,7 +20,8 @@ OPTIONS = {
     "window": {"window": 30},
     "softcap": {"softcap": 2.0},
     "sinks": {"sinks": True},
-    "all": {"window": 30, "softcap": 2.0, "sinks": True},
+    "blocks": {"blocks": True},
+    "all": {"window": 30, "softcap": 2.0, "sinks": True, "blocks": True},
 }
 LARGE = Shape(batch=2, heads=6, kv_heads=2, seq=333, d_qk=48, d_v=24)
 
@@ -72,6 +73,25 @@ def test_every_leaf_equals_its_own_pass_and_gradients_add_up():
         assert error(a, e) <= 1e-10
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_blocks_larger_than_tiles_and_windows(options):
+    """A block over the whole row, in whose first tile a query sees the last key."""
+    ends = torch.full((1, 300), 300, dtype=torch.int32)
+    case = make_case(Shape(heads=4, seq=300), visible_end=ends, **options)
+    begins = torch.zeros_like(ends)
+    begins[0, 280:] = 280
+    case.options["visible_begin"] = begins
+    assert_equals_reference(case)
+
+
+def test_blocks_of_one_token_are_text():
+    case = make_case(LARGE, window=30, seed=3)
+    expected = case.run("cpu")
+    index = torch.arange(LARGE.seq, dtype=torch.int32)
+    case.options["visible_begin"] = index.expand(LARGE.batch, -1)
+    assert all(torch.equal(x, expected[name]) for name, x in case.run("cpu").items())
+
+
 @pytest.mark.parametrize("seq", [0, 1])
 def test_rows_of_no_and_one_token(seq):
     assert_equals_reference(make_case(Shape(seq=seq), sinks=True, window=1))
@@ -100,7 +120,7 @@ def test_strided_inputs_and_layout_of_the_output():
     assert all(error(actual[name], reference[name]) < 1e-10 for name in actual)
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["plain", "all"])
+@pytest.mark.parametrize("options", [{}, OPTIONS["blocks"], OPTIONS["all"]], ids=str)
 @pytest.mark.parametrize("heads", [1, 4])
 def test_results_do_not_depend_on_the_number_of_threads(options, heads):
     shape = Shape(heads=heads, kv_heads=1, seq=700, d_qk=32, d_v=32)
@@ -117,14 +137,16 @@ def test_results_do_not_depend_on_the_number_of_threads(options, heads):
         assert all(torch.equal(result[name], x) for name, x in results[0].items())
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_nan_reaches_the_queries_that_see_it_and_no_other(name):
-    case = make_case(Shape(seq=200, d_qk=16, d_v=16), seed=8)
+def test_nan_reaches_the_queries_that_see_it_and_no_other(name, blocks):
+    case = make_case(Shape(seq=200, d_qk=16, d_v=16), seed=8, blocks=blocks)
     clean = case.run("cpu", torch.float32)["out"]
     token = 70
     case.inputs[name][:, :, token] = torch.nan
     out = case.run("cpu", torch.float32)["out"]
-    seen = visibility_mask(case.visible_end)[0, :, token]
+    begins = case.options.get("visible_begin")
+    seen = visibility_mask(case.visible_end, visible_begin=begins)[0, :, token]
     poisoned = torch.arange(200) == token if name == "q" else seen
     assert out[:, :, poisoned].isnan().all()
     torch.testing.assert_close(out[:, :, ~poisoned], clean[:, :, ~poisoned])
@@ -133,20 +155,22 @@ def test_nan_reaches_the_queries_that_see_it_and_no_other(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_reaches_the_gradients_of_what_is_seen_and_no_other(name, value, dtype):
-    case = make_case(Shape(seq=200, d_qk=16, d_v=16), seed=8)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_nan_reaches_the_gradients_of_what_is_seen_and_no_other(name, value, dtype, blocks):
+    case = make_case(Shape(seq=200, d_qk=16, d_v=16), seed=8, blocks=blocks)
+    begins = case.options.get("visible_begin")
     given = {key: case.inputs[key].to(dtype) for key in "qkv"}
     given["dout"] = torch.randn(1, given["q"].shape[1], 200, 16, dtype=dtype)
 
     def gradients(given):
         leaves = [given[key].clone().requires_grad_() for key in "qkv"]
-        out = tree_attention(*leaves, case.visible_end, impl="cpu")
+        out = tree_attention(*leaves, case.visible_end, visible_begin=begins, impl="cpu")
         return torch.autograd.grad(out, leaves, given["dout"])
 
     clean = gradients(given)
     token = 70
     given[name][:, :, token] = value
-    seen = visibility_mask(case.visible_end)[0]
+    seen = visibility_mask(case.visible_end, visible_begin=begins)[0]
     queries = torch.arange(200) == token if name in ("q", "dout") else seen[:, token]
     keys = seen[queries].any(0)
     assert keys.any()
@@ -228,7 +252,9 @@ def test_every_instruction_set(variant):
     program = (
         "import torch\n"
         "from tests.attention.test_kernel import LARGE, assert_equals_reference, make_case\n"
-        "assert_equals_reference(make_case(LARGE, window=30, softcap=2.0, sinks=True))\n"
+        "options = {'window': 30, 'softcap': 2.0, 'sinks': True}\n"
+        "assert_equals_reference(make_case(LARGE, **options))\n"
+        "assert_equals_reference(make_case(LARGE, **options, blocks=True))\n"
         "case = make_case(LARGE, softcap=2.0, seed=1)\n"
         "for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):\n"
         "    actual, expected = case.run('cpu', dtype), case.run('dense')\n"

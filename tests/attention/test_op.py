@@ -11,7 +11,7 @@ from onepass_trl.attention import tree_attention
 from .cases import Shape, error, make_case
 
 SMALL = Shape(batch=2, heads=4, kv_heads=2, seq=12, d_qk=3, d_v=2)
-OPTIONS = [{}, {"window": 4, "softcap": 3.0, "sinks": True}]
+OPTIONS = [{}, {"window": 4, "softcap": 3.0, "sinks": True, "blocks": True}]
 
 
 def arguments(case, *, requires_grad=True):
@@ -28,6 +28,8 @@ def arguments(case, *, requires_grad=True):
         0.4,
         options["window"] or 0,
         options["softcap"] or 0.0,
+        None,
+        options.get("visible_begin"),
     )
 
 
@@ -55,7 +57,8 @@ def test_opcheck(options, dtype):
     torch.library.opcheck(torch.ops.onepass.tree_attention.default, inputs)
     out, lse = torch.ops.onepass.tree_attention(*arguments(case, requires_grad=False))
     backward = (out.clone(), None, *(x.detach() if torch.is_tensor(x) else x for x in inputs[:3]))
-    backward = (*backward, out, lse, *arguments(case, requires_grad=False)[3:])
+    *rest, plan, begins = arguments(case, requires_grad=False)[3:]
+    backward = (*backward, out, lse, *rest, plan, False, begins)
     torch.library.opcheck(torch.ops.onepass.tree_attention_backward.default, backward)
 
 

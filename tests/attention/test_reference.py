@@ -13,15 +13,21 @@ from .cases import Shape, make_case
 
 
 def test_mask_is_the_rule_of_the_definition():
-    case = make_case(Shape(batch=3, seq=50), seed=1)
-    positions = case.options["positions"]
+    case = make_case(Shape(batch=3, seq=50), seed=1, blocks=True)
+    positions, begins = case.options["positions"], case.options["visible_begin"]
     for window in (None, 7):
-        expected = [
-            dense_mask(ends.numpy(), row.numpy(), window)
-            for ends, row in zip(case.visible_end, positions, strict=True)
-        ]
-        actual = visibility_mask(case.visible_end, positions, window)
-        assert torch.equal(actual, torch.from_numpy(np.stack(expected)))
+        for given in (None, begins):
+            expected = [
+                dense_mask(
+                    case.visible_end[row].numpy(),
+                    positions[row].numpy(),
+                    window,
+                    None if given is None else given[row].numpy(),
+                )
+                for row in range(3)
+            ]
+            actual = visibility_mask(case.visible_end, positions, window, given)
+            assert torch.equal(actual, torch.from_numpy(np.stack(expected)))
 
 
 def test_every_path_equals_its_own_causal_sequence():

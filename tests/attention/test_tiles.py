@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from onepass_trl.visibility import count_tiles
+from onepass_trl.visibility import coverage, cut_into_tiles
 
 from .strategies import tilings
 
@@ -23,15 +23,19 @@ def compiled(tmp_path_factory) -> ctypes.CDLL:
 
 
 @given(tiling=tilings())
-def test_the_compiled_plan_counts_the_same_tiles(compiled, tiling):
-    row, positions, window, sizes = tiling
-    counts = np.zeros(3, dtype=np.int64)
-    compiled.onepass_count_tiles(
-        row.ctypes.data_as(ctypes.c_void_p),
-        positions.ctypes.data_as(ctypes.c_void_p),
+def test_the_compiled_plan_covers_the_same_tiles(compiled, tiling):
+    row, positions, window, begins, sizes = tiling
+    queries, keys = (cut_into_tiles(row, positions, size, begins) for size in sizes.values())
+    visited, full = coverage(queries, keys, window)
+    covered = np.zeros(visited.shape, dtype=np.int64)
+    compiled.onepass_cover(
+        *(
+            None if x is None else x.ctypes.data_as(ctypes.c_void_p)
+            for x in (begins, row, positions)
+        ),
         ctypes.c_int64(row.size),
         *(ctypes.c_int64(size) for size in sizes.values()),
         ctypes.c_int32(window or 0),
-        counts.ctypes.data_as(ctypes.c_void_p),
+        covered.ctypes.data_as(ctypes.c_void_p),
     )
-    assert tuple(counts) == count_tiles(row, positions, window, **sizes)
+    assert np.array_equal(covered, visited.astype(int) + full)

@@ -11,10 +11,11 @@ from transformers import DynamicCache, LlamaModel, StaticCache
 
 from onepass_trl.attention import transformers_backend as backend
 from onepass_trl.attention.deferred_mask import onepass_mask
+from onepass_trl.attention.reference import visibility_mask
 from onepass_trl.attention.transformers_backend import use_onepass_attention
 
 from ..models import MODELS, VOCAB_SIZE, WINDOW, make_model
-from .cases import random_visible_end, tree_positions
+from .cases import random_visible_begin, random_visible_end, tree_positions
 
 WITHOUT_SDPA = ("gemma2", "gpt_oss")  # softcap, sinks
 SEQ = 30
@@ -69,6 +70,34 @@ def test_every_path_of_a_tree_equals_its_own_pass(name):
         path = [key for key in range(token + 1) if token < ends[key]]
         alone = model(ids[:, path]).logits
         torch.testing.assert_close(logits[:, token], alone[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "flex"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_blocks_equal_the_mask_of_the_rule(impl):
+    model, ids = make_model("llama"), random_ids(batch=1)
+    model.set_attn_implementation("sdpa")
+    generator = torch.Generator().manual_seed(3)
+    ends = random_visible_end(SEQ, generator)
+    begins = torch.tensor([random_visible_begin(ends, generator)], dtype=torch.int32)
+    visible_end = torch.tensor([ends], dtype=torch.int32)
+    mask = visibility_mask(visible_end, visible_begin=begins)
+    position_ids = tree_positions(visible_end).long()
+    expected = model(ids, attention_mask=mask[None], position_ids=position_ids).logits
+    use_onepass_attention(model)
+    tree = dict(position_ids=position_ids, visible_end=visible_end, visible_begin=begins)
+    with torch.no_grad():  # flex has no backward on a CPU
+        actual = model(ids, use_cache=False, attention_impl=impl, **tree).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_are_refused_in_pieces_of_rows():
+    x = torch.zeros(1, 4, 2, 8)
+    ends = torch.full((1, 2), 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="visible_begin is of whole rows, and cp_size > 1"):
+        backend.onepass_attention(
+            nn.Identity(), x, x, x, None, visible_end=ends, visible_begin=ends, context_parallel=x
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
 
-from onepass_trl.attention import available_impls, tree_attention
+from onepass_trl.attention import available_impls, cuda_library, tree_attention
+from onepass_trl.attention.implementations import flex
+from onepass_trl.attention.implementations.base import Call, refuse_blocks
 from onepass_trl.attention.implementations.registry import IMPLEMENTATIONS, Impl
-from onepass_trl.visibility import VisibilityError, check_visible_end
+from onepass_trl.visibility import VisibilityError, check_visible_begin, check_visible_end
 
 Q = torch.zeros(2, 4, 6, 8)
 KV = torch.zeros(2, 2, 6, 8)
@@ -41,6 +44,9 @@ BAD_INPUTS = {
     "positions dtype": ({"positions": POSITIONS.long()}, "positions is torch.int64"),
     "positions shape": ({"positions": POSITIONS[:, :4]}, r"positions .* shape \(2, 4\)"),
     "positions device": ({"positions": POSITIONS.to("meta")}, "positions is on meta"),
+    "begins dtype": ({"visible_begin": POSITIONS.long()}, "visible_begin is torch.int64"),
+    "begins shape": ({"visible_begin": POSITIONS[:1]}, r"visible_begin .* shape \(1, 6\)"),
+    "begins device": ({"visible_begin": POSITIONS.to("meta")}, "visible_begin is on meta"),
     "softcap": ({"softcap": 0.0}, "softcap is 0.0, expected a positive number"),
     "softcap nan": ({"softcap": float("nan")}, "softcap is nan"),
     "sinks shape": ({"sinks": torch.zeros(2)}, r"sinks is torch.float32 of shape \(2,\), .*\(4,\)"),
@@ -92,6 +98,51 @@ def test_not_a_tree_is_the_error_of_the_definition(ends):
     assert str(actual.value) == str(expected.value)
 
 
+@pytest.mark.parametrize(
+    ("begins", "ends"),
+    [
+        ([0, 1, 3, 3, 4, 5], [6] * 6),  # after the token
+        ([0, -1, 2, 3, 4, 5], [6] * 6),
+        ([0, 1, 1, 0, 4, 5], [6] * 6),  # not a run
+        ([0, 0, 0, 0, 4, 5], [6, 6, 6, 4, 6, 6]),  # a branch cuts it
+        ([1, 1, 2, 3, 4, 5], [6] * 6),
+    ],
+    ids=str,
+)
+def test_not_a_block_is_the_error_of_the_definition(begins, ends):
+    rows = torch.tensor([begins, ends], dtype=torch.int32)
+    with pytest.raises(VisibilityError) as expected:
+        check_visible_begin(*rows.numpy())
+    with pytest.raises(VisibilityError) as actual:
+        tree_attention(
+            Q,
+            KV,
+            KV,
+            torch.stack([ENDS[0], rows[1]]),
+            visible_begin=torch.stack([POSITIONS[0], rows[0]]),
+        )
+    assert str(actual.value) == str(expected.value)
+
+
+def test_implementations_without_blocks_say_so(monkeypatch):
+    """Both by name, and "auto", which on a CUDA device takes none of them."""
+    q, kv = Q.bfloat16(), KV.bfloat16()
+    call = Call(q, kv, kv, ENDS, 1.0, None, None, None, None, POSITIONS)
+    for name in ("cuda", "varlen", "flex_flash"):
+        with pytest.raises(ValueError, match=rf"impl='{name}' takes no visible_begin, with which"):
+            refuse_blocks(name, call)
+    on_cuda = call._replace(q=SimpleNamespace(device=torch.device("cuda", 0), dtype=q.dtype))
+    taken = [x.name for x in IMPLEMENTATIONS if x.suits(on_cuda)]
+    assert taken == ["flex"]
+    monkeypatch.setattr(cuda_library, "missing", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(flex, "_missing_for_flash", lambda _: None)
+    for implementation in IMPLEMENTATIONS:
+        if implementation.name in ("cuda", "varlen", "flex_flash"):
+            with pytest.raises(ValueError, match=f"impl='{implementation.name}' takes no visible"):
+                implementation.check(on_cuda)
+
+
 def test_the_op_checks_what_memory_safety_needs():
     forward = torch.ops.onepass.tree_attention
     backward = torch.ops.onepass.tree_attention_backward
@@ -110,6 +161,8 @@ def test_the_op_checks_what_memory_safety_needs():
         ({"window": -1}, "window is -1"),
         ({"window": 3}, "window is 3, without positions"),
         ({"window": 3, "positions": ENDS[:, :5]}, "positions is Int"),
+        ({"visible_begin": ENDS[:, :5]}, "visible_begin is Int"),
+        ({"visible_begin": ENDS}, "visible_begin of row 0 has no blocks"),
         ({"sinks": torch.zeros(3)}, r"sinks is Float \(3\), expected Float \(4\)"),
     ):
         with pytest.raises(RuntimeError, match=message):

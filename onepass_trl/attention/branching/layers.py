@@ -87,6 +87,11 @@ def _check_inputs(
     if kwargs.get("visible_end") is None:
         check_not_required(module)
         return None
+    if kwargs.get("visible_begin") is not None:
+        raise ValueError(
+            f"{layer_name(module)} got visible_begin, with which a block is seen in both "
+            "directions: a layer that carries state along the row can't do that"
+        )
     # By its type: its name is "cache", and before transformers 5.24 one of several others.
     if any(isinstance(argument, Cache) for argument in (*args, *kwargs.values())):
         raise ValueError(

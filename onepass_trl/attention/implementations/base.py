@@ -44,6 +44,8 @@ class Call(NamedTuple):
     softcap: float | None
     sinks: Tensor | None
     """``(heads,)`` in the dtype of lse."""
+    visible_begin: Tensor | None = None
+    """``(batch, seq)`` int32; None if each token's is its own index."""
 
 
 def _never(_: Call) -> bool:
@@ -69,6 +71,15 @@ def check_dtype(impl: str, call: Call, supported: tuple[torch.dtype, ...]) -> No
     if call.q.dtype not in supported:
         names = ", ".join(map(str, supported))
         raise ValueError(f"impl={impl!r}: q is {call.q.dtype}, expected one of {names}")
+
+
+def refuse_blocks(impl: str, call: Call) -> None:
+    """Raise ValueError for an implementation that can't run a call with `visible_begin`."""
+    if call.visible_begin is not None:
+        raise ValueError(
+            f"impl={impl!r} takes no visible_begin, with which a block, as of an image's tokens, "
+            "is seen in both directions: use impl='auto', or 'flex' on a CUDA device"
+        )
 
 
 def run_op(call: Call, plan: Tensor | None = None) -> tuple[Tensor, Tensor]:

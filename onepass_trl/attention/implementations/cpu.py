@@ -20,7 +20,7 @@ from onepass_trl.attention.implementations.base import (
 )
 from onepass_trl.attention.library_files import load
 from onepass_trl.attention.ops import refuse_forward_mode
-from onepass_trl.visibility import check_visible_end
+from onepass_trl.visibility import check_visible_begin, check_visible_end
 
 PATH = Path(__file__).parents[2] / "_cpu.so"
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
@@ -61,8 +61,10 @@ def _run(call: Call) -> tuple[Tensor, Tensor]:
         return run_op(call)
     except RuntimeError:
         # The kernel refuses rows that are no tree, and the definition says what is wrong with them.
-        for row in call.visible_end:
+        for number, row in enumerate(call.visible_end):
             check_visible_end(row.numpy())
+            if call.visible_begin is not None:
+                check_visible_begin(call.visible_begin[number].numpy(), row.numpy())
         if call.positions is not None and (least := int(call.positions.min())) < 0:
             raise ValueError(
                 f"positions has {least}, expected none negative: the token's index in its pass"

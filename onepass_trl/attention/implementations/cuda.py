@@ -12,6 +12,7 @@ from onepass_trl.attention.implementations.base import (
     Implementation,
     ImplStatus,
     check_dtype,
+    refuse_blocks,
     run_op,
 )
 from onepass_trl.attention.ops import refuse_forward_mode
@@ -46,7 +47,7 @@ def _status() -> ImplStatus:
 
 def _suits(call: Call) -> bool:
     device, build = call.q.device, cuda_library.BUILD
-    if device.type != "cuda":
+    if device.type != "cuda" or call.visible_begin is not None:
         return False
     if build is not None and (
         call.q.dtype not in DTYPES or _head_dims(call) not in build.head_dims or call.scale <= 0
@@ -62,6 +63,7 @@ def _check(call: Call) -> None:
     if reason is not None:
         raise ExtensionNotBuiltError(f"impl='cuda': {reason}, or use impl='flex'")
     check_dtype("cuda", call, DTYPES)
+    refuse_blocks("cuda", call)
     head_dims, built = _head_dims(call), _built_head_dims()
     if head_dims not in built:
         wanted = ";".join(f"{d_qk}/{d_v}" for d_qk, d_v in (*built, head_dims))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -20,7 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from onepass_trl.attention.implementations.base import Call, Implementation, ImplStatus, check_dtype
+from onepass_trl.attention.implementations.base import (
+    Call,
+    Implementation,
+    ImplStatus,
+    check_dtype,
+    refuse_blocks,
+)
 from onepass_trl.attention.remembered import Remembered
 from onepass_trl.versions import FLEX_FLASH as FLASH_SINCE
 from onepass_trl.visibility import Tiles, coverage
@@ -70,7 +77,7 @@ def _run(call: Call) -> tuple[Tensor, Tensor]:
         k,
         v,
         score_mod=None if call.softcap is None else _softcap_mod(call.softcap),
-        block_mask=_remembered_block_mask(call.visible_end, call.positions, call.window),
+        block_mask=_remembered_block_mask(call),
         scale=call.scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True),
@@ -90,6 +97,7 @@ def _check_flash(call: Call) -> None:
     if call.q.device.type != "cuda":
         raise ValueError(f"impl='flex_flash' and q is on {call.q.device}: use impl='auto'")
     check_dtype("flex_flash", call, FLASH_DTYPES)
+    refuse_blocks("flex_flash", call)
     reason = _missing_for_flash(torch.cuda.get_device_capability(call.q.device))
     if reason is None and call.sinks is not None:
         reason = "sinks need a gradient through lse, which flash-attn-4 doesn't have"
@@ -129,9 +137,7 @@ def _flash_arguments(call: Call) -> dict[str, Any]:
         "key": call.k,
         "value": call.v,
         "score_mod": None if softcap is None else _softcap_mod(softcap),
-        "block_mask": _remembered_block_mask(
-            call.visible_end, call.positions, call.window, for_flash=True
-        ),
+        "block_mask": _remembered_block_mask(call, for_flash=True),
         "scale": call.scale,
         "enable_gqa": call.q.shape[1] != call.k.shape[1],
         "return_aux": AuxRequest(lse=True),
@@ -197,10 +203,14 @@ def _softcap_mod(softcap: float | Tensor) -> Callable[..., Tensor]:
 
 
 def _mask_mod(
-    visible_end: Tensor, positions: Tensor | None, window: int | Tensor | None
+    visible_end: Tensor,
+    positions: Tensor | None,
+    window: int | Tensor | None,
+    visible_begin: Tensor | None,
 ) -> Callable[..., Tensor]:
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < visible_end[b, key])
+        begin = key if visible_begin is None else visible_begin[b, key]
+        return (begin <= query) & (query < visible_end[b, key])
 
     if window is None:
         return mask_mod
@@ -208,23 +218,34 @@ def _mask_mod(
 
     def window_mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         in_window = positions[b, query] - positions[b, key] < window
-        return (key <= query) & (query < visible_end[b, key]) & in_window
+        return mask_mod(b, h, query, key) & in_window
 
     return window_mask_mod
 
 
-def _remembered_block_mask(
-    visible_end: Tensor, positions: Tensor | None, window: int | None, *, for_flash: bool = False
-) -> BlockMask:
-    others = () if window is None or positions is None else (positions,)
-    # Of an alias: the mask must not keep the tensor alive with which it goes.
-    ends = visible_end.detach()
-    make = partial(build_block_mask, ends, positions, window, for_flash=for_flash)
-    return _block_masks.get(visible_end, others, (window, for_flash), make)
+def _remembered_block_mask(call: Call, *, for_flash: bool = False) -> BlockMask:
+    positions = None if call.window is None else call.positions
+    others = tuple(x for x in (positions, call.visible_begin) if x is not None)
+    make = partial(
+        build_block_mask,
+        # An alias: the mask must not keep the tensor alive with which it goes.
+        call.visible_end.detach(),
+        positions,
+        call.window,
+        for_flash=for_flash,
+        visible_begin=call.visible_begin,
+    )
+    key = (call.window, for_flash, call.visible_begin is None)
+    return _block_masks.get(call.visible_end, others, key, make)
 
 
 def build_block_mask(
-    visible_end: Tensor, positions: Tensor | None, window: int | None, *, for_flash: bool = False
+    visible_end: Tensor,
+    positions: Tensor | None,
+    window: int | None,
+    *,
+    for_flash: bool = False,
+    visible_begin: Tensor | None = None,
 ) -> BlockMask:
     """Return the `BlockMask` of a row from the ranges of its blocks: O((seq / 128)^2).
 
@@ -234,10 +255,13 @@ def build_block_mask(
         window: None for none.
         for_flash: whether it is for the backend FLASH, which takes blocks of 256 queries, and the
             window as a tensor.
+        visible_begin: ``(batch, seq)`` int32, or None if each token's is its own index.
     """
     seq = visible_end.shape[1]
     query_block = FLASH_QUERY_BLOCK if for_flash else BLOCK
-    queries, keys = (_blocks(visible_end, positions, size) for size in (query_block, BLOCK))
+    queries, keys = (
+        _blocks(visible_end, positions, size, visible_begin) for size in (query_block, BLOCK)
+    )
     visited, full = coverage(queries, keys, window)
     limit: int | Tensor | None = window
     if for_flash and window is not None:
@@ -246,18 +270,27 @@ def build_block_mask(
         *_block_list(visited & ~full),
         *_block_list(full),
         BLOCK_SIZE=(query_block, BLOCK),
-        mask_mod=_mask_mod(visible_end, positions, limit),
+        mask_mod=_mask_mod(visible_end, positions, limit, visible_begin),
         seq_lengths=(seq, seq),
     )
 
 
-def _blocks(visible_end: Tensor, positions: Tensor | None, size: int) -> Tiles:
+def _blocks(
+    visible_end: Tensor, positions: Tensor | None, size: int, visible_begin: Tensor | None
+) -> Tiles:
     """Return the blocks of `size` tokens, the last of which may be shorter."""
     seq = visible_end.shape[1]
     first = torch.arange(0, seq, size, device=visible_end.device)
     last = torch.clamp(first + size, max=seq) - 1
-    ranges = [_block_ranges(x, size) for x in (visible_end, positions) if x is not None]
-    return Tiles(first, last, *(bound for bounds in ranges for bound in bounds))
+    min_end, max_end = _block_ranges(visible_end, size)
+    tiles = Tiles(first, last, min_end, max_end)
+    if positions is not None:
+        low, high = _block_ranges(positions, size)
+        tiles = replace(tiles, min_position=low, max_position=high)
+    if visible_begin is not None:
+        low, high = _block_ranges(visible_begin, size)
+        tiles = replace(tiles, min_begin=low, max_begin=high)
+    return tiles
 
 
 def _block_ranges(x: Tensor, size: int) -> tuple[Tensor, Tensor]:

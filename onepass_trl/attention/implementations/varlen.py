@@ -25,7 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from onepass_trl.attention.implementations.base import Call, Implementation, ImplStatus
+from onepass_trl.attention.implementations.base import (
+    Call,
+    Implementation,
+    ImplStatus,
+    refuse_blocks,
+)
 from onepass_trl.attention.remembered import Remembered
 
 OLDEST_CAPABILITY = (8, 0)
@@ -214,7 +219,7 @@ def _status() -> ImplStatus:
 def _suits(call: Call) -> bool:
     if call.q.device.type != "cuda" or torch.compiler.is_compiling():
         return False
-    if _unsupported(call) is not None:
+    if call.visible_begin is not None or _unsupported(call) is not None:
         return False
     try:
         sequences = _sequences_of(call)
@@ -229,6 +234,7 @@ def _check(call: Call) -> None:
             f"impl='varlen' and q is on {call.q.device}: torch has these kernels for CUDA devices. "
             "Use impl='auto'"
         )
+    refuse_blocks("varlen", call)
     reason = _unsupported(call)
     if reason is not None:
         raise ValueError(f"impl='varlen': {reason}; use impl='flex'")

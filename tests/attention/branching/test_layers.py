@@ -47,6 +47,15 @@ def test_a_cache_is_refused(name):
         model(ids, use_cache=True, **tree)
 
 
+def test_blocks_in_both_directions_are_refused():
+    model = make_model(HYBRIDS[0])
+    use_onepass_attention(model)
+    ids, tree = inputs()
+    begins = torch.arange(20, dtype=torch.int32)[None]
+    with pytest.raises(ValueError, match=r"\(layer 0\) got visible_begin, with which a block is"):
+        model(ids, use_cache=False, visible_begin=begins, **tree)
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_a_cache_is_seen_by_whatever_name_it_comes(name):
     model = make_model(name)

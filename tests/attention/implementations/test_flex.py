@@ -24,8 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 
 @pytest.mark.parametrize("seq", [0, 1, 128, 300])
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("options", [{}, {"window": 40, "softcap": 2.0, "sinks": True}])
-def test_equals_the_reference(seq, options):
+def test_equals_the_reference(seq, options, blocks):
+    options = {**options, "blocks": blocks}
     shape = Shape(batch=2, heads=4, kv_heads=2, seq=seq, d_qk=16, d_v=8)
     case = make_case(shape, dtype=torch.float32, **options)
     inputs = {name: x.float() for name, x in case.inputs.items()}
@@ -41,15 +43,17 @@ def test_equals_the_reference(seq, options):
 
 
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("for_flash", [False, True])
-def test_blocks_are_those_of_the_dense_mask(window, for_flash):
+@pytest.mark.parametrize(("for_flash", "both_ways"), [(False, False), (True, False), (False, True)])
+def test_blocks_are_those_of_the_dense_mask(window, for_flash, both_ways):
     size = 256 if for_flash else 128
     rows = 1024 // size
-    case = make_case(Shape(batch=3, seq=1000), seed=1)
-    positions = case.options["positions"]
-    blocks = flex.build_block_mask(case.visible_end, positions, window, for_flash=for_flash)
+    case = make_case(Shape(batch=3, seq=1000), seed=1, blocks=both_ways)
+    positions, begins = case.options["positions"], case.options.get("visible_begin")
+    blocks = flex.build_block_mask(
+        case.visible_end, positions, window, for_flash=for_flash, visible_begin=begins
+    )
     assert list(blocks.BLOCK_SIZE) == [size, 128]
-    mask = visibility_mask(case.visible_end, positions, window)
+    mask = visibility_mask(case.visible_end, positions, window, begins)
     padded = torch.nn.functional.pad(mask, (0, 24, 0, 24)).view(3, rows, size, 8, 128)
     inside = torch.ones(1000, 1000, dtype=torch.bool)
     outside = ~torch.nn.functional.pad(inside, (0, 24, 0, 24)).view(rows, size, 8, 128)
@@ -92,16 +96,27 @@ def test_layers_share_block_masks_until_the_row_goes():
     case = make_case(Shape(), seed=2)
     positions, ends = case.options["positions"], case.visible_end.clone()
     held = len(flex._block_masks._known)
-    first = flex._remembered_block_mask(ends, positions, 5)
-    assert flex._remembered_block_mask(ends, positions, 5) is first
-    assert flex._remembered_block_mask(ends, positions, 6) is not first
-    assert flex._remembered_block_mask(ends, positions, None) is flex._remembered_block_mask(
-        ends, None, None
-    )
+    begins = torch.arange(ends.shape[1], dtype=torch.int32)[None]
+
+    q = case.inputs["q"]
+    calls = [Call(q, q, q, ends, 1.0, None, None, None, None)]
+
+    def remembered(positions, window, begins=None):
+        changes = dict(positions=positions, window=window, visible_begin=begins)
+        return flex._remembered_block_mask(calls[0]._replace(**changes))
+
+    first = remembered(positions, 5)
+    assert remembered(positions, 5) is first
+    assert remembered(positions, 6) is not first
+    assert remembered(positions, None) is remembered(None, None)
+    assert remembered(positions, 5, begins) is remembered(positions, 5, begins)
+    assert remembered(positions, 5, begins) is not remembered(positions, 5)
+    assert remembered(None, None, begins) is not remembered(None, None)
+    assert remembered(None, None, begins) is not remembered(None, None, begins.clone())
     positions[0, 0] += 0  # changed in place: a new version
-    assert flex._remembered_block_mask(ends, positions, 5) is not first
+    assert remembered(positions, 5) is not first
     assert len(flex._block_masks._known) == held + 1
-    del ends, first
+    del ends, first, calls[0]
     gc.collect()
     assert len(flex._block_masks._known) == held
 
