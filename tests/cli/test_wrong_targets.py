@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from onepass_trl import OnePassSFTTrainer
 from onepass_trl.cli import main
+from tests.chat.tokenizers import SHARED, SHARED_REASON
 from tests.chats import write_jsonl
 from tests.cli.test_endings import train_tiny
 
@@ -112,6 +114,63 @@ def test_a_run_can_leave_it_out(what, tiny_model_dir, tmp_path, caplog):
     assert train_tiny("sft", path, tiny_model_dir, tmp_path, *flags) == 0
     assert re.search(match, caplog.text)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+# The records of the shared folder that would be trained wrong, and what the error says.
+SHARED_CASES = [
+    ("inline_close_quoted", 0, "its reasoning_content contains '</think>'"),
+    ("ignored_columns", 0, "column 'loss_mask', which isn't read. .* give messages 'train'"),
+    ("ignored_columns", 1, "column 'enable_thinking', .* 'chat_template_kwargs'"),
+    ("ignored_columns", 2, "column 'system_prompt', .* in the column 'system'"),
+    ("other_marks", 0, "has content with .* give that as 'reasoning_content'"),
+    ("other_marks", 1, "has content with .* give that as 'reasoning_content'"),
+    ("unread_keys", 0, "'reasoning_details', .*rename it to 'reasoning_content'"),
+]
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason=SHARED_REASON)
+@pytest.mark.parametrize(("name", "line", "match"), SHARED_CASES)
+def test_a_run_names_each_shared_case(name, line, match, tiny_model_dir, tmp_path, capsys):
+    record = (SHARED / "cases" / f"{name}.jsonl").read_text("utf-8").splitlines()[line]
+    path = tmp_path / "case.jsonl"
+    path.write_text(record + "\n", "utf-8")
+    assert train_tiny("sft", path, tiny_model_dir, tmp_path) == 2
+    assert re.search(match, capsys.readouterr().err)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+JOINED = (
+    "<think>\nI need the tool.\n</think>\n\nLet me look.\n<tool_call>\n"
+    '{"name": "weather", "arguments": {"city": "X"}}\n</tool_call><|im_end|>'
+)
+TRAINED = [
+    ("consecutive_assistant", 0, f"{JOINED}<think>\nReport it.\n</think>\n\nSunny.<|im_end|>"),
+    ("consecutive_assistant", 1, f"{JOINED}<think>\n\n</think>\n\nSunny.<|im_end|>"),
+    ("unread_keys", 1, "<think>\n\n</think>\n\n2<|im_end|>"),
+]
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason=SHARED_REASON)
+@pytest.mark.parametrize(("name", "line", "trained"), TRAINED)
+def test_a_run_trains_what_the_other_shared_cases_mean(
+    name, line, trained, tiny_model_dir, tiny_tokenizer, tmp_path, monkeypatch
+):
+    rows = []
+    train = OnePassSFTTrainer.train
+
+    def seen(self, *args, **kwargs):
+        rows.extend(self.train_dataset)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(OnePassSFTTrainer, "train", seen)
+    record = (SHARED / "cases" / f"{name}.jsonl").read_text("utf-8").splitlines()[line]
+    path = tmp_path / "case.jsonl"
+    path.write_text(record + "\n", "utf-8")
+    assert train_tiny("sft", path, tiny_model_dir, tmp_path, "--verify_model=False") == 0
+    [row] = rows
+    assert tiny_tokenizer.decode([token for token in row["labels"] if token >= 0]) == trained
 
 
 def test_a_column_that_changes_nothing_can_be_ignored(tiny_model_dir, tmp_path, capsys):
