@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from onepass_trl.chat.errors import TurnError
@@ -12,8 +12,6 @@ from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN, closes_reasoning
 from onepass_trl.chat.messages import REASONING_KEYS, Message, as_text
 
 _INLINE = re.compile(rf"\s*{THINK_OPEN}\s*")
-_TAG = re.compile(r"<[^<>\s]+>")
-_QUOTES = ("'", '"')
 
 
 def check_generable(
@@ -82,12 +80,21 @@ def mentions_marks(message: Message) -> bool:
     return any(mark in text for _, text in _texts(message) for mark in (THINK_OPEN, THINK_CLOSE))
 
 
-def end_of_turn(completion: str, message: Message, special: re.Pattern[str] | None) -> int:
+def end_of_turn(
+    completion: str, message: Message, special: re.Pattern[str] | None, closing_tag: str
+) -> int:
     """Return where the token ends that ends the turn, having found all fields of the message.
 
     The reasoning must come before everything else, the content before or after the tool calls,
     those in their order. White space around a field doesn't count: templates strip it. Arguments
     may be written as JSON or key by key.
+
+    Args:
+        completion: What the model must generate.
+        message: The turn's message in its normal form.
+        special: Finds special tokens.
+        closing_tag: What the template writes next after a content, see
+            `onepass_trl.chat.closing.ClosingMarks`.
 
     Raises:
         TurnError: if a field isn't there, or no special token ends the turn.
@@ -102,7 +109,8 @@ def end_of_turn(completion: str, message: Message, special: re.Pattern[str] | No
     begin = _find(body, message.get("reasoning_content", "").strip(), 0, "its reasoning")
     content, calls = message["content"].strip(), message.get("tool_calls", ())
     if not calls:
-        # An answer is the last thing of its turn.
+        # An answer is the last thing of its turn, but for the tag that closes it.
+        body = body.removesuffix(closing_tag).rstrip()
         _find(body, content, max(begin, len(body) - len(content)), "its content")
         return ends[-1].end()
     try:
@@ -166,59 +174,6 @@ def after_stand_ins(text: str, texts: Mapping[str, str]) -> str | None:
     """Return what a text has after the last of the texts of a message, None if it has none."""
     ends = [text.rfind(part) + len(part) for part in texts.values() if part in text]
     return text[max(ends) :] if ends else None
-
-
-def closing_marks(completion: str, texts: Mapping[str, str]) -> frozenset[str]:
-    """Return the marks at which the arguments of a turn's calls end.
-
-    Those that the template writes after the last value: the quotation mark next to it, and the tags
-    that close the argument, its call and all calls.
-
-    Args:
-        completion: What the template writes for the message of :func:`with_stand_ins`.
-        texts: The texts in it.
-
-    >>> value = {"the value of an argument of its tool call 0": "28"}
-    >>> sorted(closing_marks("<call>f(days='28')</call><|end|>", value))
-    ["'", '</call>', '<|end|>']
-    """
-    values = [text for what, text in texts.items() if what.startswith("the value")]
-    if not values:
-        return frozenset()
-    after = completion.rpartition(values[-1])[2]
-    for text in texts.values():  # some templates write the content after the calls
-        after = after.partition(text)[0]
-    return frozenset([*_TAG.findall(after), *(mark for mark in _QUOTES if after.startswith(mark))])
-
-
-def check_arguments(message: Message, completion: str, marks: Collection[str]) -> None:
-    """Check that no argument of the message's calls holds a mark at which it would end.
-
-    Args:
-        message: The turn's message in its normal form.
-        completion: What the template writes for it.
-        marks: Those of :func:`closing_marks`.
-
-    Raises:
-        TurnError: if one does. Quotation marks count if the template writes them as they are.
-    """
-    for number, call in enumerate(message.get("tool_calls", ())):
-        arguments = call["function"]["arguments"]
-        written = json.dumps(arguments, ensure_ascii=False)
-        unescaped = [
-            mark
-            for mark in _QUOTES
-            for value in arguments.values()
-            if isinstance(value, str) and mark in value and mark + value + mark in completion
-        ]
-        for mark in sorted(marks):
-            if mark in (unescaped if mark in _QUOTES else written):
-                raise TurnError(
-                    f"its tool call {number} contains {mark!r}, at which this template's arguments "
-                    "end, so the call would be misread when it is generated; remove it from the "
-                    "text, use a template that escapes it, or switch the turn off with "
-                    "'train': false"
-                )
 
 
 def check_stand_ins(

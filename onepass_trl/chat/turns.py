@@ -12,16 +12,15 @@ import numpy as np
 
 from onepass_trl.chat.checks import (
     after_stand_ins,
-    check_arguments,
     check_generable,
     check_marks,
     check_stand_ins,
-    closing_marks,
     end_of_turn,
     mentions_marks,
     with_stand_ins,
     without_prompt,
 )
+from onepass_trl.chat.closing import ClosingMarks
 from onepass_trl.chat.encoding import Ids, added_tokens
 from onepass_trl.chat.endings import Ending, find_ending
 from onepass_trl.chat.errors import ChatFormatError, TemplateRefusal, TurnError
@@ -299,11 +298,12 @@ class TurnRenderer:
             self._forms[shape] = self._form(context, message)
         form = self._forms[shape]
         completion = form.ending.cut(completion)
-        check_arguments(message, completion, form.closing_marks)
+        form.closing_marks.check(message, completion)
         if not mentions_marks(message):
             check_marks(context.text, completion)
         generated = without_prompt(context.text, message)
-        return completion[: end_of_turn(completion, generated, self.added.special)]
+        tag = form.closing_marks.content
+        return completion[: end_of_turn(completion, generated, self.added.special, tag)]
 
     def _check_places(self, context: TurnContext) -> None:
         """Raise TurnError unless a context has a placeholder for each image before it."""
@@ -346,7 +346,7 @@ class TurnRenderer:
         if followed is None:
             followed = last
         ending = find_ending(last, followed, self.added.special, self._eos, context.text)
-        return _Form(ending, closing_marks(completion.removesuffix(ending.extra), texts))
+        return _Form(ending, ClosingMarks.of(completion.removesuffix(ending.extra), texts))
 
 
 @dataclass(frozen=True)
@@ -395,7 +395,7 @@ class _Form(NamedTuple):
     """How a template writes turns of one shape."""
 
     ending: Ending
-    closing_marks: frozenset[str]
+    closing_marks: ClosingMarks
 
 
 def _next_messages(message: Message) -> list[Message]:

@@ -45,7 +45,7 @@ REFUSALS = {
     "of its tool call": "tool calls",
     "Only user and assistant roles": "tool messages",
     "its content": "text with a call",
-    "at which this template's arguments end": "quotation marks in arguments",
+    "with which this template closes it": "quotation marks in arguments",
 }
 # Why a turn isn't parsed back, by a part of the error.
 UNKNOWN_PROMPT = "the prompt isn't one that the parser knows"

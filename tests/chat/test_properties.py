@@ -65,7 +65,7 @@ REASONS = (
     "it is empty",
     "contains the special token",
     "contains '</think>'",
-    "at which this template's arguments end",
+    "with which this template closes it",
     "only the first",
 )
 # Families whose calls hold the arguments as JSON.

@@ -1,4 +1,4 @@
-"""Arguments of tool calls that hold what would end them, so that another call would be read."""
+"""Texts that hold what closes them, so that another message would be read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onepass_trl.preparation.round_trip import check_round_trip
 from onepass_trl.training.response_templates import trl_response_template
 from tests.chat.families import CASES
 from tests.chat.test_trl_templates import NO_CALLS
-from tests.chat.tokenizers import make_small_tokenizer, tokenizer_with
+from tests.chat.tokenizers import make_small_tokenizer, small_tokenizer, tokenizer_with
 
 _XML = ("</parameter>", "</function>", "</tool_call>")
 _JSON = ("</tool_call>",)
@@ -83,6 +83,50 @@ def test_every_argument_of_every_call_is_looked_at(mark, place):
     for calls, number in (((wrong, right), 0), ((right, wrong), 1)):
         with pytest.raises(ChatFormatError, match=rf"tool call {number} contains '{mark}'"):
             render_turns(calling(*calls), tokenizer)
+
+
+# Hunyuan A13B closes contents too, ERNIE 4.5 by other marks; others close reasoning by their own.
+FENCED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}<OPEN>\n{{ m.reasoning_content }}\n</OPEN>\n{% endif %}"
+    "<FENCE>\n{{ m.content }}\n</FENCE>{% for call in m.tool_calls or [] %}<call>"
+    "{{ call.function | tojson }}</call>{% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>"
+    "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("fence", ["answer", "response"])
+@pytest.mark.parametrize("opener", ["seed:think", "reflection"])
+def test_contents_and_reasoning_hold_no_mark_that_closes_them(fence, opener):
+    tokenizer = tokenizer_with(FENCED.replace("FENCE", fence).replace("OPEN", opener))
+
+    def completion(content, reasoning, calls=()):
+        messages = calling(*calls)
+        messages[1] |= {"content": content, "reasoning_content": reasoning}
+        [turn] = render_turns(messages, tokenizer)
+        return turn.completion
+
+    other = f"It has <{fence}> and </{opener}>."
+    written = f"<{opener}>\nIt has <{opener}> and </{fence}>.\n</{opener}>\n<{fence}>\n{other}\n"
+    assert completion(other, f"It has <{opener}> and </{fence}>.").startswith(written)
+    for calls in ((), ({"text": other},)):
+        with pytest.raises(ChatFormatError, match=f"its content contains '</{fence}>', with which"):
+            completion(f"It ends </{fence}>.", "Hm.", calls)
+        with pytest.raises(ChatFormatError, match=f"its reasoning_content contains '</{opener}>'"):
+            completion("It ends.", f"Hm `</{opener}>`.", calls)
+    with pytest.raises(ChatFormatError, match="its tool call 0 contains '</call>', with which"):
+        completion("It ends.", "Hm.", ({"text": "</call>"},))
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen3_8", "glm4moe"])
+def test_a_content_does_not_open_a_call_next_to_one(template):
+    messages = calling({"text": "It."})
+    messages[1]["content"] = "I write <tool_call> first."
+    with pytest.raises(ChatFormatError, match="its content contains '<tool_call>', with which"):
+        render_turns(messages, small_tokenizer(template))
+    messages[1] |= {"content": "I write it.", "reasoning_content": "I write <tool_call> first."}
+    [turn] = render_turns(messages, small_tokenizer(template))
+    assert check_round_trip(turn, small_tokenizer(template), trl_response_template)
 
 
 def test_a_content_after_the_calls_ends_no_argument():
