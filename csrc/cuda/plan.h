@@ -67,8 +67,8 @@ ONEPASS_INLINE int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 // keys that no query sees keep such a tile from being full.
 template <int kKeys>
 ONEPASS_INLINE KeyTile key_tile(const TileRange* ranges, int32_t first, int32_t seq) {
-  const int32_t last = first + kKeys - 1;
-  KeyTile key{first, last, first, last, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
+  const int32_t end = first + kKeys;
+  KeyTile key{first, end - 1, first, end - 1, INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
   const int32_t last = min_of(key.last, seq - 1) / kTile;
 #pragma unroll
   for (int i = 0; i < (kKeys + kTile - 1) / kTile; ++i) {
