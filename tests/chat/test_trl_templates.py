@@ -49,7 +49,7 @@ REFUSED = {
     # TRL's own version keeps contents as they are after a prompt that opens the reasoning.
     "deepseek_r1_distill_training": {"answer", "reasoning", "system", *CALLS},
     "gemma": {"reasoning", "system", *CALLS},
-    "gptoss": {"two calls", "all three"},
+    "gptoss": {"text and call", "two calls", "all three"},
     "llama3_1": {"reasoning", "text and call", "two calls", "all three"},
     "llama3_2": {"reasoning", "text and call", "two calls", "all three"},
     "muse_glimmer": {"text and call", "all three"},
@@ -106,8 +106,14 @@ REMEDIES = [
     ),
     (
         "gptoss",
+        KINDS["text and call"],
+        "give it as 'reasoning_content'",
+        [QUESTION, said("", 1, reasoning="I look."), RESULT, said("Yes.")],
+    ),
+    (
+        "gptoss",
         KINDS["all three"],
-        "join content and reasoning",
+        "and reasoning of that message in its 'reasoning_content'",
         [QUESTION, said("", 1, reasoning="Hm. I look.")],
     ),
     (

@@ -29,8 +29,8 @@ class GptOss(Family):
     thinking_opener = "<|channel|>analysis<|message|>"
     remedies: ClassVar[Mapping[str, str]] = {
         "both content and thinking": (
-            "gpt-oss has one place for text before a tool call: join content and reasoning of "
-            "that message into one of the two"
+            "gpt-oss has one place for text before a tool call, that of reasoning: join content "
+            "and reasoning of that message in its 'reasoning_content'"
         ),
         "no previous assistant message with a tool call": (
             "put the assistant message with the tool call before each tool message"
@@ -54,5 +54,10 @@ class GptOss(Family):
             raise TurnError(
                 f"it has {calls} tool calls, of which the gpt-oss template writes only the first; "
                 f"{SPLIT_CALLS}"
+            )
+        if calls and turn.message["content"].strip() and not turn.reasoning:
+            raise TurnError(
+                "it has text with a tool call, which the gpt-oss template writes where reasoning "
+                "is: if it is to be generated there, give it as 'reasoning_content', else remove it"
             )
         return turn.rendered_alone(turn.template.question + _HEADER)
