@@ -50,9 +50,9 @@ def _is_finite(weight: nn.Parameter) -> torch.Tensor:
     DeepSpeed's pieces are filled up with any values, so the weight is put together.
     """
     if hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             return weight.isfinite().all()
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     return local.isfinite().all()

@@ -1,7 +1,7 @@
 """Weights that are checked in this process; test_distributed.py checks those of several."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -35,10 +35,10 @@ def divided(monkeypatch):
             for weight in self.weights:
                 weight.data = torch.empty(0)
 
-    zero = ModuleType("deepspeed.zero")
-    zero.GatheredParameters = GatheredParameters
-    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
+    # As there, an attribute: no module can be imported by the name deepspeed.zero.
+    deepspeed = ModuleType("deepspeed")
+    deepspeed.zero = SimpleNamespace(GatheredParameters=GatheredParameters)
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
     return model, whole
 
 
