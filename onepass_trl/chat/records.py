@@ -30,7 +30,8 @@ _SHAREGPT_ROLES = {
 }
 _FORMS = (
     "'messages'; 'prompt' and 'completion', both as lists of messages or as text; 'conversations' "
-    "(ShareGPT); 'text'; 'input_ids'; 'passes' as a list of {'input_ids', 'labels'}"
+    "(ShareGPT); 'text', or another column that dataset_text_field names; 'input_ids'; 'passes' as "
+    "a list of {'input_ids', 'labels'}"
 )
 _WITH_MESSAGES = ("system", "tools", "chat_template_kwargs")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")

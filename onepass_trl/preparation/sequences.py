@@ -66,10 +66,15 @@ def sequence_of(
     is_prompt = messages == ("prompt", "completion")
     read = messages if is_prompt else (options.text_field, "input_ids", *_PER_TOKEN, *_UNUSED)
     check_columns(record, read, None, is_whole=not is_prompt)
+    if len(pass_) == 1:
+        raise ChatFormatError(
+            "the sequence is a single token, which nothing comes before, so nothing is trained; "
+            "remove the row"
+        )
     if not pass_.num_trained:
         raise ChatFormatError(
             f"nothing in the sequence of {len(pass_)} tokens is trained; remove the row, or change "
-            "its labels"
+            "its labels or masks"
         )
     return pass_
 

@@ -65,7 +65,8 @@ def test_a_mask_that_is_not_used_is_said_once(tiny_tokenizer, caplog):
         ({"input_ids": [1, 2], "completion_mask": [1]}, {}, "'completion_mask' 1"),
         ({"input_ids": [1, 2], "labels": [2, 0]}, {}, "label at index 0 is 2, expected -100 or"),
         ({"input_ids": [1, 2], "labels": [-100, -100]}, {}, "nothing in the sequence of 2 tokens"),
-        ({"input_ids": [1]}, {}, "nothing in the sequence of 1 tokens is trained"),
+        ({"input_ids": [1]}, {}, "the sequence is a single token"),
+        ({"text": ""}, {}, "the sequence is a single token"),  # its end
         ({"input_ids": []}, {}, "the sequence has no token"),
         ({"input_ids": [1.5, 2]}, {}, "column 'input_ids' must be a list of whole numbers"),
         ({"input_ids": "1 2"}, {}, "column 'input_ids' must be a list of whole numbers"),
