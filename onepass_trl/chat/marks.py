@@ -114,7 +114,7 @@ def thought_within(content: str) -> str | None:
         begins_line = not prose[line : mark.start()].strip()
         evidence = _WORD_CHARACTER if begins_line else _SENTENCE
         for closer in (f"{bracket}/{name}{end}", re.sub("begin|start", "end", mark[0])):
-            if last.get(closer, 0) < begin:
+            if closer == mark[0] or last.get(closer, 0) < begin:
                 continue
             position = prose.find(closer, begin)
             if evidence.search(prose, begin, position):

@@ -172,6 +172,8 @@ def test_reasoning_between_other_marks_within_an_answer(content):
         "So:\n   ```\n<thinking>\nAdd.\n</thinking>",
         "See\n[Analysis of A](a.html)\n[Analysis of B](b.html).",
         "It ends </thinking>. It begins\n<thinking> Add.",
+        "First <thinking> comes.\n<thinking> it is, and <thinking> again.",
+        "def f(x):\n    x['enable_thinking'] = 1\n    return x['enable_thinking']",
     ],
 )
 def test_texts_about_such_marks_are_content(content):
