@@ -142,7 +142,7 @@ def load(source: ImageSource) -> Image:
         ImageError: if it can't be read.
     """
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # which one it has
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
     from transformers.image_utils import load_image
 
     try:
@@ -160,4 +160,6 @@ def load(source: ImageSource) -> Image:
         httpx.InvalidURL,
     ) as error:
         reason = str(error)[:300]  # some repeat an image that is in its address
+        if isinstance(error, UnidentifiedImageError):  # which names an object in memory
+            reason = "it has no image, or one of a format that Pillow doesn't know"
         raise ImageError(f"the image ({source}) can't be read: {reason}") from error

@@ -53,6 +53,18 @@ def test_a_step_of_hybrid_models(script, tmp_path):
     assert all(result["largest_loss_difference"] < 1e-5 for result in results)
 
 
+def test_a_step_with_images(script, tmp_path):
+    path = tmp_path / "images.json"
+    flags = ["--turns=2", "--images=0", "--pixels=64", "--repeats=1", *TURN[:3], f"--json={path}"]
+    script("bench_images").main(flags)
+    (result,) = results_of(path, "images")
+    assert (result["n_pass_images"], result["one_pass_images"], result["image_tokens"]) == (2, 1, 4)
+    assert result["largest_loss_difference"] < 1e-6
+    assert result["speedup"] == pytest.approx(
+        result["n_pass_min_seconds"] / result["one_pass_min_seconds"]
+    )
+
+
 @pytest.mark.long("benchmarks", "onepass_trl/attention", "onepass_trl/data")
 def test_memory_of_pieces(script, tmp_path):
     path = tmp_path / "context_parallel.json"

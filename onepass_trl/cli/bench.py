@@ -186,7 +186,13 @@ def _load_passes(options: argparse.Namespace, config: PretrainedConfig) -> list[
     if options.dataset is not None:
         processing_class = load_processing_class(options)
         fit_vocabulary(config, processing_class)
-        return load_passes(options, processing_class)
+        conversations = load_passes(options, processing_class)
+        if any(pass_.images for passes in conversations for pass_ in passes):
+            raise ValueError(
+                f"{options.dataset} has images, and bench times text only: remove them, or let "
+                "estimate --measure time the model on them"
+            )
+        return conversations
     vocab_size = config.get_text_config().vocab_size
     passes = chat_passes(
         options.turns, options.user, options.reasoning, options.response, vocab_size

@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     _check_outputs(options)
     import torch
 
+    from onepass_trl.attention.image_models import why_no_images
     from onepass_trl.cli.arguments import (
         fit_vocabulary,
         load_config,
@@ -56,7 +57,14 @@ def main(argv: list[str]) -> int:
     records = ((index, dataset[index]) for index in _with_progress(indices))
     with reading("the configuration of", options.model_name_or_path):
         cost = model_cost(config) if config else None
-    found = estimate(records, processing_class, preparation, cost, features=dataset.features)
+    found = estimate(
+        records,
+        processing_class,
+        preparation,
+        cost,
+        features=dataset.features,
+        no_images=why_no_images(config) if config else None,
+    )
     times = None
     if options.measure:
         assert config is not None
@@ -193,6 +201,7 @@ def _measure(
             rows,
             passes,
             found.attention_weights,
+            processing_class=processing_class,
             repeats=repeats,
             progress=lambda: bar.update() and None,
         )

@@ -30,11 +30,11 @@ def main(argv: list[str]) -> int:
     from onepass_trl.tools.transcript import visible_text
 
     found = _inspect(options)
-    layers, problem = _layers(options.model_name_or_path)
+    layers, problems = _layers(options.model_name_or_path, bool(found.images))
     # rich reads COLUMNS from the environment as it was when rich was imported.
     console = Console(highlight=False, width=shutil.get_terminal_size().columns)
     console.print(as_tree(found))
-    for line in [*figures(found, layers), *remarks(found), *problem]:
+    for line in [*figures(found, layers), *remarks(found), *problems]:
         console.print(line, markup=False, soft_wrap=True)
     if options.html is not None:
         from onepass_trl.tools.outputs import write_output
@@ -109,15 +109,21 @@ def _inspect(options: argparse.Namespace) -> Inspection:
         )
 
 
-def _layers(model: str) -> tuple[Sequence[AttentionLayers], list[str]]:
-    """Return the model's attention layers and what is wrong with it, both None without a config."""
+def _layers(model: str, has_images: bool) -> tuple[Sequence[AttentionLayers], list[str]]:
+    """Return the model's attention layers and what is wrong with it, nothing without a config."""
+    from onepass_trl.attention.image_models import why_no_images
     from onepass_trl.cli.arguments import load_config, reading
     from onepass_trl.tools.flops import model_cost
 
     try:
         config = load_config(model)
+        if config is None:
+            return [], []
+        reason = why_no_images(config) if has_images else None
         with reading("the configuration of", model):
-            return model_cost(config).attention if config else [], []
+            return model_cost(config).attention, [
+                f"Training would stop: {reason}"
+            ] if reason else []
     except (ValueError, OSError) as error:  # the conversation can still be shown
         return [], [f"The model's layers aren't known: {error}"]
 

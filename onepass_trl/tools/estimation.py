@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onepass_trl.attention.implementations.varlen import chains_of
 from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.data import Layout, Overflow, pack
-from onepass_trl.passes import IGNORE_INDEX
+from onepass_trl.passes import IGNORE_INDEX, ImageSpan
 from onepass_trl.preparation.datasets import PACK_BATCH_SIZE
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.report import describe_invalid
@@ -46,6 +46,8 @@ class Work:
         scored: positions whose next token is scored.
         pairs: (query, key) pairs that see each other, by the window of the layer.
         executed: pairs in the tiles of 64 x 64 that contain such a pair, by window.
+        images: that a vision tower encodes.
+        image_tokens: the tokens of these, of which the tower computes most or all.
     """
 
     rows: int = 0
@@ -53,6 +55,8 @@ class Work:
     scored: int = 0
     pairs: Counter[int | None] = field(default_factory=Counter)
     executed: Counter[int | None] = field(default_factory=Counter)
+    images: int = 0
+    image_tokens: int = 0
 
     def add(self, other: Work) -> None:
         """Add the counts of `other`."""
@@ -62,7 +66,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of forward and backward, without those of the optimizer.
+    """Floating-point operations of forward and backward, without vision tower and optimizer.
 
     Attributes:
         linear: products with the weights.
@@ -190,6 +194,7 @@ def estimate(
     cost: ModelCost | None = None,
     *,
     features: Features | None = None,
+    no_images: str | None = None,
 ) -> Estimate:
     """Return what one pass and N-pass would compute on the conversations of `records`.
 
@@ -201,14 +206,16 @@ def estimate(
         options: how rows are made of conversations.
         cost: of the model, see `model_cost`.
         features: of the dataset.
+        no_images: why the model can't be trained on images, None if it can or isn't known.
 
     Raises:
         ValueError: if there are no records, nothing is left to train, or a record can't be read or
-            rendered (the message names it) and the options don't leave it out.
+            rendered (the message names it) and the options don't leave it out, or has images that
+            the model can't be trained on.
     """
     windows: set[int | None] = {layers.window for layers in cost.attention} if cost else set()
     counts = [
-        _count(index, record, tokenizer, options, features, windows | {None})
+        _count(index, record, tokenizer, options, features, windows | {None}, no_images)
         for index, record in records
     ]
     if not counts:
@@ -275,11 +282,14 @@ def _count(
     options: PreparationOptions,
     features: Features | None,
     windows: set[int | None],
+    no_images: str | None,
 ) -> _Count:
     try:
         rendered = render_record(
             record, tokenizer, options, features=features, verify=options.verifies(index)
         )
+        if no_images and any(pass_.images for pass_ in rendered.passes):
+            raise ValueError(f"it has images, but {no_images}")
         passes, layouts, lost = lay_out(rendered.passes, options)
     except ValueError as error:
         raise ValueError(f"row {index} of the dataset: {error}") from error
@@ -287,7 +297,7 @@ def _count(
     for layout in layouts:
         one_pass.add(work_of_row(layout, windows))
     for pass_ in passes:
-        n_pass.add(work_of_pass(len(pass_), pass_.num_trained, windows))
+        n_pass.add(work_of_pass(len(pass_), pass_.num_trained, windows, pass_.images))
     return _Count(
         index=index,
         one_pass=one_pass,
@@ -306,7 +316,11 @@ def work_of_row(row: Layout, windows: Iterable[int | None]) -> Work:
     """Return what one pass computes for a row."""
     arrays = row.visible_end, row.position_ids
     work = Work(
-        rows=1, tokens=len(row), scored=int(np.count_nonzero(row.shift_labels != IGNORE_INDEX))
+        rows=1,
+        tokens=len(row),
+        scored=int(np.count_nonzero(row.shift_labels != IGNORE_INDEX)),
+        images=len(row.images),
+        image_tokens=_image_tokens(row.images),
     )
     for window in windows:
         work.pairs[window] = num_visible_pairs(*arrays, window)
@@ -314,9 +328,20 @@ def work_of_row(row: Layout, windows: Iterable[int | None]) -> Work:
     return work
 
 
-def work_of_pass(num_tokens: int, num_trained: int, windows: Iterable[int | None]) -> Work:
+def work_of_pass(
+    num_tokens: int,
+    num_trained: int,
+    windows: Iterable[int | None],
+    images: Sequence[ImageSpan] = (),
+) -> Work:
     """Return what N-pass computes for one pass, with kernels that skip tiles no query sees."""
-    work = Work(rows=1, tokens=num_tokens, scored=num_trained)
+    work = Work(
+        rows=1,
+        tokens=num_tokens,
+        scored=num_trained,
+        images=len(images),
+        image_tokens=_image_tokens(images),
+    )
     for window in windows:
         span = num_tokens if window is None else min(window, num_tokens)
         work.pairs[window] = span * (span + 1) // 2 + (num_tokens - span) * span
@@ -328,6 +353,10 @@ def work_of_pass(num_tokens: int, num_trained: int, windows: Iterable[int | None
             ends = causal_visible_end(num_tokens)
             work.executed[window] = num_executed_pairs(ends, positions, window)
     return work
+
+
+def _image_tokens(images: Sequence[ImageSpan]) -> int:
+    return sum(image.end - image.begin for image in images)
 
 
 def _packed_rows(lengths: Sequence[Sequence[int]], max_length: int | None) -> int | None:

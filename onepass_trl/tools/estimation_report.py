@@ -43,6 +43,9 @@ def report(
     weights = found.attention_weights
     pairs = [_mean_pairs(work, weights) for work in (one, n)]
     yield _line("attention pairs a layer", *pairs)
+    if n.images:
+        yield _line("images encoded", one.images, n.images)
+        yield _line("image tokens", one.image_tokens, n.image_tokens)
     if found.cost is not None:
         flops = [
             asdict(found.flops(work, scores_every_position=scores_every_position))
@@ -114,8 +117,9 @@ def _prediction(
 ) -> Iterator[str]:
     if times is not None:
         one, n = times[0].seconds(found.one_pass), times[1].seconds(found.n_pass)
-        # Three coefficients always fit three rows exactly.
-        errors = [time.largest_error for time in times if time.num_rows > 3]
+        # As many rows as coefficients are always fitted exactly.
+        num_coefficients = 4 if found.n_pass.images else 3
+        errors = [time.largest_error for time in times if time.num_rows > num_coefficients]
         fitted = f" (fitted to within {max(errors):.0%})" if errors else ""
         yield (
             f"Predicted: N-pass takes {n / one:.2f} times as long, from {times[0].num_rows} rows "
@@ -136,6 +140,8 @@ def _prediction(
         f"({found.cost.name}, {_size(found.cost.num_parameters)} parameters; without activation "
         f"checkpointing; an LM head that scores {scored})."
     )
+    if found.n_pass.images:
+        yield "The operations of the vision tower are left out: it encodes the images given above."
 
 
 def _size(number: int) -> str:
@@ -277,6 +283,8 @@ def _work_json(work: Work) -> dict[str, Any]:
         "rows": work.rows,
         "tokens": work.tokens,
         "scored": work.scored,
+        "images": work.images,
+        "image_tokens": work.image_tokens,
         "pairs": {_window_name(window): number for window, number in work.pairs.items()},
         "executed_pairs": {
             _window_name(window): number for window, number in work.executed.items()

@@ -61,7 +61,7 @@ def model_cost(config: PreTrainedConfig) -> ModelCost:
     """Return what the forward pass of a causal language model with this configuration costs.
 
     The model is built without memory for its weights. Of a multimodal one the operations are those
-    of text.
+    of its text model, without its vision tower.
 
     Raises:
         ValueError: if it can't be built or can't be trained in one pass, see `check_model`.

@@ -25,6 +25,7 @@ from onepass_trl.tools.estimation import (
     work_of_pass,
     work_of_row,
 )
+from onepass_trl.vision import Vision, ordinary_inputs, vision_of
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -36,12 +37,13 @@ LONGEST_PROBE = 8192  # tokens
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of forward and backward per row, token and executed pair.
+    """Seconds of forward and backward per row, token, executed pair and token of an image.
 
     Attributes:
         per_row: independent of the row's length.
         per_token: for each token of a row.
         per_pair: for each pair in an executed tile, times the weight of its layers.
+        per_image_token: for each token of an image, what the vision tower adds.
         weights: by window, of the layers that have it.
         largest_error: of the fit, relative to the measured time.
         num_rows: the number of rows of the fit.
@@ -51,6 +53,7 @@ class StepTime:
     per_row: float
     per_token: float
     per_pair: float
+    per_image_token: float
     weights: Mapping[int | None, int]
     largest_error: float
     num_rows: int
@@ -58,13 +61,13 @@ class StepTime:
 
     def seconds(self, work: Work) -> float:
         """Return the seconds that these rows take."""
-        coefficients = [self.per_row, self.per_token, self.per_pair]
+        coefficients = [self.per_row, self.per_token, self.per_pair, self.per_image_token]
         return float(_features(work, self.weights) @ coefficients)
 
 
 def _features(work: Work, weights: Mapping[int | None, int]) -> np.ndarray:
     pairs = weighted_pairs(work.executed, weights)
-    return np.array([work.rows, work.tokens, pairs], dtype=np.float64)
+    return np.array([work.rows, work.tokens, pairs, work.image_tokens], dtype=np.float64)
 
 
 def fit(
@@ -79,14 +82,20 @@ def fit(
     1.000 0.01000 1e-05
     """
     features = np.array([_features(work, weights) for work in works])
-    measured, scale = np.array(seconds), features.max(axis=0)
+    measured, scale = np.array(seconds), np.maximum(features.max(axis=0), 1)
     coefficients, _ = nnls(features / scale / measured[:, None], np.ones(len(works)))
     coefficients /= scale
     error = float(np.abs(features @ coefficients / measured - 1).max())
-    per_row, per_token, per_pair = coefficients.tolist()
-    longest = max(work.tokens for work in works)
+    per_row, per_token, per_pair, per_image_token = coefficients.tolist()
     return StepTime(
-        per_row, per_token, per_pair, dict(weights), error, num_rows=len(works), longest=longest
+        per_row,
+        per_token,
+        per_pair,
+        per_image_token,
+        dict(weights),
+        error,
+        num_rows=len(works),
+        longest=max(work.tokens for work in works),
     )
 
 
@@ -140,6 +149,7 @@ def measure(
     passes: Sequence[Pass],
     weights: Mapping[int | None, int],
     *,
+    processing_class: ProcessingClass | None = None,
     repeats: int = 3,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[StepTime, StepTime]:
@@ -154,34 +164,41 @@ def measure(
         rows: of one pass.
         passes: rows of N-pass.
         weights: of the layers' attention, by window, see `Estimate.attention_weights`.
+        processing_class: the model's processor, for rows with images. The time that it takes
+            doesn't count.
         repeats: how often each is timed, after a run that isn't.
         progress: called after each run.
 
     Raises:
         ValueError: if one-pass attention doesn't support the model.
     """
+    from onepass_trl.attention.image_models import has_position_planes
     from onepass_trl.attention.model_check import reference_attention
-    from onepass_trl.attention.transformers_backend import use_onepass_attention
+    from onepass_trl.attention.transformers_backend import set_attention, use_onepass_attention
     from onepass_trl.training.lm_head import add_fused_lm_head
 
     use_onepass_attention(model)
     add_fused_lm_head(model)
     model.train()
-    one_pass_batches = [_one_pass_batch(row, model.device) for row in rows]
-    n_pass_batches = [_n_pass_batch(pass_, model.device) for pass_ in passes]
+    vision = None if processing_class is None else vision_of(processing_class)
+    collator = OnePassCollator(vision=vision, planes=has_position_planes(model.config))
+    one_pass_batches = [_one_pass_batch(row, collator, model.device) for row in rows]
+    n_pass_batches = [_n_pass_batch(pass_, vision, model.device) for pass_ in passes]
     seconds = np.full((2, max(len(rows), len(passes))), np.inf)
     reference = reference_attention(model)
     for repeat in range(repeats + 1):
         for way, (name, batches) in enumerate(
             [("onepass", one_pass_batches), (reference, n_pass_batches)]
         ):
-            model.set_attn_implementation(name)
+            set_attention(model, name)
             for index, batch in enumerate(batches):
                 taken = _seconds(model, batch)
                 if repeat:
                     seconds[way, index] = min(seconds[way, index], taken)
                 progress()
-    n_pass_works = [work_of_pass(len(pass_), pass_.num_trained, [None]) for pass_ in passes]
+    n_pass_works = [
+        work_of_pass(len(pass_), pass_.num_trained, [None], pass_.images) for pass_ in passes
+    ]
     return (
         fit([work_of_row(row, weights) for row in rows], seconds[0, : len(rows)].tolist(), weights),
         # SDPA masks what is outside a window but skips none of it.
@@ -202,13 +219,17 @@ def check_memory(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
         )
 
 
-def _one_pass_batch(row: Layout, device: torch.device) -> dict[str, torch.Tensor]:
-    batch = OnePassCollator()([row])
-    return {name: values.to(device) for name, values in model_inputs(batch).items()}
+def _one_pass_batch(
+    row: Layout, collator: OnePassCollator, device: torch.device
+) -> dict[str, torch.Tensor]:
+    return {name: values.to(device) for name, values in model_inputs(collator([row])).items()}
 
 
-def _n_pass_batch(pass_: Pass, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([values], device=device) for name, values in labelled(pass_).items()}
+def _n_pass_batch(
+    pass_: Pass, vision: Vision | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    text = {name: torch.tensor([values], device=device) for name, values in labelled(pass_).items()}
+    return text | ordinary_inputs(pass_.token_ids, pass_.images, vision, device)
 
 
 def _seconds(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:

@@ -249,7 +249,9 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
     assert f"message 0, image 1: the image ({str(cut)!r}) can't be read: " in refusal(
         ask(part(A), part(str(cut)))
     )
-    assert "message 0, image 0: the image (4 bytes) can't be read: " in refusal(ask(part(b"text")))
+    assert (
+        "message 0, image 0: the image (4 bytes) can't be read: it has no image, or one of a format"
+    ) in refusal(ask(part(b"text")))
     embedded = {"type": "image", "url": "data:image/png;base64," + "A" * 10_000}
     assert len(refusal(ask(embedded))) < 500
     assert "its 'base64' can't be decoded" in refusal(ask({"type": "image", "base64": "?"}))

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from onepass_trl.visibility import dense_mask
 from tests.chat.tokenizers import small_tokenizer
 from tests.chats import CHAT
 from tests.conversations import as_record, forked_rollouts, random_chat
+from tests.images import CHATS, make_processor
 
 OPTIONS = PreparationOptions(
     max_length=None, overflow="truncate", train_on="all", packing=False, null_arguments="keep"
@@ -97,6 +99,37 @@ def test_operations_follow_from_tokens_and_pairs(tiny_tokenizer):
     assert found.flops_ratio() == pytest.approx(found.flops(found.n_pass).total / flops.total)
     with pytest.raises(ValueError, match="depend on the model"):
         estimate(chats(), tiny_tokenizer, OPTIONS).flops_ratio()
+
+
+def test_images_are_counted_as_both_ways_encode_them():
+    processor = make_processor("qwen3_vl")
+    records = [(number, {"messages": chat}) for number, chat in enumerate(CHATS.values())]
+    found = estimate(records, processor, OPTIONS, COST)
+    passes = [render_record(record, processor, OPTIONS).passes for _, record in records]
+    rows = [linearize(build_tree(own)) for own in passes]
+    one, n = found.one_pass, found.n_pass
+    assert one.images == sum(len(row.images) for row in rows)
+    assert n.images == sum(len(pass_.images) for own in passes for pass_ in own) > one.images
+    assert one.image_tokens == sum(
+        (row.input_ids == processor.image_token_id).sum() for row in rows
+    )
+    assert n.image_tokens == sum(
+        row.multiplicity[row.input_ids == processor.image_token_id].sum() for row in rows
+    )
+    text = text_of(found)
+    assert re.search(
+        rf"images encoded +{one.images} +{n.images} +{n.images / one.images:.2f}", text
+    )
+    assert re.search(rf"image tokens +{one.image_tokens} +{n.image_tokens} ", text)
+    assert "The operations of the vision tower are left out" in text
+    assert as_json(found)["n_pass"]["images"] == n.images
+    assert "image" not in text_of(estimate(records_without_images(), processor, OPTIONS, COST))
+    with pytest.raises(ValueError, match="row 0 of the dataset: it has images, but the model sees"):
+        estimate(records, processor, OPTIONS, no_images="the model sees none")
+
+
+def records_without_images():
+    return [(0, {"messages": CHAT})]
 
 
 def text_of(found, **given):

@@ -1,4 +1,5 @@
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from onepass_trl import build_tree, linearize
 from onepass_trl.tools.estimation import Work, work_of_pass, work_of_row
 from onepass_trl.tools.step_time import check_memory, choose_probes, fit, measure, spread
 from tests.conversations import as_record, random_chat
+from tests.images import CHATS, make_image_model, make_processor
 from tests.models import make_model
 
 from .test_estimation import OPTIONS
@@ -77,3 +79,25 @@ def test_both_ways_are_measured(name):
     for time in times:
         assert time.seconds(work_of_row(rows[0], [None, 5])) > 0
         assert 0 <= time.largest_error < np.inf
+
+
+def test_a_fit_finds_the_time_of_images():
+    works = [
+        Work(1, n, n, executed=Counter({None: n * n}), image_tokens=images)
+        for n, images in [(100, 0), (200, 150), (300, 40), (400, 300), (500, 90)]
+    ]
+    seconds = [1 + 0.01 * w.tokens + 1e-5 * w.tokens**2 + 0.05 * w.image_tokens for w in works]
+    time = fit(works, seconds, {None: 1})
+    assert time.per_image_token == pytest.approx(0.05, rel=1e-3)
+    assert time.seconds(works[1]) == pytest.approx(seconds[1], rel=1e-3)
+
+
+def test_rows_with_images_are_measured():
+    model, processor = make_image_model("qwen3_vl"), make_processor("qwen3_vl")
+    chats = [{"messages": chat} for chat in CHATS.values()]
+    rows, passes = choose_probes(chats, processor, OPTIONS)
+    assert any(row.images for row in rows)
+    times = measure(model, rows, passes, {None: 2}, processing_class=processor, repeats=1)
+    assert all(time.seconds(work_of_row(rows[0], [None])) > 0 for time in times)
+    with pytest.raises(ValueError, match="has images, which need the model's processor"):
+        measure(model, rows, passes, {None: 2})
