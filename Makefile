@@ -26,7 +26,7 @@ help:
 	@echo "make test        run the tests, but for the long ones (6 minutes on two cores)"
 	@echo "make test-oldest run a part with the oldest versions of other packages, in .venv-oldest (3 minutes)"
 	@echo "make test-newest the same with the newest, in .venv-newest"
-	@echo "make test-fla    run fla's kernels along trees in Triton's interpreter, in .venv-fla (4 minutes)"
+	@echo "make test-fla    run the kernels of fla and mamba-ssm along trees in Triton's interpreter, in .venv-fla (5 minutes)"
 	@echo "make test-all    run them all, and record what the long ones guard in tests/long.json"
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make format      format Python and C++"
@@ -71,11 +71,16 @@ venv: .venv/installed
 
 # fla makes plain models need a GPU, so it has an environment of its own; with what is built in the source tree.
 FLA := fla-core==0.6.0 triton==3.9.0
+# Without its compiled part, which is for the first Mamba: the kernels of Mamba 2 are Triton's.
+MAMBA := mamba-ssm==2.3.2.post1
+.venv-fla carried: export MAMBA_SKIP_CUDA_BUILD = TRUE
+.venv-fla carried: export MAMBA_FORCE_BUILD = TRUE
 .venv-fla: private BIN = $@/bin
 .venv-fla:
 	$(PYTHON) -m venv $@
 	$(INSTALL) --upgrade pip
-	$(INSTALL) torch transformers pytest pytest-xdist $(FLA)
+	$(INSTALL) torch transformers setuptools wheel pytest pytest-xdist $(FLA)
+	$(INSTALL) --no-deps --no-build-isolation $(MAMBA)
 
 # Without the labels of torch's builds (+cpu, +cu130), so that each machine finds its own.
 FREEZE = -m pip freeze --all --exclude-editable | sed 's/+.*//'
@@ -121,7 +126,7 @@ test-fla: private BIN = .venv-fla/bin
 test-fla: export TRITON_INTERPRET = 1
 test-fla: export ONEPASS_TEST_GPU_DRY_RUN = 1
 test-fla: venv .venv-fla
-	$(PYTEST) --confcutdir=tests/hybrids_fla -W default $(or $(ARGS),tests/hybrids_fla tests/gpu/test_fla.py)
+	$(PYTEST) --confcutdir=tests/hybrids_fla -W default $(or $(ARGS),tests/hybrids_fla tests/gpu/test_fla.py tests/gpu/test_mamba.py)
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -150,7 +155,7 @@ check-cuda: venv .venv/cute
 test-gpu:
 	$(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
 
-# TRL and fla and what else they need there, for the Python of that machine; it has torch and transformers.
+# TRL, fla, mamba-ssm and what else they need there, for the Python of that machine; it has torch and transformers.
 CARRIED_PYTHON ?= 3.12
 CARRIED := build/carried
 carried: venv
@@ -158,6 +163,7 @@ carried: venv
 	$(BIN)/python -m pip download --no-deps --only-binary=:all: --python-version $(CARRIED_PYTHON) \
 	  -d $(CARRIED)/wheels $(shell grep -E '^(trl|datasets|dill|multiprocess)==' constraints.txt) \
 	  $(filter fla-core%,$(FLA)) einops
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w $(CARRIED)/wheels $(MAMBA)
 	git describe --always --dirty > $(CARRIED)/commit
 
 .venv/auditwheel: .venv/installed

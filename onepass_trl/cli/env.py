@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -135,41 +134,28 @@ def _attention() -> Iterator[tuple[str, str]]:
         yield f"attention {status.name}", f"{state} ({status.detail})"
 
 
-# Layers, and the module and package whose kernels transformers calls for them where they are there.
-_KERNELS = (
-    ("Mamba 2", "mamba_ssm", "mamba-ssm"),
-    ("short convolutions", "causal_conv1d", "causal-conv1d"),
-)
-
-
 def _recurrences() -> Iterator[tuple[str, str]]:
     """Who computes the layers that carry state."""
     from onepass_trl.attention.branching.fla_rule import installed_fla
+    from onepass_trl.attention.branching.packages import CONVOLUTION, FLA, MAMBA, import_problem
 
     fla = installed_fla()
     if fla.backend is not None:
         yield "linear attention", f"flash-linear-attention ({fla.detail}), a call for a tree"
-    elif (problem := _import_problem("fla", "flash-linear-attention")) is not None:
+    elif (problem := import_problem(FLA)) is not None:
         yield "linear attention", f"PyTorch ({problem})"
     else:
         yield (
             "linear attention",
             f"flash-linear-attention ({fla.detail}), a call for segments of one depth and length",
         )
-    for layers, module, package in _KERNELS:
-        problem = _import_problem(module, package)
+    # transformers calls the kernels of these packages where they are there.
+    for layers, module, package in (
+        ("Mamba 2", MAMBA, "mamba-ssm"),
+        ("short convolutions", CONVOLUTION, "causal-conv1d"),
+    ):
+        problem = import_problem(module)
         yield (
             layers,
             f"{package} {_version(package)}" if problem is None else f"PyTorch ({problem})",
         )
-
-
-def _import_problem(module: str, package: str) -> str | None:
-    if importlib.util.find_spec(module) is None:
-        return f"{package} is not installed"
-    try:
-        importlib.import_module(module)
-    # What importing raises where parts of a package don't fit each other or the machine.
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        return f"{package} can't be imported: {type(error).__name__}: {error}"
-    return None

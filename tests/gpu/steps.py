@@ -76,10 +76,11 @@ class Setting:
         if importlib.util.find_spec("trl") is None:
             known = None
             no_trl = None if wheels else f"{self.carried} has no wheels: run `make carried`"
-        no_fla = "its kernels need a GPU" if self.is_dry else None
-        carries_fla = known is None and any("/fla_core-" in wheel for wheel in wheels)
-        if not carries_fla and importlib.util.find_spec("fla") is None:
-            no_fla = "flash-linear-attention is not installed"
+        carried = wheels if known is None else []
+        no_fla, no_mamba = (
+            self._lacks_kernels(module, name, carried)
+            for module, name in (("fla", "fla_core"), ("mamba_ssm", "mamba_ssm"))
+        )
         bench = self.carried / "bench"
         no_bench = None if bench.exists() else f"there is no {bench}: see README.md"
         return [
@@ -114,6 +115,7 @@ class Setting:
             Step("conversations", 60, [self._conversations(bench)], no_trl or no_bench),
             Step("fla", 240, [self._fla()], no_fla),
             Step("linear", 150, [self._linear()], no_fla),
+            Step("mamba", 150, [self._mamba()], no_mamba),
         ]
 
     def parity_results(self) -> list[Path]:
@@ -123,6 +125,13 @@ class Setting:
     def _lacks(self, tool: str) -> str | None:
         # In a dry run, what it would look at runs without it.
         return None if self.is_dry or shutil.which(tool) else f"there is no {tool} on the PATH"
+
+    def _lacks_kernels(self, module: str, name: str, wheels: Sequence[str]) -> str | None:
+        """Return why the kernels of a package can't run, whose wheel has this name."""
+        if self.is_dry:
+            return "its kernels need a GPU"
+        has_wheel = any(f"/{name}-" in wheel for wheel in wheels)
+        return None if has_wheel or importlib.util.find_spec(module) else f"{name} is not installed"
 
     def _python(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> Command:
         dry = {"ONEPASS_TEST_GPU_DRY_RUN": "1"} if self.is_dry else {}
@@ -136,8 +145,8 @@ class Setting:
         command = self._python(
             name, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/{file}", *arguments
         )
-        # The others compile, and fla tries each kernel in many variants.
-        usual = {"test_parity.py": 60, "test_fla.py": 200}.get(file, 100)
+        # The others compile, and Triton tries each kernel in many variants.
+        usual = {"test_parity.py": 60, "test_fla.py": 200, "test_mamba.py": 140}.get(file, 100)
         limit = str(self.test_limit or usual)
         env = {"ONEPASS_TEST_GPU_RESUME": "1", "ONEPASS_TEST_GPU_LIMIT": limit}
         return self._renamed(command, name, env)
@@ -150,6 +159,10 @@ class Setting:
 
     def _fla(self) -> Command:
         command = self._pytest("fla", "test_fla.py")
+        return replace(command, env=command.env | self._with_wheels())
+
+    def _mamba(self) -> Command:
+        command = self._pytest("mamba", "test_mamba.py")
         return replace(command, env=command.env | self._with_wheels())
 
     def _linear(self) -> Command:
@@ -175,9 +188,9 @@ class Setting:
         ]
 
     def _others(self) -> list[Command]:
-        """All other tests but fla's: what takes long in processes of its own."""
+        """All other tests but those of packages: what takes long in processes of its own."""
         files = {name: f"test_{name}.py" for name in ("implementations", "self_check")}
-        ignored = ["test_parity.py", "test_fla.py", *files.values()]
+        ignored = ["test_parity.py", "test_fla.py", "test_mamba.py", *files.values()]
         rest = [f"--ignore=tests/gpu/{file}" for file in ignored]
         commands = [self._pytest(name, file) for name, file in files.items()]
         return [*commands, self._pytest("integration", "", *rest, "-k", "not sanitizer")]

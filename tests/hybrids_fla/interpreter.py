@@ -1,4 +1,5 @@
-"""Lets Triton's interpreter run fla's kernels on CPU tensors. Import it before fla.
+"""Lets Triton's interpreter run the kernels of fla and mamba-ssm on CPU tensors. Import it before
+these.
 
 Only float32: products of bfloat16 are wrong in the interpreter.
 """
@@ -6,10 +7,14 @@ Only float32: products of bfloat16 are wrong in the interpreter.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton import knobs
 from triton.runtime import autotuner, interpreter
@@ -17,9 +22,20 @@ from triton.runtime import autotuner, interpreter
 assert knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
 
 
-def _take_the_first_configuration() -> None:
-    """Timing configurations would ask a GPU driver for a clock."""
-    autotuner.Autotuner._bench = lambda *_, **__: [0.0, 0.0, 0.0]
+def _take_the_smallest_blocks() -> None:
+    """Timing configurations would ask a GPU driver for a clock; and tests have small tensors."""
+
+    def size(_: Any, *__: Any, config: Any, **___: Any) -> list[float]:
+        blocks = [x for name, x in config.kwargs.items() if name.startswith("BLOCK_SIZE")]
+        return [float(math.prod(blocks))] * 3
+
+    autotuner.Autotuner._bench = size
+
+
+def _need_no_gpu() -> None:
+    """mamba-ssm chooses the GPU of its tensors, and asks how many processors it has."""
+    torch.cuda.device = lambda _: nullcontext()
+    torch.cuda.get_device_properties = lambda _: SimpleNamespace(multi_processor_count=1)
 
 
 def _count_in_tensors() -> None:
@@ -63,6 +79,7 @@ def _make_masks_boolean() -> None:
     )
 
 
-_take_the_first_configuration()
+_take_the_smallest_blocks()
+_need_no_gpu()
 _count_in_tensors()
 _make_masks_boolean()

@@ -1,9 +1,12 @@
-"""Tiny models whose linear attention fla computes: one pass against a plain causal forward each."""
+"""Tiny models whose linear attention fla computes, or whose Mamba 2 mamba-ssm: one pass against a
+plain causal forward for each.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from mamba_ssm.ops.triton import ssd_combined
 from torch import Tensor, nn
 
 from onepass_trl.attention.branching import fla_backend
@@ -16,17 +19,38 @@ from tests.models import make_model
 PASSES = random_chat(2, low=2, high=6)
 
 
+DELTA_RULE, KIMI_RULE = "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"
+SCAN = "_mamba_chunk_scan_combined_fwd"
+# With which function in how many layers.
+MODELS = {
+    "qwen3_5": [DELTA_RULE],
+    "qwen3_next": [DELTA_RULE],
+    "olmo_hybrid": [DELTA_RULE],
+    "kimi_linear": [KIMI_RULE],
+    "bailing_hybrid": [KIMI_RULE],
+    "nemotron_h": [SCAN],
+    "granitemoehybrid": [SCAN],
+    "falcon_h1": [SCAN, SCAN],
+    "bamba": [SCAN],
+}
+
+
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """The names of the rules that run along trees by fla."""
+    """The names of the rules that run along trees by fla, and of all scans by mamba-ssm."""
     names = []
-    along_levels = fla_backend.along_levels
 
-    def noting(name, *args, **options):
-        names.append(name)
-        return along_levels(name, *args, **options)
+    def note(module, function, name):
+        original = getattr(module, function)
 
-    monkeypatch.setattr(fla_backend, "along_levels", noting)
+        def noting(*args, **options):
+            names.append(name or args[0])
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, function, noting)
+
+    note(fla_backend, "along_levels", None)
+    note(ssd_combined, SCAN, SCAN)
     return names
 
 
@@ -68,20 +92,14 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert (actual[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
-@pytest.mark.parametrize(
-    ("name", "rule"),
-    [
-        ("qwen3_5", "torch_chunk_gated_delta_rule"),
-        ("qwen3_next", "torch_chunk_gated_delta_rule"),
-        ("kimi_linear", "chunk_kimi_delta_attention"),
-    ],
-)
-def test_one_pass_is_n_passes(calls, name, rule):
+@pytest.mark.parametrize("name", MODELS)
+def test_one_pass_is_n_passes(calls, name):
     expected = gradients(model := make_model(name), loss := n_pass_loss(model, PASSES))
-    assert not calls
+    assert calls == [rule for rule in MODELS[name] if rule == SCAN] * len(PASSES)
+    calls.clear()
     use_onepass_attention(model)
     one_pass = one_pass_loss(model, PASSES)
-    assert calls == [rule]
+    assert calls == MODELS[name]
     torch.testing.assert_close(one_pass, loss, rtol=1e-6, atol=0)
     assert_same(gradients(model, one_pass), expected)
 

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from onepass_trl.attention.branching.packages import (
+    CONVOLUTION,
+    refusal_on_cpu,
+    warn_if_unused,
+)
 from onepass_trl.attention.branching.segments import Segments, segments_of
 from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.attention.remembered import Remembered
@@ -58,6 +63,8 @@ def _seams_of(visible_end: Tensor, width: int) -> Seams:
 
 def convolution(convolve: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     """Return `convolve`, a causal depthwise convolution, made to follow `visible_end`."""
+    warn_if_unused(convolve, CONVOLUTION, "short convolutions", "causal-conv1d")
+    refuse_cpu = refusal_on_cpu(convolve, name)
 
     @functools.wraps(convolve)
     def branching(
@@ -70,6 +77,8 @@ def convolution(convolve: Callable[..., Tensor], name: str) -> Callable[..., Ten
         context_parallel: ContextParallel | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        if refuse_cpu is not None:
+            refuse_cpu(hidden_states)
         if visible_end is None:
             return convolve(hidden_states, weight, bias, activation=activation, **kwargs)
         if context_parallel is not None:  # as if channels were heads

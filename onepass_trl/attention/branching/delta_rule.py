@@ -9,14 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from onepass_trl.attention.branching.chunked_delta_rule import along_chunks
-from onepass_trl.attention.branching.fla_rule import (
-    along_tree_by_fla,
-    is_of_fla,
-    refuse_cpu,
+from onepass_trl.attention.branching.fla_rule import along_tree_by_fla, usable_backend
+from onepass_trl.attention.branching.packages import (
+    is_of_transformers,
+    refusal_on_cpu,
     runs_in_interpreter,
-    usable_backend,
 )
-from onepass_trl.attention.branching.packages import is_of_transformers
 from onepass_trl.attention.branching.recurrences import along_tree
 from onepass_trl.attention.head_exchange import ContextParallel
 
@@ -27,7 +25,7 @@ def delta_rule(rule: Callable[..., Any], name: str) -> Callable[..., Any]:
     On GPUs fla computes it where it can take a tree, whatever `rule` is.
     """
     backend = usable_backend()
-    of_fla = is_of_fla(rule)
+    refuse_cpu = refusal_on_cpu(rule, name)
     interpreted = runs_in_interpreter()
 
     @functools.wraps(rule)
@@ -52,14 +50,13 @@ def delta_rule(rule: Callable[..., Any], name: str) -> Callable[..., Any]:
             return rule(q, k, v, g=decay, beta=rate, **state, **kwargs)
 
         sequences = (query, key, value, g, beta)
-        on_gpu = key.device.type != "cpu" or interpreted
-        if of_fla and not on_gpu:
-            refuse_cpu(name)
+        if refuse_cpu is not None:
+            refuse_cpu(key)
         if visible_end is None:
             return run(sequences, initial_state, output_final_state)
         assert initial_state is None
         assert not output_final_state
-        if backend is not None and on_gpu:
+        if backend is not None and (key.device.type != "cpu" or interpreted):
             out = along_tree_by_fla(
                 backend, name, visible_end, sequences, context_parallel, **kwargs
             )

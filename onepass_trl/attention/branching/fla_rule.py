@@ -10,16 +10,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from onepass_trl.attention.branching.levels import levels_of
-from onepass_trl.attention.branching.packages import implementation
 from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.versions import FLA
 
@@ -69,25 +67,6 @@ def usable_backend() -> ModuleType | None:
             FLA,
         )
     return fla.backend
-
-
-def runs_in_interpreter() -> bool:
-    """Whether Triton interprets its kernels, for which it needs no GPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def is_of_fla(rule: Callable[..., Any]) -> bool:
-    """Whether fla does the work of a rule of transformers."""
-    module = getattr(implementation(rule), "__module__", None)
-    return module is not None and module.startswith("fla.")
-
-
-def refuse_cpu(name: str) -> NoReturn:
-    """Raise the ValueError for a rule of fla that got tensors on the CPU."""
-    raise ValueError(
-        f"{name} got tensors on the CPU, and flash-linear-attention, which is installed, has "
-        "kernels for GPUs only: move the model to a GPU, or use an environment without that package"
-    )
 
 
 # Autograd's hooks, and what is made of a tree once per batch, are no part of a graph.

@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onepass_trl.attention.branching.chunks import Chunks, chunks_of
-from onepass_trl.attention.branching.packages import is_of_transformers
+from onepass_trl.attention.branching.packages import (
+    MAMBA,
+    is_of_transformers,
+    refusal_on_cpu,
+    warn_if_unused,
+)
 from onepass_trl.attention.head_exchange import ContextParallel
 
 SIZE_IN_PYTORCH = 64
@@ -20,6 +25,8 @@ SIZE_IN_PYTORCH = 64
 
 def chunk_scan(scan: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return `scan`, that of Mamba 2, made to follow `visible_end`."""
+    warn_if_unused(scan, MAMBA, "layers of Mamba 2", "mamba-ssm>=2")
+    refuse_cpu = refusal_on_cpu(scan, name)
 
     @functools.wraps(scan)
     def branching(
@@ -36,6 +43,8 @@ def chunk_scan(scan: Callable[..., Any], name: str) -> Callable[..., Any]:
         return_final_states: bool = False,
         **kwargs: Any,
     ) -> Any:
+        if refuse_cpu is not None:
+            refuse_cpu(hidden_states)
         if visible_end is None:
             state = dict(initial_states=initial_states, return_final_states=return_final_states)
             return scan(hidden_states, dt, A, B, C, chunk_size, **state, **kwargs)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from onepass_trl.attention.branching.segments import segments_of
@@ -57,15 +56,6 @@ def mamba2(
         outputs.append((states[token] * C[token][:, None]).sum(-1) + D[:, None] * x[token])
     out = torch.stack(outputs)
     return out * torch.nn.functional.silu(gate[0]) if gate else out
-
-
-@st.composite
-def trees(draw: st.DrawFn, longest: int = 90) -> Tensor:
-    """Draw `visible_end` of one or two rows of random trees, ``(batch, seq)`` int32."""
-    seq, batch = draw(st.integers(1, longest)), draw(st.integers(1, 2))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    rows = [random_visible_end(seq, generator) for _ in range(batch)]
-    return torch.tensor(rows, dtype=torch.int32)
 
 
 def assert_equals_recurrence(

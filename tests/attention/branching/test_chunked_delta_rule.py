@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from onepass_trl.attention.branching import chunked_delta_rule
@@ -13,8 +12,10 @@ from onepass_trl.attention.branching.packages import implementation
 from onepass_trl.attention.branching.recurrences import along_tree
 from onepass_trl.attention.branching.segments import segments_of
 from tests.attention.branching import recurrences
-from tests.attention.branching.recurrences import assert_equals_recurrence, random_tree, trees
+from tests.attention.branching.kernels import kernels, long_chat
+from tests.attention.branching.recurrences import assert_equals_recurrence, random_tree
 from tests.attention.branching.test_packages import original
+from tests.attention.branching.trees import trees
 
 HEADS, D_K, D_V = 2, 8, 6
 CHANNELWISE = [False, True]
@@ -146,34 +147,11 @@ def test_what_is_not_finite_stays_in_its_branch(channelwise):
         assert gradient[:, 10:].isfinite().all()
 
 
-class CountKernels(TorchDispatchMode):
-    """Counts operations that compute: neither views nor allocations."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += not (func.is_view or "empty" in func.__name__)
-        return func(*args, **kwargs or {})
-
-
-def kernels(call, inputs):
-    with CountKernels() as counted:
-        call(*inputs).sum().backward()
-    return counted.number
-
-
 @pytest.mark.parametrize("channelwise", CHANNELWISE)
 def test_a_long_chat_takes_an_eighth_of_the_calls(channelwise):
     """Against a call of transformers' function per group of segments: twenty turns."""
     rule = transformers_rule(channelwise)
-    lengths = [(5 + turn, 12 + turn % 3) for turn in range(20)]
-    seq, ends = sum(map(sum, lengths)), []
-    for of_trunk, of_branch in lengths:
-        ends += [seq] * of_trunk
-        ends += [len(ends) + of_branch] * of_branch
-    visible_end = torch.tensor([ends], dtype=torch.int32)
+    visible_end = long_chat()
     inputs = [x.requires_grad_() for x in random_inputs(visible_end, channelwise=channelwise)]
 
     def run(pieces, initial, wants_state):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from onepass_trl.attention.branching.chunks import chunks_of, cut_into_chunks
 from onepass_trl.attention.branching.segments import cut_into_segments
-from tests.attention.branching.recurrences import trees
+from tests.attention.branching.trees import trees
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,6 @@ with its kernels, in tests/hybrids_fla.
 
 import logging
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,27 +13,6 @@ from onepass_trl.attention.branching import fla_rule
 from onepass_trl.attention.branching.delta_rule import delta_rule
 
 TREE = torch.tensor([[4, 4, 3, 4]], dtype=torch.int32)
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Return a function that installs a package "fla" of the given files in place of any other."""
-
-    def install(**files: str) -> None:
-        for name, text in files.items():
-            (tmp_path / "fla").mkdir(exist_ok=True)
-            (tmp_path / "fla" / f"{name}.py").write_text(text)
-
-    for module in [name for name in sys.modules if name.split(".")[0] == "fla"]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.syspath_prepend(tmp_path)
-    for function in (fla_rule.installed_fla, fla_rule.usable_backend):
-        function.cache_clear()
-    yield install
-    for module in [name for name in sys.modules if name.split(".")[0] == "fla"]:
-        del sys.modules[module]
-    for function in (fla_rule.installed_fla, fla_rule.usable_backend):
-        function.cache_clear()
 
 
 UNUSABLE = {
@@ -56,7 +34,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize(("files", "reason"), UNUSABLE.values(), ids=UNUSABLE)
 def test_what_trees_cannot_go_through_is_said_once_and_not_used(install, caplog, files, reason):
-    install(**files)
+    install("fla", **files)
     called = []
 
     def rule(query, key, value, g, beta, **options):
@@ -75,24 +53,12 @@ def test_what_trees_cannot_go_through_is_said_once_and_not_used(install, caplog,
     assert re.search(reason, record.message), record.message
 
 
-def test_nothing_is_said_where_there_is_no_fla(install, caplog):
+def test_nothing_is_said_where_there_is_no_fla(caplog):
     if fla_rule.importlib.util.find_spec("fla") is not None:
         pytest.skip("fla is installed")
     assert fla_rule.usable_backend() is None
     assert fla_rule.installed_fla().detail == "not installed"
     assert not caplog.records
-
-
-@pytest.mark.parametrize("visible_end", [TREE, None])
-def test_tensors_on_the_cpu_are_refused_before_triton_is_asked(visible_end):
-    def rule(*_, **__):
-        raise AssertionError("0 active drivers")
-
-    rule.__module__ = "fla.ops.gated_delta_rule.chunk"
-    branching = delta_rule(rule, "rule")
-    x, gates = torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1)
-    with pytest.raises(ValueError, match=r"rule got tensors on the CPU, .*for GPUs only: move"):
-        branching(x, x, x, gates, gates, visible_end=visible_end)
 
 
 def test_keys_for_which_fla_has_no_kernel_are_refused():

@@ -8,9 +8,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from onepass_trl.attention.branching import mamba2
+from onepass_trl.attention.branching.recurrences import along_tree as by_groups
 from tests.attention.branching import recurrences
-from tests.attention.branching.recurrences import assert_equals_recurrence, random_tree, trees
+from tests.attention.branching.kernels import kernels, long_chat
+from tests.attention.branching.recurrences import assert_equals_recurrence, random_tree
 from tests.attention.branching.test_packages import original
+from tests.attention.branching.trees import trees
 
 modeling = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
 if not hasattr(modeling, "mamba2_chunk_scan"):
@@ -126,3 +129,21 @@ def test_states_are_kept_in_float32():
     assert all(states.dtype == torch.float32 for states in given)
     assert torch.equal(given[0], given[2])
     assert torch.equal(given[1], given[2])
+
+
+def test_a_long_chat_takes_a_fourteenth_of_the_calls():
+    """Against a call of transformers' function per group of segments: twenty turns."""
+    visible_end = long_chat()
+    sequences, (A, D, dt_bias) = random_inputs(visible_end)
+    inputs = [x.requires_grad_() for x in (*sequences, A, D, dt_bias)]
+    scan = original(modeling.mamba2_chunk_scan)
+
+    def run(pieces, initial, wants_state):
+        state = dict(initial_states=initial, return_final_states=wants_state)
+        x, dt, B, C = pieces
+        out = scan(x, dt, A, B, C, 16, D=D, dt_bias=dt_bias, dt_softplus=True, **state)
+        return out if wants_state else (out, None)
+
+    few = kernels(lambda *inputs: along_tree(scan, visible_end, *inputs), inputs)
+    many = kernels(lambda *inputs: by_groups(visible_end, run, inputs[:4], "scan", None), inputs)
+    assert few <= many / 14, (few, many)
