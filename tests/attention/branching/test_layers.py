@@ -2,18 +2,20 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache
 
-from onepass_trl.attention.branching import delta_rule
+from onepass_trl.attention.branching import convolutions, delta_rule, mamba2
 from onepass_trl.attention.branching.layers import REPLACEMENTS, is_mixer
 from onepass_trl.attention.layer_inputs import visible_end_required
 from onepass_trl.attention.transformers_backend import use_onepass_attention
 from tests.attention.branching.recurrences import random_tree
 from tests.attention.branching.test_packages import as_kernels_wraps, original
-from tests.attention.cases import random_visible_end
+from tests.attention.cases import random_visible_end, tree_positions
 from tests.models import MODELS, VOCAB_SIZE, make_model
 
 HYBRIDS = [name for name in ("qwen3_5", "kimi_linear", "nemotron_h", "lfm2") if name in MODELS]
@@ -131,22 +133,116 @@ def test_a_visible_end_of_another_shape_is_refused():
         model(ids.expand(2, -1), use_cache=False, **tree)
 
 
-@pytest.mark.parametrize("name", [name for name in HYBRIDS if name in ("qwen3_5", "kimi_linear")])
+# Who computes the layers of a model where no package does.
+PATHS = {
+    (delta_rule, "along_chunks"): (
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_next",
+        "olmo_hybrid",
+        "kimi_linear",
+        "bailing_hybrid",
+    ),
+    (mamba2, "_along_chunks"): ("nemotron_h", "granitemoehybrid", "falcon_h1", "bamba"),
+    (convolutions, "_convolve_seams"): ("lfm2", "lfm2_moe", "lfm3"),
+}
+PATH_OF = {name: path for path, names in PATHS.items() for name in names if name in MODELS}
+
+
+@pytest.mark.parametrize("name", PATH_OF)
 def test_functions_in_pytorch_run_along_chunks(name, monkeypatch):
-    """Not once for each group of segments, as functions do of which nothing is known."""
-    rules = []
+    """Not once for each group of segments, as functions do of which nothing is known. That they
+    equal N-pass is tested with all models, in tests/training/test_exactness.py."""
+    module, function = PATH_OF[name]
+    called, original = [], getattr(module, function)
     monkeypatch.setattr(delta_rule, "along_tree", None)
-    along_chunks = delta_rule.along_chunks
     monkeypatch.setattr(
-        delta_rule,
-        "along_chunks",
-        lambda *args, **kwargs: rules.append(args[2]) or along_chunks(*args, **kwargs),
+        module,
+        function,
+        lambda *args, **kwargs: called.append(function) or original(*args, **kwargs),
     )
     model = make_model(name)
     use_onepass_attention(model)
     ids, tree = inputs()
     model(ids, use_cache=False, **tree)
-    assert rules
+    assert len(called) == sum(map(is_mixer, model.modules()))
+
+
+def packed_rows():
+    """Return inputs of two rows, the first with two trees, and the places of all trees."""
+    trees = [(0, 0, 12), (0, 12, 30), (1, 0, 30)]
+    ends = torch.empty(2, 30, dtype=torch.int32)
+    positions = torch.empty(2, 30, dtype=torch.int64)
+    for row, begin, end in trees:
+        tree = random_tree(end - begin, seed=end)
+        ends[row, begin:end] = tree[0] + begin
+        positions[row, begin:end] = tree_positions(tree)[0]
+    ids = torch.randint(3, VOCAB_SIZE, ends.shape, generator=torch.Generator().manual_seed(0))
+    return ids, dict(position_ids=positions, visible_end=ends), trees
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_trees_of_a_row_and_rows_of_a_batch_are_each_as_alone(name):
+    model = make_model(name)
+    use_onepass_attention(model)
+    ids, tree, trees = packed_rows()
+    logits = model(ids, use_cache=False, **tree).logits
+    for row, begin, end in trees:
+        own = (slice(row, row + 1), slice(begin, end))
+        alone = model(
+            ids[own],
+            position_ids=tree["position_ids"][own],
+            visible_end=tree["visible_end"][own] - begin,
+            use_cache=False,
+        ).logits
+        torch.testing.assert_close(logits[own], alone, rtol=1e-4, atol=1e-5)
+
+
+def gradients(model, ids, tree):
+    model.zero_grad()
+    logits = model(ids, use_cache=False, **tree).logits
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    (logits * weight).sum().backward()
+    return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+
+def checkpointed(use_reentrant):
+    def prepare(model):
+        model.train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        return nullcontext()
+
+    return prepare
+
+
+def compiled(model):
+    model.compile(backend="aot_eager")
+    return nullcontext()
+
+
+WAYS = {
+    "checkpointed": checkpointed(use_reentrant=False),
+    "checkpointed by reentering": checkpointed(use_reentrant=True),
+    "offloaded": lambda _: saved_tensors_hooks(torch.clone, torch.clone),
+    "compiled": compiled,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch.compile itself
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_gradients_are_the_same_however_activations_are_kept(name, way):
+    model = make_model(name)
+    use_onepass_attention(model)
+    ids, tree, _ = packed_rows()
+    expected = gradients(model, ids, tree)
+    with WAYS[way](model):
+        actual = gradients(model, ids, tree)
+    assert actual.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        assert (actual[parameter] - gradient).norm() <= 1e-5 * gradient.norm(), parameter
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma2"])  # branches; a window
