@@ -10,15 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from fla.backends import dispatch
 from fla.ops.common import chunk_delta_h
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from triton.runtime import interpreter
 
 from onepass_trl.attention.branching import fla_backend, fla_rule, levels
-from onepass_trl.attention.head_exchange import ContextParallel
+from onepass_trl.attention.branching.segments import segments_of
+from tests.attention.branching.costs import bytes_of_states
 from tests.attention.cases import random_visible_end
 from tests.attention.rows import chat_row
 from tests.hybrids_fla.cases import GATED, KIMI, make_case
@@ -159,18 +160,12 @@ def test_gradients_may_be_asked_for_twice_and_shared_by_two_calls():
         assert (actual.double() / 2 - exact).norm() < TOLERANCE * exact.norm()
 
 
-def test_rows_that_processes_share():
-    """A group of one process; what several exchange is tested with other rules."""
-    case = make_case(GATED, random_rows(seed=3, batch=2, seq=6))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        group = dist.group.WORLD
-        assert group is not None
-        pieces = ContextParallel(group, torch.arange(6).expand(2, -1))
-        out = case.out(*case.leaves, context_parallel=pieces)
-        assert max(case.errors(out).values()) < TOLERANCE
-    finally:
-        dist.destroy_process_group()
+def test_a_state_per_segment_is_kept(monkeypatch):
+    """As docs/scaling.md counts them. Kernels are not run."""
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", lambda *_, **__: None)
+    case = make_case(GATED, SMALL, value_dim=8)
+    of_states = bytes_of_states(case.out, case.leaves, 2, 16, 8)
+    assert of_states == 4 * len(segments_of(SMALL).begins) * 2 * 16 * 8
 
 
 def test_layers_share_the_levels_of_a_batch(monkeypatch):

@@ -8,11 +8,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from onepass_trl.attention.branching import chunked_delta_rule
+from onepass_trl.attention.branching.chunks import chunks_of
 from onepass_trl.attention.branching.packages import implementation
 from onepass_trl.attention.branching.recurrences import along_tree
 from onepass_trl.attention.branching.segments import segments_of
 from tests.attention.branching import recurrences
-from tests.attention.branching.kernels import kernels, long_chat
+from tests.attention.branching.costs import bytes_of_states, kernels, long_chat
 from tests.attention.branching.recurrences import assert_equals_recurrence, random_tree
 from tests.attention.branching.test_packages import original
 from tests.attention.branching.trees import trees
@@ -164,3 +165,13 @@ def test_a_long_chat_takes_an_eighth_of_the_calls(channelwise):
 
     few = kernels(lambda *inputs: along_chunks(visible_end, *inputs), inputs)
     assert few <= kernels(by_groups, inputs) / 8
+
+
+@pytest.mark.parametrize("channelwise", CHANNELWISE)
+def test_a_state_per_chunk_is_kept(channelwise):
+    """As docs/scaling.md counts them."""
+    visible_end = long_chat()
+    inputs = [x.requires_grad_() for x in random_inputs(visible_end, channelwise=channelwise)]
+    of_states = bytes_of_states(lambda *x: along_chunks(visible_end, *x), inputs, HEADS, D_K, D_V)
+    num_chunks = len(chunks_of(visible_end, chunked_delta_rule.CHUNK_SIZE).tokens)
+    assert of_states == 4 * num_chunks * HEADS * D_K * D_V

@@ -1,5 +1,7 @@
 """The scan of Mamba 2 along trees: against the recurrence, with all its options."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from onepass_trl.attention.branching import mamba2
+from onepass_trl.attention.branching.chunks import chunks_of
 from onepass_trl.attention.branching.recurrences import along_tree as by_groups
 from tests.attention.branching import recurrences
-from tests.attention.branching.kernels import kernels, long_chat
+from tests.attention.branching.costs import bytes_of_states, kernels, long_chat
 from tests.attention.branching.recurrences import assert_equals_recurrence, random_tree
 from tests.attention.branching.test_packages import original
 from tests.attention.branching.trees import trees
@@ -147,3 +150,13 @@ def test_a_long_chat_takes_a_fourteenth_of_the_calls():
     few = kernels(lambda *inputs: along_tree(scan, visible_end, *inputs), inputs)
     many = kernels(lambda *inputs: by_groups(visible_end, run, inputs[:4], "scan", None), inputs)
     assert few <= many / 14, (few, many)
+
+
+def test_a_state_per_chunk_is_kept():
+    """As docs/scaling.md counts them."""
+    visible_end = long_chat()
+    sequences, parameters = random_inputs(visible_end)
+    inputs = [x.requires_grad_() for x in (*sequences, *parameters)]
+    scan, state = original(modeling.mamba2_chunk_scan), (HEADS, HEAD_DIM, STATE_SIZE)
+    of_states = bytes_of_states(lambda *x: along_tree(scan, visible_end, *x), inputs, *state)
+    assert of_states == 4 * len(chunks_of(visible_end, 16).tokens) * math.prod(state)

@@ -1,4 +1,4 @@
-"""How many kernels a recurrence along a tree launches."""
+"""What a recurrence along a tree launches, and what it keeps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -39,3 +40,19 @@ def kernels(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> int:
     with _CountKernels() as counted:
         call(*inputs).sum().backward()
     return counted.number
+
+
+def bytes_of_states(call: Callable[..., Tensor], inputs: Sequence[Tensor], *state: int) -> int:
+    """Return how much of what a call keeps for its backward are states, which end in this shape."""
+    sizes: dict[int, int] = {}
+    kept = []  # so that no other tensor gets the address of one of these
+
+    def keep(x: Tensor) -> Tensor:
+        if x.shape[-len(state) :] == state:
+            kept.append(x)
+            sizes[x.data_ptr()] = x.nbytes
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        call(*inputs)
+    return sum(sizes.values())
