@@ -16,7 +16,10 @@ ACROSS_VERSIONS := tests/test_versions.py tests/attention/test_transformers_back
   tests/cli tests/setsft/test_exactness.py tests/training/test_exactness.py tests/training/test_lm_head.py \
   tests/training/test_sequences.py tests/training/test_trainer.py
 
-.PHONY: help venv lock demo test test-all test-oldest test-newest test-fla .venv-oldest .venv-newest .venv-fla generated check format cuda check-cuda test-gpu carried wheel try-wheel bench bench-gpu docs plots clean
+# As users have them: `TRL/transformers`.
+PAIRS ?= $(foreach trl,1.9.2 1.12.0 1.14.2 1.16.0,$(addprefix $(trl)/,5.16.1 5.17.0 5.20.2 5.24.0))
+
+.PHONY: help venv lock demo test test-all test-oldest test-newest test-pairs test-fla .venv-oldest .venv-newest .venv-fla generated check format cuda check-cuda test-gpu carried wheel try-wheel bench bench-gpu docs plots clean
 
 help:
 	@echo "make venv        set up .venv with the versions of constraints.txt and build the package into it"
@@ -26,6 +29,8 @@ help:
 	@echo "make test        run the tests, but for the long ones (6 minutes on two cores)"
 	@echo "make test-oldest run a part with the oldest versions of other packages, in .venv-oldest (3 minutes)"
 	@echo "make test-newest the same with the newest, in .venv-newest"
+	@echo "make test-pairs  the same with TRL and transformers in 16 pairs, in .venv-pairs (an hour);"
+	@echo "                 PAIRS=1.12.0/5.17.0 for one of them"
 	@echo "make test-fla    run the kernels of fla and mamba-ssm along trees in Triton's interpreter, in .venv-fla (5 minutes)"
 	@echo "make test-all    run them all, and record what the long ones guard in tests/long.json"
 	@echo "make check       formatting, lint, types, layers"
@@ -100,13 +105,13 @@ lock:
 
 # Threads that wait sleep instead of spinning. It costs a few percent on an idle machine and is several
 # times faster on one that is busy with something else too.
-demo test test-all test-oldest test-newest test-fla: export OMP_WAIT_POLICY ?= passive
+demo test test-all test-oldest test-newest test-pairs test-fla: export OMP_WAIT_POLICY ?= passive
 
 demo: venv
 	$(BIN)/python examples/demo.py
 
 # A test has one thread, and there is a process for each core.
-test test-all test-oldest test-newest test-fla: export OMP_NUM_THREADS ?= 1
+test test-all test-oldest test-newest test-pairs test-fla: export OMP_NUM_THREADS ?= 1
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations 20
 
 test: venv
@@ -120,6 +125,19 @@ test-oldest: venv .venv-oldest
 test-newest: venv .venv-newest
 test-oldest test-newest:
 	$(PYTEST) $(or $(ARGS),$(ACROSS_VERSIONS))
+
+# One environment, in which each pair replaces the one before; ends at the first that fails.
+test-pairs: private BIN = .venv-pairs/bin
+test-pairs: private CONSTRAINTS = .venv-pairs/constraints.txt
+test-pairs: venv
+	$(PYTHON) -m venv .venv-pairs
+	: > $(CONSTRAINTS)
+	$(INSTALL) --upgrade pip
+	set -e; for pair in $(PAIRS); do echo "== TRL/transformers $$pair"; \
+	  { grep '^torch==' constraints.txt; echo "trl==$${pair%/*}"; echo "transformers==$${pair#*/}"; } > $(CONSTRAINTS); \
+	  $(INSTALL) --quiet torch setuptools wheel ninja numpy; \
+	  $(INSTALL) --quiet --upgrade --no-build-isolation --only-deps '.[dev]'; \
+	  $(PYTEST) $(or $(ARGS),$(ACROSS_VERSIONS)); done
 
 # Without tests/conftest.py, which needs TRL.
 test-fla: private BIN = .venv-fla/bin
@@ -219,7 +237,7 @@ docs: venv .venv/docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-fla build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-pairs .venv-fla build dist site runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find onepass_trl -name '*.so' -delete
 	rm -f onepass_trl/_cuda.json
 	find . -name __pycache__ -prune -exec rm -rf {} +
