@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from onepass_trl.chat.checks import written_forms
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.messages import Message
 
@@ -100,8 +101,15 @@ def _next_tag(text: str) -> str:
 
 
 def _is_unescaped(quote: str, arguments: Mapping[str, Any], completion: str) -> bool:
-    """Return whether an argument with this quotation mark is written as it is."""
-    return any(
-        isinstance(value, str) and quote in value and quote + value + quote in completion
-        for value in arguments.values()
-    )
+    """Return whether an argument with this quotation mark is written as it is, not escaped.
+
+    It may also be between such marks elsewhere, for instance in reasoning that quotes it.
+    """
+    for value in arguments.values():
+        if not isinstance(value, str) or quote not in value:
+            continue
+        forms = {value, *written_forms(value)}
+        written = {form for form in forms if quote + form + quote in completion}
+        if written and written <= {value, value.strip()}:
+            return True
+    return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from onepass_trl.chat import ChatFormatError, render_turns
@@ -58,6 +60,18 @@ def test_what_ends_an_argument_is_refused_in_it(case):
     turn, tokenizer = rendered(case, f"It {' '.join(others)} goes on.")
     if "lfm2" not in case.template:  # TRL's parser doesn't read what the newer ones escape
         assert check_round_trip(turn, tokenizer, trl_response_template)
+
+
+@pytest.mark.parametrize("template", ["qwen3", "gptoss"])
+@pytest.mark.parametrize(
+    "arguments", [{"query": 'a "b c"'}, {"page": "", "query": ': "'}, {"query": '"'}]
+)
+def test_a_quotation_of_an_argument_ends_no_argument(template, arguments):
+    """What JSON escapes may be between quotation marks elsewhere, for instance in reasoning."""
+    messages = calling(arguments)
+    messages[1]["reasoning_content"] = f'I try "{arguments["query"]}" first.'
+    [turn] = render_turns(messages, small_tokenizer(template))
+    assert json.dumps(arguments) in turn.completion
 
 
 # MiniMax M2: values as they are, texts or not.
