@@ -34,14 +34,15 @@ class Vision:
     """What a processor makes of images.
 
     Attributes:
-        placeholder: What chat templates write for an image.
-        placeholder_id: Its id; the model puts the features of images where this token is.
+        placeholder: What chat templates write for an image. The processor puts the image's tokens
+            in its place, which may be others.
+        placeholder_id: Its id.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self._processor = processor
         self.placeholder: str = processor.image_token
-        self.placeholder_id = int(processor.image_token_id)
+        self.placeholder_id = int(processor.tokenizer.convert_tokens_to_ids(self.placeholder))
 
     @property
     def merge_size(self) -> int:
@@ -63,7 +64,7 @@ class Vision:
         if key not in tokens:
             from PIL import Image
 
-            ids = self._process([Image.new("RGB", size)], str(source))["input_ids"][0]
+            [ids] = self._process([Image.new("RGB", size)], str(source))["input_ids"]
             tokens[key] = np.asarray(ids, dtype=np.int32)
         return tokens[key]
 
@@ -78,19 +79,22 @@ class Vision:
         """
         images = {source: load(source) for source in sources}
         name = ", ".join(map(str, sources))
-        outputs = self._process([images[source] for source in sources], name, return_tensors="pt")
+        outputs = self._process([images[source] for source in sources], name)
         return {key: value for key, value in outputs.items() if key not in _OF_TEXT}
 
     def token_types(self, token_ids: NDArray[np.int32]) -> dict[str, torch.Tensor]:
         """Return ``mm_token_type_ids``, ``(1, num_tokens)`` int64, if the processor makes them."""
         import torch
 
-        if "mm_token_type_ids" not in self._processor.model_input_names:
+        processor, name = self._processor, "mm_token_type_ids"
+        if name not in processor.model_input_names and not getattr(
+            processor, f"return_{name}", False
+        ):
             return {}
-        types = self._processor.create_mm_token_type_ids([token_ids.tolist()])
-        return {"mm_token_type_ids": torch.tensor(types)}
+        types = processor.create_mm_token_type_ids([token_ids.tolist()])
+        return {name: torch.tensor(types)}
 
-    def _process(self, images: Sequence[Image], name: str, **kwargs: Any) -> Any:
+    def _process(self, images: Sequence[Image], name: str) -> Any:
         text = self.placeholder * len(images)
         try:
             return self._processor(
@@ -98,7 +102,7 @@ class Vision:
                 text=[text],
                 add_special_tokens=False,
                 return_mm_token_type_ids=False,
-                **kwargs,
+                return_tensors="pt",
             )
         except ValueError as error:
             raise ImageError(f"the processor doesn't take the image ({name}): {error}") from error

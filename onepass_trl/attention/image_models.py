@@ -7,17 +7,46 @@ from transformers import PreTrainedConfig
 # By `model_type`. They attend causally to the tokens of images, and one pass is compared with N
 # passes for each in tests/training/test_images.py.
 _WITH_PLANES = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
+    "cosmos3_edge",
+    "cosmos3_omni",
+    "glm46v",
     "glm4v",
     "glm4v_moe",
-    "glm46v",
+    "glm_ocr",
+    "glmga",
+    "paddleocr_vl",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
 )
-_WITHOUT_PLANES = ("internvl",)
+_WITHOUT_PLANES = (
+    "aria",
+    "aya_vision",
+    "cohere2_vision",
+    "deepseek_vl",
+    "exaone4_5",
+    "hyperclovax_vision_v2",
+    "idefics3",
+    "internvl",
+    "janus",
+    "kimi_k25",
+    "lfm2_vl",
+    "lfm3_vl",
+    "lighton_ocr",
+    "llava",
+    "llava_next",
+    "minimax_m3_vl",
+    "mistral3",
+    "muse_glimmer",
+    "ovis2",
+    "smolvlm",
+    "step3p7",
+    "video_llama_3",
+    "vipllava",
+)
 IMAGE_MODELS = (*_WITH_PLANES, *_WITHOUT_PLANES)
 
 

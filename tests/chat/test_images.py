@@ -17,17 +17,23 @@ from onepass_trl.chat.rendering import render_answers
 from onepass_trl.passes import ImageSource
 from onepass_trl.vision import Vision, load, vision_of
 from tests.chat.families import trl_template
+from tests.image_families import FAMILIES
 from tests.images import CHATS, A, B, C, answer, make_image, make_processor, part, text
 
-PROCESSORS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm46v", "internvl")
+PROCESSORS = sorted({(f.processor, f.images): name for name, f in FAMILIES.items()}.values())
+"""A family for each processor."""
 
 
 def contexts(messages, processor, **kwargs):
     """What the processor itself makes of the messages before each assistant turn."""
     return [
         processor.apply_chat_template(
-            messages[:index], tokenize=True, add_generation_prompt=True, **kwargs
-        )[0]
+            messages[:index],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            **kwargs,
+        )[0].tolist()
         for index, message in enumerate(messages)
         if message["role"] == "assistant"
     ]

@@ -15,9 +15,9 @@ from onepass_trl.tools import verify
 from onepass_trl.tools.verify import compare
 from onepass_trl.training.context_parallel import forward_in_pieces
 from onepass_trl.versions import checkpointing_option
+from tests.image_families import FAMILIES
 from tests.images import (
     CHATS,
-    MODELS,
     A,
     B,
     C,
@@ -43,13 +43,15 @@ CONVERSATIONS = [*CHATS.values(), TEXT_ONLY]
 
 
 def test_every_family_is_tested():
-    assert MODELS.keys() == set(IMAGE_MODELS)
+    assert FAMILIES.keys() == set(IMAGE_MODELS)
 
 
 @pytest.mark.parametrize("chat", CHATS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_one_pass_equals_n_passes(name, chat, monkeypatch):
-    monkeypatch.setattr(verify, "_GRADIENT_FLOOR", 1e-5)
+    # The gradient of a decay is a small sum of large terms.
+    floor = 1e-4 if name.startswith("qwen3_5") else 1e-5
+    monkeypatch.setattr(verify, "_GRADIENT_FLOOR", floor)
     model, processor = make_image_model(name), make_processor(name)
     passes = render_passes(CHATS[chat], processor)
     comparison = compare(model, passes, processor)
