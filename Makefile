@@ -32,6 +32,7 @@ help:
 	@echo "make test-pairs  the same with TRL and transformers in 16 pairs, in .venv-pairs (an hour);"
 	@echo "                 PAIRS=1.12.0/5.17.0 for one of them"
 	@echo "make test-fla    run the kernels of fla and mamba-ssm along trees in Triton's interpreter, in .venv-fla (5 minutes)"
+	@echo "make test-images images with every family of models, and with torchvision (5 minutes)"
 	@echo "make test-all    run them all, and record what the long ones guard in tests/long.json"
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make format      format Python and C++"
@@ -87,6 +88,12 @@ MAMBA := mamba-ssm==2.3.2.post1
 	$(INSTALL) torch transformers setuptools wheel pytest pytest-xdist $(FLA)
 	$(INSTALL) --no-deps --no-build-isolation $(MAMBA)
 
+# Not in .venv itself, where the tests see to it that images need no torchvision. PyPI's is built for CUDA;
+# tests/__init__.py lets it be imported next to a CPU build of torch. That of torch 2.N is 0.(N + 15).
+.venv/images: .venv/installed
+	minor=$$(sed -n 's/^torch==2\.\([0-9]*\).*/\1/p' constraints.txt) && \
+	  $(BIN)/python -m pip install --no-deps --target $@ "torchvision==0.$$((minor + 15)).*" num2words docopt
+
 # Without the labels of torch's builds (+cpu, +cu130), so that each machine finds its own.
 FREEZE = -m pip freeze --all --exclude-editable | sed 's/+.*//'
 
@@ -105,13 +112,13 @@ lock:
 
 # Threads that wait sleep instead of spinning. It costs a few percent on an idle machine and is several
 # times faster on one that is busy with something else too.
-demo test test-all test-oldest test-newest test-pairs test-fla: export OMP_WAIT_POLICY ?= passive
+demo test test-all test-oldest test-newest test-pairs test-fla test-images: export OMP_WAIT_POLICY ?= passive
 
 demo: venv
 	$(BIN)/python examples/demo.py
 
 # A test has one thread, and there is a process for each core.
-test test-all test-oldest test-newest test-pairs test-fla: export OMP_NUM_THREADS ?= 1
+test test-all test-oldest test-newest test-pairs test-fla test-images: export OMP_NUM_THREADS ?= 1
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations 20
 
 test: venv
@@ -145,6 +152,10 @@ test-fla: export TRITON_INTERPRET = 1
 test-fla: export ONEPASS_TEST_GPU_DRY_RUN = 1
 test-fla: venv .venv-fla
 	$(PYTEST) --confcutdir=tests/hybrids_fla -W default $(or $(ARGS),tests/hybrids_fla tests/gpu/test_fla.py tests/gpu/test_mamba.py)
+
+test-images: export PYTHONPATH = $(CURDIR)/.venv/images
+test-images: venv .venv/images
+	$(PYTEST) $(or $(ARGS),tests/chat/test_images.py tests/data/test_image_positions.py tests/training/test_images.py)
 
 check: venv
 	$(BIN)/ruff format --check .

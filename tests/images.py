@@ -66,7 +66,7 @@ def make_processor(name: str) -> ProcessorMixin:
     """Return the processor of a model of `FAMILIES`; skip the test if that needs torchvision."""
     family = FAMILIES[name]
     if family.needs_torchvision and not is_torchvision_available():
-        pytest.skip("needs torchvision: make test-images")
+        pytest.skip("with torchvision: make test-images")
     kind = getattr(transformers, family.processor)
     tokenizer = copy.deepcopy(image_tokenizer(family.place, **family.names))
     settings = {**family.settings, "chat_template": tokenizer.chat_template}

@@ -136,8 +136,9 @@ def load_processing_class(model: str, **kwargs: Any) -> ProcessingClass:
         return AutoTokenizer.from_pretrained(model, **kwargs)
     try:
         return AutoProcessor.from_pretrained(model, **kwargs)
-    except (AttributeError, ImportError) as error:  # which of them depends on the processor
-        if is_torchvision_available():
+    except (AttributeError, ImportError, ValueError) as error:  # which depends on the processor
+        is_another = isinstance(error, ValueError) and "torchvision" not in str(error)
+        if is_another or is_torchvision_available():
             raise
         raise MissingTorchvisionError(
             f"the processor of {model} needs torchvision, which isn't installed: pip install "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,16 @@ def fused_lm_head(model: nn.Module) -> Iterator[None]:
             base.forward = own_forward
 
 
+# By what families scale or cap their logits, as the fused LM head reads it from configurations.
+_OF_LOGITS = (
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+    "final_logit_softcapping",
+)
+
+
 def check_head(model: nn.Module) -> None:
     """Raise ValueError unless the logits are the LM head of the backbone's output.
 
@@ -96,3 +107,22 @@ def check_head(model: nn.Module) -> None:
             "besides its backbone and its LM head, expected no other weights: TRL's fused LM head, "
             "which SFTTrainer trains with too, leaves them out, so the loss would be another one"
         )
+    text_config, read = base.config.get_text_config(), _names_in(type(base))
+    for setting in _OF_LOGITS:
+        value = getattr(text_config, setting, None)
+        if value not in (None, 1) and setting not in read:
+            neutral = None if setting == "final_logit_softcapping" else 1.0
+            raise ValueError(
+                f"{name} cannot be trained in one pass: the configuration of its text model has "
+                f"{setting}={value}, by which TRL's fused LM head changes the logits and {name} "
+                f"itself doesn't, expected the same of both: set {setting} to {neutral} in "
+                "model.config.get_text_config() to train what the model computes"
+            )
+
+
+def _names_in(kind: type) -> set[str]:
+    """Return the names that a class's own functions mention."""
+    functions = [inspect.unwrap(part) for part in vars(kind).values() if inspect.isfunction(part)]
+    codes = [function.__code__ for function in functions]
+    mentioned = (name for code in codes for name in (*code.co_names, *code.co_consts))
+    return {name for name in mentioned if isinstance(name, str)}

@@ -31,7 +31,7 @@ def contexts(messages, processor, **kwargs):
             messages[:index],
             tokenize=True,
             add_generation_prompt=True,
-            return_tensors="pt",
+            return_tensors="np",
             **kwargs,
         )[0].tolist()
         for index, message in enumerate(messages)

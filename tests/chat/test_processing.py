@@ -1,11 +1,13 @@
 """A processor is taken wherever a tokenizer is: its own chat template, its tokenizer's ids."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
+from transformers.utils import is_torchvision_available
 
 from onepass_trl import PreparationOptions, render_passes, render_record
 from onepass_trl.chat import ChatFormatError
@@ -166,6 +168,37 @@ def test_a_model_s_processor_is_loaded_or_else_its_tokenizer(tmp_path):
     assert processor.chat_template == PARTS
     loaded = load_processing_class(str(tmp_path / "without"))
     assert loaded is tokenizer_of(loaded)
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is there")
+@pytest.mark.parametrize(
+    ("processor", "images", "videos"),
+    [
+        ("PixtralProcessor", "PixtralImageProcessor", None),
+        ("Lfm2VlProcessor", "Lfm2VlImageProcessor", None),
+        ("Kimi_K25Processor", "Kimi_K25ImageProcessor", "Kimi_K25VideoProcessor"),
+        ("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
+    ],
+)
+def test_processors_that_need_torchvision_say_so(processor, images, videos, tmp_path):
+    small_tokenizer("qwen3").save_pretrained(tmp_path)
+    config = {"processor_class": processor, "image_processor": {"image_processor_type": images}}
+    if videos:
+        config["video_processor"] = {"video_processor_type": videos}
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(MissingTorchvisionError, match="needs torchvision, which isn't installed"):
+        load_processing_class(str(tmp_path))
+
+
+def test_another_error_of_a_processor_is_not_torchvision_s(tmp_path, monkeypatch):
+    make_processor(small_tokenizer("qwen3")).save_pretrained(tmp_path)
+
+    def broken(*_, **__):
+        raise ValueError("unknown size")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", broken)
+    with pytest.raises(ValueError, match="unknown size"):
+        load_processing_class(str(tmp_path))
 
 
 def test_a_processor_that_needs_torchvision_says_so(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from onepass_trl.tools.verify import compare
 from onepass_trl.training.loss import check_head, fused_lm_head, target_losses
 from tests.conversations import random_chat
+from tests.images import make_image_model
 from tests.model_coverage import make_tiny_model
 from tests.models import MODELS, make_model
 from tests.n_pass import make_trainer
@@ -21,6 +22,16 @@ REFUSED = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_backbone_and_an_lm_head_pass(name):
     check_head(make_model(name))
+
+
+def test_a_scale_that_the_model_itself_does_not_know_is_refused():
+    """As of Command A Vision: a text model with a scale, in a class that doesn't use it."""
+    model = make_image_model("aya_vision", logit_scale=0.25)
+    with pytest.raises(ValueError, match=r"has logit_scale=0\.25, .* expected the same of both"):
+        check_head(model)
+    model.config.text_config.logit_scale = 1.0
+    check_head(model)
+    check_head(make_tiny_model("cohere2"))  # whose own logits have it
 
 
 def test_adapters_pass_but_on_the_head():
