@@ -36,13 +36,16 @@ class Vision:
     Attributes:
         placeholder: What chat templates write for an image. The processor puts the image's tokens
             in its place, which may be others.
-        placeholder_id: Its id.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self._processor = processor
         self.placeholder: str = processor.image_token
-        self.placeholder_id = int(processor.tokenizer.convert_tokens_to_ids(self.placeholder))
+
+    @property
+    def placeholder_id(self) -> int:
+        """The id of the placeholder, which must be a token."""
+        return int(self._processor.tokenizer.convert_tokens_to_ids(self.placeholder))
 
     @property
     def merge_size(self) -> int:
