@@ -19,7 +19,7 @@ ACROSS_VERSIONS := tests/test_versions.py tests/attention/test_transformers_back
 # As users have them: `TRL/transformers`.
 PAIRS ?= $(foreach trl,1.9.2 1.12.0 1.14.2 1.16.0,$(addprefix $(trl)/,5.16.1 5.17.0 5.20.2 5.24.0))
 
-.PHONY: help venv lock demo test test-all test-oldest test-newest test-pairs test-fla .venv-oldest .venv-newest .venv-fla generated check format cuda check-cuda test-gpu carried wheel try-wheel bench bench-gpu docs plots clean
+.PHONY: help venv lock demo test test-all test-oldest test-newest test-pairs test-fla test-images .venv-oldest .venv-newest .venv-fla generated check format cuda check-cuda test-gpu carried wheel try-wheel bench bench-gpu docs plots clean
 
 help:
 	@echo "make venv        set up .venv with the versions of constraints.txt and build the package into it"
