@@ -1,11 +1,12 @@
-"""Times a layer of linear attention on a GPU with flash-linear-attention, forward and backward.
+"""Times linear attention on a GPU with flash-linear-attention, forward and backward.
 
     python benchmarks/gpu_linear.py --json benchmarks/results/linear.json
 
-The ways of `linear_ways.py`, on chats of several lengths, in bfloat16 with the heads of Qwen3.5.
-For each, the seconds of the first step (compilation, tuning, what is made of the tree), the number
-of kernels, the time in which the CPU issues a step, that of its kernels one after another, and that
-of the whole step. `token_ratio` is what one pass can win over `n_pass`, and `speedup` what it does.
+The ways of `linear_ways.py`, for a layer and for a model of four layers (`linear_model.py`), on
+chats of several lengths, in bfloat16 with the heads of Qwen3.5. For each, the seconds of the first
+step (compilation, tuning, what is made of the tree), the number of kernels, the time in which the
+CPU issues a step, that of its kernels one after another, and that of the whole step. `token_ratio`
+is what one pass can win over `n_pass`, and `speedup` what it does.
 
 `--device cpu --tiny`, with TRITON_INTERPRET=1, tries the benchmark out; its times mean nothing.
 """
@@ -21,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # offline, there may be no more
 
 import torch
+from linear_model import model_ways
 from linear_ways import Shape, Way, chat, ways
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -82,17 +84,21 @@ def main(arguments: list[str] | None = None) -> None:
         shape = Shape(heads=1, value_heads=1, head_dim=16, dtype=torch.float32, device=args.device)
     results: list[dict[str, Any]] = []
     for turns in args.turns:
-        of_chat = ways(chat(turns, tiny=args.tiny), shape)
-        measured = {name: measure(way, device, args.repeats) for name, way in of_chat.items()}
-        n_pass = of_chat["n_pass"].num_tokens, measured["n_pass"]["step_ms"]
-        for name, way in of_chat.items():
-            result = {"turns": turns, "way": name, "tokens": way.num_tokens, "steps": way.steps}
-            result |= measured[name] | {
-                "token_ratio": n_pass[0] / way.num_tokens,
-                "speedup": n_pass[1] / measured[name]["step_ms"],
-            }
-            results.append(result)
-            print(", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+        passes = chat(turns, tiny=args.tiny)
+        of_layer = ways(passes, shape)
+        of_model = model_ways(passes, shape, of_layer, tiny=args.tiny)
+        for subject, of_chat in (("layer", of_layer), ("model", of_model)):
+            measured = {name: measure(way, device, args.repeats) for name, way in of_chat.items()}
+            n_pass = of_chat["n_pass"].num_tokens, measured["n_pass"]["step_ms"]
+            for name, way in of_chat.items():
+                result = {"turns": turns, "subject": subject, "way": name}
+                result |= {"tokens": way.num_tokens, "steps": way.steps, **measured[name]}
+                result |= {
+                    "token_ratio": n_pass[0] / way.num_tokens,
+                    "speedup": n_pass[1] / measured[name]["step_ms"],
+                }
+                results.append(result)
+                print(", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
     if args.json:
         write(args.json, "gpu_linear", results)
 

@@ -114,7 +114,7 @@ class Setting:
             Step("training", 100, [self._training()], no_trl),
             Step("conversations", 60, [self._conversations(bench)], no_trl or no_bench),
             Step("fla", 240, [self._fla()], no_fla),
-            Step("linear", 150, [self._linear()], no_fla),
+            Step("linear", 200, [self._linear()], no_fla),
             Step("mamba", 150, [self._mamba()], no_mamba),
         ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -45,9 +46,25 @@ def test_the_figures_of_twenty_turns_are_within_their_bounds():
     assert result["steps_leveled"] <= 65
 
 
+def test_the_ways_of_a_model_have_the_same_loss(monkeypatch):
+    """N-pass but for its convolutions, which run on from a pass to the next."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    linear_model, linear_ways = map(importlib.import_module, ("linear_model", "linear_ways"))
+    shape = linear_ways.Shape(1, 1, head_dim=16, dtype=torch.float32, device="cpu")
+    passes = linear_ways.chat(2, tiny=True)
+    of_layer = linear_ways.ways(passes, shape)
+    of_model = linear_model.model_ways(passes, shape, of_layer, tiny=True)
+    losses = {name: way.forward().item() for name, way in of_model.items()}
+    assert losses["grouped"] == pytest.approx(losses["leveled"], rel=1e-6)
+    assert losses["n_pass"] == pytest.approx(losses["leveled"], rel=1e-3)
+
+
 def test_the_ways_are_timed(results_of):
     results = results_of("gpu_linear", "--device=cpu", "--tiny", "--turns", "2", "--repeats=1")
-    assert [result["way"] for result in results] == ["grouped", "leveled", "n_pass"]
-    assert results[2]["token_ratio"] == results[2]["speedup"] == 1
-    assert results[0]["token_ratio"] == results[1]["token_ratio"] > 1
+    names = ["grouped", "leveled", "n_pass"]
+    expected = [(subject, way) for subject in ("layer", "model") for way in names]
+    assert [(result["subject"], result["way"]) for result in results] == expected
+    for grouped, leveled, n_pass in (results[:3], results[3:]):
+        assert n_pass["token_ratio"] == n_pass["speedup"] == 1
+        assert grouped["token_ratio"] == leveled["token_ratio"] > 1
     assert all(result["step_ms"] > 0 and result["kernels"] is None for result in results)
