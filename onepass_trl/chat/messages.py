@@ -258,17 +258,19 @@ def _move_reasoning(message: Message, index: int, inline_reasoning: bool) -> Non
     reasoning = values.pop() if values else ""
     if inline_reasoning:
         content = message["content"]
-        if not given and (mark := other_mark(content) or thought_within(content)):
+        try:
+            inline = split_inline(content)
+        except ValueError as error:
+            _refuse(index, str(error))
+        # Where a message has reasoning elsewhere, other marks are part of its texts.
+        known = given or inline
+        if not known and (mark := other_mark(content) or thought_within(content)):
             _refuse(
                 index,
                 f"has content with {mark!r}; if reasoning comes after it, give that as "
                 "'reasoning_content' without such marks, else say so by an empty "
                 "'reasoning_content'",
             )
-        try:
-            inline = split_inline(message["content"])
-        except ValueError as error:
-            _refuse(index, str(error))
         if inline and reasoning:
             _refuse(
                 index,

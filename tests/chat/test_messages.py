@@ -159,6 +159,17 @@ def test_reasoning_between_other_marks_within_an_answer(content):
     assert normalize({**message, "reasoning_content": ""}) == [message]
 
 
+@pytest.mark.parametrize("content", MARKS_WITHIN)
+def test_other_marks_are_texts_of_a_message_that_has_reasoning(content):
+    """However it is spelled: whoever gives it says which part of the message it is."""
+    inline = [f"<think>\nHm.\n</think>\n\n{content}", f"<think>\n{content}\n</think>\n\n2"]
+    given = [{"reasoning_content": "Hm.", "content": content}]
+    given += [{"reasoning_content": content, "content": "2"}]
+    for text, fields in zip(inline, given, strict=True):
+        [expected] = normalize({"role": "assistant", **fields})
+        assert normalize({"role": "assistant", "content": text}) == [expected]
+
+
 @pytest.mark.parametrize(
     "content",
     [
