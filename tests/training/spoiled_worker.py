@@ -1,4 +1,5 @@
-"""Trains a step after which one process has a weight that is NaN; started by test_distributed.py.
+"""Trains what isn't saved: a step after which one process has a weight that is NaN, or a model that
+ignores the tree; started by test_distributed.py.
 
 torchrun --nproc-per-node 2 -m tests.training.spoiled_worker FOLDER JSON_OPTIONS
 """
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tests.training.distributed_worker import make_trainer, start
+from tests.training.test_first_check import ignores_positions
 
 
 class Spoil(TrainerCallback):
@@ -31,10 +33,15 @@ class Spoil(TrainerCallback):
 
 def main(folder: str, options: dict) -> None:
     start(options)
+    spoiled = options.pop("spoiled")
     trainer = make_trainer(folder, options)
-    trainer.add_callback(Spoil())
-    with pytest.raises(FloatingPointError) as found:
-        trainer.train()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if spoiled == "weight":
+            trainer.add_callback(Spoil())
+        else:
+            ignores_positions(monkeypatch, trainer.model)
+        with pytest.raises((FloatingPointError, ValueError)) as found:
+            trainer.train()
     Path(folder, f"{trainer.args.process_index}.txt").write_text(str(found.value))
     trainer.accelerator.end_training()
 

@@ -84,20 +84,33 @@ def test_rows_in_pieces_equal_one_process(num_processes, options, single, tmp_pa
     check_evaluation(run_, single)
 
 
-@pytest.mark.long("onepass_trl/training/finite_weights.py", "tests/training/spoiled_worker.py")
+@pytest.mark.long(
+    "onepass_trl/training/finite_weights.py",
+    "onepass_trl/training/first_check.py",
+    "tests/training/spoiled_worker.py",
+)
 @pytest.mark.parametrize(
     "options",
     [{}, FSDP2, pytest.param(zero(3), marks=needs_deepspeed)],
     ids=["ddp", "fsdp2", "zero3"],
 )
-def test_all_processes_refuse_a_weight_that_is_nan_in_one(options, tmp_path):
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [
+        ("weight", "the weights aren't finite after step 1, since a gradient was NaN"),
+        ("positions", "does not compute in one pass what it computes in 5 passes"),
+    ],
+    ids=["weight", "positions"],
+)
+def test_all_processes_refuse_what_is_spoiled(options, spoiled, message, tmp_path):
+    """A weight that is NaN in one of them, or a model that doesn't follow the tree."""
     use_cpu = str(options.get("use_cpu", True)).lower()
-    options = dict(options, save_strategy="steps", save_steps=1)
+    options = dict(options, spoiled=spoiled, save_strategy="steps", save_steps=1)
     arguments = (str(tmp_path), json.dumps(options))
     launch(2, "tests.training.spoiled_worker", *arguments, ACCELERATE_USE_CPU=use_cpu)
     for process in range(2):
         error = (tmp_path / f"{process}.txt").read_text()
-        assert error.startswith("the weights aren't finite after step 1, since a gradient was NaN")
+        assert message in error
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
