@@ -121,8 +121,8 @@ def check_head(model: nn.Module) -> None:
 
 
 def _names_in(kind: type) -> set[str]:
-    """Return the names that a class's own functions mention."""
-    functions = [inspect.unwrap(part) for part in vars(kind).values() if inspect.isfunction(part)]
-    codes = [function.__code__ for function in functions]
+    """Return the names that the functions of a class mention, inherited ones included."""
+    parts = (part for base in kind.__mro__ for part in vars(base).values())
+    codes = [inspect.unwrap(part).__code__ for part in parts if inspect.isfunction(part)]
     mentioned = (name for code in codes for name in (*code.co_names, *code.co_consts))
     return {name for name in mentioned if isinstance(name, str)}

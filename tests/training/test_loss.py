@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import Cohere2ForCausalLM
 
 from onepass_trl.tools.verify import compare
 from onepass_trl.training.loss import check_head, fused_lm_head, target_losses
@@ -32,6 +33,13 @@ def test_a_scale_that_the_model_itself_does_not_know_is_refused():
     model.config.text_config.logit_scale = 1.0
     check_head(model)
     check_head(make_tiny_model("cohere2"))  # whose own logits have it
+
+
+def test_a_class_of_one_s_own_scales_logits_as_the_one_that_it_is_made_from():
+    class Mine(Cohere2ForCausalLM):
+        pass
+
+    check_head(Mine(make_tiny_model("cohere2").config))
 
 
 def test_adapters_pass_but_on_the_head():
