@@ -81,17 +81,20 @@ def make_processor(name: str) -> ProcessorMixin:
     )
 
 
-def make_image_model(name: str, **text: Any) -> PreTrainedModel:
+def make_image_model(name: str, *, tied: bool = False, **text: Any) -> PreTrainedModel:
     """Return a model of `FAMILIES` with random weights, in float32.
 
     Args:
         name: its key.
+        tied: whether the LM head has the weight of the embeddings.
         **text: further settings of its text configuration.
     """
     processor, family = make_processor(name), FAMILIES[name]
     tokenizer = processor.tokenizer
     common = {**COMMON, "vocab_size": len(tokenizer)}
     settings = {**family.config, "text_config": {**common, **family.config["text_config"], **text}}
+    if tied:
+        settings["tie_word_embeddings"] = True
     config = CONFIG_MAPPING[name](**settings)
     tokens = {"image_token_id": processor.image_token, **family.tokens}
     if getattr(processor, "video_token", None):

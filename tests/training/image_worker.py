@@ -19,7 +19,7 @@ from tests.training.test_images import CONVERSATIONS, as_record, make_trainer
 def main(folder: str, options: dict) -> None:
     start(options)
     trainer = make_trainer(
-        make_image_model("qwen3_vl"),
+        make_image_model("qwen3_vl", tied=options.pop("tied", False)),
         make_processor("qwen3_vl"),
         list(map(as_record, CONVERSATIONS)),
         Path(folder),

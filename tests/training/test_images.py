@@ -41,7 +41,7 @@ from tests.images import (
     part,
     text,
 )
-from tests.launching import run
+from tests.launching import FSDP2, run
 from tests.models import WINDOW, make_model
 from tests.n_pass import (
     GRADIENT_TOLERANCE,
@@ -51,6 +51,7 @@ from tests.n_pass import (
     gradients,
 )
 
+long = pytest.mark.long("onepass_trl", "tests/training", "tests/images.py")
 USUAL = (
     "exaone4_5",
     "glm46v",
@@ -172,10 +173,13 @@ def make_trainer(model, processor, records, tmp_path, **options):
         per_device_train_batch_size=len(records),
     )
     settings[checkpointing_option()] = False
+    dataset = Dataset.from_list(records)
+    if options.pop("stream", False):
+        dataset = dataset.to_iterable_dataset()
     return OnePassSFTTrainer(
         model,
         OnePassSFTConfig(str(tmp_path), **{**settings, **options}),
-        train_dataset=Dataset.from_list(records),
+        train_dataset=dataset,
         processing_class=processor,
     )
 
@@ -240,9 +244,9 @@ def test_packed_split_and_checkpointed_rows_of_every_family_equal_n_passes(name,
     assert_same_gradients(gradients(trainer.model), gradients(reference), floor=1e-4)
 
 
-def n_pass_training(processor):
+def n_pass_training(processor, *, tied=False):
     """The model after two steps of SGD on all conversations, and the loss of each step."""
-    model, losses = make_image_model("qwen3_vl"), []
+    model, losses = make_image_model("qwen3_vl", tied=tied), []
     for _ in range(2):
         model.zero_grad()
         loss = n_pass_loss(model, processor, CONVERSATIONS)
@@ -276,10 +280,36 @@ def test_training_equals_n_pass_training(accumulation, tmp_path):
         torch.testing.assert_close(actual, trained, rtol=0, atol=0, msg=name)
 
 
-def test_two_processes_equal_n_pass_training(tmp_path):
-    options = dict(per_device_train_batch_size=2)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(per_device_train_batch_size=2),
+        pytest.param(
+            dict(per_device_train_batch_size=1, gradient_accumulation_steps=2), marks=long
+        ),
+        pytest.param(
+            {
+                **FSDP2,
+                "per_device_train_batch_size": 2,
+                "tied": True,
+                "fsdp_config": {
+                    **FSDP2["fsdp_config"],
+                    "transformer_layer_cls_to_wrap": [
+                        "Qwen3VLTextDecoderLayer",
+                        "Qwen3VLVisionBlock",
+                    ],
+                },
+            },
+            marks=long,
+        ),
+        pytest.param(dict(per_device_train_batch_size=2, stream=True), marks=long),
+    ],
+    ids=["ddp", "ddp_accumulation", "fsdp2", "streamed"],
+)
+def test_two_processes_equal_n_pass_training(options, tmp_path):
     history, weights = run(tmp_path / "run", 2, "tests.training.image_worker", **options)
-    expected, losses = n_pass_training(make_processor("qwen3_vl"))
+    tied = options.get("tied", False)
+    expected, losses = n_pass_training(make_processor("qwen3_vl"), tied=tied)
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses, 1e-6)
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(weights[name], parameter.data, rtol=1e-4, atol=1e-6, msg=name)
