@@ -23,7 +23,6 @@ def faults():
 keep_freed_memory = runpy.run_path(PATH)["keep_freed_memory"]
 print(KEEP and keep_freed_memory(), faults(), faults())
 """
-PAGES = 4 * 40_000_000 // os.sysconf("SC_PAGE_SIZE")
 
 
 def count_faults(*, keep: bool, **environment: str) -> tuple[bool, int, int]:
@@ -39,12 +38,11 @@ def count_faults(*, keep: bool, **environment: str) -> tuple[bool, int, int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="an option of glibc")
 def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
     _, first, second = count_faults(keep=False)
-    assert min(first, second) > 0.9 * PAGES
+    assert second > 0.5 * first > 10  # one a page, of which there are few if they are huge
     kept, first, second = count_faults(keep=True)
     if not kept:
         pytest.skip("this C library has no such option")
-    assert first > 0.9 * PAGES
-    assert second < 0.1 * PAGES
+    assert second < 0.1 * first
 
 
 def test_an_allocator_that_the_user_set_up_is_left_alone() -> None:
