@@ -25,7 +25,8 @@ SIZE_IN_PYTORCH = 64
 
 def chunk_scan(scan: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return `scan`, that of Mamba 2, made to follow `visible_end`."""
-    warn_if_unused(scan, MAMBA, "layers of Mamba 2", "mamba-ssm>=2")
+    # Older ones can't be imported with transformers 5.
+    warn_if_unused(scan, MAMBA, "layers of Mamba 2", "mamba-ssm>=2.3")
     refuse_cpu = refusal_on_cpu(scan, name)
 
     @functools.wraps(scan)

@@ -138,7 +138,7 @@ def test_a_package_that_is_not_used_is_said_once(install, caplog, files, reason)
     assert reason in record.message
     assert record.message.startswith("mamba-ssm is installed, but not used (")
     assert record.message.endswith(
-        "layers of Mamba 2 take longer than need be: install mamba-ssm>=2"
+        "layers of Mamba 2 take longer than need be: install mamba-ssm>=2.3"
     )
 
 
