@@ -8,6 +8,7 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 _QUOTED = re.compile(rf"(?<=[`'\"]){THINK_CLOSE}(?=[`'\"])")
 _MARK = re.compile(r"[<\[◁][^<>\[\]◁▷\n]{1,40}[>\]▷]")
+_LINK = re.compile(r"\[[^\[\]]*\]\(\S+?\)")  # of Markdown
 _OPENER = re.compile(
     r"(?<!['\"\u2018\u201c])([<\[◁])([^\s<>\[\]◁▷/]{1,40})[^<>\[\]◁▷\n]{0,40}([>\]▷])"
 )
@@ -86,8 +87,9 @@ def other_mark(content: str) -> str | None:
     >>> other_mark("<thinking>Add.</thinking>4"), other_mark("<|channel|>analysis<|message|>Add.")
     ('<thinking>', '<|channel|>')
     """
-    found = _MARK.match(content.lstrip())
-    if found is None or found[0] == THINK_OPEN:
+    text = content.lstrip()
+    found = _MARK.match(text)
+    if found is None or found[0] == THINK_OPEN or _LINK.match(text):
         return None
     return found[0] if words_of(found[0]) & (REASONING_WORDS | {"channel"}) else None
 

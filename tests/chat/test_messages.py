@@ -130,7 +130,14 @@ def test_reasoning_between_other_marks(content):
 
 
 @pytest.mark.parametrize(
-    "content", ["<answer>2</answer>", "[1] Think.", "2 <thinking>", "<b>I</b>"]
+    "content",
+    [
+        "<answer>2</answer>",
+        "[1] Think.",
+        "2 <thinking>",
+        "<b>I</b>",
+        "[Analysis of A](https://a.example/b) says so.",
+    ],
 )
 def test_other_marks_are_content(content):
     message = {"role": "assistant", "content": content}
