@@ -31,7 +31,7 @@ help:
 	@echo "make test-newest the same with the newest, in .venv-newest"
 	@echo "make test-pairs  the same with TRL and transformers in 16 pairs, in .venv-pairs (an hour);"
 	@echo "                 PAIRS=1.12.0/5.17.0 for one of them"
-	@echo "make test-fla    run the kernels of fla and mamba-ssm along trees in Triton's interpreter, in .venv-fla (5 minutes)"
+	@echo "make test-fla    run the kernels of fla and mamba-ssm along trees in Triton's interpreter, in .venv-fla (6 minutes)"
 	@echo "make test-images images with every family of models, and with torchvision (5 minutes)"
 	@echo "make test-all    run them all, and record what the long ones guard in tests/long.json"
 	@echo "make check       formatting, lint, types, layers"

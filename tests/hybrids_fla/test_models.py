@@ -105,8 +105,9 @@ def test_one_pass_is_n_passes(calls, name):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-def test_checkpointed_layers_compute_the_same(calls):
-    model = make_model("qwen3_5")
+@pytest.mark.parametrize("name", ["qwen3_5", "bamba"])
+def test_checkpointed_layers_compute_the_same(calls, name):
+    model = make_model(name)
     use_onepass_attention(model)
     expected = gradients(model, one_pass_loss(model, PASSES))
     model.train()
@@ -116,8 +117,9 @@ def test_checkpointed_layers_compute_the_same(calls):
     assert_same(actual, expected)
 
 
-def test_a_compiled_model_computes_the_same(calls):
-    model = make_model("qwen3_5")
+@pytest.mark.parametrize("name", ["qwen3_5", "bamba"])
+def test_a_compiled_model_computes_the_same(calls, name):
+    model = make_model(name)
     use_onepass_attention(model)
     expected = gradients(model, one_pass_loss(model, PASSES))
     model.compile(backend="aot_eager")
