@@ -36,11 +36,18 @@ class Vision:
     Attributes:
         placeholder: What chat templates write for an image. The processor puts the image's tokens
             in its place, which may be others.
+        around: The texts that the processor writes before and after an image's own tokens, which
+            are tokenized with what is next to them.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self._processor = processor
         self.placeholder: str = processor.image_token
+        self.around = ("", "")
+        # Gemma 3's, in which the placeholder is the first of an image's own tokens.
+        if (sequence := getattr(processor, "full_image_sequence", None)) is not None:
+            before, _, rest = sequence.partition(self.placeholder)
+            self.around = (before, rest.rpartition(processor.tokenizer.eoi_token)[2])
 
     @property
     def placeholder_id(self) -> int:
@@ -68,8 +75,27 @@ class Vision:
             from PIL import Image
 
             [ids] = self._process([Image.new("RGB", size)], str(source))["input_ids"]
-            tokens[key] = np.asarray(ids, dtype=np.int32)
+            tokens[key] = self._own_tokens(np.asarray(ids, dtype=np.int32), source)
         return tokens[key]
+
+    def _own_tokens(self, ids: NDArray[np.int32], source: ImageSource) -> NDArray[np.int32]:
+        """Return what comes in the place of a placeholder without the texts `around` it."""
+        if not any(self.around):
+            return ids
+        tokenizer = self._processor.tokenizer
+        begins, ends = (
+            np.flatnonzero(ids == x) for x in (self.placeholder_id, tokenizer.eoi_token_id)
+        )
+        if len(begins) != 1:
+            raise ImageError(
+                f"the processor cuts the image ({source}) into crops with texts between them, "
+                "which one-pass training doesn't support: leave do_pan_and_scan off"
+            )
+        return ids[begins[0] : ends[0] + 1]
+
+    def with_surroundings(self, text: str) -> str:
+        """Return a text with what the processor writes around the tokens of images."""
+        return text.replace(self.placeholder, self.placeholder.join(self.around))
 
     def inputs(self, sources: Sequence[ImageSource]) -> dict[str, torch.Tensor]:
         """Return what a model gets of images: ``pixel_values``, ``image_grid_thw`` or the like.
@@ -86,16 +112,25 @@ class Vision:
         return {key: value for key, value in outputs.items() if key not in _OF_TEXT}
 
     def token_types(self, token_ids: NDArray[np.int32]) -> dict[str, torch.Tensor]:
-        """Return ``mm_token_type_ids``, ``(1, num_tokens)`` int64, if the processor makes them."""
+        """Return ``mm_token_type_ids``, ``(1, num_tokens)`` int64, if the processor makes them.
+
+        Gemma 3 calls them ``token_type_ids``, as many tokenizers call other things.
+        """
         import torch
 
         processor, name = self._processor, "mm_token_type_ids"
-        if name not in processor.model_input_names and not getattr(
-            processor, f"return_{name}", False
+        is_gemma3 = any(self.around)
+        if not is_gemma3 and (
+            name not in processor.model_input_names
+            and not getattr(processor, f"return_{name}", False)
         ):
             return {}
         types = processor.create_mm_token_type_ids([token_ids.tolist()])
-        return {name: torch.tensor(types)}
+        return {"token_type_ids" if is_gemma3 else name: torch.tensor(types)}
+
+    def is_image(self, token_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return in which places the model puts the features of images, ``(num_tokens,)``."""
+        return np.isin(token_ids, self._processor.image_token_ids)
 
     def _process(self, images: Sequence[Image], name: str) -> Any:
         text = self.placeholder * len(images)

@@ -19,7 +19,8 @@ _TOKENS = (
     "<|vid_frame_separator|> <fake_token_around_image> <global-img> <end_of_utterance> "
     "<|START_OF_IMG|> <|END_OF_IMG|> <|IMG_PATCH|> <|IMG_LINE_BREAK|> TILE_GLOBAL <IMG_START> "
     "<IMG_ATOM> <IMG_GRID> <IMG_COL> <IMG_ROW> <IMG_END> <im_patch> <im_start> <im_end> "
-    "<patch_start> <patch_end> <patch_newline>"
+    "<patch_start> <patch_end> <patch_newline> <start_of_image> <end_of_image> <image_soft_token> "
+    "<|image> <image|> <|audio> <|audio|> <audio|>"
 )
 TOKENS = [
     *_TOKENS.split(),
@@ -98,6 +99,8 @@ _LINEAR = dict(
     linear_key_head_dim=8,
     linear_value_head_dim=8,
 )
+
+_GEMMA = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
 
 # Vision towers, each of two layers.
 _SIZES = dict(hidden_size=32, intermediate_size=48, patch_size=PATCH)
@@ -245,6 +248,56 @@ FAMILIES: dict[str, Family] = {
         dict(model_type="exaone4"),
         dict(**_QWEN25_TOWER, num_key_value_heads=2),
         processor="Exaone4_5_Processor",
+    ),
+    "gemma3": Family(
+        "Gemma3Processor",
+        "Gemma3ImageProcessorPil",
+        _SQUARE,
+        dict(
+            text_config=dict(**_GEMMA, head_dim=16, query_pre_attn_scalar=16),
+            vision_config=_SQUARE_TOWER,
+            mm_tokens_per_image=4,
+        ),
+        "<start_of_image>",
+        dict(image_seq_length=4),
+        dict(
+            boi_token="<start_of_image>",
+            eoi_token="<end_of_image>",
+            image_token="<image_soft_token>",
+        ),
+        dict(image_token_id="<image_soft_token>"),
+    ),
+    "gemma4": Family(
+        "Gemma4Processor",
+        "Gemma4ImageProcessorPil",
+        dict(patch_size=PATCH, pooling_kernel_size=MERGE, max_soft_tokens=70),
+        dict(
+            text_config=dict(
+                **_GEMMA,
+                head_dim=8,
+                global_head_dim=8,
+                hidden_size_per_layer_input=8,
+                vocab_size_per_layer_input=1024,
+                use_bidirectional_attention="vision",
+            ),
+            vision_config=dict(
+                **_TOWER,
+                num_key_value_heads=4,
+                head_dim=8,
+                pooling_kernel_size=MERGE,
+                position_embedding_size=128,
+            ),
+        ),
+        "<|image|>",
+        {},
+        dict(
+            boi_token="<|image>",
+            eoi_token="<image|>",
+            image_token="<|image|>",
+            boa_token="<|audio>",
+            eoa_token="<audio|>",
+            audio_token="<|audio|>",
+        ),
     ),
     "glm46v": _glm(
         dict(model_type="glm4v_text", **_GLM_MROPE), dict(model_type="glm4v_vision", **_GLM_TOWER)

@@ -50,15 +50,25 @@ def image_tokenizer(place: str = QWEN, **names: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+class _WithoutOthers(ProcessorMixin):
+    """The base of processors, which doesn't take what isn't there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        super().__init__(*args, **given)
+
+
 def _without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """Return a processor class that needs no processor of videos, and so no torchvision."""
+    """Return a processor class that needs none of videos, and so no torchvision, nor of audio."""
+    others = set(kind.get_attributes()) - {"image_processor", "tokenizer"}
 
     def __init__(
         self: Any, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any
     ) -> None:
-        kind.__init__(self, image_processor, tokenizer, None, **kwargs)
+        given = dict(image_processor=image_processor, tokenizer=tokenizer)
+        kind.__init__(self, **dict.fromkeys(others), **given, **kwargs)
 
-    return type(kind.__name__, (kind,), {"__init__": __init__})
+    return type(kind.__name__, (kind, _WithoutOthers), {"__init__": __init__})
 
 
 @functools.cache
@@ -92,6 +102,8 @@ def make_image_model(name: str, *, tied: bool = False, **text: Any) -> PreTraine
     processor, family = make_processor(name), FAMILIES[name]
     tokenizer = processor.tokenizer
     common = {**COMMON, "vocab_size": len(tokenizer)}
+    if name == "gemma4":  # it embeds an image's tokens as padding too, which trainers make this
+        common["pad_token_id"] = tokenizer.pad_token_id
     settings = {**family.config, "text_config": {**common, **family.config["text_config"], **text}}
     if tied:
         settings["tie_word_embeddings"] = True

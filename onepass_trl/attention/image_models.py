@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-# By `model_type`. They attend causally to the tokens of images, and one pass is compared with N
-# passes for each in tests/training/test_images.py.
+# By `model_type`. One pass is compared with N passes for each in tests/training/test_images.py. All
+# but the last attend causally to the tokens of images.
 _WITH_PLANES = (
     "cosmos3_edge",
     "cosmos3_omni",
@@ -47,12 +47,29 @@ _WITHOUT_PLANES = (
     "video_llama_3",
     "vipllava",
 )
-IMAGE_MODELS = (*_WITH_PLANES, *_WITHOUT_PLANES)
+_WITH_BLOCKS = ("gemma3", "gemma4")
+IMAGE_MODELS = (*_WITH_PLANES, *_WITHOUT_PLANES, *_WITH_BLOCKS)
 
 
 def has_position_planes(config: PreTrainedConfig) -> bool:
     """Return whether rotary embeddings place the tokens of an image in time, height and width."""
     return config.model_type in _WITH_PLANES
+
+
+def sees_image_blocks(config: PreTrainedConfig) -> bool:
+    """Return whether the tokens of an image see each other in both directions."""
+    if config.model_type not in _WITH_BLOCKS:
+        return False
+    # Gemma 4's small models see images causally.
+    return config.model_type != "gemma4" or (
+        config.get_text_config().use_bidirectional_attention == "vision"
+    )
+
+
+def layer_sees_image_blocks(text_config: PreTrainedConfig | None, window: int | None) -> bool:
+    """Return whether a layer of a model that sees image blocks does so: Gemma 4's without a window
+    are causal."""
+    return window is not None or getattr(text_config, "model_type", None) != "gemma4_text"
 
 
 def why_no_images(config: PreTrainedConfig) -> str | None:

@@ -30,6 +30,7 @@ from onepass_trl.attention.api import tree_attention
 from onepass_trl.attention.branching.layers import branch_states
 from onepass_trl.attention.deferred_mask import DeferredMask, onepass_mask
 from onepass_trl.attention.head_exchange import ContextParallel
+from onepass_trl.attention.image_models import layer_sees_image_blocks
 from onepass_trl.attention.implementations.registry import Impl
 from onepass_trl.attention.layer_inputs import check_not_required, layer_name
 from onepass_trl.attention.model_check import base_model, carries_state, check_model
@@ -131,6 +132,8 @@ def onepass_attention(
         query, key, value = [x.transpose(1, 2) for x in whole]
         position_ids = context_parallel.position_ids
         s_aux = None if s_aux is None else context_parallel.own_share(s_aux)
+    if not layer_sees_image_blocks(getattr(module, "config", None), sliding_window):
+        visible_begin = None
     positions = None
     if sliding_window is not None:
         positions = _positions(module, position_ids, visible_end)

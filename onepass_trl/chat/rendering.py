@@ -165,7 +165,7 @@ def _passes(turns: Sequence[TurnTexts], renderer: TurnRenderer) -> list[Pass]:
     if not turns:
         return []
     tokenizer, added = renderer.tokenizer, renderer.added
-    contexts = [turn.context for turn in turns]
+    contexts = [renderer.with_surroundings(turn.context) for turn in turns]
     completions = [turn.completion for turn in turns]
     # What a turn generates appears in later contexts too, as a rule: its pieces are encoded once.
     alone = [] if added.prepends else completions

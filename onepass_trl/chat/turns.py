@@ -194,6 +194,10 @@ class TurnRenderer:
             )
         return ids
 
+    def with_surroundings(self, context: str) -> str:
+        """Return the text of a context as it is tokenized, see `Vision.around`."""
+        return context if self._vision is None else self._vision.with_surroundings(context)
+
     def with_images(self, token_ids: Ids, turn: TurnTexts) -> tuple[Ids, list[ImageSpan]]:
         """Return the context of a turn with the tokens of its images, and where these are.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onepass_trl.data.image_positions import position_planes
+from onepass_trl.data.image_positions import image_blocks, position_planes
 from onepass_trl.data.layout import TOKEN_COLUMNS, Layout, concatenate
 from onepass_trl.data.row_check import check_rows
 from onepass_trl.passes import IGNORE_INDEX
@@ -61,6 +61,8 @@ class OnePassCollator:
         planes: whether the model's rotary embeddings have a plane for each axis of an
             image. Then ``position_ids`` are ``(4, batch, seq)`` if there are images: of the text,
             time, height and width.
+        blocks: whether the model sees the tokens of an image in both directions. Then
+            ``visible_begin``, ``(batch, seq)`` int32, comes with images.
 
     >>> from onepass_trl import Pass, build_tree, linearize
     >>> long = linearize(build_tree([Pass([1, 2, 3], [0, 1, 1])]))
@@ -85,6 +87,7 @@ class OnePassCollator:
     vocab_size: int | None = None
     vision: Vision | None = None
     planes: bool = False
+    blocks: bool = False
 
     def __post_init__(self) -> None:
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
@@ -154,6 +157,13 @@ class OnePassCollator:
                     layout, of_row, self.vision.merge_size
                 )
             inputs["position_ids"] = position_ids
+        if self.blocks:
+            shape = position_ids.shape[-2:]
+            begins = torch.arange(shape[1], dtype=torch.int32).repeat(shape[0], 1)
+            for index, layout in enumerate(layouts):
+                is_image = self.vision.is_image(layout.input_ids)
+                begins.numpy()[index, : len(layout)] = image_blocks(layout, is_image)
+            inputs["visible_begin"] = begins
         return inputs
 
     def _check_vocabulary(self, layouts: Sequence[Layout]) -> None:

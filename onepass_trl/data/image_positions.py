@@ -1,4 +1,5 @@
-"""Positions of tokens around images, for models whose rotary embeddings have a plane per axis."""
+"""What images are in a row for models that don't treat their tokens as text: positions in several
+planes, and blocks that are seen in both directions."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onepass_trl.data.layout import Layout
+from onepass_trl.visibility import check_visible_begin
 
 
 def position_planes(
@@ -55,3 +57,31 @@ def position_planes(
     for span, shape in zip(row.images, shapes, strict=True):
         planes[1:, span.begin : span.end] = planes[1, span.begin] + np.indices(shape).reshape(3, -1)
     return planes
+
+
+def image_blocks(row: Layout, is_image: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Return the `visible_begin` of a row, ``(num_tokens,)``: each image's tokens are a block.
+
+    Args:
+        row: a row, or several packed.
+        is_image: ``(num_tokens,)``, where the model puts features of images. Of an image's span
+            each run of such tokens is a block.
+
+    Raises:
+        VisibilityError: if a branch of the row begins inside of a block.
+
+    >>> from onepass_trl import Pass, build_tree, linearize
+    >>> from onepass_trl.passes import ImageSource, ImageSpan
+    >>> image = ImageSpan(1, 5, ImageSource("a.png"))
+    >>> row = linearize(build_tree([Pass([1, 8, 9, 9, 7, 2, 3], [0] * 6 + [1], [image])]))
+    >>> image_blocks(row, row.input_ids == 9)
+    array([0, 1, 2, 2, 4, 5, 6], dtype=int32)
+    """
+    begins = np.arange(len(row), dtype=np.int32)
+    for span in row.images:
+        own = slice(span.begin, span.end)
+        starts = is_image[own] & ~np.append(False, is_image[own][:-1])
+        first = np.maximum.accumulate(np.where(starts, begins[own], -1))
+        begins[own] = np.where(is_image[own], first, begins[own])
+    check_visible_begin(begins, row.visible_end)
+    return begins

@@ -3,10 +3,12 @@
 import base64
 import copy
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
 from onepass_trl import build_tree, linearize, render_passes, render_record
 from onepass_trl.chat import ChatFormatError
@@ -111,6 +113,44 @@ def test_spans_have_the_tokens_of_their_images():
             ids = pass_.token_ids[span.begin : span.end]
             np.testing.assert_array_equal(ids, vision.tokens(span.source))
             assert processor.tokenizer.decode(ids).startswith("<img><IMG_CONTEXT>")
+
+
+def test_what_gemma3_writes_around_images_is_tokenized_with_the_text():
+    """The processor writes two line breaks; with a third before them these are two tokens."""
+    processor = copy.deepcopy(make_processor("gemma3"))
+    settings = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["ĊĊ"] = vocabulary.pop("õ")  # in the place of a byte that UTF-8 doesn't have
+    settings["model"]["merges"].append(["Ċ", "Ċ"])
+    processor.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(settings))
+    messages = ask(part(A), part(A), text("\nSame?"))
+    assert rendered_contexts(messages, processor) == contexts(messages, processor)
+    [pass_] = render_passes(messages, processor)
+    first, second = pass_.images
+    for span in pass_.images:
+        tokens = processor.tokenizer.convert_ids_to_tokens(pass_.token_ids[span.begin : span.end])
+        assert tokens == ["<start_of_image>", *["<image_soft_token>"] * 4, "<end_of_image>"]
+    before = pass_.token_ids[first.begin - 2 : first.begin]
+    between = pass_.token_ids[first.end : second.begin]
+    assert processor.tokenizer.decode(before) == "\n\n\n"
+    assert processor.tokenizer.convert_ids_to_tokens(between) == ["ĊĊ", "ĊĊ"]
+
+
+def test_images_in_several_crops_are_refused():
+    processor = copy.deepcopy(make_processor("gemma3"))
+    images = processor.image_processor
+    preprocess = images._preprocess
+    crops = dict(
+        do_pan_and_scan=True,
+        pan_and_scan_min_crop_size=4,
+        pan_and_scan_max_num_crops=4,
+        pan_and_scan_min_ratio_to_activate=1.2,
+    )
+    images._preprocess = lambda *args, **kwargs: preprocess(*args, **{**kwargs, **crops})
+    square = ask(part(B))
+    assert rendered_contexts(square, processor) == contexts(square, processor)
+    with pytest.raises(ChatFormatError, match=r"message 0, image 0: .* into crops .*do_pan_and_s"):
+        render_passes(ask(part(A)), processor)
 
 
 FORMS = {

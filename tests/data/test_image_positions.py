@@ -1,4 +1,5 @@
-"""Positions of tokens around images against the model's own `get_rope_index` of each pass."""
+"""Positions of tokens around images against the model's own `get_rope_index` of each pass, and
+blocks that are seen in both directions."""
 
 import itertools
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from onepass_trl import OnePassCollator, build_tree, linearize, render_passes
+from onepass_trl import OnePassCollator, Pass, build_tree, linearize, render_passes
 from onepass_trl.attention.image_models import IMAGE_MODELS, has_position_planes
 from onepass_trl.data import concatenate
-from onepass_trl.data.image_positions import position_planes
+from onepass_trl.data.image_positions import image_blocks, position_planes
 from onepass_trl.data.layout import target_paths
+from onepass_trl.passes import ImageSource, ImageSpan
+from onepass_trl.visibility import VisibilityError
 from onepass_trl.vision import vision_of
 from tests.images import CHATS, make_image_model, make_processor
 
@@ -75,3 +78,25 @@ def test_another_processor_is_refused():
     row = linearize(build_tree(render_passes(CHATS["tool result"], processor)))
     with pytest.raises(ValueError, match=r"has 18 tokens in its row, but 1 x 6 x 5 by the process"):
         position_planes(row, [(1, 12, 10), (1, 4, 4)], 2)
+
+
+def test_blocks_are_runs_of_features_within_spans():
+    """Two runs in a span, as of crops, images next to each other, and an image in a branch."""
+    image, other = ImageSource("a.png"), ImageSource("b.png")
+    shown = [ImageSpan(1, 7, image), ImageSpan(7, 9, other)]
+    first = Pass([1, 8, 9, 9, 8, 9, 7, 9, 9, 2, 3], [0] * 10 + [1], shown)
+    second = Pass([1, 5, 9, 9, 4, 2], [0] * 5 + [1], [ImageSpan(2, 4, other)])
+    row = linearize(build_tree([first, second]))
+    packed = concatenate([row, row])
+    expected = [0, 1, 2, 2, 4, 5, 6, 7, 7, 9, 10, 11, 12, 12, 14, 15]
+    begins = image_blocks(packed, packed.input_ids == 9)
+    assert begins.tolist() == [*expected, *(16 + begin for begin in expected)]
+    assert begins.dtype == np.int32
+
+
+def test_blocks_that_a_branch_cuts_are_refused():
+    passes = [Pass([1, 9, 9, 9, 2], [0] * 4 + [1]), Pass([1, 9, 9, 3], [0] * 3 + [1])]
+    row = linearize(build_tree(passes))
+    row.images = (ImageSpan(1, 4, ImageSource("a.png")),)
+    with pytest.raises(VisibilityError, match="in the block that begins at 1, which is seen whole"):
+        image_blocks(row, row.input_ids == 9)

@@ -1,6 +1,7 @@
 """One pass with images against N passes by the model's own forward and processor."""
 
 import copy
+import importlib
 import io
 import re
 from pathlib import Path
@@ -23,12 +24,19 @@ from onepass_trl import (
 from onepass_trl.attention.image_models import (
     IMAGE_MODELS,
     has_position_planes,
+    layer_sees_image_blocks,
+    sees_image_blocks,
     why_no_images,
 )
+from onepass_trl.attention.transformers_backend import use_onepass_attention
+from onepass_trl.data.collator import model_inputs
+from onepass_trl.data.image_positions import image_blocks
 from onepass_trl.tools import verify
 from onepass_trl.tools.verify import compare
 from onepass_trl.training.context_parallel import forward_in_pieces
 from onepass_trl.versions import checkpointing_option
+from onepass_trl.visibility import dense_mask
+from onepass_trl.vision import vision_of
 from tests.image_families import FAMILIES
 from tests.images import (
     CHATS,
@@ -54,6 +62,8 @@ from tests.n_pass import (
 long = pytest.mark.long("onepass_trl", "tests/training", "tests/images.py")
 USUAL = (
     "exaone4_5",
+    "gemma3",
+    "gemma4",
     "glm46v",
     "glm4v",
     "idefics3",
@@ -98,6 +108,89 @@ def test_one_pass_equals_n_passes(name, chat, monkeypatch):
     assert comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE), comparison
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "gemma4"])
+def test_an_image_only_in_a_branch(name):
+    model, processor = make_image_model(name), make_processor(name)
+    system = {"role": "system", "content": "Be brief."}
+    passes = [
+        pass_
+        for content in ([part(A), text("What?")], [part(B), part(A)], "Sure?")
+        for pass_ in render_passes(
+            [system, {"role": "user", "content": content}, answer("Yes.")], processor
+        )
+    ]
+    row = linearize(build_tree(passes))
+    assert [int(row.visible_end[span.begin]) < len(row) for span in row.images].count(True) >= 2
+    comparison = compare(model, passes, processor)
+    assert comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE), comparison
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("window", [3, WINDOW, 400])
+def test_blocks_are_seen_as_the_masks_of_the_model_say(name, window):
+    """In which layers, and beyond a window that is shorter than an image."""
+    model, processor = make_image_model(name, sliding_window=window), make_processor(name)
+    modeling = importlib.import_module(type(model).__module__)
+    *_, pass_ = render_passes(CHATS["four turns"], processor)
+    row = linearize(build_tree([pass_]))
+    types = vision_of(processor).token_types(row.input_ids)
+    [key] = {"token_type_ids", "mm_token_type_ids"} & types.keys()
+    config = model.config.get_text_config()
+    config._attn_implementation = "eager"  # whose masks are tensors
+    embeddings = torch.zeros(1, len(row), config.hidden_size)
+    masks = modeling.create_masks_for_vision_model(
+        config,
+        embeddings,
+        None,
+        None,
+        torch.arange(len(row))[None],
+        modeling.get_block_sequence_ids_for_mask(types[key], device=embeddings.device),
+    )
+    begins = image_blocks(row, vision_of(processor).is_image(row.input_ids))
+    assert (begins < np.arange(len(row))).sum() > 10
+    for kind, layer_window in (("full_attention", None), ("sliding_attention", window)):
+        sees = layer_sees_image_blocks(config, layer_window)
+        assert sees is (name == "gemma3" or kind == "sliding_attention")
+        expected = dense_mask(
+            row.visible_end, row.position_ids, layer_window, begins if sees else None
+        )
+        np.testing.assert_array_equal((masks[kind][0, 0] == 0).numpy(), expected, err_msg=kind)
+
+
+def test_gemma_4_that_sees_images_causally():
+    """Its small models: `use_bidirectional_attention` isn't "vision"."""
+    model = make_image_model("gemma4", use_bidirectional_attention=None)
+    assert not sees_image_blocks(model.config)
+    assert sees_image_blocks(make_image_model("gemma4").config)
+    processor = make_processor("gemma4")
+    comparison = compare(model, render_passes(CHATS["tool result"], processor), processor)
+    assert comparison.agrees(LOSS_TOLERANCE, GRADIENT_TOLERANCE), comparison
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_flex_attention_sees_blocks_too(name):
+    """Only forward: it has no backward on a CPU."""
+    model, processor = make_image_model(name), make_processor(name)
+    rows = [linearize(build_tree(render_passes(chat, processor))) for chat in CHATS.values()]
+    collator = OnePassCollator(vision=vision_of(processor), padding_free=True, blocks=True)
+    inputs = model_inputs(collator(rows))
+    assert inputs["visible_begin"].shape == inputs["visible_end"].shape
+    del inputs["shift_labels"]
+    use_onepass_attention(model)
+    with torch.no_grad():
+        cpu, flex, causal = (
+            model(**{**inputs, **change}, use_cache=False).logits
+            for change in (
+                {"attention_impl": "cpu"},
+                {"attention_impl": "flex"},
+                {"attention_impl": "cpu", "visible_begin": None},
+            )
+        )
+    torch.testing.assert_close(flex, cpu, rtol=1e-4, atol=1e-5)
+    assert (cpu - causal).abs().max() > 1e-3
+
+
 def test_windows_are_measured_in_positions_of_the_text():
     model = make_image_model(
         "qwen2_5_vl",
@@ -122,7 +215,10 @@ def n_pass_loss(model, processor, conversations):
                 add_generation_prompt=True,
                 return_dict=True,
                 return_tensors="np",
-                processor_kwargs={"return_mm_token_type_ids": has_position_planes(model.config)},
+                processor_kwargs={
+                    "return_mm_token_type_ids": has_position_planes(model.config)
+                    or sees_image_blocks(model.config)
+                },
             )
             inputs = {name: torch.from_numpy(values) for name, values in inputs.items()}
             completion = torch.from_numpy(pass_.token_ids[pass_.trained]).long()[None]
@@ -130,6 +226,7 @@ def n_pass_loss(model, processor, conversations):
                 ("input_ids", completion),
                 ("attention_mask", torch.ones_like(completion)),
                 ("mm_token_type_ids", torch.zeros_like(completion)),
+                ("token_type_ids", torch.zeros_like(completion)),
             ):
                 if name in inputs:
                     inputs[name] = torch.cat([inputs[name], more], dim=1)
@@ -184,7 +281,7 @@ def make_trainer(model, processor, records, tmp_path, **options):
     )
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "internvl"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "internvl", "gemma3", "gemma4"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -198,8 +295,10 @@ def make_trainer(model, processor, records, tmp_path, **options):
     ids=["padded", "padding_free", "packed", "split", "multiple", "checkpointing"],
 )
 def test_a_batch_of_the_trainer_equals_n_passes(name, options, tmp_path):
-    conversations = CONVERSATIONS
-    if options.get("max_length") == 200:
+    conversations, limit = CONVERSATIONS, options.get("max_length")
+    if limit is not None and name == "gemma4":  # its images have up to 70 tokens
+        options = {**options, "max_length": 2 * limit}
+    if limit == 200:
         conversations = [CHATS["four turns"], CHATS["same image twice"], TEXT_ONLY]
     reference, processor = make_image_model(name), make_processor(name)
     trainer = make_trainer(
@@ -210,9 +309,9 @@ def test_a_batch_of_the_trainer_equals_n_passes(name, options, tmp_path):
         **options,
     )
     rows = list(trainer.train_dataset)
-    if options.get("max_length") == 200:
+    if limit == 200:
         assert len(rows) > len(conversations)
-        assert max(len(row["input_ids"]) for row in rows) <= 200
+        assert max(len(row["input_ids"]) for row in rows) <= options["max_length"]
     if options.get("packing"):
         assert len(rows) < len(conversations)
 
@@ -425,9 +524,9 @@ def test_rows_are_not_divided_between_processes():
         forward_in_pieces(torch.nn.Identity(), None, {"pixel_values": torch.zeros(1)})
 
 
-def test_images_in_both_directions_are_refused():
-    problem = why_no_images(CONFIG_MAPPING["gemma3"]())
-    assert "the model (model_type 'gemma3') isn't proven to train images in one pass" in problem
+def test_models_that_are_not_compared_are_refused_with_images():
+    problem = why_no_images(CONFIG_MAPPING["paligemma"]())
+    assert "the model (model_type 'paligemma') isn't proven to train images in one p" in problem
 
 
 def test_a_collator_without_a_processor_refuses_images(tmp_path):
