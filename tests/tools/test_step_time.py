@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from onepass_trl import build_tree, linearize
+from onepass_trl.tools import step_time
 from onepass_trl.tools.estimation import Work, work_of_pass, work_of_row
 from onepass_trl.tools.step_time import check_memory, choose_probes, fit, measure, spread
 from tests.conversations import as_record, random_chat
@@ -101,3 +102,14 @@ def test_rows_with_images_are_measured():
     assert all(time.seconds(work_of_row(rows[0], [None])) > 0 for time in times)
     with pytest.raises(ValueError, match="has images, which need the model's processor"):
         measure(model, rows, passes, {None: 2})
+
+
+def test_images_that_are_seen_in_both_directions_are_measured_so(monkeypatch):
+    model, processor = make_image_model("gemma3"), make_processor("gemma3")
+    rows, passes = choose_probes([{"messages": CHATS["four turns"]}], processor, OPTIONS)
+    batches = []
+    monkeypatch.setattr(step_time, "_seconds", lambda _, batch: batches.append(batch) or 1.0)
+    measure(model, rows, passes, {None: 2}, processing_class=processor, repeats=1)
+    [begins] = batches[0]["visible_begin"].tolist()
+    image = rows[0].images[0]
+    assert begins.count(begins[image.begin + 1]) > 1
