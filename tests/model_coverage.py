@@ -2,8 +2,9 @@
 one that a tiny random model can be made of is compared with N-pass, and goes through the trainer.
 The record is what docs/models.md shows.
 
-python -m tests.model_coverage          # compares all models, 8 minutes
-python -m tests.model_coverage --table  # writes the tables only
+python -m tests.model_coverage            # compares all models, 8 minutes
+python -m tests.model_coverage emu3 llava # compares these, and leaves the record of others
+python -m tests.model_coverage --table    # writes the tables only
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import textwrap
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +42,7 @@ from transformers.models.auto.modeling_auto import (
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer, Pass
 from onepass_trl.attention.model_check import check_model, reference_attention
+from onepass_trl.attention.transformers_backend import set_attention
 from onepass_trl.tools.model_class import AutoModel
 from onepass_trl.tools.verify import compare
 from tests.chat.tokenizers import small_tokenizer
@@ -151,7 +153,21 @@ def _planes(time: int, height: int, width: int) -> dict[str, Any]:
 
 # What the parts of multimodal models need in addition, or instead.
 _ROTARY = dict(rope_type="default", rope_theta=1e4)
+_SAM = dict(
+    **_VISION,
+    output_channels=16,
+    global_attn_indexes=[0],
+    mlp_dim=16,
+    image_size=64,
+    downsample_channels=[16, 16],
+)
+_COHERE2 = dict(COMMON, model_type="cohere2", sliding_window=WINDOW)
 PARTS: dict[str, dict[str, Any]] = {
+    "apertus1p5": dict(
+        text_config=dict(vocab_size=270_000),
+        vision_config=dict(embed_dim=8, latent_channels=8, base_channels=32, num_res_blocks=1),
+    ),
+    "aya_vision": dict(text_config=_COHERE2),
     "chameleon": dict(vocabulary_map={"<image>": 5}),
     "cohere_compass": dict(
         text_config=dict(
@@ -159,11 +175,28 @@ PARTS: dict[str, dict[str, Any]] = {
             rope_parameters=dict(full_attention=_ROTARY, sliding_attention=_ROTARY),
         )
     ),
+    "cohere2_vision": dict(text_config=_COHERE2),
     "cosmos3_edge": dict(text_config=_planes(2, 3, 3)),
+    "deepseek_ocr2": dict(
+        text_config=dict(num_experts_per_tok=2, mlp_layer_types=["dense", "sparse"]),
+        vision_config=dict(sam_config=_SAM, encoder_config=COMMON),
+    ),
+    "diffusion_gemma": dict(text_config=dict(top_k_experts=2)),
+    "emu3": dict(vq_config=dict(codebook_size=16, base_channels=32), vocabulary_map={"<image>": 5}),
+    "ernie4_5_vl_moe": dict(
+        text_config=dict(moe_intermediate_size=[24, 24], **_planes(1, 1, 2)),
+    ),
     "glm4v": dict(text_config=_planes(2, 1, 1)),
     "glm4v_moe": dict(text_config=_planes(1, 1, 0)),
     "glm5_next": dict(text_config=dict(num_key_value_heads=4, qk_rope_head_dim=0)),
     "glm_ocr": dict(text_config=_planes(2, 1, 1)),
+    "granite4_vision": dict(
+        deepstack_layer_map=[],
+        spatial_target_layers=[],
+        downsample_rate="1/2",
+        text_config=dict(hidden_size=64),
+        vision_config=dict(hidden_size=64),
+    ),
     "hunyuan_vl": dict(text_config=_planes(2, 3, 3)),
     "hy_v4_vl": dict(text_config=_planes(2, 1, 1)),
     "hyperclovax_vision_v2": dict(text_config=dict(COMMON, model_type="hyperclovax")),
@@ -182,12 +215,25 @@ PARTS: dict[str, dict[str, Any]] = {
             text_hidden_size=32,
         ),
     ),
+    "muse_spark": dict(
+        audio_config=dict(
+            hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], out_hidden_size=32, num_hidden_layers=4
+        ),
+        text_config=dict(moe_hidden_size=24),
+        out_hidden_size=64,
+        projector_hidden_size=32,
+    ),
+    "nemotron_h_omni": dict(
+        text_config={**COMMON, **MODELS["nemotron_h"]},
+        vision_config=dict(video_temporal_patch_size=2),
+    ),
     "paddleocr_vl": dict(text_config=_planes(2, 3, 3)),
     "paligemma": dict(text_config=dict(COMMON, model_type="gemma", head_dim=16)),
     "qwen2_5_omni_thinker": dict(text_config=_planes(2, 1, 1), audio_config=_AUDIO),
     "qwen2_5_vl": dict(text_config=_planes(2, 1, 1)),
     "qwen2_vl": dict(text_config=_planes(2, 1, 1), vision_config=dict(embed_dim=16)),
     "qwen3_omni_moe_thinker": dict(text_config=_planes(2, 3, 3), audio_config=_AUDIO),
+    "unlimited_ocr": dict(vision_config=dict(sam_config=_SAM, encoder_config=_VISION)),
 }
 
 
@@ -217,7 +263,7 @@ def _parts_of(kind: type[PreTrainedConfig]) -> dict[str, Any]:
         if name.startswith("audio"):
             parts[name] = None
         elif name != "text_config":
-            parts[name] = _VISION
+            parts[name] = dict(_VISION)  # which some configurations change
         elif part in CONFIG_MAPPING.values():
             tested = MODELS.get(_TESTED.get(part.model_type, ""), {})
             parts[name] = {**_sizes_of(part), **tested, "model_type": part.model_type}
@@ -245,8 +291,8 @@ def classify(model_type: str, auto: AutoModel = AutoModelForCausalLM) -> tuple[s
         stage = DIFFERS
         check_model(model)
         stage = UNTRIED
-        model.set_attn_implementation(reference_attention(model))
-        model(torch.arange(8)[None], use_cache=False).logits.sum().backward()
+        set_attention(model, reference_attention(model))
+        model(input_ids=torch.arange(8)[None], use_cache=False).logits.sum().backward()
         stage = DIFFERS  # by itself the model runs
         passes = random_chat(4)
         comparison = compare(model, passes)
@@ -302,8 +348,10 @@ def reason(message: str) -> str:
         "of its attention mask": "computes with its attention mask",
         "chunked": "chunked attention",
         "its own rule": "a mask of its own",
+        "describes a whole row": "attention to keys of another sequence",
         "no backbone": "no backbone for the fused LM head to call",
         "besides its backbone": "weights between backbone and LM head",
+        "expected the same of both": "a text model that scales its logits, in a class that doesn't",
     }.items():
         if part in message:
             return words
@@ -327,10 +375,23 @@ def _classified(task: tuple[str, str]) -> tuple[str, str, tuple[str, str]]:
     return group, model_type, classify(model_type, AUTO_MODELS[group])
 
 
-def cover() -> dict[str, Any]:
-    """Return the record: what each model type is, and why."""
-    tasks = [(group, model_type) for group, types in MODEL_TYPES.items() for model_type in types]
-    results: dict[str, dict[str, tuple[str, str]]] = {group: {} for group in MODEL_TYPES}
+def cover(chosen: Sequence[str]) -> dict[str, Any]:
+    """Return the record: what each model type is, and why.
+
+    Args:
+        chosen: the types to compare, for which the record that there is is changed; none for all.
+    """
+    unknown = set(chosen) - {model_type for types in MODEL_TYPES.values() for model_type in types}
+    if unknown:
+        raise SystemExit(f"transformers has no such model types: {', '.join(sorted(unknown))}")
+    record = json.loads(RECORD.read_text("utf-8")) if chosen else {}
+    tasks = [
+        (group, model_type)
+        for group, types in MODEL_TYPES.items()
+        for model_type in types
+        if not chosen or model_type in chosen
+    ]
+    results = {group: dict(record.get(group, {})) for group in MODEL_TYPES}
     with get_context("spawn").Pool(2, _prepare_worker, maxtasksperchild=10) as pool:
         for group, model_type, result in pool.imap_unordered(_classified, tasks):
             results[group][model_type] = result
@@ -381,9 +442,11 @@ def page_with_tables(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", help="model types to compare; none for all")
     parser.add_argument("--table", action="store_true", help="write the tables only")
-    if not parser.parse_args().table:
-        RECORD.write_text(json.dumps(cover(), indent=1) + "\n", "utf-8")
+    args = parser.parse_args()
+    if not args.table:
+        RECORD.write_text(json.dumps(cover(args.types), indent=1) + "\n", "utf-8")
     PAGE.write_text(page_with_tables(PAGE.read_text("utf-8")), "utf-8")
 
 
