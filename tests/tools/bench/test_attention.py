@@ -113,7 +113,7 @@ def test_finding_the_sequences_of_variable_length_kernels_is_timed_too(monkeypat
 
 def test_flex_is_compiled_and_timed_forward():
     ours, flex = measure(["onepass cpu", FLEX])
-    assert flex["forward_min_ms"] > 0
+    assert flex["forward_min_ms"], flex["note"]
     assert flex["backward_min_ms"] is flex["total_min_ms"] is flex["times_onepass"] is None
     assert flex["difference"] < 1e-5
     assert "-" in attention_table([ours, flex]).splitlines()[6]
