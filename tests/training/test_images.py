@@ -433,9 +433,9 @@ def test_adapters_are_trained(name, tmp_path):
     modules = reference.named_modules()
     linear = [path for path, part in modules if isinstance(part, torch.nn.Linear)]
     targets = [path for path in linear if not path.endswith(("lm_head", "gate_up_proj"))]
-    # Some adapters make scores so sharp that rounding exceeds the tolerance.
-    torch.manual_seed(3 if name == "gemma4" else 2)
-    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(0)
+    # Small ones: PEFT's random adapters make scores so sharp that rounding exceeds the tolerance.
+    config = peft.LoraConfig(r=2, lora_alpha=0.2, target_modules=targets, init_lora_weights=False)
     reference = peft.get_peft_model(reference, config)
     conversations = [CHATS["same image twice"], TEXT_ONLY]
     records = list(map(as_record, conversations))
