@@ -224,7 +224,7 @@ PARTS: dict[str, dict[str, Any]] = {
         projector_hidden_size=32,
     ),
     "nemotron_h_omni": dict(
-        text_config={**COMMON, **MODELS["nemotron_h"]},
+        text_config={**COMMON, **MODELS.get("nemotron_h", {})},  # which older versions lack
         vision_config=dict(video_temporal_patch_size=2),
     ),
     "paddleocr_vl": dict(text_config=_planes(2, 3, 3)),
