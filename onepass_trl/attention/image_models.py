@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from transformers import PreTrainedConfig
 
 # By `model_type`. One pass is compared with N passes for each in tests/training/test_images.py. All
@@ -64,6 +66,18 @@ def sees_image_blocks(config: PreTrainedConfig) -> bool:
     return config.model_type != "gemma4" or (
         config.get_text_config().use_bidirectional_attention == "vision"
     )
+
+
+class CollatorOptions(TypedDict):
+    """What `OnePassCollator` must know of a model; see there."""
+
+    planes: bool
+    blocks: bool
+
+
+def collator_options(config: PreTrainedConfig) -> CollatorOptions:
+    """Return how a model wants rows with images to be collated."""
+    return {"planes": has_position_planes(config), "blocks": sees_image_blocks(config)}
 
 
 def layer_sees_image_blocks(text_config: PreTrainedConfig | None, window: int | None) -> bool:

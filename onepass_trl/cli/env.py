@@ -137,7 +137,13 @@ def _attention() -> Iterator[tuple[str, str]]:
 def _recurrences() -> Iterator[tuple[str, str]]:
     """Who computes the layers that carry state."""
     from onepass_trl.attention.branching.fla_rule import installed_fla
-    from onepass_trl.attention.branching.packages import CONVOLUTION, FLA, MAMBA, import_problem
+    from onepass_trl.attention.branching.packages import (
+        CONVOLUTION,
+        FLA,
+        MAMBA,
+        NAMES,
+        import_problem,
+    )
 
     fla = installed_fla()
     if fla.backend is not None:
@@ -150,11 +156,8 @@ def _recurrences() -> Iterator[tuple[str, str]]:
             f"flash-linear-attention ({fla.detail}), a call for segments of one depth and length",
         )
     # transformers calls the kernels of these packages where they are there.
-    for layers, module, package in (
-        ("Mamba 2", MAMBA, "mamba-ssm"),
-        ("short convolutions", CONVOLUTION, "causal-conv1d"),
-    ):
-        problem = import_problem(module)
+    for layers, module in (("Mamba 2", MAMBA), ("short convolutions", CONVOLUTION)):
+        package, problem = NAMES[module], import_problem(module)
         yield (
             layers,
             f"{package} {_version(package)}" if problem is None else f"PyTorch ({problem})",

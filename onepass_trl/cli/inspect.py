@@ -110,8 +110,8 @@ def _inspect(options: argparse.Namespace) -> Inspection:
 
 
 def _layers(model: str, has_images: bool) -> tuple[Sequence[AttentionLayers], list[str]]:
-    """Return the model's attention layers and what is wrong with it, nothing without a config."""
-    from onepass_trl.attention.image_models import why_no_images
+    """Return the model's attention layers and remarks on it, nothing without a config."""
+    from onepass_trl.attention.image_models import sees_image_blocks, why_no_images
     from onepass_trl.cli.arguments import load_config, reading
     from onepass_trl.tools.flops import model_cost
 
@@ -119,11 +119,13 @@ def _layers(model: str, has_images: bool) -> tuple[Sequence[AttentionLayers], li
         config = load_config(model)
         if config is None:
             return [], []
-        reason = why_no_images(config) if has_images else None
+        said = []
+        if has_images and (reason := why_no_images(config)):
+            said.append(f"Training would stop: {reason}")
+        elif has_images and sees_image_blocks(config):
+            said.append("The model sees each image in both directions; here it is seen causally.")
         with reading("the configuration of", model):
-            return model_cost(config).attention, [
-                f"Training would stop: {reason}"
-            ] if reason else []
+            return model_cost(config).attention, said
     except (ValueError, OSError) as error:  # the conversation can still be shown
         return [], [f"The model's layers aren't known: {error}"]
 

@@ -172,20 +172,19 @@ def measure(
     Raises:
         ValueError: if one-pass attention doesn't support the model.
     """
-    from onepass_trl.attention.image_models import has_position_planes, sees_image_blocks
+    from onepass_trl.attention.image_models import collator_options
     from onepass_trl.attention.model_check import reference_attention
     from onepass_trl.attention.transformers_backend import set_attention, use_onepass_attention
+    from onepass_trl.training.freed_memory import keep_freed_memory
     from onepass_trl.training.lm_head import add_fused_lm_head
 
+    if model.device.type == "cpu":
+        keep_freed_memory()  # as the trainer, whose steps are predicted
     use_onepass_attention(model)
     add_fused_lm_head(model)
     model.train()
     vision = None if processing_class is None else vision_of(processing_class)
-    collator = OnePassCollator(
-        vision=vision,
-        planes=has_position_planes(model.config),
-        blocks=sees_image_blocks(model.config),
-    )
+    collator = OnePassCollator(vision=vision, **collator_options(model.config))
     one_pass_batches = [_one_pass_batch(row, collator, model.device) for row in rows]
     n_pass_batches = [_n_pass_batch(pass_, vision, model.device) for pass_ in passes]
     seconds = np.full((2, max(len(rows), len(passes))), np.inf)

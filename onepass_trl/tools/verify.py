@@ -102,11 +102,7 @@ def compare(
         ValueError: if no token of `passes` or no parameter is trained, the model has no embedding
             for a token, or it cannot be trained in one pass.
     """
-    from onepass_trl.attention.image_models import (
-        has_position_planes,
-        sees_image_blocks,
-        why_no_images,
-    )
+    from onepass_trl.attention.image_models import collator_options, why_no_images
     from onepass_trl.attention.model_check import check_token_ids, reference_attention
     from onepass_trl.attention.transformers_backend import set_attention, use_onepass_attention
     from onepass_trl.data.collator import OnePassCollator, model_inputs
@@ -129,11 +125,7 @@ def compare(
     def n_pass() -> float:
         return sum(_backward_pass(model, pass_, num_trained, vision) for pass_ in passes)
 
-    collator = OnePassCollator(
-        vision=vision,
-        planes=has_position_planes(model.config),
-        blocks=sees_image_blocks(model.config),
-    )
+    collator = OnePassCollator(vision=vision, **collator_options(model.config))
     batch = {name: x.to(model.device) for name, x in collator([row]).items()}
 
     def one_pass() -> float:

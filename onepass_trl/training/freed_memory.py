@@ -25,5 +25,6 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library
         return False
-    # glibc before 2.35 refuses the first one, and the second one alone would do harm.
+    # The manual of glibc limits the first one to 32 MiB, and some versions refuse more. The second
+    # one alone would do harm: glibc then no longer raises the first one itself.
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, _LARGEST))

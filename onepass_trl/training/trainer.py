@@ -25,11 +25,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from onepass_trl import versions
-from onepass_trl.attention.image_models import (
-    has_position_planes,
-    sees_image_blocks,
-    why_no_images,
-)
+from onepass_trl.attention.image_models import collator_options, why_no_images
 from onepass_trl.attention.model_check import base_model, check_rotary_embedding
 from onepass_trl.attention.transformers_backend import check_model, use_onepass_attention
 from onepass_trl.chat.processing import ProcessingClass, check_template_source
@@ -212,8 +208,7 @@ class OnePassSFTTrainer(SFTTrainer):
             check_vocabulary(name, dataset, self.model)
         self._of_images: dict[str, Any] = {
             "vision": None if self._why_no_images else vision_of(self.processing_class),
-            "planes": has_position_planes(base_model(self.model).config),
-            "blocks": sees_image_blocks(base_model(self.model).config),
+            **collator_options(base_model(self.model).config),
         }
         self.data_collator: Any = data_collator or OnePassCollator(
             pad_token_id=self._tokenizer.pad_token_id,

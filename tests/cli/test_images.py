@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from onepass_trl.cli.inspect import _layers
 from tests.chats import CHATS
-from tests.images import A, B, answer, text
+from tests.images import A, B, answer, make_image_model, text
 
 PLACE = {"type": "image"}
 
@@ -97,3 +98,10 @@ def test_models_that_see_no_images(run, good, tiny_model_dir):
     status, _, err = run("bench", [good], "--attention")
     assert status == 2
     assert "has images, and bench times text only" in err
+
+
+def test_inspect_says_that_blocks_are_shown_causally(tmp_path):
+    make_image_model("gemma3").config.save_pretrained(tmp_path)
+    assert _layers(str(tmp_path), has_images=False)[1] == []
+    [remark] = _layers(str(tmp_path), has_images=True)[1]
+    assert "in both directions; here it is seen causally" in remark

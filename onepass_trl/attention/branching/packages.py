@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # Packages whose functions transformers takes where it can import them, by their modules.
 FLA, MAMBA, CONVOLUTION = "fla", "mamba_ssm", "causal_conv1d"
-_NAMES = {
+NAMES = {
     FLA: "flash-linear-attention",
     MAMBA: "mamba-ssm",
     CONVOLUTION: "causal-conv1d",
@@ -61,13 +61,13 @@ def refusal_on_cpu(function: Callable[..., Any], name: str) -> Callable[[Tensor]
     They would fail there too, but with messages of drivers.
     """
     package = (getattr(implementation(function), "__module__", None) or "").partition(".")[0]
-    if package not in _NAMES or (package in _INTERPRETED and runs_in_interpreter()):
+    if package not in NAMES or (package in _INTERPRETED and runs_in_interpreter()):
         return None
 
     def refuse(x: Tensor) -> None:
         if x.device.type == "cpu":
             raise ValueError(
-                f"{name} got tensors on the CPU, and {_NAMES[package]}, which is installed, has "
+                f"{name} got tensors on the CPU, and {NAMES[package]}, which is installed, has "
                 "kernels for GPUs only: move the model to a GPU, or use an environment without "
                 "that package"
             )
@@ -83,13 +83,13 @@ def runs_in_interpreter() -> bool:
 def import_problem(module: str) -> str | None:
     """Return why a package's functions can't be imported, or None; imports them."""
     if importlib.util.find_spec(module) is None:
-        return f"{_NAMES[module]} is not installed"
+        return f"{NAMES[module]} is not installed"
     try:
         importlib.import_module(module)
         importlib.import_module(_FUNCTIONS[module])
     # What importing raises where parts of a package don't fit each other or the machine.
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        return f"{_NAMES[module]} can't be imported: {type(error).__name__}: {error}"
+        return f"{NAMES[module]} can't be imported: {type(error).__name__}: {error}"
     return None
 
 
@@ -97,7 +97,7 @@ def import_problem(module: str) -> str | None:
 def _warn_of(module: str, layers: str, install: str) -> None:
     logger.warning(
         "%s is installed, but not used (%s), so %s take longer than need be: install %s",
-        _NAMES[module],
+        NAMES[module],
         import_problem(module) or "transformers has not taken its function",
         layers,
         install,
