@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -15,9 +16,9 @@ ROW = LAYOUT.visible_end
 OURS = ["onepass cpu", "onepass dense"]
 
 
-def measure(names, **options):
+def measure(names, row=ROW, **options):
     given = dict(dtype=torch.float32, device=torch.device("cpu"), repeats=2)
-    return measure_attention(ROW, AttentionShape(4, 2, 16, 8), **{**given, **options}, peers=names)
+    return measure_attention(row, AttentionShape(4, 2, 16, 8), **{**given, **options}, peers=names)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,8 +113,10 @@ def test_finding_the_sequences_of_variable_length_kernels_is_timed_too(monkeypat
 
 
 def test_flex_is_compiled_and_timed_forward():
-    ours, flex = measure(["onepass cpu", FLEX])
-    assert flex["forward_min_ms"], flex["note"]
-    assert flex["backward_min_ms"] is flex["total_min_ms"] is flex["times_onepass"] is None
-    assert flex["difference"] < 1e-5
-    assert "-" in attention_table([ours, flex]).splitlines()[6]
+    """For rows of several lengths in a process, too."""
+    for row in (ROW, np.concatenate([ROW, ROW + ROW.size])):
+        ours, flex = measure(["onepass cpu", FLEX], row)
+        assert flex["forward_min_ms"], flex["note"]
+        assert flex["backward_min_ms"] is flex["total_min_ms"] is flex["times_onepass"] is None
+        assert flex["difference"] < 1e-5
+        assert "-" in attention_table([ours, flex]).splitlines()[6]
