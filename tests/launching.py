@@ -75,8 +75,11 @@ def launch(num_processes: int, worker: str, *arguments: str, **environment: str)
         str(port),
     ]
     command = [sys.executable, *launcher, "-m", worker, *arguments]
-    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1", **environment}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    environment = {**os.environ, **ENVIRONMENT, **own, **environment}
     result = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
-    assert result.returncode == 0, result.stderr[-4000:]
+    # What the processes said, before the launcher's own lines about them.
+    own = result.stderr.partition("torch.distributed.elastic")[0] or result.stderr
+    assert result.returncode == 0, own[-8000:]

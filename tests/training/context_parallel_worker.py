@@ -20,6 +20,7 @@ from onepass_trl.training.context_parallel import forward_in_pieces, gather_rout
 from onepass_trl.training.lm_head import add_fused_lm_head
 from tests.conversations import forked_rollouts, random_chat
 from tests.models import MODELS, make_model
+from tests.training.distributed_worker import leave
 
 OPTIONS = dict(use_cache=False, fused_lm_head=True)
 
@@ -35,7 +36,7 @@ def main(file: str) -> None:
         forward_in_pieces(torch.nn.Identity(), dist.group.WORLD, different)
     if dist.get_rank() == 0:
         Path(file).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 def compare(name: str, group: dist.ProcessGroup) -> dict[str, float]:

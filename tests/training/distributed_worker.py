@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import weakref
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import ParallelismConfig
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast
 
 from onepass_trl import OnePassSFTConfig, OnePassSFTTrainer
@@ -85,7 +84,7 @@ def start(options: dict) -> None:
 
 
 def train_and_save(trainer: OnePassSFTTrainer, folder: str) -> None:
-    """Train, save history and weights, and leave the process group."""
+    """Train, save history and weights, and end this process."""
     args, used = trainer.args, trainer.accelerator.distributed_type
     if used != ("DEEPSPEED" if args.deepspeed else "FSDP" if args.fsdp else "MULTI_CPU"):
         raise AssertionError(f"{args.deepspeed=} and {args.fsdp=}, but it would train with {used}")
@@ -106,16 +105,19 @@ def train_and_save(trainer: OnePassSFTTrainer, folder: str) -> None:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         history[-1] |= evaluation
         Path(folder, "history.json").write_text(json.dumps(history))
-    # DDP goes before the process group: its destructor could wait for a thread of the group. The
-    # caller still holds the trainer, so it is taken out of there.
-    accelerator = trainer.accelerator
-    accelerator.wait_for_everyone()
-    wrapped = weakref.ref(trainer.model_wrapped)
-    trainer.model_wrapped = None
-    accelerator.free_memory()
-    if isinstance(wrapped(), DistributedDataParallel):
-        raise AssertionError("something holds DDP: the process may hang when it ends")
-    accelerator.end_training()
+    leave()
+
+
+def leave() -> None:
+    """End this process once all have come here, without Python's clean-up.
+
+    Threads of gloo may still hold what that takes apart, such as DDP's reducer: the process would
+    wait for them, or abort.
+    """
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

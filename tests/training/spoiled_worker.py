@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from tests.training.distributed_worker import make_trainer, start
+from tests.training.distributed_worker import leave, make_trainer, start
 from tests.training.test_first_check import ignores_positions
 
 
@@ -43,7 +43,7 @@ def main(folder: str, options: dict) -> None:
         with pytest.raises((FloatingPointError, ValueError)) as found:
             trainer.train()
     Path(folder, f"{trainer.args.process_index}.txt").write_text(str(found.value))
-    trainer.accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":
