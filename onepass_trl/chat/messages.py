@@ -64,18 +64,19 @@ _OTHER_PART = "give its text as a part of type 'text', or remove it"
 
 _CALLS = {"call", "calls"}
 _CALL_ROLES = {"tool", "function", *_CALLS}  # of messages that hold the assistant's calls as JSON
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _OTHER_ROLES = {
+    **{role: role for role in ROLES},  # such as "User"
     "human": "user",
     **dict.fromkeys(("ai", "bot", "chatgpt", "gpt", "model"), "assistant"),
-    **dict.fromkeys(
-        ("environment", "function", "ipython", "observation", "tool"),
-        "tool",
-    ),
+    **dict.fromkeys(("environment", "function", "ipython", "observation"), "tool"),
 }
-ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Under which other names formats keep what a message says.
-_CONTENT_KEYS = ("answer", "message", "output", "parts", "response", "result", "text", "value")
+_CONTENT_KEYS = (
+    *("answer", "body", "contents", "message", "msg", "output", "parts", "response", "result"),
+    *("text", "utterance", "value"),
+)
 _FLAGS = ("weight", "loss", "loss_mask", "trainable")  # of OpenAI's files and others, for ``train``
 
 
@@ -129,6 +130,8 @@ def _normalize(
     out = {key: value for key, value in message.items() if value is not None}
     out = with_calls(out, index)
     role = out.get("role")
+    if role is None:
+        _refuse(index, f"has no 'role', expected one of {', '.join(ROLES)}")
     if role not in ROLES:
         meant = {_OTHER_ROLES[word] for word in words_of(str(role)) & _OTHER_ROLES.keys()}
         rename = f"rename it to {meant.pop()!r}" if len(meant) == 1 else "rename it"
@@ -136,6 +139,8 @@ def _normalize(
     for key in _CONTENT_KEYS:
         if not out.get("content") and out.get(key):
             _refuse(index, f"has {key!r} and no 'content'; rename it")
+    if role == "user" and "content" not in out:
+        _refuse(index, "is a user's and has no 'content'; give it, or remove the message")
     out["content"] = _text(out.get("content", ""), index, part_separator)
     if out.get("function_call"):
         _refuse(index, "has 'function_call', the old form of 'tool_calls'; make it a list of one")

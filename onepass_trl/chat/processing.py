@@ -7,6 +7,7 @@ chat template, which may differ from the tokenizer's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 ProcessingClass: TypeAlias = "PreTrainedTokenizerBase | ProcessorMixin"
 """A tokenizer, or a processor that has one; transformers' and TRL's word for either."""
 
+TEMPLATE_SUFFIXES = (".jinja", ".j2")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -70,11 +72,22 @@ def find_chat_template(
 
 
 def check_template_source(path: str | None, processing_class: ProcessingClass) -> None:
-    """Raise ValueError if a processor is to get another tokenizer's template, with its tokens.
+    """Raise for a file of a template that can't be read, and for what a processor can't be given.
 
-    TRL's ``clone_chat_template`` knows tokenizers only.
+    TRL would take the file for the name of a tokenizer, and its ``clone_chat_template``, which
+    takes another tokenizer's template with its tokens, knows tokenizers only.
+
+    Raises:
+        OSError: there is no such file, or it may not be read.
+        ValueError: the file isn't text, or a processor is to get a tokenizer's template.
     """
-    if path is None or path.endswith((".jinja", ".j2")):
+    if path is None:
+        return
+    if path.endswith(TEMPLATE_SUFFIXES):
+        try:
+            Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the chat template {path} is not text in UTF-8: {error}") from None
         return
     if tokenizer_of(processing_class) is not processing_class:
         raise ValueError(

@@ -119,10 +119,10 @@ def load_processing_class(options: argparse.Namespace) -> ProcessingClass:
             processing_class = AutoTokenizer.from_pretrained(model)
     if path is None:
         return processing_class
-    if path.endswith((".jinja", ".j2")):
+    processing.check_template_source(path, processing_class)
+    if path.endswith(processing.TEMPLATE_SUFFIXES):
         processing_class.chat_template = Path(path).read_text(encoding="utf-8")
         return processing_class
-    processing.check_template_source(path, processing_class)
     with reading("the tokenizer of", path):
         source = AutoTokenizer.from_pretrained(path)
     tokenizer = processing.tokenizer_of(processing_class)
@@ -136,16 +136,18 @@ def load_processing_class(options: argparse.Namespace) -> ProcessingClass:
 
 @contextmanager
 def reading(what: str, model: str) -> Iterator[None]:
-    """Let what transformers raises for damaged files of a model say which model it is.
+    """Let what transformers raises for files of a model say which model it is.
 
     Raises:
-        ValueError: with the first line of the error.
+        ValueError: for damaged files with the first line of the error, for others with all of it.
     """
     _check_place(model)
     try:
         yield
     except _DAMAGED as error:
         raise _unreadable(what, model, error) from error
+    except (OSError, ValueError) as error:
+        raise _named(error) from error
 
 
 @contextmanager
@@ -163,6 +165,33 @@ def loading(model: str) -> Iterator[None]:
         if not any(frame.f_code.co_name in _LOADERS for frame, _ in calls):
             raise
         raise _unreadable("the model", model, error) from error
+    except (OSError, ValueError) as error:
+        raise _named(error) from error
+
+
+@contextmanager
+def using_trackers() -> Iterator[None]:
+    """Let what transformers raises for a tracker that can't be used be an error of the input.
+
+    Raises:
+        ValueError: with the message, which says what to install or to set.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("transformers.integrations."):
+            raise
+        raise ValueError(f"--report_to names a tracker that can't be used: {error}") from error
+
+
+def _named(error: OSError | ValueError) -> OSError | ValueError:
+    """Return an error of loading from the Hub or a folder that says what was being loaded."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_locals.get("pretrained_model_name_or_path", ""))
+        if frame.f_code.co_name in _LOADERS and name and name not in str(error):
+            return ValueError(f"{name!r} can't be read: {error}")
+    return error
 
 
 def _check_place(model: str) -> None:

@@ -82,8 +82,9 @@ def _share_cpu(options: Any) -> None:
     """Start the processes of a CPU run as processes of torch.distributed, and share out its CPUs.
 
     accelerate starts one process instead of several unless it finds GPUs, and gives it one thread,
-    which suits machines that compute on GPUs.
+    which suits machines that compute on GPUs. The user's OMP_NUM_THREADS is left alone.
     """
+    import torch
     from accelerate.commands.config.config_args import load_config_from_file
 
     num_processes = options.num_processes
@@ -92,8 +93,8 @@ def _share_cpu(options: Any) -> None:
     num_processes = num_processes or 1
     if num_processes > 1 and not options.use_fsdp and not options.use_deepspeed:
         options.multi_gpu = True
-    if options.num_cpu_threads_per_process is None:
-        options.num_cpu_threads_per_process = max((os.cpu_count() or 1) // num_processes, 1)
+    if options.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
+        options.num_cpu_threads_per_process = max(torch.get_num_threads() // num_processes, 1)
 
 
 def make_parser() -> Any:
@@ -122,7 +123,8 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     """Train in this process with this trainer, as `argv` says; return 0."""
     from trl import get_peft_config, get_quantization_config
 
-    from onepass_trl.cli.arguments import loading
+    from onepass_trl.cli.arguments import loading, using_trackers
+    from onepass_trl.tools.outputs import check_output_folder
 
     script_args, training_args, model_args, mixture = _parse(
         parser, _as_flags(argv), fail_with_unknown_args=False
@@ -135,6 +137,8 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
             f"{started} processes were started, but each would train alone: on the CPU they find "
             "one another with --use_cpu"
         )
+    if training_args.should_save:
+        check_output_folder(training_args.output_dir)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -144,7 +148,7 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     }
     wants_eval = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture, wants_eval)
-    with loading(model_args.model_name_or_path):
+    with loading(model_args.model_name_or_path), using_trackers():
         trainer = trainer_class(
             model=model_args.model_name_or_path,
             args=training_args,
@@ -153,7 +157,10 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    # Only a YAML file has values that aren't text.
+    resume: Any = training_args.resume_from_checkpoint
+    resume = {"true": True, "false": False}.get(str(resume).lower(), resume)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:

@@ -118,7 +118,10 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+        raise ValueError(
+            f"{where} is not JSON: {error}. A file has one object a line, or, as .json, one list "
+            "of objects"
+        ) from None
     except RecursionError:
         raise _UnreadableError(f"{where} is nested too deep to be read; make it flatter") from None
     except RepeatedKeyError as error:

@@ -120,7 +120,7 @@ def _load_split(
         raise ValueError(f"dataset {name!r} can't be read: {error.__cause__ or error}") from error
     except ValueError as error:
         if "nknown split" not in str(error) and "Bad split" not in str(error):
-            raise
+            raise ValueError(f"dataset {name!r} can't be read: {error}") from error
         raise _no_split(name, split, error) from None
 
 

@@ -6,6 +6,7 @@ import glob
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -53,6 +54,19 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None
         if file in taken:
             raise ValueError(f"{taken[file]} and {flag} both name {path}; name two files")
         taken[file] = flag
+
+
+def check_output_folder(path: str) -> None:
+    """Raise OSError unless a folder is there, or can be made, and takes files."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"no files can be written to --output_dir {path}: {error.strerror}"
+        ) from error
 
 
 def _files(source: str) -> list[Path]:

@@ -512,7 +512,12 @@ class OnePassSFTTrainer(SFTTrainer):
         """Return the metrics of ``evaluate`` for `test_dataset`, and no predictions."""
         packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         rows = self._prepare_dataset(
-            test_dataset, self.processing_class, self.args, packing, None, metric_key_prefix
+            test_dataset,
+            self.processing_class,
+            self.args,
+            packing,
+            self._formatting_func,
+            metric_key_prefix,
         )
         return super().predict(rows, ignore_keys, metric_key_prefix)
 
@@ -523,7 +528,8 @@ def _formatted(
     text = function(record)
     if not isinstance(text, str):
         raise ValueError(
-            f"formatting_func returned {type(text).__name__} for a record, expected its text"
+            f"formatting_func returned {type(text).__name__} for a record, expected its text. For "
+            "conversations make a column 'messages' with Dataset.map, and leave it out"
         )
     return {text_field: text}
 

@@ -205,7 +205,12 @@ ERRORS = [
     ({"role": "model", "content": "x"}, "role 'model', .*; rename it to 'assistant'"),
     ({"role": "tool_response", "content": "x"}, "role 'tool_response', .*; rename it to 'tool'"),
     ({"role": "narrator", "content": "x"}, "role 'narrator', .*; rename it$"),
-    ({"content": "x"}, "role None"),
+    ({"content": "x"}, "has no 'role', expected one of system"),
+    ({"role": "User", "content": "x"}, "has role 'User', .*; rename it to 'user'"),
+    ({"role": "ASSISTANT", "content": "x"}, "; rename it to 'assistant'"),
+    ({"role": "user", "contnet": "x"}, "is a user's and has no 'content'; give it"),
+    ({"role": "user", "content": None}, "is a user's and has no 'content'; give it"),
+    ({"role": "tool", "contents": "x"}, "has 'contents' and no 'content'; rename it"),
     ({"role": "user", "content": 3}, "content of type int"),
     (
         {"role": "user", "content": [{"type": "image", "url": "x"}]},

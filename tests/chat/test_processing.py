@@ -216,9 +216,20 @@ def test_a_processor_that_needs_torchvision_says_so(tmp_path, monkeypatch):
         load_processing_class(str(tmp_path))
 
 
-def test_another_tokenizer_s_template_is_not_for_a_processor():
+def test_another_tokenizer_s_template_is_not_for_a_processor(tmp_path):
     tokenizer = small_tokenizer("qwen3")
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}")
     check_template_source("Qwen/Qwen3-0.6B", tokenizer)
-    check_template_source("chat.jinja", make_processor(tokenizer))
+    check_template_source(str(file), make_processor(tokenizer))
     with pytest.raises(ValueError, match=r"names a tokenizer, .* LlavaProcessor can't be given"):
         check_template_source("Qwen/Qwen3-0.6B", make_processor(tokenizer))
+
+
+def test_a_template_s_file_that_cannot_be_read_is_named(tmp_path):
+    file = tmp_path / "chat.jinja"
+    with pytest.raises(FileNotFoundError, match=r"chat\.jinja"):
+        check_template_source(str(file), small_tokenizer("qwen3"))
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"the chat template .*chat.jinja is not text in UTF-8"):
+        check_template_source(str(file), small_tokenizer("qwen3"))

@@ -217,6 +217,58 @@ def test_flags_that_cannot_be_met(flag, expected, chats, tiny_model_dir, tmp_pat
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--report_to=wandb", "--report_to names a tracker that can't be used: WandbCallback req"),
+        ("--output_dir={file}", "no files can be written to --output_dir {file}: File exists"),
+        ("--output_dir={file}/out", "no files can be written to --output_dir {file}/out: Not a d"),
+        ("--chat_template_path={file}.jinja", "No such file or directory: '{file}.jinja'"),
+        ("--chat_template_path={folder}", "'{folder}' can't be read: "),
+        ("--model_name_or_path={folder}", "'{folder}' can't be read: "),
+    ],
+)
+def test_what_a_training_cannot_use_is_named(
+    flag, expected, chats, tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", bool)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    names = {"file": chats, "folder": folder}
+    assert train_tiny("sft", chats, tiny_model_dir, tmp_path, flag.format(**names)) == 2
+    assert expected.format(**names) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["inspect", "estimate", "verify"])
+def test_a_folder_without_a_model_is_named(verb, chats, tmp_path, capsys):
+    assert main([verb, str(chats), f"--model_name_or_path={tmp_path}"]) == 2
+    assert f"'{tmp_path}' can't be read: " in capsys.readouterr().err
+
+
+def test_training_resumes_from_the_last_checkpoint(chats, tiny_model_dir, tmp_path, capsys):
+    flags = ("--save_strategy=steps", "--save_steps=1", "--resume_from_checkpoint")
+    assert train_tiny("sft", chats, tiny_model_dir, tmp_path, *flags, "true") == 2
+    assert "No valid checkpoint found in output directory" in capsys.readouterr().err
+    assert train_tiny("sft", chats, tiny_model_dir, tmp_path, *flags, "false") == 0
+    flags = ("--max_steps=2", *flags)
+    assert train_tiny("sft", chats, tiny_model_dir, tmp_path, *flags, "true") == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
+@pytest.mark.parametrize(("given", "number"), [(None, 2), ("1", None)])
+def test_processes_share_the_cpus_unless_the_user_says_how(given, number, monkeypatch, tmp_path):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    argv = ["a.jsonl", f"--output_dir={tmp_path}", "--use_cpu", "--num_processes=2"]
+    assert launch(argv, make_parser(), "none") == 0
+    assert launched[0].num_cpu_threads_per_process == number
+
+
 def test_a_package_that_is_not_installed(capsys):
     def import_it(argv):
         raise ImportError("using `bits` requires bits: pip install bits")

@@ -162,6 +162,13 @@ def test_broken_lines_are_named(tmp_path, text, message):
         load_conversations(str(path), "train")
 
 
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_text("none")
+    with pytest.raises(ValueError, match=r"dataset '.*rows.parquet' can't be read: Parquet"):
+        load_conversations(str(path), "train")
+
+
 def test_empty_files_and_slices_are_errors(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("")

@@ -388,6 +388,16 @@ def test_prediction_is_evaluation_without_predictions(train):
     )
 
 
+def test_a_formatting_function_makes_what_is_predicted_too(train):
+    records = Dataset.from_list([{"sum": "1 + 2", "is": "3"}, {"sum": "2 + 5", "is": "7"}])
+    trainer = train(
+        dataset=records,
+        trainer_kwargs={"formatting_func": lambda record: f"{record['sum']} = {record['is']}"},
+    )
+    loss = trainer.evaluate(records)["eval_loss"]
+    assert trainer.predict(records).metrics["test_loss"] == loss
+
+
 def test_weights_and_fork_copies_reach_the_loss(train):
     trainer = train(
         dataset=Dataset.from_list([as_record(forked_rollouts(3))]), per_device_train_batch_size=1
