@@ -100,7 +100,8 @@ def compare(
         heads=args.hidden_size // 64,
         vocab_size=largest + 1,
     )
-    found = estimate(enumerate(rows), tokenizer, options, model_cost(config))
+    cost = model_cost(config)
+    found = estimate(enumerate(rows), tokenizer, options, cost, scores_every_position=True)
     probes = choose_probes([rows[at] for at in spread(found.row_tokens)], tokenizer, options)
     one, n = measure(random_model(config, torch.float32), *probes, found.attention_weights)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +115,7 @@ def compare(
     one_pass_seconds, n_pass_seconds = seconds([trainers[ONE_PASS], trainers[N_PASS]], args.repeats)
     measured = n_pass_seconds / one_pass_seconds
     by_rows = n.seconds(found.n_pass) / one.seconds(found.one_pass)
-    by_operations = found.flops_ratio(scores_every_position=True)
+    by_operations = found.flops_ratio
     return {
         "dataset": path.stem,
         "conversations": len(conversations),

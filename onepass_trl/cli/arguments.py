@@ -219,9 +219,19 @@ def fit_vocabulary(config: PreTrainedConfig, processing_class: ProcessingClass) 
     text.vocab_size = max(text.vocab_size, len(tokenizer_of(processing_class)))
 
 
-def inputs_of(options: argparse.Namespace) -> list[str | None]:
-    """Return what the options name that is read: a dataset, a model, a chat template."""
-    return [options.dataset, options.model_name_or_path, options.chat_template_path]
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise for a file that can't be written, before the work whose result it would get.
+
+    None may replace what is read: the dataset, the model, the chat template.
+    """
+    from onepass_trl.tools import outputs
+    from onepass_trl.tools.plots import check_png
+
+    paths = {f"--{kind}": getattr(options, kind, None) for kind in ("json", "html", "png")}
+    if paths["--png"] is not None:
+        check_png(paths["--png"])
+    inputs = (options.dataset, options.model_name_or_path, options.chat_template_path)
+    outputs.check_outputs(paths, inputs)
 
 
 def load_config(model: str) -> PreTrainedConfig | None:

@@ -31,12 +31,9 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     import torch
 
-    from onepass_trl.cli.arguments import inputs_of
     from onepass_trl.tools.bench.results import write
-    from onepass_trl.tools.outputs import check_outputs
     from onepass_trl.tools.transcript import visible_text
 
-    check_outputs({"--json": options.json}, inputs_of(options))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -61,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.arguments import at_least
+    from onepass_trl.cli.arguments import at_least, check_outputs
 
     parser = Parser(
         prog="onepass-trl bench",
@@ -111,6 +108,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 parser.error(f"--{name} needs a dataset, but none is given")
     for name, value in _TURN.items():
         setattr(options, name, getattr(options, name, value))
+    check_outputs(options)
     return options
 
 

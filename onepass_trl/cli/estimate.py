@@ -24,7 +24,6 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: list[str]) -> int:
     """Print what one pass saves on the dataset that `argv` names; return 0."""
     options = _parse(argv)
-    _check_outputs(options)
     import torch
 
     from onepass_trl.attention.image_models import why_no_images
@@ -57,6 +56,7 @@ def main(argv: list[str]) -> int:
     records = ((index, dataset[index]) for index in _with_progress(indices))
     with reading("the configuration of", options.model_name_or_path):
         cost = model_cost(config) if config else None
+    device = torch.accelerator.current_accelerator(check_available=True)
     found = estimate(
         records,
         processing_class,
@@ -64,35 +64,36 @@ def main(argv: list[str]) -> int:
         cost,
         features=dataset.features,
         no_images=why_no_images(config) if config else None,
+        # With Triton, TRL's fused LM head skips positions without a target.
+        scores_every_position=device is None or device.type not in ("cuda", "xpu"),
     )
     times = None
     if options.measure:
         assert config is not None
         times = _measure(options, found, config, dataset, processing_class, preparation)
 
-    device = torch.accelerator.current_accelerator(check_available=True)
-    # With Triton, TRL's fused LM head skips positions without a target.
-    every_position = device is None or device.type not in ("cuda", "xpu")
-    given: dict[str, Any] = {"scores_every_position": every_position, "times": times}
     what = f"{len(indices):,} of {len(dataset):,}" if len(indices) < len(dataset) else "all"
     print(f"{visible_text(options.dataset)}: {what} conversations\n")
-    print("\n".join(report(found, **given)))
+    print("\n".join(report(found, times=times)))
     if options.json is not None:
-        value = {"dataset": options.dataset, **as_json(found, **given)}
+        value = {"dataset": options.dataset, **as_json(found, times=times)}
         write_output(options.json, json.dumps(value, indent=1) + "\n")
         print(f"Wrote {visible_text(options.json)}")
     if options.png is not None:
         from onepass_trl.tools import plots
         from onepass_trl.tools.estimation_plot import draw
 
-        figure = draw(found, Path(options.dataset).name, scores_every_position=every_position)
-        plots.save(figure, options.png)
+        plots.save(draw(found, Path(options.dataset).name), options.png)
         print(f"Wrote {visible_text(options.png)}")
     return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.arguments import add_conversation_arguments, at_least
+    from onepass_trl.cli.arguments import (
+        add_conversation_arguments,
+        at_least,
+        check_outputs,
+    )
     from onepass_trl.data.packing import OVERFLOW_POLICIES
 
     parser = Parser(
@@ -134,19 +135,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="also write all figures as JSON")
     parser.add_argument("--png", metavar="FILE", help="also draw them (needs matplotlib)")
-    return parser.parse_args(argv)
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Raise for a file that can't be written, before the work whose result it would get."""
-    from onepass_trl.cli.arguments import inputs_of
-    from onepass_trl.tools.outputs import check_outputs
-
-    if options.png is not None:
-        from onepass_trl.tools.plots import check_png
-
-        check_png(options.png)
-    check_outputs({"--json": options.json, "--png": options.png}, inputs_of(options))
+    options = parser.parse_args(argv)
+    check_outputs(options)
+    return options
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:

@@ -23,7 +23,6 @@ _SHOWN = 100  # characters of a text, at most
 def main(argv: list[str]) -> int:
     """Show the record that `argv` names; return 0."""
     options = _parse(argv)
-    _check_outputs(options)
     from rich.console import Console
 
     from onepass_trl.tools.inspection_report import figures, remarks
@@ -59,7 +58,7 @@ def _title(options: argparse.Namespace) -> str:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.arguments import add_conversation_arguments
+    from onepass_trl.cli.arguments import add_conversation_arguments, check_outputs
 
     parser = Parser(
         prog="onepass-trl inspect",
@@ -75,19 +74,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--png", metavar="FILE", help="also draw who sees whom (needs matplotlib, no display)"
     )
-    return parser.parse_args(argv)
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Raise unless the requested files can be written, before any work."""
-    from onepass_trl.cli.arguments import inputs_of
-    from onepass_trl.tools.outputs import check_outputs
-
-    if options.png is not None:
-        from onepass_trl.tools.plots import check_png
-
-        check_png(options.png)
-    check_outputs({"--html": options.html, "--png": options.png}, inputs_of(options))
+    options = parser.parse_args(argv)
+    check_outputs(options)
+    return options
 
 
 def _inspect(options: argparse.Namespace) -> Inspection:

@@ -109,6 +109,8 @@ class Estimate:
         single_rendering: what the ways to train on one rendering would make of the turns, before
             ``max_length``; none where messages aren't known.
         cost: of the model, None if it isn't known.
+        scores_every_position: whether the LM head also scores positions without a target, as TRL's
+            fused one does on a CPU; on an accelerator it skips them.
     """
 
     indices: NDArray[np.int64]
@@ -128,6 +130,7 @@ class Estimate:
     branches: NDArray[np.bool_]
     single_rendering: dict[str, Training]
     cost: ModelCost | None
+    scores_every_position: bool
 
     @property
     def token_ratio(self) -> float:
@@ -157,34 +160,25 @@ class Estimate:
             weights[layers.window] += layers.num_layers * layers.flops_per_pair
         return dict(weights)
 
-    def flops(self, work: Work, *, scores_every_position: bool = False) -> StepFlops:
-        """Return the operations of forward and backward over some rows.
-
-        Args:
-            work: ``one_pass`` or ``n_pass``.
-            scores_every_position: as TRL's fused LM head does on a CPU; on an accelerator it skips
-                positions without a target.
+    def flops(self, work: Work) -> StepFlops:
+        """Return the operations of forward and backward over ``one_pass`` or ``n_pass``.
 
         Raises:
             ValueError: if the cost of the model isn't known.
         """
         if self.cost is None:
             raise ValueError("the operations of a step depend on the model: pass its cost")
-        scored = work.tokens if scores_every_position else work.scored
+        scored = work.tokens if self.scores_every_position else work.scored
         return StepFlops(
             linear=LINEAR_FORWARDS * self.cost.linear_flops * work.tokens,
             attention=ATTENTION_FORWARDS * weighted_pairs(work.pairs, self.attention_weights),
             head=HEAD_FORWARDS * self.cost.head_flops * scored,
         )
 
-    def flops_ratio(self, *, scores_every_position: bool = False) -> float:
-        """Return the operations of N-pass over those of one pass: the step-time ratio if all
-        operations were equally fast."""
-        n_pass, one_pass = (
-            self.flops(work, scores_every_position=scores_every_position).total
-            for work in (self.n_pass, self.one_pass)
-        )
-        return n_pass / one_pass
+    @property
+    def flops_ratio(self) -> float:
+        """Operations of N-pass over those of one pass: the step-time ratio if all were as fast."""
+        return self.flops(self.n_pass).total / self.flops(self.one_pass).total
 
 
 def estimate(
@@ -195,6 +189,7 @@ def estimate(
     *,
     features: Features | None = None,
     no_images: str | None = None,
+    scores_every_position: bool = False,
 ) -> Estimate:
     """Return what one pass and N-pass would compute on the conversations of `records`.
 
@@ -207,6 +202,7 @@ def estimate(
         cost: of the model, see `model_cost`.
         features: of the dataset.
         no_images: why the model can't be trained on images, None if it can or isn't known.
+        scores_every_position: see `Estimate`.
 
     Raises:
         ValueError: if there are no records, nothing is left to train, or a record can't be read or
@@ -256,6 +252,7 @@ def estimate(
         branches=np.array([count.branches for count in counts]),
         single_rendering=single_rendering,
         cost=cost,
+        scores_every_position=scores_every_position,
     )
 
 

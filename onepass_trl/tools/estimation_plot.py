@@ -16,14 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 
-def draw(found: Estimate, title: str, *, scores_every_position: bool = False) -> Figure:
-    """Return a figure of what a dataset contains and what one pass saves on it.
-
-    Args:
-        found: the estimate.
-        title: of the figure.
-        scores_every_position: as for `Estimate.flops`.
-    """
+def draw(found: Estimate, title: str) -> Figure:
+    """Return a figure of what a dataset contains and what one pass saves on it."""
     figure = plots.new_figure(10, 9.5 if found.has_reasoning else 7)
     figure.suptitle(title)
     below: Figure | SubFigure = figure
@@ -34,7 +28,7 @@ def draw(found: Estimate, title: str, *, scores_every_position: bool = False) ->
     _draw_turns(axes[0, 0], found)
     _draw_lengths(axes[0, 1], found)
     _draw_savings(axes[1, 0], found)
-    _draw_operations(axes[1, 1], found, scores_every_position)
+    _draw_operations(axes[1, 1], found)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[0]:
@@ -111,15 +105,12 @@ def _draw_savings(ax: Any, found: Estimate) -> None:
     ax.set_ylim(bottom=0)
 
 
-def _draw_operations(ax: Any, found: Estimate, scores_every_position: bool) -> None:
+def _draw_operations(ax: Any, found: Estimate) -> None:
     if found.cost is None:
         ax.axis("off")
         ax.text(0.5, 0.5, "no configuration of a model:\noperations unknown", ha="center")
         return
-    ways = [
-        found.flops(work, scores_every_position=scores_every_position)
-        for work in (found.n_pass, found.one_pass)
-    ]
+    ways = [found.flops(work) for work in (found.n_pass, found.one_pass)]
     from matplotlib.ticker import EngFormatter
 
     bottom = np.zeros(2)
@@ -128,8 +119,7 @@ def _draw_operations(ax: Any, found: Estimate, scores_every_position: bool) -> N
         values = np.array([getattr(way, part) for way in ways])
         ax.bar(["N-pass", "one pass"], values, bottom=bottom, color=color, label=name)
         bottom += values
-    ratio = found.flops_ratio(scores_every_position=scores_every_position)
-    ax.set_title(f"operations, {found.cost.name}: {ratio:.2f} times")
+    ax.set_title(f"operations, {found.cost.name}: {found.flops_ratio:.2f} times")
     ax.yaxis.set_major_formatter(EngFormatter(unit="FLOP"))
     ax.set_ylabel("forward and backward")
     ax.legend(frameon=False)

@@ -23,19 +23,8 @@ _BINS = 12  # lines of the histogram, at most
 _LONGEST = 3  # conversations named
 
 
-def report(
-    found: Estimate,
-    *,
-    scores_every_position: bool = False,
-    times: tuple[StepTime, StepTime] | None = None,
-) -> Iterator[str]:
-    """Yield an estimate as lines of text.
-
-    Args:
-        found: the estimate.
-        scores_every_position: as for `Estimate.flops`.
-        times: of one pass and N-pass, if measured.
-    """
+def report(found: Estimate, *, times: tuple[StepTime, StepTime] | None = None) -> Iterator[str]:
+    """Yield an estimate as lines of text; `times` are those of one pass and N-pass, if measured."""
     yield f"{'':24}{'one pass':>20}{'N-pass':>20}{'ratio':>9}"
     one, n = found.one_pass, found.n_pass
     yield _line("tokens", one.tokens, n.tokens)
@@ -47,10 +36,7 @@ def report(
         yield _line("images encoded", one.images, n.images)
         yield _line("image tokens", one.image_tokens, n.image_tokens)
     if found.cost is not None:
-        flops = [
-            asdict(found.flops(work, scores_every_position=scores_every_position))
-            for work in (one, n)
-        ]
+        flops = [asdict(found.flops(work)) for work in (one, n)]
         for part, name in PARTS.items():
             yield _line(f"operations, {name}", *(way[part] for way in flops))
         yield _line("operations, all", *(sum(way.values()) for way in flops))
@@ -58,7 +44,7 @@ def report(
         seconds = [time.seconds(work) for time, work in zip(times, (one, n), strict=True)]
         yield _line("seconds on this device", *seconds)
     yield ""
-    yield from _prediction(found, scores_every_position, times)
+    yield from _prediction(found, times)
     yield (
         f"The tiles that one pass executes have {found.executed_over_useful:.2f} times the pairs "
         "that see each other."
@@ -112,9 +98,7 @@ def _mean_pairs(work: Work, weights: dict[int | None, int]) -> int:
     return round(weighted_pairs(work.pairs, weights) / sum(weights.values()))
 
 
-def _prediction(
-    found: Estimate, scores_every_position: bool, times: tuple[StepTime, StepTime] | None
-) -> Iterator[str]:
+def _prediction(found: Estimate, times: tuple[StepTime, StepTime] | None) -> Iterator[str]:
     if times is not None:
         one, n = times[0].seconds(found.one_pass), times[1].seconds(found.n_pass)
         # As many rows as coefficients are always fitted exactly.
@@ -132,13 +116,13 @@ def _prediction(
             "ratio is predicted."
         )
         return
-    ratio = found.flops_ratio(scores_every_position=scores_every_position)
-    scored = "every position, as TRL's does on a CPU" if scores_every_position else "targets only"
+    every_position = "every position, as TRL's does on a CPU"
+    scored = every_position if found.scores_every_position else "targets only"
     verb = "By operations alone" if times is not None else "Predicted by operations"
     yield (
-        f"{verb}: N-pass takes {ratio:.2f} times as long, if all operations are equally fast "
-        f"({found.cost.name}, {_size(found.cost.num_parameters)} parameters; without activation "
-        f"checkpointing; an LM head that scores {scored})."
+        f"{verb}: N-pass takes {found.flops_ratio:.2f} times as long, if all operations are "
+        f"equally fast ({found.cost.name}, {_size(found.cost.num_parameters)} parameters; without "
+        f"activation checkpointing; an LM head that scores {scored})."
     )
     if found.n_pass.images:
         yield "The operations of the vision tower are left out: it encodes the images given above."
@@ -237,12 +221,7 @@ def turn_bins(num_turns: list[int]) -> dict[str, int]:
     return bins
 
 
-def as_json(
-    found: Estimate,
-    *,
-    scores_every_position: bool = False,
-    times: tuple[StepTime, StepTime] | None = None,
-) -> dict[str, Any]:
+def as_json(found: Estimate, *, times: tuple[StepTime, StepTime] | None = None) -> dict[str, Any]:
     """Return all figures of an estimate, as `json` writes them."""
     one, n = found.one_pass, found.n_pass
     value: dict[str, Any] = {
@@ -265,11 +244,10 @@ def as_json(
     if found.cost is not None:
         value["model"] = asdict(found.cost)
         value["flops"] = {
-            name: asdict(found.flops(work, scores_every_position=scores_every_position))
-            for name, work in (("one_pass", one), ("n_pass", n))
+            name: asdict(found.flops(work)) for name, work in (("one_pass", one), ("n_pass", n))
         }
-        value["scores_every_position"] = scores_every_position
-        value["flops_ratio"] = found.flops_ratio(scores_every_position=scores_every_position)
+        value["scores_every_position"] = found.scores_every_position
+        value["flops_ratio"] = found.flops_ratio
     if times is not None:
         seconds = [time.seconds(work) for time, work in zip(times, (one, n), strict=True)]
         value["seconds"] = {"one_pass": seconds[0], "n_pass": seconds[1]}

@@ -95,10 +95,11 @@ def test_operations_follow_from_tokens_and_pairs(tiny_tokenizer):
     assert flops.linear == 3 * 100 * work.tokens
     assert flops.attention == 3.5 * (16 * work.pairs[None] + 8 * work.pairs[5])
     assert flops.head == 4 * 30 * work.scored
-    assert found.flops(work, scores_every_position=True).head == 4 * 30 * work.tokens
-    assert found.flops_ratio() == pytest.approx(found.flops(found.n_pass).total / flops.total)
+    every = dataclasses.replace(found, scores_every_position=True)
+    assert every.flops(work).head == 4 * 30 * work.tokens
+    assert found.flops_ratio == pytest.approx(found.flops(found.n_pass).total / flops.total)
     with pytest.raises(ValueError, match="depend on the model"):
-        estimate(chats(), tiny_tokenizer, OPTIONS).flops_ratio()
+        _ = estimate(chats(), tiny_tokenizer, OPTIONS).flops_ratio
 
 
 def test_images_are_counted_as_both_ways_encode_them():
@@ -141,7 +142,7 @@ def test_the_report_says_what_was_found(tiny_tokenizer):
     text = text_of(found)
     assert f"{found.longest_path.max()} (row {found.longest_path.argmax()})" in text
     assert f"{found.one_pass.tokens:,}" in text
-    assert f"N-pass takes {found.flops_ratio():.2f} times as long" in text
+    assert f"N-pass takes {found.flops_ratio:.2f} times as long" in text
     assert "No --max_length" in text
     assert "operations aren't known" in text_of(estimate(chats(), tiny_tokenizer, OPTIONS))
 
@@ -259,7 +260,7 @@ def test_json_and_figure(tiny_tokenizer, tmp_path):
         "full": found.one_pass.pairs[None],
         "5": found.one_pass.pairs[5],
     }
-    assert value["flops_ratio"] == found.flops_ratio()
+    assert value["flops_ratio"] == found.flops_ratio
     figure = draw(found, "chats")
     bars = figure.axes[0].patches
     assert sum(bar.get_height() for bar in bars) == len(chats())
