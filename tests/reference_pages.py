@@ -173,11 +173,13 @@ def _decorators(node: ast.ClassDef | ast.FunctionDef, indent: str = "") -> Itera
 
 
 def _value(item: ast.AnnAssign) -> str:
-    """Return what is assigned to an attribute; of a dataclass's ``field``, its default."""
+    """Return what is assigned to an attribute; of a dataclass's field or option, its default."""
     value = item.value
     if isinstance(value, ast.Call) and _source(value.func) == "field":
         defaults = [word.value for word in value.keywords if word.arg == "default"]
         value = defaults[0] if defaults else ast.Constant(...)
+    elif isinstance(value, ast.Call) and _source(value.func) == "option":
+        value = value.args[0]
     return f" = {_source(value)}" if value is not None else ""
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from onepass_trl.setsft.matching import METHODS, REDUCTIONS
 from onepass_trl.setsft.preparation import EXCESS_POLICIES
 from onepass_trl.setsft.tokens import DEFAULT_FORMAT, forking_tokens
 from onepass_trl.training import OnePassSFTConfig
+from onepass_trl.training.config import option
 
 
 @dataclass
@@ -54,49 +55,34 @@ class SetSFTConfig(OnePassSFTConfig):
         "matching_batch": 1,
     }
 
-    num_forking_tokens: int = field(
-        default=6, metadata={"help": "Number of forking tokens, at least one per trace."}
+    num_forking_tokens: int = option(6, "Number of forking tokens, at least one per trace.")
+    forking_token_format: str = option(
+        DEFAULT_FORMAT, "Names of the forking tokens, {i} being the number from 1."
     )
-    forking_token_format: str = field(
-        default=DEFAULT_FORMAT,
-        metadata={"help": "Names of the forking tokens, {i} being the number from 1."},
+    forking_token_noise: float = option(
+        0.1, "Relative noise on the embeddings of added forking tokens."
     )
-    forking_token_noise: float = field(
-        default=0.1,
-        metadata={"help": "Relative noise on the embeddings of added forking tokens."},
+    thinking_opener: str | None = option(
+        None,
+        "Text that the forking token replaces; by default the chat template's, such as <think>; "
+        "'' replaces nothing.",
     )
-    thinking_opener: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text that the forking token replaces; by default the chat template's, such "
-            "as <think>; '' replaces nothing."
-        },
+    matching: str = option("hungarian", "How traces get their forking tokens.", METHODS)
+    matching_tokens: int | None = option(
+        None, "How many tokens of a trace count for its cost; by default all."
     )
-    matching: str = field(
-        default="hungarian",
-        metadata={"help": "How traces get their forking tokens.", "choices": list(METHODS)},
+    matching_reduction: str = option(
+        "mean", "How the losses of a trace become its cost.", REDUCTIONS
     )
-    matching_tokens: int | None = field(
-        default=None,
-        metadata={"help": "How many tokens of a trace count for its cost; by default all."},
+    matching_batch: int | None = option(
+        None,
+        "Most (forking token, trace) pairs in one forward; by default as many as fit into 32,768 "
+        "tokens, max_length, or twice those of the rows it trains.",
     )
-    matching_reduction: str = field(
-        default="mean",
-        metadata={"help": "How the losses of a trace become its cost.", "choices": [*REDUCTIONS]},
-    )
-    matching_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most (forking token, trace) pairs in one forward; by default as many as "
-            "fit into 32,768 tokens, max_length, or twice those of the rows it trains."
-        },
-    )
-    excess_traces: str = field(
-        default="error",
-        metadata={
-            "help": "What to do with a question that has more traces than forking tokens.",
-            "choices": list(EXCESS_POLICIES),
-        },
+    excess_traces: str = option(
+        "error",
+        "What to do with a question that has more traces than forking tokens.",
+        EXCESS_POLICIES,
     )
 
     def __post_init__(self) -> None:

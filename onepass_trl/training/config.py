@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_args
 
@@ -17,6 +18,12 @@ from onepass_trl.data import packing
 from onepass_trl.preparation.options import NullArguments, parse_train_on
 
 INVALID_POLICIES = ("error", "drop")
+
+
+def option(default: Any, help_text: str, choices: Collection[str] = ()) -> Any:
+    """Return the field of an option, with what the command line says of it."""
+    limited = {"choices": list(choices)} if choices else {}
+    return field(default=default, metadata={"help": help_text, **limited})
 
 
 @dataclass
@@ -89,73 +96,46 @@ class OnePassSFTConfig(SFTConfig):
     """The least values of options. Some that are less would be taken for another value: clipping
     would be off, or nothing trained."""
 
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest row in tokens; unset: any length. Packing needs it."},
+    max_length: int | None = option(
+        None, "Longest row in tokens; unset: any length. Packing needs it."
     )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Train in bf16; by default wherever there is an accelerator."},
+    bf16: bool | None = option(None, "Train in bf16; by default wherever there is an accelerator.")
+    train_on: str = option(
+        "all", "Assistant turns to train: 'all', 'last' or a list such as '[0, 2]'."
     )
-    train_on: str = field(
-        default="all",
-        metadata={"help": "Assistant turns to train: 'all', 'last' or a list such as '[0, 2]'."},
+    overflow: str = option(
+        "truncate",
+        "What to do with a turn whose context and completion exceed `max_length`.",
+        packing.OVERFLOW_POLICIES,
     )
-    overflow: str = field(
-        default="truncate",
-        metadata={
-            "help": "What to do with a turn whose context and completion exceed `max_length`.",
-            "choices": list(packing.OVERFLOW_POLICIES),
-        },
+    invalid_turns: str = option(
+        "error",
+        "What to do with a turn, or a record, from which no exact pass can be made.",
+        INVALID_POLICIES,
     )
-    invalid_turns: str = field(
-        default="error",
-        metadata={
-            "help": "What to do with a turn, or a record, from which no exact pass can be made.",
-            "choices": list(INVALID_POLICIES),
-        },
+    null_arguments: str = option(
+        "auto",
+        "What a null among a tool call's arguments is: a value to 'keep', a filler to 'drop', an "
+        "'error'. 'auto' keeps it in columns that hold JSON, else raises.",
+        get_args(NullArguments),
     )
-    null_arguments: str = field(
-        default="auto",
-        metadata={
-            "help": "What a null among a tool call's arguments is: a value to 'keep', a filler "
-            "to 'drop', an 'error'. 'auto' keeps it in columns that hold JSON, else raises.",
-            "choices": list(get_args(NullArguments)),
-        },
+    ignored_columns: list[str] | None = option(
+        None,
+        "Columns to treat as if the dataset didn't have them, where an error names one that "
+        "changes nothing.",
     )
-    ignored_columns: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Columns to treat as if the dataset didn't have them, where an error names one "
-            "that changes nothing."
-        },
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."
-        },
+    verify_rendering: bool | None = option(
+        None,
+        "Parse what each turn generates and compare it with its message: for every record, for "
+        "none, or by default for the first records.",
     )
-    verify_rendering: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Parse what each turn generates and compare it with its message: for every "
-            "record, for none, or by default for the first records."
-        },
+    verify_model: bool = option(
+        True, "Compare one pass with N passes on a row of the dataset before the first step."
     )
-    verify_model: bool = field(
-        default=True,
-        metadata={
-            "help": "Compare one pass with N passes on a row of the dataset before the first step."
-        },
-    )
-    attention_impl: str = field(
-        default="auto",
-        metadata={
-            "help": "Implementation of tree attention.",
-            "choices": list(get_args(Impl)),
-        },
-    )
+    attention_impl: str = option("auto", "Implementation of tree attention.", get_args(Impl))
 
     @property
     def template_arguments(self) -> dict[str, Any]:
