@@ -135,36 +135,34 @@ def load_processing_class(options: argparse.Namespace) -> ProcessingClass:
 
 
 @contextmanager
-def reading(what: str, model: str) -> Iterator[None]:
+def reading(what: str, model: str, *, among_others: bool = False) -> Iterator[None]:
     """Let what transformers raises for files of a model say which model it is.
 
-    Raises:
-        ValueError: for damaged files with the first line of the error, for others with all of it.
-    """
-    _check_place(model)
-    try:
-        yield
-    except _DAMAGED as error:
-        raise _unreadable(what, model, error) from error
-    except (OSError, ValueError) as error:
-        raise _named(error) from error
-
-
-@contextmanager
-def loading(model: str) -> Iterator[None]:
-    """Do as `reading` where more is done than loading a model and its tokenizer.
+    Args:
+        what: is read of the model, such as "the tokenizer of".
+        model: of the Hub, or a folder.
+        among_others: whether more is done than reading files: then errors of the rest stay.
 
     Raises:
-        ValueError: for what is raised while transformers loads files.
+        FileNotFoundError: for a path where nothing is: the Hub would take it for a name.
+        ValueError: for damaged files with the first lines of the error, for others with all of it.
     """
-    _check_place(model)
+    is_path = model.startswith((".", "/")) or model.count("/") > 1
+    if is_path and not Path(model).exists():
+        raise FileNotFoundError(
+            f"there is no model {model!r}: expected a folder, or the name of a model of the Hub"
+        )
     try:
         yield
     except _DAMAGED as error:
         calls = traceback.walk_tb(error.__traceback__)
-        if not any(frame.f_code.co_name in _LOADERS for frame, _ in calls):
+        if among_others and not any(frame.f_code.co_name in _LOADERS for frame, _ in calls):
             raise
-        raise _unreadable("the model", model, error) from error
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ValueError(
+            f"{what} {model} can't be read, as a file is damaged or isn't what its name says: "
+            f"{type(error).__name__}: {first}"
+        ) from error
     except (OSError, ValueError) as error:
         raise _named(error) from error
 
@@ -192,23 +190,6 @@ def _named(error: OSError | ValueError) -> OSError | ValueError:
         if frame.f_code.co_name in _LOADERS and name and name not in str(error):
             return ValueError(f"{name!r} can't be read: {error}")
     return error
-
-
-def _check_place(model: str) -> None:
-    """Raise FileNotFoundError for a path where nothing is: the Hub would take it for a name."""
-    is_path = model.startswith((".", "/")) or model.count("/") > 1
-    if is_path and not Path(model).exists():
-        raise FileNotFoundError(
-            f"there is no model {model!r}: expected a folder, or the name of a model of the Hub"
-        )
-
-
-def _unreadable(what: str, model: str, error: Exception) -> ValueError:
-    first = " ".join(line.strip() for line in str(error).splitlines()[:2])
-    return ValueError(
-        f"{what} {model} can't be read, as a file is damaged or isn't what its name says: "
-        f"{type(error).__name__}: {first}"
-    )
 
 
 def fit_vocabulary(config: PreTrainedConfig, processing_class: ProcessingClass) -> None:

@@ -154,13 +154,21 @@ def _check(
     """Raise if the model can't be trained in one pass or a step needs too much memory, before any
     measurement is taken."""
     from onepass_trl.cli.arguments import reading
-    from onepass_trl.tools.bench.step import check_memory
+    from onepass_trl.tools.bench.workload import check_memory
     from onepass_trl.tools.flops import model_cost
 
     with reading("the configuration of", options.model_name_or_path or "the small model"):
         model_cost(config)
     if not options.attention:
-        check_memory(config, dtype, device)
+        check_memory(
+            config,
+            dtype,
+            device,
+            # Both ways have a model: weights, gradients and the two moments of AdamW.
+            values_per_parameter=2 * 4,
+            what="two copies of the model with gradients and AdamW take",
+            advice="use fewer layers with --num_layers, or time attention only with --attention",
+        )
 
 
 def _load_config(options: argparse.Namespace) -> PretrainedConfig:

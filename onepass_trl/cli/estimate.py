@@ -169,8 +169,9 @@ def _measure(
     from tqdm import tqdm
     from transformers import set_seed
 
+    from onepass_trl.tools.bench.workload import check_memory
     from onepass_trl.tools.model_class import auto_model
-    from onepass_trl.tools.step_time import check_memory, choose_probes, measure, spread
+    from onepass_trl.tools.step_time import choose_probes, measure, spread
 
     chosen = spread(found.row_tokens)
     rows, passes = choose_probes(
@@ -180,11 +181,18 @@ def _measure(
         features=dataset.features,
     )
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    check_memory(config, getattr(torch, dtype), device)
+    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    check_memory(
+        config,
+        dtype,
+        device,
+        values_per_parameter=2,  # weights and gradients
+        what="the model with gradients takes",
+        advice="estimate without --measure, or with --dtype bfloat16",
+    )
     set_seed(0)
     with torch.device(device):
-        model = auto_model(config).from_config(config, dtype=getattr(torch, dtype))
+        model = auto_model(config).from_config(config, dtype=dtype)
     repeats = 3
     with tqdm(total=(len(rows) + len(passes)) * (repeats + 1), desc="measure", leave=False) as bar:
         return measure(

@@ -123,7 +123,7 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     """Train in this process with this trainer, as `argv` says; return 0."""
     from trl import get_peft_config, get_quantization_config
 
-    from onepass_trl.cli.arguments import loading, using_trackers
+    from onepass_trl.cli.arguments import reading, using_trackers
     from onepass_trl.tools.outputs import check_output_folder
 
     script_args, training_args, model_args, mixture = _parse(
@@ -148,7 +148,8 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     }
     wants_eval = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture, wants_eval)
-    with loading(model_args.model_name_or_path), using_trackers():
+    model_files = reading("the model", model_args.model_name_or_path, among_others=True)
+    with model_files, using_trackers():
         trainer = trainer_class(
             model=model_args.model_name_or_path,
             args=training_args,
@@ -180,10 +181,7 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
 def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any, Any | None]:
     """Return the training split and, where `wants_eval`, the evaluation split.
 
-    Args:
-        script_args: TRL's `ScriptArguments`.
-        mixture: TRL's `DatasetMixtureConfig`. If it names datasets, they are used instead of the
-            one of `script_args`.
+    Datasets that the mixture names are used instead of the one of `script_args`.
     """
     from trl import get_dataset
 

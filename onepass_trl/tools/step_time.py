@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,18 +19,13 @@ from onepass_trl.passes import Pass
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import lay_out, render_record
 from onepass_trl.tools.bench.timing import seconds_of
-from onepass_trl.tools.bench.workload import labelled, missing_memory
-from onepass_trl.tools.estimation import (
-    Work,
-    weighted_pairs,
-    work_of_pass,
-    work_of_row,
-)
+from onepass_trl.tools.bench.workload import labelled
+from onepass_trl.tools.estimation import Work, weighted_pairs, work_of_pass, work_of_row
 from onepass_trl.vision import Vision, ordinary_inputs, vision_of
 
 if TYPE_CHECKING:
     from datasets import Features
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 NUM_PROBES = 6
 LONGEST_PROBE = 8192  # tokens
@@ -185,47 +181,29 @@ def measure(
     model.train()
     vision = None if processing_class is None else vision_of(processing_class)
     collator = OnePassCollator(vision=vision, **collator_options(model.config))
-    one_pass_batches = [_one_pass_batch(row, collator, model.device) for row in rows]
-    n_pass_batches = [_n_pass_batch(pass_, vision, model.device) for pass_ in passes]
-    seconds = np.full((2, max(len(rows), len(passes))), np.inf)
-    reference = reference_attention(model)
+    one_pass = [
+        {name: x.to(model.device) for name, x in model_inputs(collator([row])).items()}
+        for row in rows
+    ]
+    n_pass = [_n_pass_batch(pass_, vision, model.device) for pass_ in passes]
+    ways = (("onepass", one_pass), (reference_attention(model), n_pass))
+    shortest = [[math.inf] * len(batches) for _, batches in ways]
     for repeat in range(repeats + 1):
-        for way, (name, batches) in enumerate(
-            [("onepass", one_pass_batches), (reference, n_pass_batches)]
-        ):
+        for (name, batches), best in zip(ways, shortest, strict=True):
             set_attention(model, name)
             for index, batch in enumerate(batches):
-                taken = _seconds(model, batch)
+                seconds = _seconds(model, batch)
                 if repeat:
-                    seconds[way, index] = min(seconds[way, index], taken)
+                    best[index] = min(best[index], seconds)
                 progress()
     n_pass_works = [
         work_of_pass(len(pass_), pass_.num_trained, [None], pass_.images) for pass_ in passes
     ]
     return (
-        fit([work_of_row(row, weights) for row in rows], seconds[0, : len(rows)].tolist(), weights),
+        fit([work_of_row(row, weights) for row in rows], shortest[0], weights),
         # SDPA masks what is outside a window but skips none of it.
-        fit(n_pass_works, seconds[1, : len(passes)].tolist(), {None: sum(weights.values())}),
+        fit(n_pass_works, shortest[1], {None: sum(weights.values())}),
     )
-
-
-def check_memory(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless a model's weights and gradients fit into memory.
-
-    Raises:
-        ValueError: with the memory that they need; activations come on top.
-    """
-    if missing := missing_memory(config, dtype, device, values_per_parameter=2):
-        raise ValueError(
-            f"the model with gradients takes {missing}: estimate without --measure, or with "
-            "--dtype bfloat16"
-        )
-
-
-def _one_pass_batch(
-    row: Layout, collator: OnePassCollator, device: torch.device
-) -> dict[str, torch.Tensor]:
-    return {name: values.to(device) for name, values in model_inputs(collator([row])).items()}
 
 
 def _n_pass_batch(

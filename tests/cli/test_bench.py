@@ -3,6 +3,7 @@ import json
 import pytest
 
 from onepass_trl.cli import main
+from onepass_trl.tools.bench import workload
 from tests.chats import CHATS
 
 CPU_ONLY = ["--peers", "onepass cpu", "sdpa causal"]  # what needs no compiler
@@ -17,6 +18,14 @@ def bench(capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+def test_a_model_that_cannot_fit_is_refused(bench, monkeypatch):
+    monkeypatch.setattr(workload, "available_bytes", lambda device: 1000)
+    status, _, error = bench("--step")
+    assert status == 2
+    assert "two copies of the model with gradients and AdamW take 0." in error
+    assert "and 0.0 GiB are free: use fewer layers with --num_layers" in error
 
 
 def test_a_dataset_is_measured_and_written(bench, chats, tiny_model_dir, tmp_path):

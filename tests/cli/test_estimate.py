@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from onepass_trl.cli import main
+from onepass_trl.tools.bench import workload
 from tests.chats import CHATS, write_jsonl
 
 
@@ -59,6 +60,14 @@ def test_a_figure_is_drawn(estimate, tmp_path):
     assert status == 0
     assert "out.png" in out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_too_large_to_measure_is_refused_before_it_is_built(estimate, monkeypatch):
+    monkeypatch.setattr(workload, "available_bytes", lambda device: 1000)
+    status, _, error = estimate(CHATS, "--measure", "-k1")
+    assert status == 2
+    assert "the model with gradients takes 0.0 GiB without activations, and 0.0 GiB" in error
+    assert "estimate without --measure" in error
 
 
 def test_a_folder_without_a_config(estimate, tiny_model_dir, tmp_path):

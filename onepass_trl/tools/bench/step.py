@@ -9,18 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from onepass_trl.data import build_tree, linearize
 from onepass_trl.passes import Pass
 from onepass_trl.tools.bench.timing import min_and_median, reason, seconds_of
-from onepass_trl.tools.bench.workload import labelled, missing_memory
+from onepass_trl.tools.bench.workload import labelled
 from onepass_trl.training import OnePassSFTConfig, OnePassSFTTrainer
 from onepass_trl.versions import checkpointing_option
 from onepass_trl.visibility import num_executed_pairs, num_visible_pairs
@@ -147,20 +142,6 @@ def measure_step(
             losses[name].append(loss)
     timed = {name: values[1:] for name, values in times.items()}  # without the warm-up
     return {**_counts(conversations), **_figures(timed, losses), "note": "; ".join(notes) or None}
-
-
-def check_memory(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless the weights, gradients and optimizers of both ways fit into memory.
-
-    Raises:
-        ValueError: with the memory that they need; activations come on top.
-    """
-    # Both ways have a model: weights, gradients and the two moments of AdamW.
-    if missing := missing_memory(config, dtype, device, values_per_parameter=2 * 4):
-        raise ValueError(
-            f"two copies of the model with gradients and AdamW take {missing}: use fewer "
-            "layers with --num_layers, or time attention only with --attention"
-        )
 
 
 def _time_step(way: Way) -> tuple[float, float]:

@@ -157,19 +157,32 @@ def labelled(pass_: Pass) -> dict[str, list[int]]:
     return {"input_ids": pass_.token_ids.tolist(), "labels": labels.tolist()}
 
 
-def missing_memory(
+def check_memory(
     config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
     *,
     values_per_parameter: int,
-) -> str | None:
-    """Return how much memory a model needs and how much is free, in words; None if it fits."""
+    what: str,
+    advice: str,
+) -> None:
+    """Raise ValueError unless there is memory for these values; activations come on top.
+
+    Args:
+        config: of the model.
+        dtype: of all values.
+        device: that has them.
+        values_per_parameter: weights, gradients and the like.
+        what: begins the message: "the model with gradients takes".
+        advice: ends it: what to do.
+    """
     free = available_bytes(device)
     needed = values_per_parameter * dtype.itemsize * num_parameters(config)
-    if free is None or needed <= free:
-        return None
-    return f"{needed / 2**30:.1f} GiB without activations, and {free / 2**30:.1f} GiB are free"
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{what} {needed / 2**30:.1f} GiB without activations, and {free / 2**30:.1f} GiB "
+            f"are free: {advice}"
+        )
 
 
 def num_parameters(config: PretrainedConfig) -> int:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from onepass_trl.tools.bench import step, workload
+from onepass_trl.tools.bench import step
 from onepass_trl.tools.bench.report import step_table
 from onepass_trl.tools.bench.step import N_PASS, measure_step
 from onepass_trl.tools.bench.workload import (
@@ -60,10 +60,7 @@ def test_a_way_that_runs_out_of_memory_says_so(monkeypatch):
     assert "not measured: N-pass" in step_table(result)
 
 
-def test_a_model_that_cannot_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(workload, "available_bytes", lambda device: 1000)
-    with pytest.raises(ValueError, match="use fewer layers with --num_layers"):
-        step.check_memory(TINY, torch.float32, torch.device("cpu"))
+def test_parameters_are_counted_without_a_model():
     assert num_parameters(TINY) == random_model(TINY, torch.float32).num_parameters()
 
 
