@@ -8,7 +8,6 @@ from onepass_trl.chat.rendering import (
     render_answers,
     render_each_turn,
     render_passes,
-    render_turns,
 )
 from onepass_trl.chat.turns import InvalidTurn
 
@@ -22,5 +21,4 @@ __all__ = [
     "render_answers",
     "render_each_turn",
     "render_passes",
-    "render_turns",
 ]

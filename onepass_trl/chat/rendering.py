@@ -9,12 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from onepass_trl.chat.encoding import (
-    Ids,
-    encode_after,
-    encode_alone,
-    encode_views,
-)
+from onepass_trl.chat.encoding import Ids, encode_after, encode_alone, encode_views
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.images import images_of
 from onepass_trl.chat.processing import ProcessingClass
@@ -54,14 +49,14 @@ def render_passes(
             turn has nothing before it; or if its reasoning, content or tool calls would not all
             be in its own pass. The message names the turn and the template family.
     """
-    turns = render_turns(
+    turns = render_each_turn(
         messages,
         tokenizer,
         tools=tools,
         chat_template_kwargs=chat_template_kwargs,
         train_on=train_on,
     )
-    return [turn.rendered for turn in turns]
+    return [valid(turn).rendered for turn in turns]
 
 
 @dataclass(frozen=True)
@@ -75,28 +70,6 @@ class RenderedTurn(TurnTexts):
     rendered: Pass
 
 
-def render_turns(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: ProcessingClass,
-    *,
-    tools: Sequence[Any] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    train_on: TrainOn = "all",
-) -> list[RenderedTurn]:
-    """Return the passes of :func:`render_passes`, each with the message that it was made from.
-
-    Arguments and errors are those of :func:`render_passes`.
-    """
-    turns = render_each_turn(
-        messages,
-        tokenizer,
-        tools=tools,
-        chat_template_kwargs=chat_template_kwargs,
-        train_on=train_on,
-    )
-    return [valid(turn) for turn in turns]
-
-
 def render_each_turn(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: ProcessingClass,
@@ -105,7 +78,7 @@ def render_each_turn(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     train_on: TrainOn = "all",
 ) -> list[RenderedTurn | InvalidTurn]:
-    """Return each trained turn as :func:`render_turns` does, or why no pass can be made of it.
+    """Return each trained turn with the pass of :func:`render_passes`, or why it has none.
 
     Raises:
         ChatFormatError: for what concerns all turns: none is left to train, or a message can't be

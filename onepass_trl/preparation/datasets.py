@@ -58,11 +58,6 @@ class Maker(ABC):
     ) -> tuple[list[Mapping[str, Any]], Report]:
         """Return the rows of a record, in all written columns, and a report on what was left out.
 
-        Args:
-            record: a line of the dataset.
-            index: of the record.
-            features: of the dataset.
-
         Raises:
             ValueError: if rows can't be made of it.
         """
@@ -98,7 +93,6 @@ def prepare_dataset(
     Args:
         dataset: records, or rows of the maker's columns.
         column_names: its columns; they are removed.
-        maker: makes the rows.
         name: what to call the dataset in messages and progress bars ("train", "eval" ..).
 
     Raises:
@@ -159,8 +153,8 @@ def _made(dataset: AnyDataset, column_names: Sequence[str], maker: Maker, name: 
             logger.warning("%s dataset: %s", name, problem)
         if compute.min(compute.list_value_length(rows.data["input_ids"])).as_py():
             return rows
-    rows = rows.filter(
-        _has_tokens,
+    rows = rows.filter(  # a record of which nothing is left has an empty row
+        len,
         input_columns="input_ids",
         **_described(rows, maker, f"Dropping empty rows of {name} dataset"),
     )
@@ -217,11 +211,6 @@ def _make_batch(
             output["report"].append(text)
             text = None
     return output
-
-
-def _has_tokens(input_ids: Any) -> bool:
-    """Return whether the row has tokens; that of a record of which nothing is left has none."""
-    return len(input_ids) > 0
 
 
 def _report_unverified(maker: Maker, name: str) -> None:

@@ -49,7 +49,6 @@ def read_record(
     nulls in it are real.
 
     Args:
-        record: a line of a dataset.
         features: of the dataset. Without them nulls may be fillers everywhere but in JSON text.
         null_arguments: what to do with a null among the arguments of a tool call: ``"keep"`` it,
             ``"drop"`` it, or ``"error"``. ``"auto"`` keeps it in columns that hold JSON, where it

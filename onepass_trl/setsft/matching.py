@@ -49,7 +49,6 @@ def plan_costs(
     their traces have in common.
 
     Args:
-        sets: the sets.
         token_ids: the K forking tokens.
         num_targets: how many trained tokens of a trace count, from its beginning; None: all.
         max_pairs: the most pairs in one forward; None: any number.
@@ -114,7 +113,6 @@ def add_costs(
 
     Args:
         costs: ``(K, num_traces)`` for each set: the loss of a trace after a forking token.
-        forward: the forward.
         log_probs: ``(num_tokens,)``, of the target at each position of its row.
         reduction: ``"mean"`` or ``"sum"`` over the targets of a trace.
     """

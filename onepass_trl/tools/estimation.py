@@ -198,9 +198,7 @@ def estimate(
     Args:
         records: of a dataset, in any form that `render_record` reads, each after its index.
         tokenizer: a tokenizer or processor with a chat template.
-        options: how rows are made of conversations.
         cost: of the model, see `model_cost`.
-        features: of the dataset.
         no_images: why the model can't be trained on images, None if it can or isn't known.
         scores_every_position: see `Estimate`.
 

@@ -68,11 +68,8 @@ def train_on_one_rendering(
 ) -> dict[str, Training]:
     """Return what the three ways make of the turns of a conversation.
 
-    If the template refuses the conversation as a whole, none of them trains anything.
-
-    Args:
-        record: rendered from messages, with at least one turn.
-        processing_class: that it was rendered with.
+    It was rendered with `processing_class` from messages, and has at least one turn. If the
+    template refuses the conversation as a whole, none of the ways trains anything.
     """
     turns = record.turns
     renderer = TurnRenderer(processing_class, turns[0].tools, record.chat_template_kwargs)

@@ -157,8 +157,6 @@ def measure(
     Args:
         model: a causal language model of transformers. Its weights don't matter; afterwards it has
             TRL's head and no gradients.
-        rows: of one pass.
-        passes: rows of N-pass.
         weights: of the layers' attention, by window, see `Estimate.attention_weights`.
         processing_class: the model's processor, for rows with images. The time that it takes
             doesn't count.

@@ -94,7 +94,6 @@ def compare(
     Afterwards its state is as before, without gradients.
 
     Args:
-        model: a causal language model of transformers.
         passes: of one conversation, see `onepass_trl.render_passes`.
         processing_class: the model's processor, for passes with images.
 

@@ -110,11 +110,9 @@ def forward_in_pieces(
     """Return the outputs of a fused LM head for whole rows; each process computes its piece.
 
     Args:
-        model: a model with one-pass attention and TRL's fused LM head.
         group: the processes, all with the same inputs.
         inputs: ``input_ids``, ``position_ids``, ``shift_labels``, ``visible_end`` and, for an
             auxiliary loss, ``attention_mask``, each ``(batch, seq)``; and what isn't a tensor.
-        **kwargs: more arguments of the model.
 
     Raises:
         ValueError: the inputs of the processes are not the same, or have images.

@@ -28,9 +28,8 @@ def forward(
     """Return the model's outputs, of which `log_probs` are those of ``shift_labels``.
 
     Args:
-        model: a model with one-pass attention and TRL's fused LM head.
-        inputs: `MODEL_INPUTS` of a batch, and what else the model should get.
-        attention_impl: implementation of `tree_attention`.
+        model: with one-pass attention and TRL's fused LM head.
+        inputs: `model_inputs` of a batch, and what else the model should get.
         group: processes that compute a piece of the rows each; None for whole rows.
     """
     options = {"use_cache": False, "fused_lm_head": True, "attention_impl": attention_impl}

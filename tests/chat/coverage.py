@@ -19,12 +19,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from onepass_trl.chat import ChatFormatError, RenderedTurn, render_turns
+from onepass_trl.chat import ChatFormatError, RenderedTurn
 from onepass_trl.data import build_tree, linearize
 from onepass_trl.preparation.round_trip import check_round_trip
 from onepass_trl.training.response_templates import trl_response_template
 from tests.chat.families import CASES, Case
 from tests.chat.tokenizers import SHARED, make_real_tokenizer
+from tests.chat.turns import render_turns
 
 RECORD = Path(__file__).with_name("coverage.json")
 

@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from onepass_trl.chat import ChatFormatError, render_turns
+from onepass_trl.chat import ChatFormatError
 from onepass_trl.preparation.round_trip import check_round_trip
 from onepass_trl.training.response_templates import trl_response_template
 from tests.chat.families import CASES
 from tests.chat.test_trl_templates import NO_CALLS
 from tests.chat.tokenizers import make_small_tokenizer, small_tokenizer, tokenizer_with
+from tests.chat.turns import render_turns
 
 _XML = ("</parameter>", "</function>", "</tool_call>")
 _JSON = ("</tool_call>",)

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from onepass_trl.chat import ChatFormatError, read_conversation, render_turns
+from onepass_trl.chat import ChatFormatError, read_conversation
 from tests.chat.families import CASES
 from tests.chat.tokenizers import SHARED, SHARED_REASON, small_tokenizer
+from tests.chat.turns import render_turns
 
 TEMPLATES = sorted({case.template for case in CASES.values()})
 CALLING = ("qwen3", "glm4moe", "deepseekv3", "nemotron_3_nano")

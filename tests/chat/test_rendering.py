@@ -14,11 +14,11 @@ from onepass_trl.chat import (
     render_answers,
     render_each_turn,
     render_passes,
-    render_turns,
 )
 from onepass_trl.chat.messages import REASONING_KEYS
 from tests.chat.families import trl_template
 from tests.chat.tokenizers import SMALL, small_tokenizer, texts, tokenizer_with
+from tests.chat.turns import render_turns
 from tests.chats import CALL, TOOL_TURNS, TWO_TURNS
 
 

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from onepass_trl.chat import ChatFormatError, read_conversation, render_turns
+from onepass_trl.chat import ChatFormatError, read_conversation
 from tests.chat.tokenizers import SHARED, SHARED_REASON, small_tokenizer
+from tests.chat.turns import render_turns
 
 pytestmark = [
     pytest.mark.shared,

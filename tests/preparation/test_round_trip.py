@@ -9,7 +9,7 @@ import logging
 import pytest
 from datasets import Dataset
 
-from onepass_trl.chat import ChatFormatError, render_turns
+from onepass_trl.chat import ChatFormatError
 from onepass_trl.chat.families import Composable, registry
 from onepass_trl.preparation.datasets import prepare_dataset
 from onepass_trl.preparation.options import NUM_VERIFIED_RECORDS, PreparationOptions
@@ -17,6 +17,7 @@ from onepass_trl.preparation.round_trip import check_round_trip
 from onepass_trl.preparation.rows import RowMaker
 from onepass_trl.training.response_templates import trl_response_template
 from tests.chat.tokenizers import small_tokenizer
+from tests.chat.turns import render_turns
 
 QUESTION = {"role": "user", "content": "2+2?"}
 GOOD = [QUESTION, {"role": "assistant", "reasoning_content": "Easy.", "content": "4"}]

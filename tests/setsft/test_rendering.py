@@ -7,13 +7,13 @@ from transformers import AutoTokenizer
 
 from onepass_trl.chat import ChatFormatError
 from onepass_trl.chat.encoding import encode_alone
-from onepass_trl.chat.rendering import render_turns
 from onepass_trl.chat.template import Template
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.setsft import forking_prompts
 from onepass_trl.setsft.rendering import ForkingTokens, render_traces
 from onepass_trl.setsft.tokens import _add_to_tokenizer, forking_tokens
 from tests.chat.tokenizers import SHARED, SHARED_REASON
+from tests.chat.turns import render_turns
 from tests.setsft.sets import random_set
 from tests.setsft.trainers import fresh_tokenizer
 

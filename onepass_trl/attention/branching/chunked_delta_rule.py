@@ -148,7 +148,6 @@ class _States(torch.autograd.Function):
             reads: ``(chunks, heads, size, d_k)``.
             keys: ``(chunks, heads, size, d_k)``.
             decay: ``(chunks, heads, d_k or 1, 1)``.
-            chunks: of the batch.
         """
         starts = values.new_zeros(*values.shape[:2], keys.shape[-1], values.shape[-1])
         updates = values.clone(memory_format=torch.contiguous_format)

@@ -101,7 +101,6 @@ def along_levels(name: str, levels: Levels, sequences: Sequence[Tensor], **optio
 
     Args:
         name: one of `RULES`.
-        levels: of the batch.
         sequences: queries, keys, values, decays and rates, ``(tokens, heads, ..)`` each.
         options: further arguments of the rule; it gets those that it knows, as by transformers.
     """

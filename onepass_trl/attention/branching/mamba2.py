@@ -88,7 +88,6 @@ def _along_chunks(
     Args:
         scan: takes initial states and gives the outputs, as that of mamba-ssm.
         visible_end: ``(batch, seq)``, of whole rows.
-        size: of a chunk.
         A: ``(heads,)``.
         x: ``(batch, seq, heads, head_dim)``.
         dt: ``(batch, seq, heads)``.
@@ -99,9 +98,6 @@ def _along_chunks(
         D: ``(heads,)`` or ``(heads, head_dim)``.
         z: ``(batch, seq, heads, head_dim)``.
         dt_bias: ``(heads,)``.
-        dt_softplus: whether the steps are softplus of `dt`.
-        dt_limit: the least and the largest step.
-        kwargs: handed on.
     """
     sequences = [x, dt, B, C] if z is None else [x, dt, B, C, z]
     if context_parallel is not None:
@@ -143,7 +139,6 @@ class _States(torch.autograd.Function):
         Args:
             ends: ``(chunks, heads, head_dim, state_size)``.
             decay: ``(chunks, heads, 1, 1)``.
-            chunks: of the batch.
         """
         starts = torch.zeros_like(ends, memory_format=torch.contiguous_format)
         for step, following in chunks.handovers():

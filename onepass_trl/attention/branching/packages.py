@@ -105,13 +105,9 @@ def _warn_of(module: str, layers: str, install: str) -> None:
 
 
 def warn_if_unused(function: Callable[..., Any], module: str, layers: str, install: str) -> None:
-    """Log once why transformers hasn't taken the function of an installed package.
+    """Log once why transformers hasn't taken `function`, which its `layers` use, of a package.
 
-    Args:
-        function: of a modeling file.
-        module: of the package.
-        layers: those that would use it.
-        install: what has such a function.
+    `install` is what has it, for pip. Nothing is logged of a package that isn't installed.
     """
     if is_of_transformers(function) and importlib.util.find_spec(module) is not None:
         _warn_of(module, layers, install)

@@ -48,12 +48,8 @@ def measure_attention(
 
     Args:
         visible_end: ``(seq,)`` int32 of the row.
-        shape: of the layer.
-        dtype: of the inputs.
-        device: where to run.
         repeats: how often each is timed, after one run to warm up.
         positions: ``(seq,)`` int32, needed with a window.
-        window: of the layer, None for none.
         peers: names of those to run; by default all.
         budget_s: a peer that has taken this many seconds, warm-up included, is not run again.
 

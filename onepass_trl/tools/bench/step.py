@@ -46,7 +46,6 @@ def make_trainers(
     Args:
         conversations: passes of each.
         make_model: returns equal models.
-        folder: where a trainer may write.
         tokenizer: used only for its special tokens.
         use_cpu: whether to use the CPU even if there is an accelerator.
         settings: further options of both trainers' configurations.

@@ -39,11 +39,7 @@ def repeated_seconds(
 ) -> list[float]:
     """Return the seconds of repeated runs, after one to warm up.
 
-    Args:
-        run: starts the work.
-        device: which does it.
-        repeats: how many runs at most.
-        budget_s: no further run begins after this many seconds of runs; one is always timed.
+    After `budget_s` seconds of runs no further one begins; one is always timed.
     """
     run()
     times: list[float] = []

@@ -72,9 +72,8 @@ def chat_passes(
     Args:
         num_turns: at least 1.
         user: tokens of a user message: a number, or the least and the largest of random ones.
-        reasoning: tokens of a turn's reasoning.
-        response: tokens of a turn's response.
-        vocab_size: of the tokens.
+        reasoning: those of a turn's reasoning.
+        response: those of its response.
         rng: draws tokens and lengths; by default they are always the same.
 
     >>> [len(pass_) for pass_ in chat_passes(2, 3, 5, 2, vocab_size=9)]
