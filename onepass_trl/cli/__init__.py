@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import pickle
 import sys
@@ -60,7 +61,8 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("verb", nargs="?", choices=list(VERBS), help=argparse.SUPPRESS)
     # Only what comes before the verb is parsed here: the rest is for the verb's own parser.
-    options = parser.parse_args(arguments[: 1 + _num_leading_options(arguments)])
+    leading = list(itertools.takewhile(lambda argument: argument.startswith("-"), arguments))
+    options = parser.parse_args(arguments[: len(leading) + 1])
     if options.version:
         from onepass_trl import __version__
 
@@ -122,10 +124,3 @@ def _errors_of_input() -> tuple[type[Exception], ...]:
         VersionError,
         *of_packages,
     )
-
-
-def _num_leading_options(arguments: list[str]) -> int:
-    for index, argument in enumerate(arguments):
-        if not argument.startswith("-"):
-            return index
-    return len(arguments)

@@ -54,7 +54,8 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "platform", platform.platform()
     yield "python", platform.python_version()
     for package in _PACKAGES:
-        yield package, _version(package) + _tested(package)
+        tested = f" (tested up to {TESTED[package]})" if package in TESTED else ""
+        yield package, _version(package) + tested
     try:
         import torch
     except (
@@ -100,10 +101,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _tested(package: str) -> str:
-    return f" (tested up to {TESTED[package]})" if package in TESTED else ""
 
 
 def _devices() -> Iterator[tuple[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ def main(argv: list[str]) -> int:
     """Print what one pass saves on the dataset that `argv` names; return 0."""
     options = _parse(argv)
     import torch
+    from tqdm import tqdm
 
     from onepass_trl.attention.image_models import why_no_images
     from onepass_trl.cli.arguments import (
@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
     preparation = preparation_options(
         options, max_length=options.max_length, overflow=options.overflow, invalid_turns="drop"
     )
-    records = ((index, dataset[index]) for index in _with_progress(indices))
+    shown = tqdm(indices, desc="estimate", unit="conversation", leave=False)
+    records = ((index, dataset[index]) for index in shown)
     with reading("the configuration of", options.model_name_or_path):
         cost = model_cost(config) if config else None
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -149,12 +150,6 @@ def _load(options: argparse.Namespace) -> tuple[Any, list[int]]:
     if number == 0 or number >= len(dataset):
         return dataset, list(range(len(dataset)))
     return dataset, sorted(random.Random(options.seed).sample(range(len(dataset)), number))
-
-
-def _with_progress(indices: list[int]) -> Iterator[int]:
-    from tqdm import tqdm
-
-    return iter(tqdm(indices, desc="estimate", unit="conversation", leave=False))
 
 
 def _measure(

@@ -21,7 +21,12 @@ def numbered_passes(passes: Any, train_on: TrainOn = "all") -> dict[int, Pass]:
     Raises:
         ChatFormatError: if a pass can't be read, or none is left.
     """
-    given = _given_passes(passes)
+    if not isinstance(passes, (list, tuple)) or not passes:
+        raise ChatFormatError(
+            f"'passes' must be a non-empty list of {{'input_ids', 'labels'}}, got "
+            f"{str(passes)[:80]!r}"
+        )
+    given = [_given_pass(pass_, number) for number, pass_ in enumerate(passes)]
     chosen = chosen_turns(train_on, len(given))
     trained = {n: pass_ for n, pass_ in enumerate(given) if n in chosen and pass_.num_trained}
     if not trained:
@@ -30,15 +35,6 @@ def numbered_passes(passes: Any, train_on: TrainOn = "all") -> dict[int, Pass]:
             f"{IGNORE_INDEX}; choose others, or remove the row"
         )
     return trained
-
-
-def _given_passes(passes: Any) -> list[Pass]:
-    if not isinstance(passes, (list, tuple)) or not passes:
-        raise ChatFormatError(
-            f"'passes' must be a non-empty list of {{'input_ids', 'labels'}}, got "
-            f"{str(passes)[:80]!r}"
-        )
-    return [_given_pass(given, number) for number, given in enumerate(passes)]
 
 
 def _given_pass(given: Any, number: int) -> Pass:

@@ -64,26 +64,6 @@ class Work:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-@dataclass(frozen=True)
-class StepFlops:
-    """Floating-point operations of forward and backward, without vision tower and optimizer.
-
-    Attributes:
-        linear: products with the weights.
-        attention: scores and weighted sums, of the pairs that see each other.
-        head: products with the LM head.
-    """
-
-    linear: float
-    attention: float
-    head: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.linear + self.attention + self.head
-
-
 @dataclass(frozen=True, eq=False)
 class Estimate:
     """What one pass and N-pass compute on the same conversations.
@@ -160,8 +140,12 @@ class Estimate:
             weights[layers.window] += layers.num_layers * layers.flops_per_pair
         return dict(weights)
 
-    def flops(self, work: Work) -> StepFlops:
-        """Return the operations of forward and backward over ``one_pass`` or ``n_pass``.
+    def flops(self, work: Work) -> dict[str, float]:
+        """Return the operations of forward and backward over ``one_pass`` or ``n_pass``, by part.
+
+        ``linear`` are products with the weights, ``attention`` scores and weighted sums of the
+        pairs that see each other, ``head`` products with the LM head. Those of a vision tower and
+        of the optimizer are left out.
 
         Raises:
             ValueError: if the cost of the model isn't known.
@@ -169,16 +153,18 @@ class Estimate:
         if self.cost is None:
             raise ValueError("the operations of a step depend on the model: pass its cost")
         scored = work.tokens if self.scores_every_position else work.scored
-        return StepFlops(
-            linear=LINEAR_FORWARDS * self.cost.linear_flops * work.tokens,
-            attention=ATTENTION_FORWARDS * weighted_pairs(work.pairs, self.attention_weights),
-            head=HEAD_FORWARDS * self.cost.head_flops * scored,
-        )
+        pairs = weighted_pairs(work.pairs, self.attention_weights)
+        return {
+            "linear": LINEAR_FORWARDS * self.cost.linear_flops * work.tokens,
+            "attention": ATTENTION_FORWARDS * pairs,
+            "head": HEAD_FORWARDS * self.cost.head_flops * scored,
+        }
 
     @property
     def flops_ratio(self) -> float:
         """Operations of N-pass over those of one pass: the step-time ratio if all were as fast."""
-        return self.flops(self.n_pass).total / self.flops(self.one_pass).total
+        n_pass, one_pass = (sum(self.flops(x).values()) for x in (self.n_pass, self.one_pass))
+        return n_pass / one_pass
 
 
 def estimate(

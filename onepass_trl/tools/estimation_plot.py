@@ -116,7 +116,7 @@ def _draw_operations(ax: Any, found: Estimate) -> None:
     bottom = np.zeros(2)
     colors = (plots.ONE_PASS, plots.N_PASS, plots.PEER)
     for (part, name), color in zip(PARTS.items(), colors, strict=True):
-        values = np.array([getattr(way, part) for way in ways])
+        values = np.array([way[part] for way in ways])
         ax.bar(["N-pass", "one pass"], values, bottom=bottom, color=color, label=name)
         bottom += values
     ax.set_title(f"operations, {found.cost.name}: {found.flops_ratio:.2f} times")

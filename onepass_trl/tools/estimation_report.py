@@ -17,7 +17,7 @@ from onepass_trl.tools.single_rendering import Training
 if TYPE_CHECKING:
     from onepass_trl.tools.step_time import StepTime
 
-PARTS = {"linear": "linear", "attention": "attention", "head": "LM head"}  # of `StepFlops`
+PARTS = {"linear": "linear", "attention": "attention", "head": "LM head"}  # of `Estimate.flops`
 _BAR = 30  # characters of the longest bar
 _BINS = 12  # lines of the histogram, at most
 _LONGEST = 3  # conversations named
@@ -30,13 +30,13 @@ def report(found: Estimate, *, times: tuple[StepTime, StepTime] | None = None) -
     yield _line("tokens", one.tokens, n.tokens)
     yield _line("rows, before packing", one.rows, n.rows)
     weights = found.attention_weights
-    pairs = [_mean_pairs(work, weights) for work in (one, n)]
-    yield _line("attention pairs a layer", *pairs)
+    pairs = [weighted_pairs(work.pairs, weights) / sum(weights.values()) for work in (one, n)]
+    yield _line("attention pairs a layer", *map(round, pairs))
     if n.images:
         yield _line("images encoded", one.images, n.images)
         yield _line("image tokens", one.image_tokens, n.image_tokens)
     if found.cost is not None:
-        flops = [asdict(found.flops(work)) for work in (one, n)]
+        flops = [found.flops(work) for work in (one, n)]
         for part, name in PARTS.items():
             yield _line(f"operations, {name}", *(way[part] for way in flops))
         yield _line("operations, all", *(sum(way.values()) for way in flops))
@@ -92,10 +92,6 @@ def _number(value: float) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.3g}" if value < 1e4 else f"{value:.3e}"
-
-
-def _mean_pairs(work: Work, weights: dict[int | None, int]) -> int:
-    return round(weighted_pairs(work.pairs, weights) / sum(weights.values()))
 
 
 def _prediction(found: Estimate, times: tuple[StepTime, StepTime] | None) -> Iterator[str]:
@@ -243,9 +239,7 @@ def as_json(found: Estimate, *, times: tuple[StepTime, StepTime] | None = None) 
     }
     if found.cost is not None:
         value["model"] = asdict(found.cost)
-        value["flops"] = {
-            name: asdict(found.flops(work)) for name, work in (("one_pass", one), ("n_pass", n))
-        }
+        value["flops"] = {"one_pass": found.flops(one), "n_pass": found.flops(n)}
         value["scores_every_position"] = found.scores_every_position
         value["flops_ratio"] = found.flops_ratio
     if times is not None:

@@ -116,7 +116,7 @@ def _attention_layers(
 ) -> tuple[AttentionLayers, ...]:
     counts: dict[tuple[int | None, int], int] = {}
     for module in model.modules():
-        if not _is_attention(module):
+        if not getattr(module, "is_causal", False) or not hasattr(module, "layer_idx"):
             continue
         # Mistral's and Phi-3's layers read it from the configuration.
         window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
@@ -127,10 +127,6 @@ def _attention_layers(
     return tuple(
         AttentionLayers(number, window, flops) for (window, flops), number in counts.items()
     )
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_causal", False)) and hasattr(module, "layer_idx")
 
 
 def head_sizes(holder: Any, config: Any) -> tuple[int, int]:

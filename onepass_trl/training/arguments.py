@@ -165,12 +165,6 @@ def looks_for_unused_parameters(args: OnePassSFTConfig, model: Any) -> None:
         args.ddp_find_unused_parameters = True
 
 
-def check_train_dataset(dataset: Any) -> None:
-    """Raise for a training dataset that is empty."""
-    if isinstance(dataset, (Dataset, IterableDataset)):  # of others SFTTrainer says what is missing
-        check_not_empty("train", dataset)
-
-
 # SFTTrainer leaves a dataset with such columns to a collator of its own, unprepared and unpacked.
 _IMAGE_COLUMNS = {column: f"onepass_{column}" for column in ("image", "images")}
 
@@ -231,5 +225,7 @@ def check_vocabulary(name: str, dataset: Any, model: Any) -> None:
 
 def check_not_empty(name: str, dataset: Any) -> None:
     """Raise for a dataset without a record."""
-    if dataset is not None and next(iter(dataset), None) is None:
+    # Of what is no dataset SFTTrainer says what is missing.
+    is_dataset = isinstance(dataset, (Dataset, IterableDataset))
+    if is_dataset and next(iter(dataset), None) is None:
         raise ValueError(f"the {name} dataset is empty: it needs at least one conversation")

@@ -40,7 +40,6 @@ from onepass_trl.training.arguments import (
     check_collator,
     check_not_empty,
     check_prepared,
-    check_train_dataset,
     check_vocabulary,
     config_of,
     load_processing_class_of,
@@ -154,7 +153,7 @@ class OnePassSFTTrainer(SFTTrainer):
         )
         check_collator(data_collator)
         check_adapters(peft_config, *getattr(model, "peft_config", {}).values())
-        check_train_dataset(train_dataset)
+        check_not_empty("train", train_dataset)
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             check_prepared(train_dataset, eval_dataset, self._maker_type)
         if isinstance(model, str):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onepass_trl.attention.branching.segments import Ints, Segments, segments_of
+from onepass_trl.attention.branching.segments import Ints, Segments, segments_of, upload
 from onepass_trl.attention.remembered import Remembered
 
 
@@ -156,8 +156,9 @@ def cut_into_chunks(segments: Segments, size: int, device: torch.device) -> Chun
         chosen = before[bounds[at] : bounds[at + 1]] - bounds[at - 1]
         befores.append(None if np.array_equal(chosen, np.arange(followed[at - 1])) else chosen)
 
-    uploaded = _upload([tokens.ravel(), places, *(x for x in befores if x is not None)], device)
-    on_device = iter(uploaded[2:])
+    arrays = [tokens.ravel(), places, *(x for x in befores if x is not None)]
+    on_device = iter(upload(arrays, device))
+    tokens_on_device, places_on_device = next(on_device), next(on_device)
     steps = [
         Step(
             slice(begin, end),
@@ -168,12 +169,11 @@ def cut_into_chunks(segments: Segments, size: int, device: torch.device) -> Chun
             bounds[:-1].tolist(), bounds[1:].tolist(), followed.tolist(), befores, strict=True
         )
     ]
-    shape = torch.Size((len(places) // segments.seq, segments.seq))
     return Chunks(
-        shape,
-        uploaded[0].view(-1, size),
+        torch.Size((len(places) // segments.seq, segments.seq)),
+        tokens_on_device.view(-1, size),
         torch.from_numpy(is_padding).to(device),
-        uploaded[1],
+        places_on_device,
         steps,
     )
 
@@ -192,12 +192,6 @@ def _places_in_passes(parents: Ints, counts: Ints) -> tuple[Ints, Ints, Ints]:
         if parent >= 0 and (length := counts[segment] + after[segment]) > after[parent]:
             after[parent], path[parent] = length, path[segment]
     return before, after, path
-
-
-def _upload(arrays: list[Ints], device: torch.device) -> list[Tensor]:
-    """Return arrays on a device, in one copy."""
-    whole = torch.from_numpy(np.concatenate(arrays)).to(device)
-    return list(whole.split([len(array) for array in arrays]))
 
 
 # Of visible_end, so that layers share them.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onepass_trl.attention.branching.segments import Ints, Segments, segments_of
+from onepass_trl.attention.branching.segments import Ints, Segments, segments_of, upload
 from onepass_trl.attention.remembered import Remembered
 
 
@@ -76,7 +76,7 @@ class Levels:
                 chunk_offsets[begin:end],
             ]
             self.num_steps += int(chunks[begin:end].max())
-        self.order, self.place, self.cu_seqlens, *of_levels = _uploaded(arrays, device)
+        self.order, self.place, self.cu_seqlens, *of_levels = upload(arrays, device)
         self.cu_seqlens_cpu = torch.from_numpy(cu_seqlens)
         self.levels = [
             Level(
@@ -116,16 +116,6 @@ class _Reordered(torch.autograd.Function):
 
 def _offsets(lengths: Ints) -> Ints:
     return np.concatenate([[0], np.cumsum(lengths)])
-
-
-def _uploaded(arrays: list[Ints], device: torch.device) -> list[Tensor]:
-    """Return arrays as tensors on a device, sent there in one copy.
-
-    Each begins at a multiple of 16 bytes: Triton compiles a kernel again for a pointer that isn't.
-    """
-    padded = [np.pad(array, (0, len(array) % 2)) for array in arrays]
-    sent = torch.from_numpy(np.concatenate(padded)).to(device).split([len(x) for x in padded])
-    return [tensor[: len(array)] for tensor, array in zip(sent, arrays, strict=True)]
 
 
 # Of visible_end, so that layers share them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,9 +52,9 @@ def cut_into_segments(visible_end: NDArray[np.integer]) -> Segments:
     for row in rows:
         check_visible_end(row.astype(np.int32))
     num_tokens, seq = rows.size, rows.shape[1]
-    token_parents = np.concatenate(
-        [_shifted(_token_parents(row), at * seq) for at, row in enumerate(rows)]
-    )
+    in_rows = np.stack([_token_parents(row) for row in rows])
+    begins_of_rows = np.arange(len(rows))[:, None] * seq
+    token_parents = np.where(in_rows >= 0, in_rows + begins_of_rows, -1).ravel()
     is_begin = token_parents != np.arange(num_tokens) - 1
     is_begin[:1] = True
     # Where a state is handed on to another token, the segment ends.
@@ -83,8 +84,14 @@ def _token_parents(ends: Ints) -> Ints:
     return parents
 
 
-def _shifted(parents: Ints, by: int) -> Ints:
-    return np.where(parents >= 0, parents + by, -1)
+def upload(arrays: list[Ints], device: torch.device) -> list[Tensor]:
+    """Return arrays as tensors on a device, sent there in one copy.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel again for a pointer that isn't.
+    """
+    padded = [np.pad(array, (0, len(array) % 2)) for array in arrays]
+    sent = torch.from_numpy(np.concatenate(padded)).to(device).split([len(x) for x in padded])
+    return [tensor[: len(array)] for tensor, array in zip(sent, arrays, strict=True)]
 
 
 # Of visible_end, so that layers share it.
