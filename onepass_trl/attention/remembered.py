@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -52,6 +53,17 @@ class Remembered(Generic[Value]):
             with torch.inference_mode(False):  # training may come to use it too
                 known = known_of_tensor[key] = _Known(made_of, others, make())
         return known.value
+
+
+def once_per_batch(make: Callable[..., Value]) -> Callable[..., Value]:
+    """Return `make`, a function of one tensor and a key, with its results remembered for layers."""
+    known: Remembered[Value] = Remembered()
+
+    @functools.wraps(make)
+    def remembered(tensor: Tensor, *key: Hashable) -> Value:
+        return known.get(tensor, (), key, lambda: make(tensor, *key))
+
+    return remembered
 
 
 def _must_be_made(tensors: tuple[Tensor, ...]) -> bool:

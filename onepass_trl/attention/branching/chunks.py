@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onepass_trl.attention.branching.segments import Ints, Segments, segments_of, upload
-from onepass_trl.attention.remembered import Remembered
+from onepass_trl.attention.remembered import once_per_batch
 
 
 class Step(NamedTuple):
@@ -194,19 +194,12 @@ def _places_in_passes(parents: Ints, counts: Ints) -> tuple[Ints, Ints, Ints]:
     return before, after, path
 
 
-# Of visible_end, so that layers share them.
-_known: Remembered[Chunks] = Remembered()
-
-
+@once_per_batch
 def chunks_of(visible_end: Tensor, size: int) -> Chunks:
-    """Return the chunks of ``(batch, seq)`` rows, cut once per batch.
+    """Return the chunks of ``(batch, seq)`` rows.
 
     They have fewer than `size` tokens, a power of two, if all segments are much shorter.
     """
-
-    def make() -> Chunks:
-        segments = segments_of(visible_end)
-        longest = 1 << (int(segments.lengths.max()) - 1).bit_length()
-        return cut_into_chunks(segments, min(size, longest), visible_end.device)
-
-    return _known.get(visible_end, (), size, make)
+    segments = segments_of(visible_end)
+    longest = 1 << (int(segments.lengths.max()) - 1).bit_length()
+    return cut_into_chunks(segments, min(size, longest), visible_end.device)

@@ -18,7 +18,7 @@ from onepass_trl.attention.branching.packages import (
 )
 from onepass_trl.attention.branching.segments import Segments, segments_of
 from onepass_trl.attention.head_exchange import ContextParallel
-from onepass_trl.attention.remembered import Remembered
+from onepass_trl.attention.remembered import once_per_batch
 
 
 class Seams(NamedTuple):
@@ -47,18 +47,10 @@ def find_seams(segments: Segments, width: int, device: torch.device) -> Seams:
     return Seams(*seams)
 
 
-# Of visible_end, so that layers share them.
-_known: Remembered[Seams] = Remembered()
-
-
 @torch.compiler.disable  # they are found on the host
+@once_per_batch
 def _seams_of(visible_end: Tensor, width: int) -> Seams:
-    return _known.get(
-        visible_end,
-        (),
-        width,
-        lambda: find_seams(segments_of(visible_end), width, visible_end.device),
-    )
+    return find_seams(segments_of(visible_end), width, visible_end.device)
 
 
 def convolution(convolve: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from onepass_trl.attention.branching.segments import Ints, Segments, segments_of, upload
-from onepass_trl.attention.remembered import Remembered
+from onepass_trl.attention.remembered import once_per_batch
 
 
 class Level(NamedTuple):
@@ -118,15 +118,7 @@ def _offsets(lengths: Ints) -> Ints:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-# Of visible_end, so that layers share them.
-_known: Remembered[Levels] = Remembered()
-
-
+@once_per_batch
 def levels_of(visible_end: Tensor, chunk_size: int) -> Levels:
-    """Return the levels of ``(batch, seq)`` integers on their device, found once per batch."""
-    return _known.get(
-        visible_end,
-        (),
-        chunk_size,
-        lambda: Levels(segments_of(visible_end), chunk_size, visible_end.device),
-    )
+    """Return the levels of ``(batch, seq)`` integers on their device."""
+    return Levels(segments_of(visible_end), chunk_size, visible_end.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from onepass_trl.attention.branching.segments import Segments, segments_of
 from onepass_trl.attention.head_exchange import ContextParallel
-from onepass_trl.attention.remembered import Remembered
+from onepass_trl.attention.remembered import once_per_batch
 
 
 class Group(NamedTuple):
@@ -63,8 +63,9 @@ class Groups:
         self.place = torch.from_numpy(np.argsort(order)).to(device)
 
 
-# Of visible_end, so that layers share them.
-_known: Remembered[Groups] = Remembered()
+@once_per_batch
+def _groups_of(visible_end: Tensor) -> Groups:
+    return Groups(segments_of(visible_end), visible_end.device)
 
 
 # Groups differ from batch to batch, so compiled code would be compiled for each.
@@ -88,9 +89,7 @@ def along_tree(
     """
     if context_parallel is not None:
         sequences = context_parallel.to_whole_rows(name, *sequences)
-    batch = _known.get(
-        visible_end, (), None, lambda: Groups(segments_of(visible_end), visible_end.device)
-    )
+    batch = _groups_of(visible_end)
     # Ordered and split once: the gradient of a piece taken by itself would be as long as the row.
     ordered = [x.flatten(0, 1).index_select(0, batch.order) for x in sequences]
     by_group = zip(*(x.split(batch.sizes) for x in ordered), strict=True)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from onepass_trl.attention.remembered import Remembered
+from onepass_trl.attention.remembered import once_per_batch
 from onepass_trl.visibility import check_visible_end
 
 Ints = NDArray[np.int64]
@@ -94,10 +94,7 @@ def upload(arrays: list[Ints], device: torch.device) -> list[Tensor]:
     return [tensor[: len(array)] for tensor, array in zip(sent, arrays, strict=True)]
 
 
-# Of visible_end, so that layers share it.
-_known: Remembered[Segments] = Remembered()
-
-
+@once_per_batch
 def segments_of(visible_end: Tensor) -> Segments:
-    """Return the segments of ``(batch, seq)`` integers on any device, found once per batch."""
-    return _known.get(visible_end, (), None, lambda: cut_into_segments(visible_end.cpu().numpy()))
+    """Return the segments of ``(batch, seq)`` integers on any device."""
+    return cut_into_segments(visible_end.cpu().numpy())
