@@ -162,10 +162,8 @@ def _measure(
 ) -> tuple[StepTime, StepTime]:
     import torch
     from tqdm import tqdm
-    from transformers import set_seed
 
-    from onepass_trl.tools.bench.workload import check_memory
-    from onepass_trl.tools.model_class import auto_model
+    from onepass_trl.tools.bench.workload import check_memory, random_model
     from onepass_trl.tools.step_time import choose_probes, measure, spread
 
     chosen = spread(found.row_tokens)
@@ -185,9 +183,8 @@ def _measure(
         what="the model with gradients takes",
         advice="estimate without --measure, or with --dtype bfloat16",
     )
-    set_seed(0)
     with torch.device(device):
-        model = auto_model(config).from_config(config, dtype=dtype)
+        model = random_model(config, dtype)
     repeats = 3
     with tqdm(total=(len(rows) + len(passes)) * (repeats + 1), desc="measure", leave=False) as bar:
         return measure(

@@ -130,19 +130,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _load_model(options: argparse.Namespace, processing_class: ProcessingClass) -> Any:
     import torch
-    from transformers import set_seed
 
     from onepass_trl.chat.processing import tokenizer_of
     from onepass_trl.cli.arguments import read_config, reading
+    from onepass_trl.tools.bench.workload import random_model
     from onepass_trl.tools.model_class import auto_model
 
     config = read_config(options.model_name_or_path)
     num_tokens = len(tokenizer_of(processing_class))
     dtype = getattr(torch, options.dtype)
     if options.model_from_config:
-        set_seed(0)
         with reading("the configuration of", options.model_name_or_path):
-            model = auto_model(config).from_config(config, dtype=dtype)
+            model = random_model(config, dtype)
     else:
         with reading("the weights of", options.model_name_or_path):
             model = auto_model(config).from_pretrained(options.model_name_or_path, dtype=dtype)

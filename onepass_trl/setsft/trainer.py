@@ -70,9 +70,8 @@ class SetSFTTrainer(OnePassSFTTrainer):
         train_dataset: the questions.
         eval_dataset: likewise; matched as in training.
         processing_class: the tokenizer or processor; None: the model's own.
-        quantization_config: as for ``SFTTrainer``.
-        peft_config: as for ``SFTTrainer``.
-        **kwargs: further arguments of ``SFTTrainer``.
+
+    The other arguments are those of ``SFTTrainer``.
 
     Raises:
         ValueError: if the model, the dataset or an option can't be trained this way; the message
@@ -177,7 +176,6 @@ class SetSFTTrainer(OnePassSFTTrainer):
         """Match the traces of the batch, and return the mean loss of their trained tokens.
 
         Args:
-            model: the model, as wrapped for training.
             inputs: a batch of `SetCollator`.
             return_outputs: must be False, see `OnePassSFTTrainer`.
             num_items_in_batch: trained tokens over all micro-batches and processes of the step;

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onepass_trl.attention.self_check.comparison import deterministic_mode
 from onepass_trl.tools.bench.peers import Inputs, Peer, make_inputs, make_peers
 from onepass_trl.tools.bench.timing import (
     available_bytes,
@@ -155,14 +156,12 @@ def time_once(peer: Peer, x: Inputs) -> tuple[Tensor, _Times]:
 
 @contextmanager
 def _deterministic(enabled: bool) -> Iterator[None]:
-    before = torch.get_deterministic_debug_mode()
-    torch.use_deterministic_algorithms(enabled, warn_only=True)
     # Otherwise torch would fill outputs that kernels write anyway, which takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        yield
+        with deterministic_mode(enabled):
+            yield
     finally:
-        torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 

@@ -140,7 +140,7 @@ def attention_shape(config: PretrainedConfig) -> AttentionShape:
 
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model with random weights on the CPU, always the same."""
+    """Return a model with random weights, always the same, on torch's default device."""
     torch.manual_seed(0)
     # A copy of the configuration: a trainer writes into that of its model.
     return auto_model(config).from_config(copy.deepcopy(config), dtype=dtype)
