@@ -1,11 +1,8 @@
 """Which datasets the trainer takes, and that its options reach their preparation."""
 
-import json
-
 import pytest
 from datasets import Dataset
 
-from tests.models import make_model
 from tests.training.conversations import RECORDS, history
 
 
@@ -43,34 +40,6 @@ def test_empty_datasets_are_errors(train):
         train(dataset=Dataset.from_dict({"messages": []}))
     with pytest.raises(ValueError, match="eval dataset is empty"):
         train(eval_dataset=Dataset.from_dict({"messages": []}))
-
-
-def test_chats_are_rendered_with_the_tokenizer(train, tiny_tokenizer):
-    messages = [
-        {"role": "user", "content": "Two plus two?"},
-        {"role": "assistant", "reasoning_content": "Add them.", "content": "Four."},
-        {"role": "user", "content": "Plus one?"},
-        {"role": "assistant", "reasoning_content": "Four and one.", "content": "Five."},
-    ]
-    model = make_model("qwen3", vocab_size=len(tiny_tokenizer))
-    forms = [
-        [{"messages": messages}],
-        [{"prompt": messages[:3], "completion": messages[3:]}],
-        [
-            {
-                "messages": messages,
-                "tools": json.dumps([]),
-                "chat_template_kwargs": {"enable_thinking": True},
-            }
-        ],
-    ]
-    turns = [
-        int(train(model=model, dataset=Dataset.from_list(records)).train_dataset[0]["num_turns"])
-        for records in forms
-    ]
-    assert turns == [2, 1, 2]
-    last = train(model=model, dataset=Dataset.from_list(forms[0]), train_on="last")
-    assert last.train_dataset[0]["num_turns"] == 1
 
 
 def test_a_stream_of_prepared_rows_is_checked_as_it_is_read(train):
