@@ -141,8 +141,8 @@ def _compiled_flex(x: Inputs, build_blocks: Callable[[], BlockMask]) -> Peer:
     made: list[BlockMask] = []
     # It refuses inputs that require gradients even if none are requested.
     q, k, v = x.q.detach(), x.k.detach(), x.v.detach()
-    # Once per shape: with dynamic ones, the C++ that torch 2.13 writes for a CPU may not compile. And
-    # whole, so that it ends with an error, not eagerly, where torch gives up compiling it again.
+    # Once per shape: with dynamic ones, the C++ that torch 2.13 writes for a CPU may not compile.
+    # Whole, so that it ends with an error, not eagerly, where torch gives up compiling it again.
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def prepare() -> None:
