@@ -155,7 +155,8 @@ test-fla: venv .venv-fla
 
 test-images: export PYTHONPATH = $(CURDIR)/.venv/images
 test-images: venv .venv/images
-	$(PYTEST) $(or $(ARGS),tests/chat/test_images.py tests/data/test_image_positions.py tests/training/test_images.py)
+	$(PYTEST) $(or $(ARGS),tests/chat/test_images.py tests/data/test_image_positions.py \
+	  tests/training/test_images.py tests/training/test_image_check.py)
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -114,7 +114,11 @@ def make_image_model(name: str, *, tied: bool = False, **text: Any) -> PreTraine
     for key, token in tokens.items():
         setattr(config, key, tokenizer.convert_tokens_to_ids(token))
     torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config).float().eval()
+    model = AutoModelForImageTextToText.from_config(config).float().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projector makes all images equal
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
