@@ -144,6 +144,7 @@ def num_visible_pairs(
     visible_end: NDArray[np.int32],
     positions: NDArray[np.int32] | None = None,
     window: int | None = None,
+    visible_begin: NDArray[np.int32] | None = None,
 ) -> int:
     """Return how many (query, key) pairs see each other: the useful work.
 
@@ -151,17 +152,23 @@ def num_visible_pairs(
         visible_end: ``(num_tokens,)`` int32.
         positions: ``(num_tokens,)`` int32, needed with a window: the token's index in its own pass.
         window: of the layer, None without one.
+        visible_begin: ``(num_tokens,)`` int32, None without blocks.
 
     >>> num_visible_pairs(causal_visible_end(4))
     10
     >>> num_visible_pairs(causal_visible_end(4), np.arange(4, dtype=np.int32), window=2)
     7
+    >>> num_visible_pairs(causal_visible_end(4), visible_begin=np.array([0, 1, 1, 3]))
+    11
     """
+    index = np.arange(visible_end.size)
+    # A token of a block is also seen by those before it there, however short the window is.
+    in_blocks = 0 if visible_begin is None else int((index - visible_begin).sum())
     if window is None:
-        return int((visible_end.astype(np.int64) - np.arange(visible_end.size)).sum())
+        return int((visible_end - index).sum()) + in_blocks
     if positions is None:
         raise ValueError(_NO_POSITIONS)
-    return int(np.minimum(positions.astype(np.int64) + 1, window).sum())
+    return int(np.minimum(positions.astype(np.int64) + 1, window).sum()) + in_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,16 +239,20 @@ def count_tiles(
     visible_end: NDArray[np.int32],
     positions: NDArray[np.int32] | None = None,
     window: int | None = None,
+    visible_begin: NDArray[np.int32] | None = None,
     *,
     query_tile: int = TILE,
     key_tile: int = TILE,
 ) -> tuple[int, int, int]:
-    """Return how many tiles on or below the diagonal are skipped, partial and full.
+    """Return how many tiles on or below the diagonal are skipped, and how many partial and full.
+
+    With blocks some of these are above the diagonal.
 
     Args:
         visible_end: ``(num_tokens,)`` int32.
         positions: ``(num_tokens,)`` int32, needed with a window.
         window: of the layer, None without one.
+        visible_begin: ``(num_tokens,)`` int32, None without blocks.
         query_tile: number of queries of a tile.
         key_tile: number of keys of a tile.
 
@@ -250,21 +261,25 @@ def count_tiles(
     """
     if window is not None and positions is None:
         raise ValueError(_NO_POSITIONS)
-    queries, keys = (cut_into_tiles(visible_end, positions, n) for n in (query_tile, key_tile))
-    num_causal = num_visited = num_full = 0
+    queries, keys = (
+        cut_into_tiles(visible_end, positions, size, visible_begin)
+        for size in (query_tile, key_tile)
+    )
+    num_skipped = num_visited = num_full = 0
     for begin in range(0, queries.first.size, _STRIP):
         strip = queries[begin : begin + _STRIP]
         visited, full = coverage(strip, keys, window)
-        num_causal += int(np.searchsorted(keys.first, strip.last, side="right").sum())
+        num_skipped += int((~visited & (keys.first <= strip.last[:, None])).sum())
         num_visited += int(visited.sum())
         num_full += int(full.sum())
-    return num_causal - num_visited, num_visited - num_full, num_full
+    return num_skipped, num_visited - num_full, num_full
 
 
 def num_executed_pairs(
     visible_end: NDArray[np.int32],
     positions: NDArray[np.int32] | None = None,
     window: int | None = None,
+    visible_begin: NDArray[np.int32] | None = None,
     *,
     query_tile: int = TILE,
     key_tile: int = TILE,
@@ -275,6 +290,6 @@ def num_executed_pairs(
     40960
     """
     _, partial, full = count_tiles(
-        visible_end, positions, window, query_tile=query_tile, key_tile=key_tile
+        visible_end, positions, window, visible_begin, query_tile=query_tile, key_tile=key_tile
     )
     return (partial + full) * query_tile * key_tile

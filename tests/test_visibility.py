@@ -106,19 +106,20 @@ def test_tiles_cover_what_the_dense_mask_has(tiling):
     queries, keys = (cut_into_tiles(row, positions, size, begins) for size in sizes.values())
     visited, full = coverage(queries, keys, window)
     assert visited.shape == full.shape == (-(-seq // query_tile), -(-seq // key_tile))
-    num_causal = 0
+    num_skipped = 0
     for (query, key), is_visited in np.ndenumerate(visited):
         tile = mask[query * query_tile :, key * key_tile :][:query_tile, :key_tile]
         if window is None or window > positions.max():
             assert (is_visited, full[query, key]) == (tile.any(), tile.all())
         assert is_visited >= tile.any() >= tile.all() >= full[query, key]
-        num_causal += key * key_tile < min((query + 1) * query_tile, seq)
-    if begins is not None:
-        return
-    counts = count_tiles(row, positions, window, **sizes)
+        is_causal = key * key_tile < min((query + 1) * query_tile, seq)
+        num_skipped += is_causal and not is_visited
+    counts = count_tiles(row, positions, window, begins, **sizes)
     num_visited, num_full = visited.sum(), full.sum()
-    assert counts == (num_causal - num_visited, num_visited - num_full, num_full)
-    assert num_visible_pairs(row, positions, window) == mask.sum()
+    assert counts == (num_skipped, num_visited - num_full, num_full)
+    executed = num_executed_pairs(row, positions, window, begins, **sizes)
+    assert executed == num_visited * query_tile * key_tile
+    assert num_visible_pairs(row, positions, window, begins) == mask.sum()
 
 
 def test_a_window_skips_what_is_far_away_in_a_causal_row():

@@ -28,8 +28,10 @@ def main(argv: list[str]) -> int:
     from onepass_trl.tools.inspection_report import figures, remarks
     from onepass_trl.tools.transcript import visible_text
 
-    found = _inspect(options)
-    layers, problems = _layers(options.model_name_or_path, bool(found.images))
+    layers, problems, no_images = _model(options.model_name_or_path)
+    found = _inspect(options, layers)
+    if no_images and found.images:
+        problems.append(f"Training would stop: {no_images}")
     # rich reads COLUMNS from the environment as it was when rich was imported.
     console = Console(highlight=False, width=shutil.get_terminal_size().columns)
     console.print(as_tree(found))
@@ -79,7 +81,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _inspect(options: argparse.Namespace) -> Inspection:
+def _inspect(options: argparse.Namespace, layers: Sequence[AttentionLayers]) -> Inspection:
     from onepass_trl.cli.arguments import load_processing_class, preparation_options
     from onepass_trl.cli.conversations import naming_record, open_dataset
     from onepass_trl.tools.inspection import inspect_record
@@ -94,29 +96,33 @@ def _inspect(options: argparse.Namespace) -> Inspection:
     preparation = preparation_options(options)
     with naming_record(options.row):
         return inspect_record(
-            dataset[options.row], processing_class, preparation, features=dataset.features
+            dataset[options.row],
+            processing_class,
+            preparation,
+            features=dataset.features,
+            layers=layers,
         )
 
 
-def _layers(model: str, has_images: bool) -> tuple[Sequence[AttentionLayers], list[str]]:
-    """Return the model's attention layers and remarks on it, nothing without a config."""
-    from onepass_trl.attention.image_models import sees_image_blocks, why_no_images
+def _model(name: str) -> tuple[Sequence[AttentionLayers], list[str], str | None]:
+    """Return a model's attention layers, what keeps them unknown, and why it can't have images.
+
+    All of them are empty without a config.
+    """
+    from onepass_trl.attention.image_models import why_no_images
     from onepass_trl.cli.arguments import load_config, reading
     from onepass_trl.tools.flops import model_cost
 
+    no_images = None
     try:
-        config = load_config(model)
+        config = load_config(name)
         if config is None:
-            return [], []
-        said = []
-        if has_images and (reason := why_no_images(config)):
-            said.append(f"Training would stop: {reason}")
-        elif has_images and sees_image_blocks(config):
-            said.append("The model sees each image in both directions; here it is seen causally.")
-        with reading("the configuration of", model):
-            return model_cost(config).attention, said
+            return [], [], None
+        no_images = why_no_images(config)
+        with reading("the configuration of", name):
+            return model_cost(config).attention, [], no_images
     except (ValueError, OSError) as error:  # the conversation can still be shown
-        return [], [f"The model's layers aren't known: {error}"]
+        return [], [f"The model's layers aren't known: {error}"], no_images
 
 
 def as_tree(found: Inspection) -> Tree:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onepass_trl.attention.implementations.varlen import chains_of
 from onepass_trl.chat.processing import ProcessingClass
-from onepass_trl.data import Layout, Overflow, pack
+from onepass_trl.data import Layout, Overflow, build_tree, linearize, pack
+from onepass_trl.data.image_positions import image_blocks
 from onepass_trl.passes import IGNORE_INDEX, ImageSpan
 from onepass_trl.preparation.datasets import PACK_BATCH_SIZE
 from onepass_trl.preparation.options import PreparationOptions
@@ -22,6 +24,7 @@ from onepass_trl.tools.flops import (
     ATTENTION_FORWARDS,
     HEAD_FORWARDS,
     LINEAR_FORWARDS,
+    AttentionLayers,
     ModelCost,
 )
 from onepass_trl.tools.single_rendering import Training, train_on_one_rendering
@@ -31,9 +34,15 @@ from onepass_trl.visibility import (
     num_executed_pairs,
     num_visible_pairs,
 )
+from onepass_trl.vision import Vision, vision_of
 
 if TYPE_CHECKING:
     from datasets import Features
+
+Begins: TypeAlias = Mapping[int | None, NDArray[np.int32]]
+"""The `visible_begin` of a row, by the windows of the layers that see its images in both
+directions. In others it has none."""
+NO_BLOCKS: Begins = MappingProxyType({})
 
 
 @dataclass
@@ -193,9 +202,9 @@ def estimate(
             rendered (the message names it) and the options don't leave it out, or has images that
             the model can't be trained on.
     """
-    windows: set[int | None] = {layers.window for layers in cost.attention} if cost else set()
+    layers = cost.attention if cost else ()
     counts = [
-        _count(index, record, tokenizer, options, features, windows | {None}, no_images)
+        _count(index, record, tokenizer, options, features, layers, no_images)
         for index, record in records
     ]
     if not counts:
@@ -262,7 +271,7 @@ def _count(
     tokenizer: ProcessingClass,
     options: PreparationOptions,
     features: Features | None,
-    windows: set[int | None],
+    layers: Sequence[AttentionLayers],
     no_images: str | None,
 ) -> _Count:
     try:
@@ -275,10 +284,16 @@ def _count(
     except ValueError as error:
         raise ValueError(f"row {index} of the dataset: {error}") from error
     one_pass, n_pass = Work(), Work()
+    windows = {None, *(kind.window for kind in layers)}
+    vision = vision_of(tokenizer)
     for layout in layouts:
-        one_pass.add(work_of_row(layout, windows))
+        one_pass.add(work_of_row(layout, windows, visible_begins(layout, layers, vision)))
     for pass_ in passes:
-        n_pass.add(work_of_pass(len(pass_), pass_.num_trained, windows, pass_.images))
+        alone = linearize(build_tree([pass_])) if pass_.images else None
+        if alone is not None and (begins := visible_begins(alone, layers, vision)):
+            n_pass.add(work_of_row(alone, windows, begins))
+        else:
+            n_pass.add(work_of_pass(len(pass_), pass_.num_trained, windows, pass_.images))
     return _Count(
         index=index,
         one_pass=one_pass,
@@ -293,9 +308,23 @@ def _count(
     )
 
 
-def work_of_row(row: Layout, windows: Iterable[int | None]) -> Work:
-    """Return what one pass computes for a row."""
-    arrays = row.visible_end, row.position_ids
+def visible_begins(row: Layout, layers: Sequence[AttentionLayers], vision: Vision | None) -> Begins:
+    """Return the `visible_begin` of a row in the layers that see its images in both directions.
+
+    Args:
+        row: the row.
+        layers: of the model.
+        vision: of the model's processor, for a row with images.
+    """
+    windows = [kind.window for kind in layers if kind.sees_blocks]
+    if not windows or not row.images:
+        return {}
+    assert vision is not None
+    return dict.fromkeys(windows, image_blocks(row, vision.is_image(row.input_ids)))
+
+
+def work_of_row(row: Layout, windows: Iterable[int | None], begins: Begins = NO_BLOCKS) -> Work:
+    """Return what one pass computes for a row, by the windows of layers."""
     work = Work(
         rows=1,
         tokens=len(row),
@@ -304,8 +333,9 @@ def work_of_row(row: Layout, windows: Iterable[int | None]) -> Work:
         image_tokens=_image_tokens(row.images),
     )
     for window in windows:
-        work.pairs[window] = num_visible_pairs(*arrays, window)
-        work.executed[window] = num_executed_pairs(*arrays, window)
+        arguments = row.visible_end, row.position_ids, window, begins.get(window)
+        work.pairs[window] = num_visible_pairs(*arguments)
+        work.executed[window] = num_executed_pairs(*arguments)
     return work
 
 
@@ -315,7 +345,7 @@ def work_of_pass(
     windows: Iterable[int | None],
     images: Sequence[ImageSpan] = (),
 ) -> Work:
-    """Return what N-pass computes for one pass, with kernels that skip tiles no query sees."""
+    """Return what N-pass computes for one causal pass, if its kernels skip tiles no query sees."""
     work = Work(
         rows=1,
         tokens=num_tokens,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from onepass_trl.attention.image_models import layer_sees_image_blocks, sees_image_blocks
 from onepass_trl.attention.model_check import check_model, text_model
 from onepass_trl.tools.model_class import auto_model
 
@@ -29,11 +30,13 @@ class AttentionLayers:
         num_layers: how many there are.
         window: their sliding window, None without one.
         flops_per_pair: of one layer's forward, all heads together, for a query and a key it sees.
+        sees_blocks: whether they see the tokens of an image in both directions.
     """
 
     num_layers: int
     window: int | None
     flops_per_pair: int
+    sees_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def model_cost(config: PreTrainedConfig) -> ModelCost:
         num_parameters=model.num_parameters(),
         linear_flops=2 * sum(_active_weights(module, text.config) for module in body),
         head_flops=2 * head.weight.numel(),
-        attention=_attention_layers(text, text.config),
+        attention=_attention_layers(text, text.config, sees_image_blocks(config)),
     )
 
 
@@ -112,7 +115,7 @@ def _experts_per_token(config: PreTrainedConfig) -> int:
 
 
 def _attention_layers(
-    model: PreTrainedModel, config: PreTrainedConfig
+    model: PreTrainedModel, config: PreTrainedConfig, blocks: bool
 ) -> tuple[AttentionLayers, ...]:
     counts: dict[tuple[int | None, int], int] = {}
     for module in model.modules():
@@ -125,7 +128,8 @@ def _attention_layers(
     if not counts:
         raise ValueError(f"{type(model).__name__} has no attention layer")
     return tuple(
-        AttentionLayers(number, window, flops) for (window, flops), number in counts.items()
+        AttentionLayers(number, window, flops, blocks and layer_sees_image_blocks(config, window))
+        for (window, flops), number in counts.items()
     )
 
 

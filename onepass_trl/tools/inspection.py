@@ -19,8 +19,11 @@ from onepass_trl.data.tree import ROOT, TokenTree
 from onepass_trl.passes import ImageSource, Pass
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import render_record
+from onepass_trl.tools.estimation import Begins, visible_begins, work_of_pass
+from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.transcript import message_starts, token_texts
 from onepass_trl.visibility import count_tiles, num_visible_pairs
+from onepass_trl.vision import vision_of
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -96,6 +99,7 @@ class Inspection:
         trunk: the tree; the trunk is the path of the last pass, up to what that pass generates.
         pass_lengths: number of tokens of each pass.
         images: those of the passes, each once, in the order of the conversation.
+        begins: the row's blocks, in the layers that see them in both directions.
         has_reasoning: whether a trained turn has reasoning; None if messages aren't known.
     """
 
@@ -106,6 +110,7 @@ class Inspection:
     trunk: Branch
     pass_lengths: list[int]
     images: list[ImageSource]
+    begins: Begins
     has_reasoning: bool | None
 
     @property
@@ -126,17 +131,20 @@ class Inspection:
     @property
     def pairs(self) -> int:
         """Pairs of query and key that one pass needs, without a window."""
-        return num_visible_pairs(self.row.visible_end)
+        return num_visible_pairs(self.row.visible_end, visible_begin=self.begins.get(None))
 
-    @property
-    def n_pass_pairs(self) -> int:
-        """Pairs of query and key that N-pass needs, without a window."""
-        return sum(length * (length + 1) // 2 for length in self.pass_lengths)
+    def n_pass_pairs(self, window: int | None = None) -> int:
+        """Return how many pairs of query and key N-pass needs in layers with this window."""
+        causal = sum(work_of_pass(n, 0, [window]).pairs[window] for n in self.pass_lengths)
+        if window not in self.begins:
+            return causal
+        in_blocks = np.arange(len(self.row)) - self.begins[window]
+        return causal + int(self.row.multiplicity @ in_blocks)
 
     @cached_property
     def tiles(self) -> tuple[int, int, int]:
-        """Tiles of 64 x 64 on or below the diagonal: skipped, partial and full."""
-        return count_tiles(self.row.visible_end)
+        """Tiles of 64 x 64 without a window: skipped, partial and full, see `count_tiles`."""
+        return count_tiles(self.row.visible_end, visible_begin=self.begins.get(None))
 
     @property
     def is_chain(self) -> bool:
@@ -150,11 +158,17 @@ def inspect_record(
     options: PreparationOptions | None = None,
     *,
     features: Features | None = None,
+    layers: Sequence[AttentionLayers] = (),
 ) -> Inspection:
-    """Return what becomes of a dataset's record; arguments and errors are those of
-    `onepass_trl.preparation.rows.render_record`."""
+    """Return what becomes of a dataset's record; other arguments and errors are those of
+    `onepass_trl.preparation.rows.render_record`.
+
+    `layers` are those of the model, if it is known: they say which see images in both directions.
+    """
     found = render_record(record, tokenizer, options, features=features)
-    return inspect_passes(found.passes, tokenizer, found.turns, numbers=found.numbers)
+    return inspect_passes(
+        found.passes, tokenizer, found.turns, numbers=found.numbers, layers=layers
+    )
 
 
 def inspect_passes(
@@ -163,6 +177,7 @@ def inspect_passes(
     turns: Sequence[RenderedTurn] = (),
     *,
     numbers: Sequence[int] | None = None,
+    layers: Sequence[AttentionLayers] = (),
 ) -> Inspection:
     """Return how passes are merged and laid out.
 
@@ -171,6 +186,7 @@ def inspect_passes(
         tokenizer: a tokenizer or processor; gives the text of tokens.
         turns: what the passes were rendered from, if known: gives segments their roles.
         numbers: which turns of the conversation the passes are, in ascending order; all by default.
+        layers: of the model, if it is known.
     """
     tree = TokenTree()
     ends = [tree.insert(pass_) for pass_ in passes]
@@ -192,6 +208,7 @@ def inspect_passes(
         ),
         pass_lengths=[len(pass_) for pass_ in passes],
         images=images,
+        begins=visible_begins(view.row, layers, vision_of(tokenizer)),
         has_reasoning=reasoning,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from onepass_trl.tools.estimation import Work, work_of_pass, work_of_row
+from onepass_trl.tools.estimation import work_of_row
 from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import Branch, Inspection
 from onepass_trl.visibility import TILE
@@ -24,14 +24,14 @@ def figures(found: Inspection, layers: Sequence[AttentionLayers] = ()) -> Iterat
     """
     skipped, partial, full = found.tiles
     executed = partial + full
-    num_turns = len(found.pass_lengths)
+    num_turns, n_pass_pairs = len(found.pass_lengths), found.n_pass_pairs()
     yield (
         f"tokens: one pass {len(found.row):,}, N-pass {found.n_pass_tokens:,} in {num_turns} "
         f"passes = {found.token_ratio:.2f} x"
     )
     yield (
-        f"attention pairs: one pass {found.pairs:,}, N-pass {found.n_pass_pairs:,} = "
-        f"{found.n_pass_pairs / found.pairs:.2f} x (layers without a window)"
+        f"attention pairs: one pass {found.pairs:,}, N-pass {n_pass_pairs:,} = "
+        f"{n_pass_pairs / found.pairs:.2f} x (layers without a window)"
     )
     yield (
         f"tiles of {TILE} x {TILE}: {executed:,} executed ({full:,} full, {partial:,} partial), "
@@ -52,10 +52,8 @@ def figures(found: Inspection, layers: Sequence[AttentionLayers] = ()) -> Iterat
 
 
 def _in_window(found: Inspection, window: int, num_layers: int) -> str:
-    one_pass, n_pass = work_of_row(found.row, [window]), Work()
-    for length in found.pass_lengths:
-        n_pass.add(work_of_pass(length, 0, [window]))
-    pairs, n_pass_pairs = one_pass.pairs[window], n_pass.pairs[window]
+    one_pass = work_of_row(found.row, [window], found.begins)
+    pairs, n_pass_pairs = one_pass.pairs[window], found.n_pass_pairs(window)
     return (
         f"in the {f'{num_layers} layers' if num_layers > 1 else 'layer'} with a window of "
         f"{window:,}: one pass {pairs:,} pairs, N-pass "

@@ -47,14 +47,21 @@ class Raster:
     seen: NDArray[np.float32]
 
 
-def rasterize(visible_end: NDArray[np.int32], max_cells: int = CELLS) -> Raster:
+def rasterize(
+    visible_end: NDArray[np.int32],
+    visible_begin: NDArray[np.int32] | None = None,
+    *,
+    max_cells: int = CELLS,
+) -> Raster:
     """Return the raster of a row without a window: time O(seq^2 / 64), memory O(max_cells^2 + seq).
 
     Args:
         visible_end: ``(num_tokens,)`` int32, at least one token.
+        visible_begin: ``(num_tokens,)`` int32, None without blocks.
         max_cells: how many cells a side may have.
     """
     num_tokens = visible_end.size
+    begin = np.arange(num_tokens, dtype=np.int32) if visible_begin is None else visible_begin
     cell = next((c for c in (1, 2, 4, 8, 16, 32) if c * max_cells >= num_tokens), TILE)
     if cell == TILE:
         cell *= -(-num_tokens // (TILE * max_cells))
@@ -63,12 +70,12 @@ def rasterize(visible_end: NDArray[np.int32], max_cells: int = CELLS) -> Raster:
     per_tile, per_cell = TILE // step, cell // step
     bounds = np.append(np.arange(0, num_tokens, step, dtype=np.int32), np.int32(num_tokens))
     shares: list[list[NDArray[np.float32]]] = [[], [], []]
-    tiles = cut_into_tiles(visible_end, None, TILE)
-    for begin in range(0, num_tokens, strip):
-        rows = bounds[begin // step : (begin + strip) // step + 1]
+    tiles = cut_into_tiles(visible_end, None, TILE, visible_begin)
+    for at in range(0, num_tokens, strip):
+        rows = bounds[at // step : (at + strip) // step + 1]
         area = np.diff(rows)[:, None] * np.diff(bounds)[None, :]
-        seen = _seen_pairs(visible_end, rows, step)
-        visited, full = coverage(tiles[begin // TILE : (begin + strip) // TILE], tiles)
+        seen = _seen_pairs(begin, visible_end, rows, step)
+        visited, full = coverage(tiles[at // TILE : (at + strip) // TILE], tiles)
         parts = (_spread(full, per_tile, area), _spread(visited & ~full, per_tile, area))
         for share, pairs in zip(shares, (*parts, seen), strict=True):
             share.append((_add_blocks(pairs, per_cell) / _add_blocks(area, per_cell)).astype("f4"))
@@ -76,14 +83,15 @@ def rasterize(visible_end: NDArray[np.int32], max_cells: int = CELLS) -> Raster:
 
 
 def _seen_pairs(
-    visible_end: NDArray[np.int32], rows: NDArray[np.int32], step: int
+    begin: NDArray[np.int32], end: NDArray[np.int32], rows: NDArray[np.int32], step: int
 ) -> NDArray[np.int32]:
-    """Return how many pairs are visible in each cell of `step` keys, between each two of `rows`."""
-    keys = np.arange(visible_end.size, dtype=np.int32)
-    num_queries = visible_end - keys
-    blocks = np.arange(0, keys.size, step)
+    """Return how many pairs are visible in each cell of `step` keys, between each two of `rows`.
+
+    The queries from `begin` to `end` see a key.
+    """
+    cells = np.arange(0, begin.size, step)
     # How many of the queries before i see key j.
-    before = [np.add.reduceat(np.clip(i - keys, 0, num_queries), blocks) for i in rows]
+    before = [np.add.reduceat(np.clip(i - begin, 0, end - begin), cells) for i in rows]
     return np.diff(np.stack(before), axis=0)
 
 
@@ -119,12 +127,13 @@ def draw(found: Inspection, title: str) -> Figure:
     """Return the picture of an inspected row; its layers without a window.
 
     Queries go down and keys to the right. Bands along both axes show trunk, branches and images.
-    Above the diagonal, where no query sees a key, are thumbnails of as many images as have room.
+    Above the diagonal, where at most an image's tokens see each other, are thumbnails of as many
+    images as have room.
 
     Raises:
         ImageError: if an image can't be read.
     """
-    raster = rasterize(found.row.visible_end)
+    raster = rasterize(found.row.visible_end, found.begins.get(None))
     figure = new_figure(8.6, 9.2)
     axes = figure.add_subplot()
     end = raster.num_tokens
@@ -199,14 +208,15 @@ def _draw_images(axes: Axes, found: Inspection) -> None:
         style: dict[str, Any] = {"facecolor": _IMAGE, "clip_on": False}
         axes.add_patch(_rectangle((span.begin, -gap), length, -thickness, **style))
         axes.add_patch(_rectangle((end + gap, span.begin), thickness, length, **style))
-        # The lower left corner of its square, which touches the diagonal.
-        corner = min(max((span.begin + span.end) / 2, side), end - side)
-        if corner < free_from:
+        # Its square is to the upper right of what the image's tokens see of each other.
+        left = min(max(span.end, side), end - side)
+        bottom = min(max(span.begin, side), left)
+        if left < free_from:
             continue
-        free_from = corner + side
+        free_from = left + side
         thumbnail = thumbnail_of(span.source).image
         width, height = (0.85 * side * pixels / max(thumbnail.size) for pixels in thumbnail.size)
-        left, bottom = corner + 0.05 * side, corner - 0.05 * side
+        left, bottom = left + 0.05 * side, bottom - 0.05 * side
         top = bottom - height
         axes.imshow(np.asarray(thumbnail), extent=(left, left + width, bottom, top))
         frame: dict[str, Any] = {"facecolor": "none", "edgecolor": _IMAGE}

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
-
 from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import Branch, Inspection
 from onepass_trl.tools.inspection_report import figures, name_of, remarks
@@ -67,6 +65,7 @@ def _data(found: Inspection, layers: Sequence[AttentionLayers]) -> dict[str, Any
         "labels": row.shift_labels.tolist(),
         "weights": row.weights.tolist(),
         "visibleEnd": row.visible_end.tolist(),
+        "visibleBegin": next((begins.tolist() for begins in found.begins.values()), None),
         "layers": [_tiles(found, window) for window in (None, *windows)],
         "trained": found.trained.astype(int).tolist(),
         "copies": found.is_copy.nonzero()[0].tolist(),
@@ -89,17 +88,25 @@ def _images(found: Inspection) -> list[dict[str, Any]]:
 def _tiles(found: Inspection, window: int | None) -> dict[str, Any]:
     """Return the picture of who sees whom in layers with or without a window, tile by tile.
 
-    Tiles are those of the kernels, or larger if there are more than a picture can show.
-    `kinds` has a digit per tile on or below the diagonal, queries in order: 0 for skipped, 1 for
-    partial, 2 for full.
+    Tiles are those of the kernels, or larger if there are more than a picture can show. `kinds` has
+    a text for each tile of queries, with a digit per tile of keys: 0 for skipped, 1 for partial, 2
+    for full. It ends at the diagonal, or after it with the last one that is visited. `blocks` says
+    whether these layers see images in both directions.
     """
     row, tile = found.row, TILE
     while len(row) > tile * _MOST_TILES:
         tile *= 2
-    tiles = cut_into_tiles(row.visible_end, row.position_ids, tile)
+    begins = found.begins.get(window)
+    tiles = cut_into_tiles(row.visible_end, row.position_ids, tile, begins)
     visited, full = coverage(tiles, tiles, window)
-    kinds = (visited.astype(int) + full)[np.tril_indices(len(full))]
-    return {"window": window, "tile": tile, "kinds": "".join(map(str, kinds.tolist()))}
+    kinds = visited.astype(int) + full
+    ends = [max(number, *of.nonzero()[0]) + 1 for number, of in enumerate(visited)]
+    return {
+        "window": window,
+        "tile": tile,
+        "kinds": ["".join(map(str, of[:end])) for of, end in zip(kinds, ends, strict=True)],
+        "blocks": begins is not None,
+    }
 
 
 def _outline(branch: Branch, name: str, segments: list[dict[str, Any]]) -> dict[str, Any]:

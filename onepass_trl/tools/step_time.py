@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import lay_out, render_record
 from onepass_trl.tools.bench.timing import seconds_of
 from onepass_trl.tools.bench.workload import labelled
-from onepass_trl.tools.estimation import Work, weighted_pairs, work_of_pass, work_of_row
+from onepass_trl.tools.estimation import Begins, Work, weighted_pairs, work_of_pass, work_of_row
 from onepass_trl.vision import Vision, ordinary_inputs, vision_of
 
 if TYPE_CHECKING:
@@ -197,11 +197,26 @@ def measure(
     n_pass_works = [
         work_of_pass(len(pass_), pass_.num_trained, [None], pass_.images) for pass_ in passes
     ]
+    works = [
+        work_of_row(row, weights, _visible_begins(model, batch, weights))
+        for row, batch in zip(rows, one_pass, strict=True)
+    ]
     return (
-        fit([work_of_row(row, weights) for row in rows], shortest[0], weights),
+        fit(works, shortest[0], weights),
         # SDPA masks what is outside a window but skips none of it.
         fit(n_pass_works, shortest[1], {None: sum(weights.values())}),
     )
+
+
+def _visible_begins(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], windows: Iterable[int | None]
+) -> Begins:
+    from onepass_trl.attention.image_models import layer_sees_image_blocks
+
+    if "visible_begin" not in batch:
+        return {}
+    config, begins = model.config.get_text_config(), batch["visible_begin"][0].cpu().numpy()
+    return {window: begins for window in windows if layer_sees_image_blocks(config, window)}
 
 
 def _n_pass_batch(

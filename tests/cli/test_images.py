@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from onepass_trl.cli.inspect import _layers
+from onepass_trl.chat import processing
+from onepass_trl.tools.inspection import inspect_record
 from tests.chats import CHATS
-from tests.images import A, B, answer, make_image_model, text
+from tests.images import A, B, answer, make_image_model, make_processor, text
 
 PLACE = {"type": "image"}
 
@@ -100,8 +101,19 @@ def test_models_that_see_no_images(run, good, tiny_model_dir):
     assert "has images, and bench times text only" in err
 
 
-def test_inspect_says_that_blocks_are_shown_causally(tmp_path):
+def test_verbs_count_what_the_models_layers_see(run_on_chats, paths, tmp_path, monkeypatch):
+    """Gemma 3 sees images in both directions: each has 4 tokens, of which a causal model has 10
+    pairs and it has 16."""
     make_image_model("gemma3").config.save_pretrained(tmp_path)
-    assert _layers(str(tmp_path), has_images=False)[1] == []
-    [remark] = _layers(str(tmp_path), has_images=True)[1]
-    assert "in both directions; here it is seen causally" in remark
+    monkeypatch.setattr(
+        processing, "load_processing_class", lambda *_, **__: make_processor("gemma3")
+    )
+    chat = {"messages": [ask(PLACE, text("What?")), answer("A cat.")], "images": [paths["a"]]}
+    found = inspect_record(chat, make_processor("gemma3"))
+    pairs, png = found.pairs + 6, tmp_path / "row.png"
+    flags = [f"--html={tmp_path / 'row.html'}", f"--png={png}"]
+    status, out, _ = run_on_chats("inspect", [chat], *flags, model=tmp_path)
+    assert status == 0
+    assert f"attention pairs: one pass {pairs:,}, N-pass {pairs:,} = 1.00 x" in out
+    assert '"blocks":true' in (tmp_path / "row.html").read_text()
+    assert png.read_bytes().startswith(b"\x89PNG")

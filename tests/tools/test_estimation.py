@@ -8,18 +8,21 @@ from hypothesis import strategies as st
 
 from onepass_trl import Pass, build_tree, linearize
 from onepass_trl.data import split_passes
+from onepass_trl.data.image_positions import image_blocks
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import lay_out, render_record
 from onepass_trl.tools import estimation_report
 from onepass_trl.tools.estimation import estimate, work_of_pass, work_of_row
 from onepass_trl.tools.estimation_plot import draw
 from onepass_trl.tools.estimation_report import as_json, report, turn_bins
-from onepass_trl.tools.flops import AttentionLayers, ModelCost
+from onepass_trl.tools.flops import AttentionLayers, ModelCost, model_cost
 from onepass_trl.visibility import dense_mask
+from onepass_trl.vision import vision_of
 from tests.chat.tokenizers import small_tokenizer
 from tests.chats import CHAT
 from tests.conversations import as_record, forked_rollouts, random_chat
-from tests.images import CHATS, make_processor
+from tests.images import CHATS, make_image_model, make_processor
+from tests.models import WINDOW
 
 OPTIONS = PreparationOptions(
     max_length=None, overflow="truncate", train_on="all", packing=False, null_arguments="keep"
@@ -128,6 +131,34 @@ def test_images_are_counted_as_both_ways_encode_them():
     assert "image" not in text_of(estimate(records_without_images(), processor, OPTIONS, COST))
     with pytest.raises(ValueError, match="row 0 of the dataset: it has images, but the model sees"):
         estimate(records, processor, OPTIONS, no_images="the model sees none")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_images_are_counted_in_both_directions_where_they_are_seen_so(name):
+    processor, cost = make_processor(name), model_cost(make_image_model(name).config)
+    records = [(number, {"messages": chat}) for number, chat in enumerate(CHATS.values())]
+    found = estimate(records, processor, OPTIONS, cost)
+    passes = [render_record(record, processor, OPTIONS).passes for _, record in records]
+    ways = {"one_pass": passes, "n_pass": [[pass_] for own in passes for pass_ in own]}
+    is_image = vision_of(processor).is_image
+    for way, trees in ways.items():
+        work = getattr(found, way)
+        rows = [linearize(build_tree(tree)) for tree in trees]
+        for layers in cost.attention:
+            pairs = causal = 0
+            for row in rows:
+                rule = row.visible_end, row.position_ids, layers.window
+                begins = image_blocks(row, is_image(row.input_ids)) if layers.sees_blocks else None
+                pairs += dense_mask(*rule, begins).sum()
+                causal += dense_mask(*rule).sum()
+            assert work.pairs[layers.window] == pairs <= work.executed[layers.window]
+            assert bool(pairs > causal) is layers.sees_blocks
+        assert work.images == sum(len(row.images) for row in rows)
+        assert work.scored == sum((row.shift_labels >= 0).sum() for row in rows)
+    assert {layers.window: layers.sees_blocks for layers in cost.attention} == {
+        None: name == "gemma3",
+        WINDOW: True,
+    }
 
 
 def records_without_images():

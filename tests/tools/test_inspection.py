@@ -3,15 +3,18 @@ import re
 import numpy as np
 import pytest
 
-from onepass_trl import Pass
+from onepass_trl import Pass, build_tree, linearize, render_passes
+from onepass_trl.data.image_positions import image_blocks
 from onepass_trl.passes import IGNORE_INDEX
+from onepass_trl.tools.flops import model_cost
 from onepass_trl.tools.inspection import Branch, Segment, inspect_passes, inspect_record
 from onepass_trl.tools.inspection_report import figures, remarks
 from onepass_trl.tools.transcript import message_starts
 from onepass_trl.visibility import dense_mask
+from onepass_trl.vision import vision_of
 from tests.chat.tokenizers import small_tokenizer
 from tests.chats import CHAT
-from tests.images import CHATS, make_processor
+from tests.images import CHATS, make_image_model, make_processor
 
 
 def segments_of(branch):
@@ -71,6 +74,32 @@ def test_n_pass_encodes_an_image_in_every_later_turn():
     assert "images: one pass encodes 4, N-pass 9 = 2.25 x" in list(figures(found))
     found = inspect_record({"messages": CHATS["same image twice"]}, make_processor("qwen3_vl"))
     assert (len(found.images), len(found.row.images), found.n_pass_images) == (1, 3, 2 + 2 + 1)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_images_that_are_seen_in_both_directions_are_counted_so(name):
+    processor, chat = make_processor(name), {"messages": CHATS["four turns"]}
+    layers = model_cost(make_image_model(name).config).attention
+    found = inspect_record(chat, processor, layers=layers)
+    row, is_image = found.row, vision_of(processor).is_image
+    alone = [linearize(build_tree([pass_])) for pass_ in render_passes(chat["messages"], processor)]
+    for layer in layers:
+        pairs, n_pass_pairs = (
+            sum(
+                dense_mask(
+                    row.visible_end,
+                    row.position_ids,
+                    layer.window,
+                    image_blocks(row, is_image(row.input_ids)) if layer.sees_blocks else None,
+                ).sum()
+                for row in rows
+            )
+            for rows in ([row], alone)
+        )
+        assert found.n_pass_pairs(layer.window) == n_pass_pairs
+        lines = [line for line in figures(found, [layer]) if f"one pass {pairs:,}" in line]
+        assert len(lines) == 1
+        assert f"N-pass {n_pass_pairs:,} = " in lines[0]
 
 
 def test_trunk_and_branches_of_a_chat(tiny_tokenizer):

@@ -10,7 +10,7 @@ from onepass_trl.tools.inspection import inspect_passes, inspect_record
 from onepass_trl.tools.mask_picture import colours, rasterize, stretches
 from onepass_trl.tools.plots import save
 from onepass_trl.visibility import causal_visible_end, dense_mask
-from tests.attention.cases import random_visible_end
+from tests.attention.cases import random_visible_begin, random_visible_end
 from tests.conversations import forked_rollouts, random_chat
 from tests.images import A, B, answer, make_processor, part, text
 
@@ -30,14 +30,20 @@ def cell_means(pairs: np.ndarray, size: int) -> np.ndarray:
     seq=st.one_of(st.integers(1, 300), st.sampled_from([511, 512, 513, 1100])),
     max_cells=st.sampled_from([16, 20, 64, 1024]),
     seed=st.integers(0, 2**31),
+    has_blocks=st.booleans(),
 )
-def test_the_raster_is_the_dense_mask_cell_by_cell(seq, max_cells, seed):
-    ends = np.array(random_visible_end(seq, torch.Generator().manual_seed(seed)), dtype=np.int32)
-    raster = rasterize(ends, max_cells)
+def test_the_raster_is_the_dense_mask_cell_by_cell(seq, max_cells, seed, has_blocks):
+    generator = torch.Generator().manual_seed(seed)
+    ends = random_visible_end(seq, generator)
+    begins = None
+    if has_blocks:
+        begins = np.array(random_visible_begin(ends, generator), dtype=np.int32)
+    ends = np.array(ends, dtype=np.int32)
+    raster = rasterize(ends, begins, max_cells=max_cells)
     assert len(raster.seen) == -(-seq // raster.cell) <= max_cells
     assert raster.cell % 64 == 0 or 64 % raster.cell == 0
 
-    mask = dense_mask(ends)
+    mask = dense_mask(ends, visible_begin=begins)
     kinds = np.zeros((seq, seq), dtype=int)  # of each pair's tile: skipped, partial, full
     for q in range(0, seq, 64):
         for k in range(0, seq, 64):

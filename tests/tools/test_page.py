@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from onepass_trl import Pass
-from onepass_trl.tools.flops import AttentionLayers
+from onepass_trl.tools.flops import AttentionLayers, model_cost
 from onepass_trl.tools.inspection import inspect_passes, inspect_record
 from onepass_trl.tools.page import to_html
 from onepass_trl.visibility import count_tiles, dense_mask
 from tests.browser import CHROMIUM, NO_CHROMIUM, chromium
 from tests.chats import CHAT
-from tests.images import A, B, answer, make_image, make_processor, part, text
+from tests.images import A, B, answer, make_image, make_image_model, make_processor, part, text
+from tests.models import WINDOW
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
@@ -66,7 +67,8 @@ def lit(page):
 
 
 def seen(found, index, window=None):
-    mask = dense_mask(found.row.visible_end, found.row.position_ids, window)
+    row = found.row
+    mask = dense_mask(row.visible_end, row.position_ids, window, found.begins.get(window))
     return np.flatnonzero(mask[index]).tolist()
 
 
@@ -218,6 +220,43 @@ def test_layers_with_a_window_light_what_it_leaves(open_page, tiny_tokenizer):
             assert lit(page) == seen(found, index, window)
     texts = page.evaluate("[...document.querySelectorAll('#figures li')].map(li => li.textContent)")
     assert sum(" with a window of" in text for text in texts) == 2
+
+
+@in_browser
+@pytest.mark.parametrize("is_gemma3", [True, False])
+def test_images_that_are_seen_in_both_directions_light_so(open_page, is_gemma3):
+    """In which layers, and across the border of a tile."""
+    name = "gemma3" if is_gemma3 else "gemma4"
+    layers = model_cost(make_image_model(name).config).attention
+    chat = [
+        {"role": "user", "content": [text("Look! " * 26), part(A), text("What is it?")]},
+        answer("A cat."),
+        {"role": "user", "content": [part(B), text("And now?")]},
+        answer("A dog."),
+    ]
+    found = inspect_record({"messages": chat}, make_processor(name), layers=layers)
+    assert found.begins.keys() == ({None, WINDOW} if is_gemma3 else {WINDOW})
+    page = open_page(found, layers=layers)
+    first, second = found.row.images
+    block = np.flatnonzero(found.begins[WINDOW] < np.arange(len(found.row)))
+    assert {*range(first.begin, first.end)} & {*block.tolist()}
+    indices = [0, *range(first.begin, first.end), *range(second.begin, second.end), first.end + 3]
+    for number, window in [(0, None), (1, WINDOW)]:
+        page.evaluate(
+            f"(s => {{ s.selectedIndex = {number}; s.dispatchEvent(new Event('change')); }})"
+            "(document.querySelector('#layer select'))"
+        )
+        legend = page.evaluate("document.querySelector('.legend').textContent")
+        row, begins = found.row, found.begins.get(window)
+        tiles = count_tiles(row.visible_end, row.position_ids, window, begins)
+        assert tuple(map(int, re.findall(r"(\d+) (?:skipped|partial|full)", legend))) == tiles
+        for index in indices:
+            page.evaluate(f"hold({index})")
+            assert lit(page) == seen(found, index, window)
+            details = page.evaluate("document.querySelector('#details').textContent")
+            assert f"sees{len(lit(page))} of {len(row)} tokens" in details
+            begin = index if begins is None else begins[index]
+            assert f"seen byrow indices {begin}..{row.visible_end[index] - 1}" in details
 
 
 @in_browser

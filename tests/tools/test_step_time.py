@@ -105,3 +105,9 @@ def test_images_that_are_seen_in_both_directions_are_measured_so(monkeypatch):
     [begins] = batches[0]["visible_begin"].tolist()
     image = rows[0].images[0]
     assert begins.count(begins[image.begin + 1]) > 1
+    works = []
+    monkeypatch.setattr(step_time, "work_of_row", lambda *args: works.append(args) or Work(1, 1, 1))
+    measure(model, rows, passes, {None: 2, 9: 1}, processing_class=processor, repeats=1)
+    assert [{window: list(own) for window, own in args[2].items()} for args in works[:1]] == [
+        {None: begins, 9: begins}
+    ]
