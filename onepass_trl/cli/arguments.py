@@ -40,6 +40,12 @@ _DAMAGED = (
     json.JSONDecodeError,
 )
 _LOADERS = ("from_pretrained", "create_model_from_path")
+# Functions of transformers' Trainer that make something of flags.
+_FLAGS_OF = {
+    "add_callback": "--report_to",
+    "create_optimizer": "--optim and --optim_args",
+    "create_scheduler": "--lr_scheduler_type and --lr_scheduler_kwargs",
+}
 
 DATASET_HELP = "dataset of the Hub, a folder, or a .jsonl, .json or .parquet file"
 
@@ -168,19 +174,19 @@ def reading(what: str, model: str, *, among_others: bool = False) -> Iterator[No
 
 
 @contextmanager
-def using_trackers() -> Iterator[None]:
-    """Let what transformers raises for a tracker that can't be used be an error of the input.
+def using_flags() -> Iterator[None]:
+    """Let what transformers raises for values that it can't use say which flags gave them.
 
     Raises:
-        ValueError: with the message, which says what to install or to set.
+        ValueError: with the message of transformers, which says what is wrong or to be installed.
     """
     try:
         yield
-    except RuntimeError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_globals["__name__"].startswith("transformers.integrations."):
-            raise
-        raise ValueError(f"--report_to names a tracker that can't be used: {error}") from error
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if flags := _FLAGS_OF.get(frame.f_code.co_name):
+                raise ValueError(f"{flags} can't be met: {error}") from error
+        raise
 
 
 def _named(error: OSError | ValueError) -> OSError | ValueError:

@@ -123,7 +123,7 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     """Train in this process with this trainer, as `argv` says; return 0."""
     from trl import get_peft_config, get_quantization_config
 
-    from onepass_trl.cli.arguments import reading, using_trackers
+    from onepass_trl.cli.arguments import reading, using_flags
     from onepass_trl.tools.outputs import check_output_folder
 
     script_args, training_args, model_args, mixture = _parse(
@@ -137,7 +137,8 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
             f"{started} processes were started, but each would train alone: on the CPU they find "
             "one another with --use_cpu"
         )
-    if training_args.should_save:
+    # All processes of a machine that saves say so: they would wait for one that has ended.
+    if training_args.save_on_each_node or os.environ.get("GROUP_RANK", "0") == "0":
         check_output_folder(training_args.output_dir)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -149,7 +150,7 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     wants_eval = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(script_args, mixture, wants_eval)
     model_files = reading("the model", model_args.model_name_or_path, among_others=True)
-    with model_files, using_trackers():
+    with model_files, using_flags():
         trainer = trainer_class(
             model=model_args.model_name_or_path,
             args=training_args,
@@ -161,7 +162,8 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     # Only a YAML file has values that aren't text.
     resume: Any = training_args.resume_from_checkpoint
     resume = {"true": True, "false": False}.get(str(resume).lower(), resume)
-    trainer.train(resume_from_checkpoint=resume)
+    with using_flags():
+        trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:

@@ -59,7 +59,7 @@ def sequence_of(
         pass_ = _of_ids(record, options)
     elif messages == ("prompt", "completion") and isinstance(record["prompt"], str):
         pass_ = _of_prompt(record, tokenizer, options)
-    elif not messages and isinstance(record.get(options.text_field), str):
+    elif not messages and record.get(options.text_field) is not None:
         pass_ = _of_text(record[options.text_field], tokenizer, options)
     else:
         return None
@@ -94,7 +94,12 @@ def with_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text if text.endswith(end) else text + end
 
 
-def _of_text(text: str, tokenizer: PreTrainedTokenizerBase, options: PreparationOptions) -> Pass:
+def _of_text(text: Any, tokenizer: PreTrainedTokenizerBase, options: PreparationOptions) -> Pass:
+    if not isinstance(text, str):
+        raise ChatFormatError(
+            f"column {options.text_field!r} must be text, got {type(text).__name__}: "
+            f"{str(text)[:80]!r}; convert it, or give a conversation in the column 'messages'"
+        )
     if options.completion_only_loss:
         raise ChatFormatError(
             f"the row has plain text in column {options.text_field!r}, of which no part is a "

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, TypeVar, cast
 
 import pyarrow.compute as compute
+import transformers
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from trl.data_utils import get_dataset_column_names
@@ -40,6 +41,11 @@ def to_config(
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         return kind(f"{model_id.split('/')[-1]}-SFT")
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"args must be a configuration such as {kind.__name__}(output_dir), got "
+            f"{type(args).__name__}"
+        )
     # Not by to_dict, which hides the values of eos_token, hub_token and the like.
     known = {field.name for field in fields(kind)}
     given = [field.name for field in fields(args) if field.init and field.name in known]
@@ -76,6 +82,28 @@ def config_of(model: str | PreTrainedModel, args: OnePassSFTConfig) -> PreTraine
         revision=(args.model_init_kwargs or {}).get("revision"),
         trust_remote_code=args.trust_remote_code,
     )
+
+
+def check_class(model: str, config: PreTrainedConfig) -> None:
+    """Raise for a model whose class, of which SFTTrainer makes it, doesn't generate text."""
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)  # None: of code that comes with the model
+        if kind is not None and not kind.can_generate():
+            raise ValueError(
+                f"{model} is a {name}, which doesn't generate text: expected a causal language "
+                "model, such as a Qwen3ForCausalLM, as its config.json names them"
+            )
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """Raise for a dataset of another kind, such as a list, and for one without a record."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"the {name} dataset must be a datasets.Dataset or IterableDataset, got "
+            f"{type(dataset).__name__}: make one, with Dataset.from_list for instance"
+        )
+    if next(iter(dataset), None) is None:
+        raise ValueError(f"the {name} dataset is empty: it needs at least one conversation")
 
 
 def preparation_options(args: OnePassSFTConfig, packing: bool) -> PreparationOptions:
@@ -221,11 +249,3 @@ def check_vocabulary(name: str, dataset: Any, model: Any) -> None:
     for column in names:
         largest = compute.max(compute.list_flatten(columns[column])).as_py()
         check_token_ids(f"the {name} dataset", largest or 0, model)
-
-
-def check_not_empty(name: str, dataset: Any) -> None:
-    """Raise for a dataset without a record."""
-    # Of what is no dataset SFTTrainer says what is missing.
-    is_dataset = isinstance(dataset, (Dataset, IterableDataset))
-    if is_dataset and next(iter(dataset), None) is None:
-        raise ValueError(f"the {name} dataset is empty: it needs at least one conversation")

@@ -37,8 +37,9 @@ from onepass_trl.preparation.rows import RowMaker
 from onepass_trl.training import first_check
 from onepass_trl.training.arguments import (
     check_adapters,
+    check_class,
     check_collator,
-    check_not_empty,
+    check_dataset,
     check_prepared,
     check_vocabulary,
     config_of,
@@ -153,7 +154,8 @@ class OnePassSFTTrainer(SFTTrainer):
         )
         check_collator(data_collator)
         check_adapters(peft_config, *getattr(model, "peft_config", {}).values())
-        check_not_empty("train", train_dataset)
+        if train_dataset is not None:  # else SFTTrainer says that it is missing
+            check_dataset("train", train_dataset)
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             check_prepared(train_dataset, eval_dataset, self._maker_type)
         if isinstance(model, str):
@@ -169,7 +171,10 @@ class OnePassSFTTrainer(SFTTrainer):
             processing_class = load_processing_class_of(model, args)
         check_template_source(args.chat_template_path, processing_class)
 
-        self._why_no_images = why_no_images(config_of(model, args))
+        config = config_of(model, args)
+        if isinstance(model, str):
+            check_class(model, config)
+        self._why_no_images = why_no_images(config)
         packing = args.packing, args.eval_packing
         try:
             super().__init__(
@@ -257,7 +262,7 @@ class OnePassSFTTrainer(SFTTrainer):
         dataset_name: str,
     ) -> AnyDataset:
         dataset = with_shown_images(dataset)
-        check_not_empty(dataset_name, dataset)
+        check_dataset(dataset_name, dataset)
         options = preparation_options(args, packing)
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():

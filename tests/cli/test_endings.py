@@ -220,7 +220,12 @@ def test_flags_that_cannot_be_met(flag, expected, chats, tiny_model_dir, tmp_pat
 @pytest.mark.parametrize(
     ("flag", "expected"),
     [
-        ("--report_to=wandb", "--report_to names a tracker that can't be used: WandbCallback req"),
+        ("--report_to=wandb", "--report_to can't be met: WandbCallback requires wandb to be inst"),
+        ("--optim_args=fast", "--optim and --optim_args can't be met: not enough values"),
+        (
+            '--lr_scheduler_kwargs={{"fast": 1}}',
+            "--lr_scheduler_type and --lr_scheduler_kwargs can't be met: get_linear_schedule",
+        ),
         ("--output_dir={file}", "no files can be written to --output_dir {file}: File exists"),
         ("--output_dir={file}/out", "no files can be written to --output_dir {file}/out: Not a d"),
         ("--chat_template_path={file}.jinja", "No such file or directory: '{file}.jinja'"),

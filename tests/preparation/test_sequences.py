@@ -67,6 +67,8 @@ def test_a_mask_that_is_not_used_is_said_once(tiny_tokenizer, caplog):
         ({"input_ids": [1, 2], "labels": [-100, -100]}, {}, "nothing in the sequence of 2 tokens"),
         ({"input_ids": [1]}, {}, "the sequence is a single token"),
         ({"text": ""}, {}, "the sequence is a single token"),  # its end
+        ({"text": 5}, {}, "column 'text' must be text, got int: '5'"),
+        ({"text": ["a", "b"]}, {}, "column 'text' must be text, got list"),
         ({"input_ids": []}, {}, "the sequence has no token"),
         ({"input_ids": [1.5, 2]}, {}, "column 'input_ids' must be a list of whole numbers"),
         ({"input_ids": "1 2"}, {}, "column 'input_ids' must be a list of whole numbers"),

@@ -42,6 +42,15 @@ def test_empty_datasets_are_errors(train):
         train(eval_dataset=Dataset.from_dict({"messages": []}))
 
 
+def test_other_datasets_are_errors(train):
+    trainer = train()
+    for other in (RECORDS, {"a": Dataset.from_list(RECORDS)}):
+        with pytest.raises(TypeError, match=r"test dataset must be a datasets\.Dataset or .*got "):
+            trainer.predict(other)
+    with pytest.raises(TypeError, match=r"the eval dataset must be .* got list: make one"):
+        train(eval_dataset=RECORDS)
+
+
 def test_a_stream_of_prepared_rows_is_checked_as_it_is_read(train):
     stream = train().train_dataset.to_iterable_dataset()
     trainer = train(dataset=stream, max_length=300, max_steps=2)

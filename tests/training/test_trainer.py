@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BertConfig, Qwen3Config, TrainerCallback
 from trl import SFTConfig
 
 from onepass_trl import OnePassSFTConfig
@@ -308,6 +308,25 @@ def test_a_model_id_is_loaded_with_one_pass_attention(train, tmp_path, caplog):
 def test_options_that_cannot_be_honoured_are_errors(train, options, message):
     with pytest.raises(ValueError, match=message):
         train(**options)
+
+
+def test_options_of_another_kind_are_errors(train):
+    with pytest.raises(TypeError, match=r"such as OnePassSFTConfig\(output_dir\), got dict"):
+        train(args={"output_dir": "out"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("BertForMaskedLM", BertConfig(vocab_size=8, hidden_size=8, num_attention_heads=2)),
+        ("Qwen3ForSequenceClassification", Qwen3Config(vocab_size=8, hidden_size=8)),
+    ],
+)
+def test_models_that_generate_no_text_are_refused(train, kind, config, tmp_path):
+    config.architectures = [kind]
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"is a {kind}, which doesn't generate text"):
+        train(model=str(tmp_path / "model"))
 
 
 def test_parallelism_of_the_launcher_is_refused_before_anything_is_made(monkeypatch, tmp_path):
