@@ -81,12 +81,7 @@ def _forward(
 
 
 def _by_groups(
-    _: Any,
-    name: str,
-    visible_end: Tensor,
-    sequences: Sequence[Tensor],
-    context_parallel: None,
-    **__: Any,
+    _: Any, __: str, visible_end: Tensor, sequences: Sequence[Tensor], **___: Any
 ) -> Tensor:
     """Return what `along_tree_by_fla` does, by a call for each group of segments."""
 
@@ -99,4 +94,4 @@ def _by_groups(
         )
         return out
 
-    return along_tree(visible_end, run, sequences, name, context_parallel)
+    return along_tree(run, visible_end, sequences)

@@ -21,10 +21,6 @@ def check_max_length(max_length: int) -> None:
         )
 
 
-class PassTooLongError(ValueError):
-    """A pass is longer than ``max_length`` and the policy is ``overflow="error"``."""
-
-
 @dataclass
 class Overflow:
     """What an overflow policy took away from the passes of a conversation, or of several.
@@ -59,9 +55,8 @@ def limit_passes(
             does) without cutting an image, ``"drop"`` leaves the pass out, ``"error"`` raises.
 
     Raises:
-        PassTooLongError: under ``"error"``, if a pass is longer.
-        ValueError: for any other policy, and unless `max_length` has room for a token of context
-            and its target.
+        ValueError: under ``"error"``, if a pass is longer; for any other policy; and unless
+            `max_length` has room for a token of context and its target.
 
     >>> limit_passes([Pass([1, 2, 3, 4], [0, 0, 1, 1])], 3, "truncate")[1]
     Overflow(num_passes=1, num_lost_turns=0, num_lost_tokens=1, longest=4)
@@ -78,7 +73,7 @@ def limit_passes(
             kept.append(pass_)
             continue
         if overflow == "error":
-            raise PassTooLongError(
+            raise ValueError(
                 f"pass {index} (of {len(passes)}) has {len(pass_)} tokens, but max_length is "
                 f"{max_length}; raise "
                 f'max_length to at least {lost.longest}, or choose overflow="truncate" or '

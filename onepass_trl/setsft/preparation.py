@@ -11,7 +11,6 @@ import pyarrow.compute as compute
 from datasets import Features, List, Value
 
 from onepass_trl.data import Overflow, build_tree, limit_passes
-from onepass_trl.data.packing import PassTooLongError
 from onepass_trl.passes import Pass
 from onepass_trl.preparation.datasets import Maker
 from onepass_trl.preparation.options import PreparationOptions
@@ -158,14 +157,13 @@ def _limit(traces: list[Trace], options: PreparationOptions) -> tuple[list[Trace
         return traces, total
     kept = []
     for trace in traces:
-        try:
-            passes, lost = limit_passes([trace.pass_], options.max_length, options.overflow)
-        except PassTooLongError:
+        if options.overflow == "error" and len(trace.pass_) > options.max_length:
             raise ValueError(
                 f"completion {trace.number} has {len(trace.pass_)} tokens with its prompt, but "
                 f"max_length is {options.max_length}; raise max_length to at least "
                 f'{total.longest}, or choose overflow="truncate" or overflow="drop"'
-            ) from None
+            )
+        passes, lost = limit_passes([trace.pass_], options.max_length, options.overflow)
         kept += [Trace(pass_, trace.fork, trace.number) for pass_ in passes]
         total.add(lost)
     return kept, total

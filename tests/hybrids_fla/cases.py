@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from onepass_trl.attention.branching import delta_rule as delta_rules
 from onepass_trl.attention.branching import fla_rule
 from onepass_trl.attention.branching.segments import segments_of
 from onepass_trl.attention.head_exchange import ContextParallel
@@ -93,14 +94,11 @@ def delta_rule(name: str) -> Rule:
     """Return a delta rule of fla."""
     backend = fla_rule.usable_backend()
     options = dict(use_qk_l2norm_in_kernel=True)
+    branching = delta_rules.delta_rule(backend.RULES[name], name)
 
-    def along_tree(
-        *leaves: Tensor, visible_end: Tensor, context_parallel: ContextParallel | None
-    ) -> Tensor:
-        of_layer = options | dict(cu_seqlens=None, position_ids=None)
-        return fla_rule.along_tree_by_fla(
-            backend, name, visible_end, leaves, context_parallel, **of_layer
-        )
+    def along_tree(*leaves: Tensor, **tree: Any) -> Tensor:
+        out, _ = branching(*leaves, **options, cu_seqlens=None, position_ids=None, **tree)
+        return out
 
     return Rule(
         sequences=("query", "key", "value", "decay", "rate"),

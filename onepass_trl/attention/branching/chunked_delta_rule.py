@@ -16,19 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onepass_trl.attention.branching.chunks import Chunks, chunks_of
-from onepass_trl.attention.head_exchange import ContextParallel
 
 CHUNK_SIZE = 64
 """In tokens, as in transformers."""
 
 
-# What is made of a tree, and its number of steps, differ from batch to batch.
-@torch.compiler.disable
 def along_chunks(
     visible_end: Tensor,
     sequences: Sequence[Tensor],
-    name: str,
-    context_parallel: ContextParallel | None,
     *,
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
@@ -36,21 +31,16 @@ def along_chunks(
     """Return what a delta rule gives along the passes of a tree, ``(batch, seq, heads, d_v)``.
 
     Args:
-        visible_end: ``(batch, seq)``, of whole rows.
+        visible_end: ``(batch, seq)``.
         sequences: queries and keys, ``(batch, seq, key_heads, d_k)``, of which several consecutive
             heads of values may share one; values, ``(batch, seq, heads, d_v)``; the logarithms of
             the decay, ``(batch, seq, heads)``, in Kimi delta attention ``(batch, seq, heads,
             d_k)``; and the rates of the updates, ``(batch, seq, heads)``.
-        name: of the rule, for errors.
-        context_parallel: if the sequences and the result are pieces of rows.
         use_qk_l2norm_in_kernel: whether queries and keys are divided by their norms.
     """
-    if context_parallel is not None:
-        sequences = context_parallel.to_whole_rows(name, *sequences)
     chunks = chunks_of(visible_end, CHUNK_SIZE)
     with torch.autocast(sequences[0].device.type, enabled=False):
-        out = _delta_rule(sequences, chunks, normalize=use_qk_l2norm_in_kernel)
-    return out if context_parallel is None else context_parallel.to_own_piece(out)
+        return _delta_rule(sequences, chunks, normalize=use_qk_l2norm_in_kernel)
 
 
 def _delta_rule(sequences: Sequence[Tensor], chunks: Chunks, *, normalize: bool) -> Tensor:

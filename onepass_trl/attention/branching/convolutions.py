@@ -69,8 +69,7 @@ def convolution(convolve: Callable[..., Tensor], name: str) -> Callable[..., Ten
         context_parallel: ContextParallel | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if refuse_cpu is not None:
-            refuse_cpu(hidden_states)
+        refuse_cpu(hidden_states)
         if visible_end is None:
             return convolve(hidden_states, weight, bias, activation=activation, **kwargs)
         if context_parallel is not None:  # as if channels were heads

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from onepass_trl.attention.branching.chunked_delta_rule import along_chunks
@@ -50,20 +51,34 @@ def delta_rule(rule: Callable[..., Any], name: str) -> Callable[..., Any]:
             return rule(q, k, v, g=decay, beta=rate, **state, **kwargs)
 
         sequences = (query, key, value, g, beta)
-        if refuse_cpu is not None:
-            refuse_cpu(key)
+        refuse_cpu(key)
         if visible_end is None:
             return run(sequences, initial_state, output_final_state)
         assert initial_state is None
         assert not output_final_state
         if backend is not None and (key.device.type != "cpu" or interpreted):
-            out = along_tree_by_fla(
-                backend, name, visible_end, sequences, context_parallel, **kwargs
-            )
+            along = functools.partial(along_tree_by_fla, backend, name, **kwargs)
         elif is_of_transformers(rule):
-            out = along_chunks(visible_end, sequences, name, context_parallel, **kwargs)
+            along = functools.partial(along_chunks, **kwargs)
         else:
-            out = along_tree(visible_end, run, sequences, name, context_parallel)
-        return out, None
+            along = functools.partial(along_tree, run)
+        return _of_whole_rows(along, visible_end, sequences, name, context_parallel), None
 
     return branching
+
+
+# What is made of a tree, and its number of steps, differ from batch to batch, so code would be
+# compiled for each. The hooks of autograd are no part of a graph either.
+@torch.compiler.disable
+def _of_whole_rows(
+    along: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    visible_end: Tensor,
+    sequences: Sequence[Tensor],
+    name: str,
+    context_parallel: ContextParallel | None,
+) -> Tensor:
+    """Return ``along(visible_end, sequences)``, of rows that processes have pieces of too."""
+    if context_parallel is None:
+        return along(visible_end, sequences)
+    whole = context_parallel.to_whole_rows(name, *sequences)
+    return context_parallel.to_own_piece(along(visible_end, whole))

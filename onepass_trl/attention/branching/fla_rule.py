@@ -14,11 +14,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from onepass_trl.attention.branching.levels import levels_of
-from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.versions import FLA
 
 logger = logging.getLogger(__name__)
@@ -69,14 +67,11 @@ def usable_backend() -> ModuleType | None:
     return fla.backend
 
 
-# Autograd's hooks, and what is made of a tree once per batch, are no part of a graph.
-@torch.compiler.disable
 def along_tree_by_fla(
     backend: ModuleType,
     name: str,
     visible_end: Tensor,
     sequences: Sequence[Tensor],
-    context_parallel: ContextParallel | None,
     **options: Any,
 ) -> Tensor:
     """Return what a delta rule gives along the passes of a tree, ``(batch, seq, heads, dim)``.
@@ -84,9 +79,8 @@ def along_tree_by_fla(
     Args:
         backend: `usable_backend`.
         name: of the rule, as transformers calls it.
-        visible_end: ``(batch, seq)``, of whole rows.
+        visible_end: ``(batch, seq)``.
         sequences: queries, keys, values, decays and rates, ``(batch, seq, heads, ..)`` each.
-        context_parallel: if the sequences and the result are pieces of rows.
         options: what the model gives the rule besides.
 
     Raises:
@@ -98,10 +92,7 @@ def along_tree_by_fla(
             f"flash-linear-attention, which is installed, take at most {backend.MAX_KEY_DIM}: "
             "train where fla is not installed"
         )
-    if context_parallel is not None:
-        sequences = context_parallel.to_whole_rows(name, *sequences)
     levels = levels_of(visible_end, CHUNK_SIZE)
     ordered = [levels.ordered(x.flatten(0, 1)) for x in sequences]
     out = backend.along_levels(name, levels, ordered, **options)
-    out = levels.in_rows(out).unflatten(0, visible_end.shape)
-    return out if context_parallel is None else context_parallel.to_own_piece(out)
+    return levels.in_rows(out).unflatten(0, visible_end.shape)

@@ -44,8 +44,7 @@ def chunk_scan(scan: Callable[..., Any], name: str) -> Callable[..., Any]:
         return_final_states: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if refuse_cpu is not None:
-            refuse_cpu(hidden_states)
+        refuse_cpu(hidden_states)
         if visible_end is None:
             state = dict(initial_states=initial_states, return_final_states=return_final_states)
             return scan(hidden_states, dt, A, B, C, chunk_size, **state, **kwargs)

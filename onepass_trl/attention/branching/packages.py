@@ -55,14 +55,14 @@ def is_of_transformers(function: Callable[..., Any]) -> bool:
     return module is not None and module.startswith("transformers.models.")
 
 
-def refusal_on_cpu(function: Callable[..., Any], name: str) -> Callable[[Tensor], None] | None:
+def refusal_on_cpu(function: Callable[..., Any], name: str) -> Callable[[Tensor], None]:
     """Return what raises a ValueError for a tensor on the CPU if `function` has kernels for GPUs.
 
     They would fail there too, but with messages of drivers.
     """
     package = (getattr(implementation(function), "__module__", None) or "").partition(".")[0]
     if package not in NAMES or (package in _INTERPRETED and runs_in_interpreter()):
-        return None
+        return lambda _: None
 
     def refuse(x: Tensor) -> None:
         if x.device.type == "cpu":

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from onepass_trl.attention.branching.segments import Segments, segments_of
-from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.attention.remembered import once_per_batch
 
 
@@ -68,27 +67,19 @@ def _groups_of(visible_end: Tensor) -> Groups:
     return Groups(segments_of(visible_end), visible_end.device)
 
 
-# Groups differ from batch to batch, so compiled code would be compiled for each.
-@torch.compiler.disable
 def along_tree(
-    visible_end: Tensor,
     run: Callable[..., tuple[Tensor, Tensor | None]],
+    visible_end: Tensor,
     sequences: Sequence[Tensor],
-    name: str,
-    context_parallel: ContextParallel | None,
 ) -> Tensor:
     """Return what a recurrence gives along the passes of a tree, ``(batch, seq, ..)``.
 
     Args:
-        visible_end: ``(batch, seq)``, of whole rows.
         run: called with segments of the sequences, ``(segments, length, ..)`` each, the states in
             which they begin (or None) and whether the states at their end are wanted.
+        visible_end: ``(batch, seq)``.
         sequences: ``(batch, seq, heads, ..)`` each.
-        name: of the recurrence, for errors.
-        context_parallel: if the sequences and the result are pieces of rows.
     """
-    if context_parallel is not None:
-        sequences = context_parallel.to_whole_rows(name, *sequences)
     batch = _groups_of(visible_end)
     # Ordered and split once: the gradient of a piece taken by itself would be as long as the row.
     ordered = [x.flatten(0, 1).index_select(0, batch.order) for x in sequences]
@@ -105,5 +96,4 @@ def along_tree(
         if group.has_children:
             assert final is not None
             states |= zip(group.segments, final, strict=True)
-    out = torch.cat(outputs).index_select(0, batch.place).unflatten(0, visible_end.shape)
-    return out if context_parallel is None else context_parallel.to_own_piece(out)
+    return torch.cat(outputs).index_select(0, batch.place).unflatten(0, visible_end.shape)

@@ -50,7 +50,7 @@ def transformers_rule(channelwise):
 
 def along_chunks(visible_end, *inputs):
     options = dict(use_qk_l2norm_in_kernel=True)
-    return chunked_delta_rule.along_chunks(visible_end, inputs, "rule", None, **options)
+    return chunked_delta_rule.along_chunks(visible_end, inputs, **options)
 
 
 @pytest.mark.parametrize("channelwise", CHANNELWISE)
@@ -99,7 +99,7 @@ def test_a_row_without_branches_is_what_transformers_computes(channelwise, norma
     options = dict(use_qk_l2norm_in_kernel=normalized)
     expected, _ = rule(q, k / 3, v, g=g, beta=beta, **options)
     inputs[1] = k / 3
-    actual = chunked_delta_rule.along_chunks(visible_end, inputs, "rule", None, **options)
+    actual = chunked_delta_rule.along_chunks(visible_end, inputs, **options)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_a_long_chat_takes_an_eighth_of_the_calls(channelwise):
         return rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, **state)
 
     def by_groups(*inputs):
-        return along_tree(visible_end, run, inputs, "rule", None)
+        return along_tree(run, visible_end, inputs)
 
     few = kernels(lambda *inputs: along_chunks(visible_end, *inputs), inputs)
     assert few <= kernels(by_groups, inputs) / 8

@@ -65,4 +65,4 @@ def test_keys_for_which_fla_has_no_kernel_are_refused():
     x, gates = torch.zeros(1, 4, 1, 320), torch.zeros(1, 4, 1)
     backend = SimpleNamespace(MAX_KEY_DIM=256)
     with pytest.raises(ValueError, match=r"got keys of 320 numbers .*take at most 256"):
-        fla_rule.along_tree_by_fla(backend, "rule", TREE, (x, x, x, gates, gates), None)
+        fla_rule.along_tree_by_fla(backend, "rule", TREE, (x, x, x, gates, gates))

@@ -148,7 +148,7 @@ def test_a_long_chat_takes_a_fourteenth_of_the_calls():
         return out if wants_state else (out, None)
 
     few = kernels(lambda *inputs: along_tree(scan, visible_end, *inputs), inputs)
-    many = kernels(lambda *inputs: by_groups(visible_end, run, inputs[:4], "scan", None), inputs)
+    many = kernels(lambda *inputs: by_groups(run, visible_end, inputs[:4]), inputs)
     assert few <= many / 14, (few, many)
 
 
