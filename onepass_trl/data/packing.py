@@ -75,9 +75,8 @@ def limit_passes(
         if overflow == "error":
             raise ValueError(
                 f"pass {index} (of {len(passes)}) has {len(pass_)} tokens, but max_length is "
-                f"{max_length}; raise "
-                f'max_length to at least {lost.longest}, or choose overflow="truncate" or '
-                'overflow="drop"'
+                f"{max_length}; raise max_length to at least {lost.longest}, or choose "
+                'overflow="truncate" or overflow="drop"'
             )
         lost.num_passes += 1
         remaining = pass_.num_trained

@@ -160,13 +160,17 @@ class OnePassSFTConfig(SFTConfig):
         if isinstance(self.ignored_columns, str):  # in a YAML file
             self.ignored_columns = [self.ignored_columns]
         self.train_on = json.dumps(parse_train_on(self.train_on)).strip('"')
-        inherited = {option.name for option in fields(SFTConfig)}
-        for option in fields(self):
-            choices = None if option.name in inherited else option.metadata.get("choices")
-            if choices and (value := getattr(self, option.name)) not in choices:
-                raise ValueError(
-                    f"{option.name} must be one of {', '.join(choices)}, got {value!r}"
-                )
+        self._check_values()
+        if self.device.type == "cpu":
+            self._check_on_cpu()
+        self._check_exactness()
+
+    def _check_values(self) -> None:
+        inherited = {column.name for column in fields(SFTConfig)}
+        for own in (column for column in fields(self) if column.name not in inherited):
+            choices = own.metadata.get("choices")
+            if choices and (value := getattr(self, own.name)) not in choices:
+                raise ValueError(f"{own.name} must be one of {', '.join(choices)}, got {value!r}")
         if self.max_length is not None:
             packing.check_max_length(self.max_length)
         for name, least in self._LEAST.items():
@@ -180,38 +184,42 @@ class OnePassSFTConfig(SFTConfig):
                 "chat_template_kwargs must be a dict, or JSON text of one such as "
                 f"'{{\"enable_thinking\": false}}', got {self.chat_template_kwargs!r}"
             )
-        if self.activation_offloading and self.device.type == "cpu":
+
+    def _check_on_cpu(self) -> None:
+        if self.activation_offloading:
             raise ValueError(
                 "activation_offloading moves activations from an accelerator to the CPU, so it "
                 "needs an accelerator; this run uses the CPU. Set activation_offloading=False"
             )
-        if self.attention_impl in ("flex", "flex_flash") and self.device.type == "cpu":
+        if self.attention_impl in ("flex", "flex_flash"):
             raise ValueError(
                 f"attention_impl={self.attention_impl!r} can't train on a CPU: FlexAttention has "
                 "no backward there. Use 'auto'"
             )
-        if self.attention_impl == "varlen" and self.device.type == "cpu":
+        if self.attention_impl == "varlen":
             raise ValueError(
                 "attention_impl='varlen' can't train on a CPU: torch has variable-length attention "
                 "for CUDA devices only. Use 'auto'"
             )
-        if self.fp16 and self.device.type == "cpu":
+        if self.fp16:
             raise ValueError(
                 "fp16=True needs an accelerator, which scales the loss; this run uses the CPU. Use "
                 "bf16=True, or neither"
             )
+
+    def _check_exactness(self) -> None:
+        """Raise for options of TRL's with which turns wouldn't be trained as they are served."""
         if self.packing and self.packing_strategy != "bfd":
             raise ValueError(
                 f"packing_strategy={self.packing_strategy!r} cuts rows in the middle of a turn, so "
-                "its tokens would "
-                'lose their context. Use packing_strategy="bfd": conversations longer than '
-                "max_length are split along their branches, nothing is cut"
+                'its tokens would lose their context. Use packing_strategy="bfd": conversations '
+                "longer than max_length are split along their branches, nothing is cut"
             )
         if self.truncation_mode != "keep_start":
             raise ValueError(
                 f"truncation_mode={self.truncation_mode!r} would train turns on a context that "
-                "inference never sees. "
-                'Use the default "keep_start", or overflow="drop" to leave long turns out'
+                'inference never sees. Use the default "keep_start", or overflow="drop" to leave '
+                "long turns out"
             )
         if self.label_smoothing_factor:
             raise ValueError(
