@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import itertools
 import os
 import pickle
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -96,9 +98,24 @@ def report_errors(verb: Callable[[list[str]], int], arguments: list[str]) -> int
     except _errors_of_input() as error:
         if os.environ.get("ONEPASS_DEBUG") == "1":
             raise
-        message = visible_text(str(error)) or type(error).__name__
+        message = visible_text(f"{error}{_places_of_files(error)}") or type(error).__name__
         print(f"onepass-trl: error: {message}\n(ONEPASS_DEBUG=1 shows where)", file=sys.stderr)
         return 2
+
+
+def _places_of_files(error: Exception) -> str:
+    """Return where files may have been written if a disk is full, and the error doesn't say which.
+
+    Arrow's errors don't.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not isinstance(error, OSError) or error.errno not in full or error.filename is not None:
+        return ""
+    places = f"temporary files in {tempfile.gettempdir()} (TMPDIR)"
+    if datasets := sys.modules.get("datasets"):
+        cache = datasets.config.HF_DATASETS_CACHE
+        places = f"prepared datasets are written in {cache} (HF_DATASETS_CACHE), {places}"
+    return f": make room, or choose another folder; {places}"
 
 
 def _errors_of_input() -> tuple[type[Exception], ...]:

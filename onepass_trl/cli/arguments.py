@@ -189,6 +189,19 @@ def using_flags() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def weights_in(folder: str) -> Iterator[None]:
+    """Let errors of safetensors, which name no file, say where the weights of a training are.
+
+    Raises:
+        OSError: for weights that can't be written, or be read to go on from.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"weights in {folder} can't be written or read: {error}") from error
+
+
 def _named(error: OSError | ValueError) -> OSError | ValueError:
     """Return an error of loading from the Hub or a folder that says what was being loaded."""
     for frame, _ in traceback.walk_tb(error.__traceback__):

@@ -123,7 +123,7 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     """Train in this process with this trainer, as `argv` says; return 0."""
     from trl import get_peft_config, get_quantization_config
 
-    from onepass_trl.cli.arguments import reading, using_flags
+    from onepass_trl.cli.arguments import reading, using_flags, weights_in
     from onepass_trl.tools.outputs import check_output_folder
 
     script_args, training_args, model_args, mixture = _parse(
@@ -162,9 +162,9 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     # Only a YAML file has values that aren't text.
     resume: Any = training_args.resume_from_checkpoint
     resume = {"true": True, "false": False}.get(str(resume).lower(), resume)
-    with using_flags():
+    with using_flags(), weights_in(training_args.output_dir):
         trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(training_args.output_dir)
+        trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -1,5 +1,6 @@
 """How a verb ends, whatever a user does: with a line and a status, never with a traceback."""
 
+import errno
 import json
 import os
 import pickle
@@ -9,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from onepass_trl.cli import VERBS, main, report_errors, setsft, sft
 from onepass_trl.cli.sft import launch, make_parser
@@ -259,6 +262,34 @@ def test_training_resumes_from_the_last_checkpoint(chats, tiny_model_dir, tmp_pa
     assert train_tiny("sft", chats, tiny_model_dir, tmp_path, *flags, "true") == 0
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+
+
+def test_a_full_disk_says_where_files_are_written(capsys):
+    def full(argv):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_file(argv):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    assert report_errors(full, []) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device: make room, or choose another folder; prepared data" in error
+    assert f" in {datasets.config.HF_DATASETS_CACHE} (HF_DATASETS_CACHE), temporary " in error
+    assert report_errors(full_file, []) == 2
+    assert "No space left on device: 'model.safetensors'\n" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_written_say_where(
+    chats, tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    assert train_tiny("sft", chats, tiny_model_dir, tmp_path) == 2
+    assert (
+        f"weights in {tmp_path / 'out'} can't be written or read: Error" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(("given", "number"), [(None, 2), ("1", None)])
