@@ -19,7 +19,7 @@ ACROSS_VERSIONS := tests/test_versions.py tests/attention/test_transformers_back
 # As users have them: `TRL/transformers`.
 PAIRS ?= $(foreach trl,1.9.2 1.12.0 1.14.2 1.16.0,$(addprefix $(trl)/,5.16.1 5.17.0 5.20.2 5.24.0))
 
-.PHONY: help venv lock demo test test-all test-oldest test-newest test-pairs test-fla test-images .venv-oldest .venv-newest .venv-fla generated check format cuda check-cuda test-gpu carried wheel try-wheel bench bench-gpu docs plots clean
+.PHONY: help venv lock demo test test-all test-oldest test-newest test-pairs test-fla test-images test-zero .venv-oldest .venv-newest .venv-fla generated check format cuda check-cuda test-gpu carried wheel try-wheel bench bench-gpu docs plots clean
 
 help:
 	@echo "make venv        set up .venv with the versions of constraints.txt and build the package into it"
@@ -33,6 +33,7 @@ help:
 	@echo "                 PAIRS=1.12.0/5.17.0 for one of them"
 	@echo "make test-fla    run the kernels of fla and mamba-ssm along trees in Triton's interpreter, in .venv-fla (6 minutes)"
 	@echo "make test-images images with every family of models, and with torchvision (5 minutes)"
+	@echo "make test-zero   train with DeepSpeed ZeRO in two processes (2 minutes)"
 	@echo "make test-all    run them all, and record what the long ones guard in tests/long.json"
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make format      format Python and C++"
@@ -94,6 +95,11 @@ MAMBA := mamba-ssm==2.3.2.post1
 	minor=$$(sed -n 's/^torch==2\.\([0-9]*\).*/\1/p' constraints.txt) && \
 	  $(BIN)/python -m pip install --no-deps --target $@ "torchvision==0.$$((minor + 15)).*" num2words docopt
 
+# Not in .venv itself, since users need none. It brings what transformers and accelerate use once it is there.
+.venv/deepspeed: .venv/installed
+	$(INSTALL) --no-deps --no-build-isolation --target $@ deepspeed==0.19.8 \
+	  einops hjson msgpack py-cpuinfo pydantic pydantic-core annotated-types typing-inspection
+
 # Without the labels of torch's builds (+cpu, +cu130), so that each machine finds its own.
 FREEZE = -m pip freeze --all --exclude-editable | sed 's/+.*//'
 
@@ -112,13 +118,13 @@ lock:
 
 # Threads that wait sleep instead of spinning. It costs a few percent on an idle machine and is several
 # times faster on one that is busy with something else too.
-demo test test-all test-oldest test-newest test-pairs test-fla test-images: export OMP_WAIT_POLICY ?= passive
+demo test test-all test-oldest test-newest test-pairs test-fla test-images test-zero: export OMP_WAIT_POLICY ?= passive
 
 demo: venv
 	$(BIN)/python examples/demo.py
 
 # A test has one thread, and there is a process for each core.
-test test-all test-oldest test-newest test-pairs test-fla test-images: export OMP_NUM_THREADS ?= 1
+test test-all test-oldest test-newest test-pairs test-fla test-images test-zero: export OMP_NUM_THREADS ?= 1
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations 20
 
 test: venv
@@ -157,6 +163,11 @@ test-images: export PYTHONPATH = $(CURDIR)/.venv/images
 test-images: venv .venv/images
 	$(PYTEST) $(or $(ARGS),tests/chat/test_images.py tests/data/test_image_positions.py \
 	  tests/training/test_images.py tests/training/test_image_check.py)
+
+test-zero: export PYTHONPATH = $(CURDIR)/.venv/deepspeed
+test-zero: venv .venv/deepspeed
+	$(PYTEST) --long all -k zero $(or $(ARGS),tests/training/test_distributed.py tests/setsft/test_distributed.py \
+	  tests/cli/test_cli.py)
 
 check: venv
 	$(BIN)/ruff format --check .
