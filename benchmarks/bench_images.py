@@ -19,12 +19,7 @@ import torch
 from command import add_turns, make_parser, parse, print_figures
 from PIL import Image
 from tokenizers import Tokenizer, models
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3VLConfig,
-    Qwen3VLProcessor,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from onepass_trl import OnePassCollator, Pass, build_tree, linearize

@@ -6,12 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from onepass_trl.tools.model_class import AutoModel
 from onepass_trl.versions import LAYERS_SINCE

@@ -3,12 +3,7 @@
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.chat.families import register_family
 from onepass_trl.chat.records import Conversation, read_conversation
-from onepass_trl.chat.rendering import (
-    RenderedTurn,
-    render_answers,
-    render_each_turn,
-    render_passes,
-)
+from onepass_trl.chat.rendering import RenderedTurn, render_answers, render_each_turn, render_passes
 from onepass_trl.chat.turns import InvalidTurn
 
 __all__ = [

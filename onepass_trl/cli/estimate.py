@@ -90,11 +90,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from onepass_trl.cli.arguments import (
-        add_conversation_arguments,
-        at_least,
-        check_outputs,
-    )
+    from onepass_trl.cli.arguments import add_conversation_arguments, at_least, check_outputs
     from onepass_trl.data.packing import OVERFLOW_POLICIES
 
     parser = Parser(

@@ -28,12 +28,7 @@ from onepass_trl.tools.flops import (
     ModelCost,
 )
 from onepass_trl.tools.single_rendering import Training, train_on_one_rendering
-from onepass_trl.visibility import (
-    TILE,
-    causal_visible_end,
-    num_executed_pairs,
-    num_visible_pairs,
-)
+from onepass_trl.visibility import TILE, causal_visible_end, num_executed_pairs, num_visible_pairs
 from onepass_trl.vision import Vision, vision_of
 
 if TYPE_CHECKING:

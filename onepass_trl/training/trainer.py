@@ -14,12 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from transformers import (
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names

@@ -9,12 +9,7 @@ from onepass_trl.data import concatenate, linearize_with_targets
 from onepass_trl.data.layout import images_on, separate, target_paths, trained_ids
 from onepass_trl.visibility import check_visible_end, dense_mask
 from tests.conversations import chat_passes
-from tests.data.strategies import (
-    examples_of_passes,
-    examples_of_row,
-    image_pass_lists,
-    pass_lists,
-)
+from tests.data.strategies import examples_of_passes, examples_of_row, image_pass_lists, pass_lists
 
 
 @given(pass_lists())

@@ -8,12 +8,7 @@ from onepass_trl import Pass, linearize
 from onepass_trl.data import limit_passes, pack, split_passes
 from onepass_trl.passes import ImageSource, ImageSpan
 from tests.conversations import chat_passes
-from tests.data.strategies import (
-    examples_of_passes,
-    examples_of_row,
-    image_pass_lists,
-    pass_lists,
-)
+from tests.data.strategies import examples_of_passes, examples_of_row, image_pass_lists, pass_lists
 
 
 @given(pass_lists(), st.integers(9, 14))

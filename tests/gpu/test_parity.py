@@ -14,15 +14,7 @@ from onepass_trl.attention.self_check.comparison import deterministic_mode
 from tests.attention.cases import Case, assert_errs_little_more_than_eager, error
 from tests.attention.rows import causal_row, chat_row, packed_row
 
-from .device import (
-    DEVICE,
-    DRY_RUN,
-    IMPL,
-    Kernel,
-    case_on_device,
-    every_kernel,
-    poison_memory,
-)
+from .device import DEVICE, DRY_RUN, IMPL, Kernel, case_on_device, every_kernel, poison_memory
 
 OPTIONS = {
     "plain": {},

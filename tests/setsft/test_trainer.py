@@ -28,13 +28,7 @@ from tests.chat.tokenizers import make_processor
 from tests.chats import CHAT
 from tests.models import make_model
 from tests.setsft.sets import RECORDS, random_set
-from tests.setsft.trainers import (
-    NUM_TOKENS,
-    batch_of,
-    forking_model,
-    fresh_tokenizer,
-    make_trainer,
-)
+from tests.setsft.trainers import NUM_TOKENS, batch_of, forking_model, fresh_tokenizer, make_trainer
 
 
 @pytest.fixture

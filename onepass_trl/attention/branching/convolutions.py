@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from onepass_trl.attention.branching.packages import (
-    CONVOLUTION,
-    refusal_on_cpu,
-    warn_if_unused,
-)
+from onepass_trl.attention.branching.packages import CONVOLUTION, refusal_on_cpu, warn_if_unused
 from onepass_trl.attention.branching.segments import Segments, segments_of
 from onepass_trl.attention.head_exchange import ContextParallel
 from onepass_trl.attention.remembered import once_per_batch
