@@ -3,9 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from transformers import PreTrainedTokenizerBase
 
 from tests.long import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
+
+# How long an example takes depends on the machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -39,7 +39,6 @@ def check(tokenizer, views):
         assert np.array_equal(a, b)
 
 
-@settings(deadline=None)
 @given(data=st.data(), family=st.sampled_from(SMALL))
 def test_views_are_encoded_as_alone(data, family):
     tokenizer = small_tokenizer(family)

@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from onepass_trl.chat import ChatFormatError, render_passes
@@ -84,7 +84,6 @@ OTHER_CALLS = (
 
 
 @pytest.mark.parametrize("template", [*JSON_CALLS, *OTHER_CALLS])
-@settings(deadline=None)
 @given(messages=conversations)
 def test_passes_are_exact_or_refused(template, messages):
     tokenizer = small_tokenizer(template)

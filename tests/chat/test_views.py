@@ -7,7 +7,7 @@ import logging
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -226,7 +226,6 @@ def has(role, number):
     return {"role": role, "content": str(number)}
 
 
-@settings(deadline=None)
 @given(
     roles=st.lists(st.sampled_from(["user", "assistant", "tool"]), min_size=50, max_size=80),
     shown=st.sampled_from(["last", "later", "all", "numbers"]),

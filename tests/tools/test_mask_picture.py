@@ -25,7 +25,7 @@ def cell_means(pairs: np.ndarray, size: int) -> np.ndarray:
     return total / area
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seq=st.one_of(st.integers(1, 300), st.sampled_from([511, 512, 513, 1100])),
     max_cells=st.sampled_from([16, 20, 64, 1024]),

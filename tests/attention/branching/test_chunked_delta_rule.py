@@ -54,7 +54,7 @@ def along_chunks(visible_end, *inputs):
 
 
 @pytest.mark.parametrize("channelwise", CHANNELWISE)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     visible_end=trees(150),
     size=st.sampled_from([1, 4, 64]),

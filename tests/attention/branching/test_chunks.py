@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from onepass_trl.attention.branching.chunks import chunks_of, cut_into_chunks
@@ -21,7 +21,6 @@ def tokens_before(chunks):
     return before.tolist()
 
 
-@settings(deadline=None)
 @given(trees(), st.integers(1, 9))
 def test_chunks_are_pieces_of_passes_step_by_step(visible_end, size):
     segments = cut_into_segments(visible_end.numpy())
@@ -47,7 +46,6 @@ def test_chunks_are_pieces_of_passes_step_by_step(visible_end, size):
     assert len(chunks.steps) <= depths.max()
 
 
-@settings(deadline=None)
 @given(trees(), st.integers(1, 9))
 def test_what_is_handed_back_is_the_gradient_of_what_is_handed_on(visible_end, size):
     chunks = cut_into_chunks(cut_into_segments(visible_end.numpy()), size, CPU)
@@ -62,7 +60,6 @@ def test_what_is_handed_back_is_the_gradient_of_what_is_handed_on(visible_end, s
         torch.testing.assert_close((ends * back).sum(), (starts * gradient).sum())
 
 
-@settings(deadline=None)
 @given(trees(), st.integers(1, 9))
 def test_rows_are_cut_and_joined(visible_end, size):
     chunks = cut_into_chunks(cut_into_segments(visible_end.numpy()), size, CPU)

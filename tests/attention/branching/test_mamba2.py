@@ -53,7 +53,7 @@ def plain_scan(x, dt, A, B, C, chunk_size, *, D, z, initial_states, **options):
     return out if z is None else out * torch.nn.functional.silu(z)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     visible_end=trees(120),
     chunk_size=st.sampled_from([1, 4, 16, 128]),

@@ -5,7 +5,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from onepass_trl.attention.branching.convolutions import find_seams
@@ -33,7 +33,6 @@ def paths(visible_end):
     ]
 
 
-@settings(deadline=None)
 @given(batches())
 def test_segments_are_the_paths(visible_end):
     segments = cut_into_segments(visible_end)
@@ -53,7 +52,6 @@ def test_segments_are_the_paths(visible_end):
         assert segments.levels[tokens.index(own)] == len(above) - 1
 
 
-@settings(deadline=None)
 @given(batches())
 def test_parents_and_tokens_of_groups_come_in_order(visible_end):
     segments = cut_into_segments(visible_end)
@@ -72,7 +70,6 @@ def test_parents_and_tokens_of_groups_come_in_order(visible_end):
     assert torch.equal(batch.order[batch.place], torch.arange(visible_end.size))
 
 
-@settings(deadline=None)
 @given(batches(), st.integers(1, 5))
 def test_seams_are_the_tokens_with_other_predecessors(visible_end, width):
     seams = find_seams(cut_into_segments(visible_end), width, CPU)
