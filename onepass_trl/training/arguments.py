@@ -14,6 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Training
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
+from onepass_trl.attention.image_models import sees_image_blocks, why_no_images
+from onepass_trl.attention.implementations.base import WITHOUT_BLOCKS
 from onepass_trl.attention.model_check import base_model, check_token_ids, text_model
 from onepass_trl.chat.processing import (
     MissingTorchvisionError,
@@ -23,7 +25,7 @@ from onepass_trl.chat.processing import (
 from onepass_trl.data.collator import OnePassCollator
 from onepass_trl.preparation.datasets import Maker, named_rows
 from onepass_trl.preparation.options import NullArguments, PreparationOptions
-from onepass_trl.training.config import OnePassSFTConfig
+from onepass_trl.training.config import OnePassSFTConfig, parallelism_of
 from onepass_trl.training.response_templates import trl_response_template
 from onepass_trl.versions import checkpointing_option
 
@@ -104,6 +106,34 @@ def check_dataset(name: str, dataset: Any) -> None:
         )
     if next(iter(dataset), None) is None:
         raise ValueError(f"the {name} dataset is empty: it needs at least one conversation")
+
+
+def why_no_images_with(
+    config: PreTrainedConfig, args: OnePassSFTConfig, cp_size: int | None = None
+) -> str | None:
+    """Return why a model can't be trained on images with these options, None if it can.
+
+    Args:
+        config: of the model.
+        args: the options.
+        cp_size: how many processes share a row; by default as `args` say.
+    """
+    if reason := why_no_images(config):
+        return reason
+    if cp_size is None:
+        cp_size = getattr(parallelism_of(args), "cp_size", 1)
+    if cp_size > 1:
+        return (
+            f"cp_size is {cp_size}, which divides rows of text only: set cp_size to 1, or remove "
+            "the images"
+        )
+    if sees_image_blocks(config) and args.attention_impl in WITHOUT_BLOCKS:
+        return (
+            f"attention_impl={args.attention_impl!r} doesn't see them in both directions, as the "
+            f"model does (model_type {config.model_type!r}): use attention_impl='auto', or remove "
+            "the images"
+        )
+    return None
 
 
 def preparation_options(args: OnePassSFTConfig, packing: bool) -> PreparationOptions:
@@ -238,6 +268,17 @@ def check_prepared(train_dataset: Any, eval_dataset: Any, maker: type[Maker]) ->
         if isinstance(dataset, Dataset):
             for rows, name_of in named_rows(dataset, maker.features, name):
                 maker.check_rows(rows, name_of)
+
+
+def check_images(name: str, dataset: Any, no_images: str | None) -> None:
+    """Raise for prepared rows with images, if there is a reason why these can't be trained."""
+    if no_images is None or not isinstance(dataset, Dataset):
+        return
+    if "image_spans" not in dataset.column_names:
+        return
+    spans = dataset.select_columns(["image_spans"]).with_format("arrow")[:]["image_spans"]
+    if compute.max(compute.list_value_length(spans)).as_py():
+        raise ValueError(f"the {name} dataset has images, but {no_images}")
 
 
 def check_vocabulary(name: str, dataset: Any, model: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from accelerate.parallelism_config import ParallelismConfig
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from onepass_trl.attention.implementations.registry import Impl
@@ -149,7 +150,7 @@ class OnePassSFTConfig(SFTConfig):
         return parse_train_on(self.train_on)
 
     def __post_init__(self) -> None:
-        check_parallelism(self.parallelism_config or _launched_parallelism())
+        check_parallelism(parallelism_of(self))
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             # TRL's default of bf16 raises on a machine without an accelerator.
             self.bf16 = False
@@ -239,8 +240,13 @@ def check_parallelism(parallelism: ParallelismConfig | None) -> None:
         )
 
 
-def _launched_parallelism() -> ParallelismConfig | None:
-    """Return what ``accelerate launch`` was told: the `Accelerator` reads it only later."""
+def parallelism_of(args: TrainingArguments) -> ParallelismConfig | None:
+    """Return the parallelism of some options, or what ``accelerate launch`` was told.
+
+    The `Accelerator` reads that only later.
+    """
+    if args.parallelism_config is not None:
+        return args.parallelism_config
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return None
     return ParallelismConfig()  # of environment variables

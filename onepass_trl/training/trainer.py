@@ -35,6 +35,7 @@ from onepass_trl.training.arguments import (
     check_class,
     check_collator,
     check_dataset,
+    check_images,
     check_prepared,
     check_vocabulary,
     config_of,
@@ -45,6 +46,7 @@ from onepass_trl.training.arguments import (
     preparation_options,
     refuse_functions_of_logits,
     to_config,
+    why_no_images_with,
     with_hidden_images,
     with_shown_images,
 )
@@ -169,7 +171,7 @@ class OnePassSFTTrainer(SFTTrainer):
         config = config_of(model, args)
         if isinstance(model, str):
             check_class(model, config)
-        self._why_no_images = why_no_images(config)
+        self._why_no_images = why_no_images_with(config, args)
         packing = args.packing, args.eval_packing
         try:
             super().__init__(
@@ -203,11 +205,15 @@ class OnePassSFTTrainer(SFTTrainer):
             check_context_parallel(args)
             gather_router_logits(self.model)
         check_rotary_embedding(self.model, args.max_length)
+        config = base_model(self.model).config
+        # Again, as an accelerator may have been configured before the options.
+        self._why_no_images = why_no_images_with(config, args, self.get_cp_size())
         for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
             check_vocabulary(name, dataset, self.model)
+            check_images(name, dataset, self._why_no_images)
         self._of_images: dict[str, Any] = {
-            "vision": None if self._why_no_images else vision_of(self.processing_class),
-            **collator_options(base_model(self.model).config),
+            "vision": None if why_no_images(config) else vision_of(self.processing_class),
+            **collator_options(config),
         }
         self.data_collator: Any = data_collator or OnePassCollator(
             pad_token_id=self._tokenizer.pad_token_id,

@@ -5,10 +5,12 @@ import importlib
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from datasets import Dataset, Image, List
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
@@ -33,6 +35,7 @@ from onepass_trl.data.collator import model_inputs
 from onepass_trl.data.image_positions import image_blocks
 from onepass_trl.tools import verify
 from onepass_trl.tools.verify import compare
+from onepass_trl.training.arguments import why_no_images_with
 from onepass_trl.training.context_parallel import forward_in_pieces
 from onepass_trl.versions import checkpointing_option
 from onepass_trl.visibility import dense_mask
@@ -518,6 +521,46 @@ def test_records_with_broken_images_may_be_left_out(tmp_path, caplog):
     trainer = make_trainer(model, processor, records, tmp_path, invalid_turns="drop")
     assert [len(row["image_spans"]) for row in trainer.train_dataset] == [3]  # one in two branches
     assert "row 0: message 0, image 0: the image (8 bytes) can't be read" in caplog.text
+
+
+REFUSED = [
+    ("qwen3_vl", {"parallelism_config": ParallelismConfig(cp_size=2)}, "cp_size is 2, which divid"),
+    *(
+        (name, {"attention_impl": impl}, f"attention_impl='{impl}' doesn't see them in both direct")
+        for name in ("gemma3", "gemma4")
+        for impl in ("cuda", "flex_flash", "varlen")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "reason"), REFUSED)
+def test_options_that_images_cannot_be_trained_with(name, options, reason):
+    defaults = {"parallelism_config": None, "attention_impl": "auto"}
+    args = SimpleNamespace(**{**defaults, **options})
+    config = make_image_model(name).config
+    assert why_no_images_with(config, SimpleNamespace(**defaults)) is None
+    why = why_no_images_with(config, args)
+    assert why.startswith(reason)
+    assert why.endswith("or remove the images")
+
+
+def test_images_are_refused_when_records_and_rows_are_given(tmp_path, monkeypatch):
+    """By the launcher's environment, before it matters that there is one process."""
+    records, processor = [as_record(CHATS["tool result"])], make_processor("qwen3_vl")
+    model = make_image_model("qwen3_vl")
+    rows = make_trainer(model, processor, records, tmp_path).train_dataset
+    message = "has images, but cp_size is 2, which divides rows of text only: set cp_size to 1, or"
+    monkeypatch.setattr(OnePassSFTTrainer, "get_cp_size", lambda _: 2)
+    monkeypatch.setattr(OnePassSFTTrainer, "_context_parallel_group", None)
+    settings = dict(report_to="none", bf16=False, use_cpu=True)
+    for prepared in ({}, {"skip_prepare_dataset": True}):
+        config = OnePassSFTConfig(str(tmp_path), dataset_kwargs=prepared, **settings)
+        with pytest.raises(ValueError, match=f"the train dataset {message}"):
+            OnePassSFTTrainer(model, config, train_dataset=rows, processing_class=processor)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    with pytest.raises(ValueError, match=f"row 0 of the train dataset: the row {message}"):
+        make_trainer(model, processor, records, tmp_path)
 
 
 def test_rows_are_not_divided_between_processes():

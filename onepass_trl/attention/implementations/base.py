@@ -73,8 +73,13 @@ def check_dtype(impl: str, call: Call, supported: tuple[torch.dtype, ...]) -> No
         raise ValueError(f"impl={impl!r}: q is {call.q.dtype}, expected one of {names}")
 
 
+WITHOUT_BLOCKS = ("cuda", "varlen", "flex_flash")
+"""The implementations that take no `visible_begin`."""
+
+
 def refuse_blocks(impl: str, call: Call) -> None:
     """Raise ValueError for an implementation that can't run a call with `visible_begin`."""
+    assert impl in WITHOUT_BLOCKS
     if call.visible_begin is not None:
         raise ValueError(
             f"impl={impl!r} takes no visible_begin, with which a block, as of an image's tokens, "
