@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from onepass_trl.passes import Pass
 
+_MOST_TOKENS = 10**8  # of a made-up chat, which would fill the memory before anything is said
 _TURN = {"turns": 10, "user": 60, "reasoning": 260, "response": 150}
 
 
@@ -200,6 +201,14 @@ def _load_passes(options: argparse.Namespace, config: PretrainedConfig) -> list[
             )
         return conversations
     vocab_size = config.get_text_config().vocab_size
+    # Of N passes: a turn's own tokens, and what later turns see of it.
+    turns, seen = options.turns, options.user + options.response
+    tokens = turns * (seen + options.reasoning) + seen * turns * (turns - 1) // 2
+    if tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"the chat has {tokens:,} tokens in its N passes, expected at most {_MOST_TOKENS:,}: "
+            "lower --turns, --user, --reasoning or --response"
+        )
     passes = chat_passes(
         options.turns, options.user, options.reasoning, options.response, vocab_size
     )

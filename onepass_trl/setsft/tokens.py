@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_FORMAT = "<think{i}>"
+_MOST_TOKENS = 1000  # each is an embedding and, in the matching, a pass for each trace
 
 
 def forking_tokens(
@@ -33,8 +34,11 @@ def forking_tokens(
     >>> forking_tokens(3)
     ['<think1>', '<think2>', '<think3>']
     """
-    if num_forking_tokens < 1:
-        raise ValueError(f"num_forking_tokens must be at least 1, got {num_forking_tokens}")
+    if not 1 <= num_forking_tokens <= _MOST_TOKENS:
+        raise ValueError(
+            f"num_forking_tokens must be at least 1 and at most {_MOST_TOKENS:,}, got "
+            f"{num_forking_tokens:,}"
+        )
     try:
         names = [forking_token_format.format(i=i) for i in range(1, num_forking_tokens + 1)]
     except (KeyError, IndexError, ValueError) as error:

@@ -102,6 +102,8 @@ def test_the_turns_that_are_chosen_are_trained(bench, chats, tiny_model_dir, tmp
         (["--attention", "--step"], "not allowed with argument"),
         (["--turns=1", "--peers", "paper"], "there is no peer 'paper'"),
         (["--max_length=-3"], "--max_length: expected a whole number of at least 2, got -3"),
+        (["--turns=99999999999"], "lower --turns, --user, --reasoning or --response"),
+        (["--reasoning=9999999999"], "tokens in its N passes, expected at most 100,000,000"),
         (["--max_length=20"], "the chat has no trained token within --max_length 20"),
         (["{broken}", "--model_name_or_path={model}"], "has none of the accepted forms"),
     ],

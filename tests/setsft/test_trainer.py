@@ -266,6 +266,7 @@ class TestOptions:
             (dict(excess_traces="drop"), "excess_traces must be one of"),
             (dict(invalid_turns="drop"), "Leave invalid_turns unset"),
             (dict(num_forking_tokens=0), "num_forking_tokens must be at least 1"),
+            (dict(num_forking_tokens=10**9), "at most 1,000, got 1,000,000,000"),
             (dict(forking_token_format="x"), "must differ"),
             (dict(forking_token_noise=-1.0), "forking_token_noise must be at least 0, got -1"),
             (dict(train_on="last"), "Leave train_on unset"),
