@@ -207,7 +207,9 @@ def _named(error: OSError | ValueError) -> OSError | ValueError:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         name = str(frame.f_locals.get("pretrained_model_name_or_path", ""))
         if frame.f_code.co_name in _LOADERS and name and name not in str(error):
-            return ValueError(f"{name!r} can't be read: {error}")
+            # What follows is the list of all models.
+            text = str(error).partition("\nModel type should be one of")[0]
+            return ValueError(f"{name!r} can't be read: {text}")
     return error
 
 

@@ -137,7 +137,6 @@ def _load_model(options: argparse.Namespace, processing_class: ProcessingClass) 
     from onepass_trl.tools.model_class import auto_model
 
     config = read_config(options.model_name_or_path)
-    num_tokens = len(tokenizer_of(processing_class))
     dtype = getattr(torch, options.dtype)
     if options.model_from_config:
         with reading("the configuration of", options.model_name_or_path):
@@ -145,6 +144,8 @@ def _load_model(options: argparse.Namespace, processing_class: ProcessingClass) 
     else:
         with reading("the weights of", options.model_name_or_path):
             model = auto_model(config).from_pretrained(options.model_name_or_path, dtype=dtype)
-    if model.get_input_embeddings().num_embeddings < num_tokens:  # some came with a chat template
-        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    if options.chat_template_path is not None:  # tokens may have come with it
+        num_tokens = len(tokenizer_of(processing_class))
+        if model.get_input_embeddings().num_embeddings < num_tokens:
+            model.resize_token_embeddings(num_tokens, mean_resizing=False)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -1,17 +1,18 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from onepass_trl.cli import main, report_errors
 from onepass_trl.cli.sft import train
-from tests.chats import CHATS
+from tests.chats import CHATS, write_jsonl
 from tests.training.sharding import ENVIRONMENT, SHARDED, needs_deepspeed
 
 ACCELERATE = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -283,6 +284,35 @@ def test_verify_names_what_is_missing(tiny_model_dir, tmp_path, capsys):
     flags = [str(tmp_path / "no.jsonl"), f"--model_name_or_path={tiny_model_dir}"]
     assert main(["verify", *flags]) == 2
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_verify_refuses_another_model_s_tokenizer(tiny_model_dir, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_tokens(["Paris"])
+    tokenizer.save_pretrained(model)
+    config = AutoConfig.from_pretrained(model)
+    config.vocab_size = len(tokenizer) - 1
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    message = {"role": "user", "content": "Where? Paris"}
+    answer = {"role": "assistant", "content": "There."}
+    dataset = write_jsonl(tmp_path / "paris.jsonl", [{"messages": [message, answer]}])
+    assert main(["verify", str(dataset), f"--model_name_or_path={model}"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"has the token id {config.vocab_size}, but the model has {config.vocab_size} emb" in error
+    )
+
+
+def test_verify_names_the_class_of_another_kind_of_model(tiny_model_dir, chats, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    T5Config().save_pretrained(model)
+    assert main(["verify", str(chats), f"--model_name_or_path={model}"]) == 2
+    error = capsys.readouterr().err
+    assert f"'{model}' can't be read: Unrecognized configuration class" in error
+    assert "Model type should be one of" not in error
 
 
 def test_verify_names_the_row_and_an_id_without_an_embedding(tiny_model_dir, tmp_path, capsys):
