@@ -14,6 +14,7 @@ from accelerate import ParallelismConfig
 from datasets import Dataset, Image, List
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
+from trl import SFTConfig, SFTTrainer
 
 from onepass_trl import (
     OnePassCollator,
@@ -580,3 +581,25 @@ def test_a_collator_without_a_processor_refuses_images(tmp_path):
     )
     with pytest.raises(ValueError, match="has images, which need the model's processor"):
         OnePassCollator()(list(trainer.train_dataset))
+
+
+def test_gemma_4_embeds_images_as_the_tokenizers_padding_as_in_trl(tmp_path):
+    """Its layers' own embeddings of an image's tokens are those of the configuration's padding,
+    which SFTTrainer makes the tokenizer's."""
+    reference, processor = make_image_model("gemma4"), make_processor("gemma4")
+    padding = processor.tokenizer.pad_token_id
+    reference.config.get_text_config().pad_token_id = padding - 1
+    chat = [{"role": "user", "content": [part(A), text("What?")]}, answer("A cat.")]
+    trainer = make_trainer(copy.deepcopy(reference), processor, [as_record(chat)], tmp_path)
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    of_trl = SFTTrainer(
+        copy.deepcopy(reference),
+        SFTConfig(str(tmp_path), report_to="none", bf16=False, use_cpu=True, max_length=None),
+        train_dataset=Dataset.from_list([as_record(chat)]),
+        processing_class=processor,
+    ).model.eval()
+    for model in (trainer.model, of_trl):
+        assert model.config.get_text_config().pad_token_id == padding
+    expected, before = (n_pass_loss(model, processor, [chat]) for model in (of_trl, reference))
+    torch.testing.assert_close(loss, expected, rtol=LOSS_TOLERANCE, atol=0)
+    assert abs(before - expected) > 10 * LOSS_TOLERANCE
