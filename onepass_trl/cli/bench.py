@@ -97,6 +97,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--{given[0]} shapes a chat of random tokens, but a dataset is given too")
     if options.dataset is not None and options.model_name_or_path is None:
         parser.error("a dataset needs --model_name_or_path, whose tokenizer renders it")
+    for name in ("peers", "packed"):
+        if options.step and getattr(options, name):
+            parser.error(f"--{name} is about attention, but --step times training steps only")
     if options.dataset is None:
         for name in (
             "train_on",
@@ -104,6 +107,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             "chat_template_path",
             "null_arguments",
             "ignored_columns",
+            "num_conversations",
+            "packed",
         ):
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--{name} needs a dataset, but none is given")

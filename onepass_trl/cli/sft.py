@@ -20,6 +20,7 @@ import psutil
 import yaml
 
 _SECONDS_TO_END = 30  # after an interrupt
+_DATASET = ("--dataset_name", "--dataset-name")
 _FILES = ("--config", "--accelerate_config")  # TRL reads them as two arguments only
 
 
@@ -224,6 +225,11 @@ def _as_flags(arguments: list[str]) -> list[str]:
     and so does ``--accelerate_config=FILE``.
     """
     if arguments and not arguments[0].startswith("-"):
+        if any(argument.partition("=")[0] in _DATASET for argument in arguments):
+            raise ValueError(
+                f"the dataset is named twice, as {arguments[0]!r} and with --dataset_name: leave "
+                "out one of them"
+            )
         arguments = ["--dataset_name", *arguments]
     flags: list[str] = []
     for argument in arguments:

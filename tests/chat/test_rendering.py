@@ -360,7 +360,7 @@ def test_each_answer_to_the_same_messages_is_checked():
     answer = {"role": "assistant", "content": "4"}
     both = {**answer, "reasoning_content": "4 > 3, so 4"}
     question = {"role": "user", "content": "2+2?"}
-    first, second, third = render_answers([question], [answer, both, {"role": "user"}], tokenizer)
+    first, second, third = render_answers([question], [answer, both, question], tokenizer)
     assert first.completion == "4<|im_end|>"
     assert "its content" in str(second.error)
     assert "none of the 2 messages is from the assistant" in str(third.error)

@@ -264,6 +264,13 @@ def test_training_resumes_from_the_last_checkpoint(chats, tiny_model_dir, tmp_pa
     assert state["global_step"] == 2
 
 
+@pytest.mark.parametrize("verb", ["sft", "setsft"])
+def test_training_takes_one_dataset(verb, tmp_path, capsys):
+    argv = [verb, "a.jsonl", "--dataset_name=b.jsonl", f"--output_dir={tmp_path}", "--use_cpu"]
+    assert main(argv) == 2
+    assert "the dataset is named twice, as 'a.jsonl' and with" in capsys.readouterr().err
+
+
 def test_a_full_disk_says_where_files_are_written(capsys):
     def full(argv):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
