@@ -58,7 +58,8 @@ def run(
     use_cpu = str(options.get("use_cpu", True)).lower()
     launch(num_processes, worker, str(folder), json.dumps(options), ACCELERATE_USE_CPU=use_cpu)
     history = json.loads((folder / "history.json").read_text())
-    return history, load_file(folder / "model" / "model.safetensors")
+    [weights] = (folder / "model").glob("*model.safetensors")  # or of adapters
+    return history, load_file(weights)
 
 
 def launch(num_processes: int, worker: str, *arguments: str, **environment: str) -> None:

@@ -10,17 +10,19 @@ import json
 import sys
 from pathlib import Path
 
-from tests.images import make_image_model, make_processor
+from tests.images import make_processor
 from tests.n_pass import SGD
 from tests.training.distributed_worker import start, train_and_save
-from tests.training.test_images import CONVERSATIONS, as_record, make_trainer
+from tests.training.test_images import CONVERSATIONS, as_record, make_trainer, trained_model
 
 
 def main(folder: str, options: dict) -> None:
     start(options)
+    name = options.pop("name")
+    model = {key: options.pop(key) for key in ("tied", "adapters") if key in options}
     trainer = make_trainer(
-        make_image_model("qwen3_vl", tied=options.pop("tied", False)),
-        make_processor("qwen3_vl"),
+        trained_model(name, **model),
+        make_processor(name),
         list(map(as_record, CONVERSATIONS)),
         Path(folder),
         max_steps=2,

@@ -347,17 +347,32 @@ def test_packed_split_and_checkpointed_rows_of_every_family_equal_n_passes(name,
     assert_same_gradients(gradients(trainer.model), gradients(reference), floor=1e-5)
 
 
-def n_pass_training(processor, *, tied=False):
+def trained_model(name, *, tied=False, adapters=False):
+    """A model of all of whose linear layers, with `adapters`, adapters alone are trained."""
+    model = make_image_model(name, tied=tied)
+    if not adapters:
+        return model
+    peft = pytest.importorskip("peft")
+    linear = [path for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    targets = [path for path in linear if not path.endswith(("lm_head", "gate_up_proj"))]
+    torch.manual_seed(0)
+    # Small ones: PEFT's random adapters make scores so sharp that rounding exceeds the tolerance.
+    config = peft.LoraConfig(r=2, lora_alpha=0.2, target_modules=targets, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def n_pass_training(name, **kind):
     """The model after two steps of SGD on all conversations, and the loss of each step."""
-    model, losses = make_image_model("qwen3_vl", tied=tied), []
+    model, losses = trained_model(name, **kind), []
     for _ in range(2):
         model.zero_grad()
-        loss = n_pass_loss(model, processor, CONVERSATIONS)
+        loss = n_pass_loss(model, make_processor(name), CONVERSATIONS)
         loss.backward()
         losses.append(loss.item())
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.1 * parameter.grad
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
     return model, losses
 
 
@@ -372,7 +387,7 @@ def test_training_equals_n_pass_training(accumulation, tmp_path):
     }
     trainer = make_trainer(model, processor, records, tmp_path, max_steps=2, **batch, **SGD)
     trainer.train()
-    expected, losses = n_pass_training(processor)
+    expected, losses = n_pass_training("qwen3_vl")
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, rel=1e-6)
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-2")
@@ -383,39 +398,60 @@ def test_training_equals_n_pass_training(accumulation, tmp_path):
         torch.testing.assert_close(actual, trained, rtol=0, atol=0, msg=name)
 
 
+LAYERS = {
+    "qwen3_vl": ["Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"],
+    "gemma3": ["Gemma3DecoderLayer", "SiglipEncoderLayer"],
+    "gemma4": ["Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer"],
+}
+PACKED = {"packing": True, "max_length": 450, checkpointing_option(): True}
+EACH = "per_device_train_batch_size"
+SETTINGS = {
+    "ddp": {EACH: 2},
+    "accumulated": {EACH: 1, "gradient_accumulation_steps": 2},
+    "streamed": {EACH: 2, "stream": True},
+    "packed": {EACH: 1, **PACKED},
+    "split": {EACH: 3, "max_length": 200},
+    "adapters": {EACH: 2, "adapters": True},
+    "fsdp2": {EACH: 2, "tied": True, **FSDP2},
+    "fsdp2_packed": {EACH: 1, **PACKED, **FSDP2},
+}
+"""Two processes have all conversations in each step."""
+OF_GEMMA = ("ddp", "packed", "split", "adapters", "fsdp2", "fsdp2_packed")
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("name", "setting"),
     [
-        dict(per_device_train_batch_size=2),
-        pytest.param(
-            dict(per_device_train_batch_size=1, gradient_accumulation_steps=2), marks=long
+        ("qwen3_vl", "ddp"),
+        *(
+            pytest.param(name, setting, marks=long)
+            for name, settings in {
+                "qwen3_vl": ("accumulated", "fsdp2", "streamed"),
+                "gemma3": OF_GEMMA,
+                "gemma4": OF_GEMMA,
+            }.items()
+            for setting in settings
         ),
-        pytest.param(
-            {
-                **FSDP2,
-                "per_device_train_batch_size": 2,
-                "tied": True,
-                "fsdp_config": {
-                    **FSDP2["fsdp_config"],
-                    "transformer_layer_cls_to_wrap": [
-                        "Qwen3VLTextDecoderLayer",
-                        "Qwen3VLVisionBlock",
-                    ],
-                },
-            },
-            marks=long,
-        ),
-        pytest.param(dict(per_device_train_batch_size=2, stream=True), marks=long),
     ],
-    ids=["ddp", "ddp_accumulation", "fsdp2", "streamed"],
 )
-def test_two_processes_equal_n_pass_training(options, tmp_path):
+def test_two_processes_equal_n_pass_training(name, setting, tmp_path):
+    options = {"name": name, **SETTINGS[setting]}
+    if "max_length" in options and name == "gemma4":  # its images have up to 70 tokens
+        options["max_length"] *= 2
+    if "fsdp_config" in options:
+        layers = {"transformer_layer_cls_to_wrap": LAYERS[name]}
+        options["fsdp_config"] = {**options["fsdp_config"], **layers}
     history, weights = run(tmp_path / "run", 2, "tests.training.image_worker", **options)
-    tied = options.get("tied", False)
-    expected, losses = n_pass_training(make_processor("qwen3_vl"), tied=tied)
+    kind = {key: options[key] for key in ("tied", "adapters") if key in options}
+    expected, losses = n_pass_training(name, **kind)
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses, 1e-6)
-    for name, parameter in expected.named_parameters():
-        torch.testing.assert_close(weights[name], parameter.data, rtol=1e-4, atol=1e-6, msg=name)
+    if "adapters" not in options:  # some have other names in files
+        saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model")
+        weights = dict(saved.named_parameters())
+    trained = {path: p.data for path, p in expected.named_parameters() if p.requires_grad}
+    for path, parameter in trained.items():
+        actual = weights[path.replace(".default.", ".")].data
+        torch.testing.assert_close(actual, parameter, rtol=1e-4, atol=1e-6, msg=path)
 
 
 def test_the_check_of_the_model_sees_what_is_wrong_with_images(tmp_path, monkeypatch):
@@ -430,17 +466,9 @@ def test_the_check_of_the_model_sees_what_is_wrong_with_images(tmp_path, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore:The following \\w+_pattern keys")  # PEFT's, of experts
-@pytest.mark.parametrize("name", families("qwen3_vl"))
+@pytest.mark.parametrize("name", families("gemma3", "gemma4", "qwen3_vl"))
 def test_adapters_are_trained(name, tmp_path):
-    peft = pytest.importorskip("peft")
-    reference, processor = make_image_model(name), make_processor(name)
-    modules = reference.named_modules()
-    linear = [path for path, part in modules if isinstance(part, torch.nn.Linear)]
-    targets = [path for path in linear if not path.endswith(("lm_head", "gate_up_proj"))]
-    torch.manual_seed(0)
-    # Small ones: PEFT's random adapters make scores so sharp that rounding exceeds the tolerance.
-    config = peft.LoraConfig(r=2, lora_alpha=0.2, target_modules=targets, init_lora_weights=False)
-    reference = peft.get_peft_model(reference, config)
+    reference, processor = trained_model(name, adapters=True), make_processor(name)
     conversations = [CHATS["same image twice"], TEXT_ONLY]
     records = list(map(as_record, conversations))
     trainer = make_trainer(copy.deepcopy(reference), processor, records, tmp_path)
