@@ -106,7 +106,7 @@ def test_without_an_opener_they_start_from_the_mean_of_all():
 @pytest.mark.parametrize(
     ("num", "form", "message"),
     [
-        (0, "<think{i}>", "must be at least 1, got 0"),
+        (0, "<think{i}>", "must be at least 1 and at most 1,000, got 0"),
         (2, "<think>", "they must differ"),
         (2, " <think{i}>", "no white space"),
         (2, "<think{n}>", r"needs \{i\}"),
