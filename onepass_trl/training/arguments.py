@@ -8,7 +8,9 @@ from dataclasses import fields
 from typing import Any, TypeVar, cast
 
 import pyarrow.compute as compute
+import torch
 import transformers
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from trl.data_utils import get_dataset_column_names
@@ -279,6 +281,22 @@ def check_images(name: str, dataset: Any, no_images: str | None) -> None:
     spans = dataset.select_columns(["image_spans"]).with_format("arrow")[:]["image_spans"]
     if compute.max(compute.list_value_length(spans)).as_py():
         raise ValueError(f"the {name} dataset has images, but {no_images}")
+
+
+def check_images_of_processes(has_images: bool, accelerator: Accelerator) -> None:
+    """Raise, in all processes, if some have a batch with images and some have one without.
+
+    Where weights are divided over the processes, those of the encoder are gathered by all or none.
+    """
+    own = torch.tensor([has_images], device=accelerator.device)
+    if (with_images := accelerator.gather(own)).any() and not with_images.all():
+        raise ValueError(
+            f"the batches of {int(with_images.sum())} of {accelerator.num_processes} processes "
+            "have images, and FSDP2 and ZeRO-3, which divide the encoder of images over the "
+            "processes, need them in all or in none: train conversations with images and those "
+            "without one after the other, give each batch an image by a larger "
+            "per_device_train_batch_size, or use DDP"
+        )
 
 
 def check_vocabulary(name: str, dataset: Any, model: Any) -> None:

@@ -36,6 +36,7 @@ from onepass_trl.training.arguments import (
     check_collator,
     check_dataset,
     check_images,
+    check_images_of_processes,
     check_prepared,
     check_vocabulary,
     config_of,
@@ -215,6 +216,10 @@ class OnePassSFTTrainer(SFTTrainer):
             "vision": None if why_no_images(config) else vision_of(self.processing_class),
             **collator_options(config),
         }
+        zero = self.accelerator.deepspeed_plugin
+        self._divides_encoder = self._of_images["vision"] is not None and (
+            self.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3)
+        )
         self.data_collator: Any = data_collator or OnePassCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             padding_free=self.padding_free,
@@ -340,7 +345,8 @@ class OnePassSFTTrainer(SFTTrainer):
                 the step; None for this batch's own.
 
         Raises:
-            ValueError: if outputs are asked for: the fused LM head builds no logits.
+            ValueError: if outputs are asked for: the fused LM head builds no logits. Or if only
+                some processes have images, of which each has a piece of the encoder.
             FloatingPointError: if the loss is not finite.
         """
         if return_outputs:
@@ -349,6 +355,8 @@ class OnePassSFTTrainer(SFTTrainer):
                 "follow one another along the row of a tree. Evaluate with "
                 "prediction_loss_only=True, or generate"
             )
+        if self._divides_encoder:
+            check_images_of_processes("pixel_values" in inputs, self.accelerator)
         inputs = dict(inputs)
         weights, multiplicity, attention_mask, num_turns, row_lengths = (
             inputs.pop(key) for key in ABOUT_ROWS

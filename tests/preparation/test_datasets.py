@@ -64,7 +64,7 @@ def test_a_conversation_that_overflows_whole_leaves_the_others():
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"text": 3}], "none of the accepted forms"),
+        ([{"text": 3}], "column 'text' must be text, got int"),
         ([{"prompt": "a", "completion": [QUESTION]}], "'completion' must be text too"),
         ([{"question": "hello"}], "question"),
         (

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ from tests.images import (
     part,
     text,
 )
-from tests.launching import FSDP2, run
+from tests.launching import FSDP2, launch, run
 from tests.models import WINDOW, make_model
 from tests.n_pass import (
     GRADIENT_TOLERANCE,
@@ -452,6 +453,18 @@ def test_two_processes_equal_n_pass_training(name, setting, tmp_path):
     for path, parameter in trained.items():
         actual = weights[path.replace(".default.", ".")].data
         torch.testing.assert_close(actual, parameter, rtol=1e-4, atol=1e-6, msg=path)
+
+
+@long
+def test_processes_that_divide_the_encoder_need_images_in_all_batches_or_none(tmp_path):
+    layers = {"transformer_layer_cls_to_wrap": LAYERS["qwen3_vl"]}
+    options = {"name": "qwen3_vl", "is_mixed": True, EACH: 1, **FSDP2}
+    options["fsdp_config"] = {**options["fsdp_config"], **layers}
+    arguments = (str(tmp_path), json.dumps(options))
+    launch(2, "tests.training.image_worker", *arguments, ACCELERATE_USE_CPU="false")
+    for process in range(2):
+        error = (tmp_path / f"{process}.txt").read_text("utf-8")
+        assert error.startswith("the batches of 1 of 2 processes have images")
 
 
 def test_the_check_of_the_model_sees_what_is_wrong_with_images(tmp_path, monkeypatch):
