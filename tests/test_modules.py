@@ -36,6 +36,7 @@ COVERED_BY = {
     "training/response_templates.py": "preparation/test_round_trip.py",
     "training/trl_advice.py": "training/test_trainer.py",
     "vision.py": "chat/test_images.py",
+    "wording.py": "chat/test_images.py",
 }
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.passes import ImageSource, ImageSpan, is_address
+from onepass_trl.wording import counted
 
 IMAGE_COLUMNS = ("image", "images")
 _PAYLOADS = ("image", "path", "url", "base64", "bytes")  # keys of a part that say which image it is
@@ -194,8 +195,9 @@ def with_images(
         first["content"] = [*places, {"type": "text", "text": first["content"]}]
     elif num_places != len(images):
         raise ChatFormatError(
-            f"the row has {len(images)} images and its messages have {num_places} parts of type "
-            "'image' without one of their own: give as many of both"
+            f"the row has {counted(len(images), 'image')} and its messages have "
+            f"{counted(num_places, 'part')} of type 'image' without one of their own: give as many "
+            "of both"
         )
     return out
 

@@ -34,6 +34,7 @@ from onepass_trl.chat.template import Template
 from onepass_trl.chat.unread import check_keys, report_left_out
 from onepass_trl.passes import ImageSource, ImageSpan
 from onepass_trl.vision import ImageError, vision_of
+from onepass_trl.wording import counted
 
 TrainOn: TypeAlias = Literal["all", "last"] | Sequence[int]
 Turns = TypeVar("Turns")
@@ -317,9 +318,10 @@ class TurnRenderer:
         num_places = context.text.count(placeholder)
         if num_places != len(images):
             raise TurnError(
-                f"the text before it has {num_places} times {placeholder!r}, the place of an "
-                f"image, and the messages have {len(images)} images: use a chat template that "
-                "writes it once for each image, and remove it from the texts of messages"
+                f"the text before it has {counted(num_places, 'time')} {placeholder!r}, the place "
+                f"of an image, and the messages have {counted(len(images), 'image')}: use a chat "
+                "template that writes it once for each image, and remove it from the texts of "
+                "messages"
             )
 
     def _written(self, context: TurnContext, message: Message) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from onepass_trl.cli.arguments import preparation_options
 from onepass_trl.passes import Pass
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,8 +61,8 @@ def limit_length(passes: list[Pass], max_length: int | None, name: str) -> list[
     passes, overflow = limit_passes(passes, max_length, "truncate")
     if overflow.num_passes:
         print(
-            f"{name}: {overflow.num_passes} passes cut to {max_length} tokens (the longest has "
-            f"{overflow.longest}), {overflow.num_lost_turns} of them left out"
+            f"{name}: {counted(overflow.num_passes, 'pass', 'passes')} cut to {max_length} tokens "
+            f"(the longest has {overflow.longest}), {overflow.num_lost_turns} of them left out"
         )
     if not passes:
         raise ValueError(

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from onepass_trl.cli import Parser
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from onepass_trl.chat.processing import ProcessingClass
@@ -41,7 +42,8 @@ def main(argv: list[str]) -> int:
     failed = [index for index, item in enumerate(comparisons) if not item.agrees(*tolerances)]
     limits = f"within {tolerances[0]:g} (loss) and {tolerances[1]:g} (gradients)"
     if not failed:
-        print(f"One pass agrees with N-pass {limits} on {len(comparisons)} conversations.")
+        number = counted(len(comparisons), "conversation")
+        print(f"One pass agrees with N-pass {limits} on {number}.")
         return 0
     worst = max(failed, key=lambda index: comparisons[index].gradient_difference)
     print(

@@ -161,7 +161,7 @@ def _made(dataset: AnyDataset, column_names: Sequence[str], maker: Maker, name: 
     if next(iter(rows), None) is None:
         longer = f", or longer than max_length={maker.options.max_length}: raise it"
         reason = ". ".join(problems) or (
-            f"all {report.turns} are invalid{'' if maker.options.max_length is None else longer}"
+            f"all {report.turn}s are invalid{'' if maker.options.max_length is None else longer}"
         )
         raise ValueError(f"{report.nothing_left(name)}: {reason}")
     return rows

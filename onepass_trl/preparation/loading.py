@@ -24,6 +24,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from onepass_trl.preparation.cache import code_digest, files_digest
 from onepass_trl.preparation.json_files import JSON_SUFFIXES, read_json
+from onepass_trl.wording import counted
 
 _SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 _UNREAD = {
@@ -153,7 +154,8 @@ def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: b
         if records:
             chosen.append(whole[part.splitname].select(records))
     if not chosen:
-        raise ValueError(f"{split!r} of {name!r} holds none of its {sum(lengths.values())} rows")
+        of_all = counted(sum(lengths.values()), "row")
+        raise ValueError(f"{split!r} of {name!r} holds none of its {of_all}")
     return concatenate_datasets(chosen)
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 from onepass_trl.data import Overflow
 from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.wording import counted
 
 _NUM_SHOWN = 5  # invalid turns whose errors are shown
 
@@ -22,8 +23,7 @@ class Report:
         invalid: why no exact pass can be made of turns, or of a record, each with its record.
     """
 
-    turns: ClassVar[str] = "turns"
-    too_long: ClassVar[str] = "turns are longer than max_length="
+    turn: ClassVar[str] = "turn"
     context: ClassVar[str] = "context"
 
     overflow: Overflow = field(default_factory=Overflow)
@@ -41,9 +41,11 @@ class Report:
         lost = self.overflow
         if lost.num_passes:
             yield (
-                f"{lost.num_passes} {self.too_long}{options.max_length} (the longest with its "
-                f"{self.context}: {lost.longest} tokens); overflow={options.overflow!r} lost "
-                f"{lost.num_lost_tokens} trained tokens, {lost.num_lost_turns} {self.turns} whole. "
+                f"{counted(lost.num_passes, f'{self.turn} is', f'{self.turn}s are')} longer than "
+                f"max_length={options.max_length} (the longest with its {self.context}: "
+                f"{lost.longest} tokens); overflow={options.overflow!r} lost "
+                f"{counted(lost.num_lost_tokens, 'trained token')}, "
+                f"{counted(lost.num_lost_turns, self.turn)} whole. "
                 f"Raise max_length to {lost.longest} to keep them all"
             )
 
@@ -66,7 +68,8 @@ def describe_invalid(invalid: Sequence[str]) -> str:
     """Return in words which turns, or records without a readable turn, are left out and why."""
     shown = "".join(f"\n  {problem}" for problem in invalid[:_NUM_SHOWN])
     rest = len(invalid) - _NUM_SHOWN
+    one, several = "turn or row, which is", "turns or rows, which are"
     return (
-        f"no exact pass can be made of {len(invalid)} turns or rows, which are left out:{shown}"
-        + (f"\n  and {rest} others" if rest > 0 else "")
+        f"no exact pass can be made of {counted(len(invalid), one, several)} left out:{shown}"
+        + (f"\n  and {counted(rest, 'other')}" if rest > 0 else "")
     )

@@ -17,6 +17,7 @@ from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.report import Report
 from onepass_trl.setsft.rendering import ForkingTokens, render_traces
 from onepass_trl.setsft.traces import SET_COLUMNS, Trace, TraceSet, from_row, to_row
+from onepass_trl.wording import counted
 
 EXCESS_POLICIES = ("error", "split")
 
@@ -35,8 +36,7 @@ class SetReport(Report):
         num_split: questions whose traces were split into several sets.
     """
 
-    turns = "traces"
-    too_long = "traces are longer than max_length="
+    turn = "trace"
     context = "prompt"
 
     num_repeated: int = 0
@@ -53,14 +53,14 @@ class SetReport(Report):
         yield from super().lines(options)
         if self.num_split:
             yield (
-                f"{self.num_split} questions have more traces than there are forking tokens; their "
-                "traces are matched in groups"
+                f"{counted(self.num_split, 'question has', 'questions have')} more traces than "
+                "there are forking tokens; they are matched in groups"
             )
         if self.num_repeated:
             yield (
-                f"{self.num_repeated} traces repeat another one of their question; each is trained "
-                "after a token of its own, which then learns the same. Remove them if that isn't "
-                "intended"
+                f"{counted(self.num_repeated, 'trace repeats', 'traces repeat')} another one of "
+                "the same question; each is trained after a token of its own, which then learns "
+                "the same. Remove what is repeated if that isn't intended"
             )
 
     def nothing_left(self, name: str) -> str:

@@ -24,6 +24,7 @@ from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.transcript import message_starts, token_texts
 from onepass_trl.visibility import count_tiles, num_visible_pairs
 from onepass_trl.vision import vision_of
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -68,8 +69,7 @@ class Segment:
     @property
     def size(self) -> str:
         """The number and the positions of its tokens, in words."""
-        tokens = "token" if self.num_tokens == 1 else "tokens"
-        return f"{self.num_tokens} {tokens} at {self.first_position}..{self.last_position}"
+        return f"{counted(self.num_tokens, 'token')} at {self.first_position}..{self.last_position}"
 
 
 @dataclass

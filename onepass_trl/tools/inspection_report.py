@@ -8,6 +8,7 @@ from onepass_trl.tools.estimation import work_of_row
 from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.inspection import Branch, Inspection
 from onepass_trl.visibility import TILE
+from onepass_trl.wording import counted
 
 
 def name_of(branch: Branch) -> str:
@@ -26,8 +27,8 @@ def figures(found: Inspection, layers: Sequence[AttentionLayers] = ()) -> Iterat
     executed = partial + full
     num_turns, n_pass_pairs = len(found.pass_lengths), found.n_pass_pairs()
     yield (
-        f"tokens: one pass {len(found.row):,}, N-pass {found.n_pass_tokens:,} in {num_turns} "
-        f"passes = {found.token_ratio:.2f} x"
+        f"tokens: one pass {len(found.row):,}, N-pass {found.n_pass_tokens:,} in "
+        f"{counted(num_turns, 'pass', 'passes')} = {found.token_ratio:.2f} x"
     )
     yield (
         f"attention pairs: one pass {found.pairs:,}, N-pass {n_pass_pairs:,} = "

@@ -13,6 +13,7 @@ from onepass_trl.tools.inspection import Branch, Inspection
 from onepass_trl.tools.plots import ONE_PASS, new_figure
 from onepass_trl.tools.thumbnails import thumbnail_of
 from onepass_trl.visibility import TILE, coverage, cut_into_tiles
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,7 +175,7 @@ def stretches(branch: Branch, name: str = "trunk") -> Iterator[tuple[str, int, i
 
 
 def _label(branch: Branch) -> str:
-    return f"turn {branch.last_turn}" if branch.turns == 1 else f"{branch.turns} turns"
+    return f"turn {branch.last_turn}" if branch.turns == 1 else counted(branch.turns, "turn")
 
 
 def _draw_bands(axes: Axes, found: Inspection) -> None:
@@ -241,7 +242,7 @@ def _describe(figure: Figure, axes: Axes, found: Inspection, title: str) -> None
     turns = len(found.pass_lengths)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     axes.set_title(
-        f"{len(found.row):,} tokens in one pass; {turns} {'turn' if turns == 1 else 'turns'}; "
+        f"{len(found.row):,} tokens in one pass; {counted(turns, 'turn')}; "
         f"N-pass computes {found.token_ratio:.2f} times the tokens\n"
         f"{found.pairs:,} useful pairs in layers without a window; tiles of {TILE} x {TILE} "
         f"compute {executed / found.pairs:.2f} times those",

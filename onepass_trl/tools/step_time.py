@@ -22,6 +22,7 @@ from onepass_trl.tools.bench.timing import seconds_of
 from onepass_trl.tools.bench.workload import labelled
 from onepass_trl.tools.estimation import Begins, Work, weighted_pairs, work_of_pass, work_of_row
 from onepass_trl.vision import Vision, ordinary_inputs, vision_of
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -131,8 +132,8 @@ def choose_probes(
         passes += left
     if not passes:
         raise ValueError(
-            f"nothing to measure: of {len(records)} conversations, no trained token is within "
-            f"the first {length:,} tokens of its turn with its context"
+            f"nothing to measure: of {counted(len(records), 'conversation')}, no trained token is "
+            f"within the first {length:,} tokens of its turn with its context"
         )
     chosen = spread(np.array([len(layout) for layout in layouts]))
     chosen_passes = spread(np.array([len(pass_) for pass_ in passes]))

@@ -266,11 +266,11 @@ PLACE = {"type": "image"}
 
 def test_places_and_images_must_be_as_many():
     assert refusal(ask(PLACE, PLACE, text("?")), images=[A]) == (
-        "the row has 1 images and its messages have 2 parts of type 'image' without one of their "
+        "the row has 1 image and its messages have 2 parts of type 'image' without one of their "
         "own: give as many of both"
     )
-    assert "has 3 images and its messages have 1 parts" in refusal(ask(PLACE), images=[A, B, C])
-    assert "has 1 images and its messages have 0 parts" in refusal(ask(text("?")), image=A)
+    assert "has 3 images and its messages have 1 part of" in refusal(ask(PLACE), images=[A, B, C])
+    assert "has 1 image and its messages have 0 parts" in refusal(ask(text("?")), image=A)
     assert refusal(ask(text("?"), PLACE)) == (
         "message 0 has a place for an image in part 1, and no image for it: give it there, as "
         "{'type': 'image', 'image': ..}, or in the row's column 'images'"
@@ -349,12 +349,12 @@ def test_templates_must_write_one_place_for_each_image():
     processor = make_processor("internvl")
     ignorant = processor.chat_template.replace("<IMG_CONTEXT>", "an image")
     kwargs = {"chat_template": ignorant}
-    with pytest.raises(ChatFormatError, match=r"has 0 times '<IMG_CONTEXT>', .* have 1 images"):
+    with pytest.raises(ChatFormatError, match=r"has 0 times '<IMG_CONTEXT>', .* have 1 image:"):
         render_passes(ask(part(A), text("?")), processor, chat_template_kwargs=kwargs)
     assert "has 2 times '<|image_pad|>', the place of an image, and the messages have 1" in refusal(
         ask(part(A), text("What is <|image_pad|>?"))
     )
-    assert "has 1 times '<|image_pad|>'" in refusal(ask(text("What is <|image_pad|>?")))
+    assert "has 1 time '<|image_pad|>'" in refusal(ask(text("What is <|image_pad|>?")))
 
 
 def test_images_need_a_processor():

@@ -77,7 +77,7 @@ def test_turns_without_reasoning_are_measured_too(bench, tmp_path, tiny_model_di
     flags = [f"--model_name_or_path={tiny_model_dir}", "--num_layers=1", "--step"]
     status, out, _ = bench(path, *flags, "--max_length=30")
     assert status == 0
-    assert "conversation 0: 1 passes cut to 30 tokens" in out
+    assert "conversation 0: 1 pass cut to 30 tokens" in out
     assert ": 1 layers" in out
 
 

@@ -65,7 +65,7 @@ def test_images_are_shown_compared_and_counted(run, good, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("images", "problem"),
     [
-        (["a"], "the row has 1 images and its messages have 2 parts of type 'image' without"),
+        (["a"], "the row has 1 image and its messages have 2 parts of type 'image' without"),
         (["a", "b", "b"], "the row has 3 images and its messages have 2 parts of type 'image'"),
         (["a", "missing"], "image 1 of column 'images': there is no file '"),
         (["a", "broken"], "message 2, image 0: the image ('"),

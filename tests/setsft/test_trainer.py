@@ -153,7 +153,7 @@ class TestSets:
             make(records)
         with caplog.at_level(logging.WARNING):
             trainer = make(records, excess_traces="split", matching="fixed")
-        assert "train dataset: 1 questions have more traces" in caplog.text
+        assert "train dataset: 1 question has more traces" in caplog.text
         sets = batch_of(trainer)["sets"]
         assert [[t.number for t in s.traces] for s in sets] == [[0, 1, 2, 3, 4], [5, 6], [0, 1]]
         trainer.train()
@@ -163,7 +163,7 @@ class TestSets:
         record["completions"].append(record["completions"][0])
         with caplog.at_level(logging.WARNING):
             trainer = make([record])
-        assert "train dataset: 1 traces repeat another one" in caplog.text
+        assert "train dataset: 1 trace repeats another one" in caplog.text
         [tokens], [costs] = assigned(trainer)
         np.testing.assert_array_equal(costs[:, 0], costs[:, 2])
         assert len(set(tokens)) == 3

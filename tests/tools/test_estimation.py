@@ -217,7 +217,9 @@ def test_turns_of_which_no_pass_can_be_made_are_named(tiny_tokenizer):
     assert "no exact pass can be made of 2 turns or rows, which are left out:" in text
     assert "row 3: assistant turn 0" in text
     assert "row 7: the row has none of the accepted forms" in text
-    with pytest.raises(ValueError, match="no exact pass can be made of 1 turns or rows"):
+    with pytest.raises(
+        ValueError, match="no exact pass can be made of 1 turn or row, which is left out"
+    ):
         estimate([(7, {"txt": "x"})], tiny_tokenizer, options)
 
 

@@ -56,7 +56,7 @@ def test_probes_are_no_longer_than_max_length(tiny_tokenizer):
 
 def test_nothing_to_measure(tiny_tokenizer):
     options = dataclasses.replace(OPTIONS, max_length=5)
-    with pytest.raises(ValueError, match="nothing to measure: of 1 conversations"):
+    with pytest.raises(ValueError, match="nothing to measure: of 1 conversation, "):
         choose_probes([as_record(random_chat(1, low=20, high=30))], tiny_tokenizer, options)
 
 
