@@ -82,5 +82,5 @@ def launch(num_processes: int, worker: str, *arguments: str, **environment: str)
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     # What the processes said, before the launcher's own lines about them.
-    own = result.stderr.partition("torch.distributed.elastic")[0] or result.stderr
+    own = result.stderr.partition("torch/distributed/elastic/multiprocessing")[0] or result.stderr
     assert result.returncode == 0, own[-8000:]

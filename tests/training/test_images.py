@@ -458,7 +458,7 @@ def test_two_processes_equal_n_pass_training(name, setting, tmp_path):
 @long
 def test_processes_that_divide_the_encoder_need_images_in_all_batches_or_none(tmp_path):
     layers = {"transformer_layer_cls_to_wrap": LAYERS["qwen3_vl"]}
-    options = {"name": "qwen3_vl", "is_mixed": True, EACH: 1, **FSDP2}
+    options = {"name": "qwen3_vl", "tied": True, "is_mixed": True, EACH: 1, **FSDP2}
     options["fsdp_config"] = {**options["fsdp_config"], **layers}
     arguments = (str(tmp_path), json.dumps(options))
     launch(2, "tests.training.image_worker", *arguments, ACCELERATE_USE_CPU="false")
