@@ -151,7 +151,6 @@ def test_sft_reads_the_yaml_files_of_trl(sft_flags, tmp_path, chats, flag):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset_name=missing.jsonl"], "there is no such file"),
         (["--dataset_test_split=test", "--eval_strategy=epoch"], "has no split 'test'"),
         (["--overflow=cut"], "invalid choice"),
         (["--chat_template_kwargs=no"], "chat_template_kwargs must be a dict"),
@@ -165,6 +164,12 @@ def test_wrong_input_is_one_message_and_status_two(sft_flags, flags, message, ca
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_missing_dataset_is_named(sft_flags, capsys):
+    _, *flags = sft_flags
+    assert report_errors(train, ["missing.jsonl", *flags]) == 2
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_unknown_flags_are_refused_before_anything_starts(sft_flags, capsys):
