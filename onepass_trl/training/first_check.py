@@ -131,17 +131,17 @@ def verify(
 def choose_row(rows: Iterable[Layout]) -> Layout | None:
     """Return the smallest tree of `rows` that shows most, of at most `MAX_TOKENS`.
 
-    That is one with different images, which could be confused, else one with an image, else one of
-    several passes; several passes come first among those with as many images. None if all are
-    longer.
+    That is one with images, of several passes, and with different images, which could be confused;
+    what comes first here counts most. None if all are longer.
     """
     trees = [tree for row in rows for tree in separate(row)]
     fitting = [tree for tree in trees if len(tree) <= MAX_TOKENS and tree.weights.any()]
     return min(
         fitting,
         key=lambda tree: (
-            -min(len({span.source for span in tree.images}), 2),
+            not tree.images,
             len(list(target_paths(tree))) == 1,
+            len({span.source for span in tree.images}) < 2,
             len(tree),
         ),
         default=None,

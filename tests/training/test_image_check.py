@@ -103,3 +103,7 @@ def test_a_row_whose_images_could_be_confused_is_chosen():
     assert len(none) < len(one) < len(both)
     assert choose_row([none, one, both]).input_ids.tolist() == both.input_ids.tolist()
     assert choose_row([none, one]).input_ids.tolist() == one.input_ids.tolist()
+    # A single pass has no branch, whatever images it has.
+    single = linearize(build_tree(render_passes(CHAT, processor)[-1:]))
+    assert len({span.source for span in single.images}) == 2
+    assert choose_row([single, one]).input_ids.tolist() == one.input_ids.tolist()
