@@ -19,6 +19,7 @@ from onepass_trl.versions import VersionError
 # What a shell says of a program that a signal has ended: 128 and its number.
 _INTERRUPTED = 130
 _OUTPUT_CLOSED = 141
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 VERBS = {
     "sft": "train on conversations in one pass: the flags and YAML files of `trl sft`",
@@ -108,10 +109,9 @@ def _places_of_files(error: Exception) -> str:
 
     Arrow's errors don't.
     """
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if not isinstance(error, OSError) or error.errno not in full or error.filename is not None:
+    if not isinstance(error, OSError) or error.errno not in DISK_FULL or error.filename is not None:
         return ""
-    places = f"temporary files in {tempfile.gettempdir()} (TMPDIR)"
+    places = f"temporary files in {tempfile.gettempdir()} (TMPDIR), outputs where flags say"
     if datasets := sys.modules.get("datasets"):
         cache = datasets.config.HF_DATASETS_CACHE
         places = f"prepared datasets are written in {cache} (HF_DATASETS_CACHE), {places}"

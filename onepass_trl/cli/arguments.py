@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from onepass_trl.chat.json_text import RepeatedKeyError, unique
+from onepass_trl.cli import DISK_FULL
 from onepass_trl.preparation.options import NullArguments, PreparationOptions, parse_train_on
 
 if TYPE_CHECKING:
@@ -170,7 +171,11 @@ def reading(what: str, model: str, *, among_others: bool = False) -> Iterator[No
             f"{type(error).__name__}: {first}"
         ) from error
     except (OSError, ValueError) as error:
-        raise _named(error) from error
+        if (name := _name_of_loaded(error)) is None:
+            raise
+        # What follows is the list of all models.
+        text = str(error).partition("\nModel type should be one of")[0]
+        raise ValueError(f"{name!r} can't be loaded: {text}") from error
 
 
 @contextmanager
@@ -190,8 +195,8 @@ def using_flags() -> Iterator[None]:
 
 
 @contextmanager
-def weights_in(folder: str) -> Iterator[None]:
-    """Let errors of safetensors, which name no file, say where the weights of a training are.
+def weights_in(*folders: str) -> Iterator[None]:
+    """Let errors of safetensors, which name no file, say where the weights of a training may be.
 
     Raises:
         OSError: for weights that can't be written, or be read to go on from.
@@ -199,18 +204,19 @@ def weights_in(folder: str) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"weights in {folder} can't be written or read: {error}") from error
+        places = " or ".join(folders)
+        raise OSError(f"weights in {places} can't be written or read: {error}") from error
 
 
-def _named(error: OSError | ValueError) -> OSError | ValueError:
-    """Return an error of loading from the Hub or a folder that says what was being loaded."""
+def _name_of_loaded(error: OSError | ValueError) -> str | None:
+    """Return what was being loaded, if the error doesn't say so. A full disk isn't its fault."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         name = str(frame.f_locals.get("pretrained_model_name_or_path", ""))
         if frame.f_code.co_name in _LOADERS and name and name not in str(error):
-            # What follows is the list of all models.
-            text = str(error).partition("\nModel type should be one of")[0]
-            return ValueError(f"{name!r} can't be read: {text}")
-    return error
+            return name
+    return None
 
 
 def fit_vocabulary(config: PreTrainedConfig, processing_class: ProcessingClass) -> None:

@@ -94,7 +94,8 @@ def _share_cpu(options: Any) -> None:
     num_processes = num_processes or 1
     if num_processes > 1 and not options.use_fsdp and not options.use_deepspeed:
         options.multi_gpu = True
-    if options.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if options.num_cpu_threads_per_process is None and not threads.isdigit():
         options.num_cpu_threads_per_process = max(torch.get_num_threads() // num_processes, 1)
 
 
@@ -163,7 +164,8 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     # Only a YAML file has values that aren't text.
     resume: Any = training_args.resume_from_checkpoint
     resume = {"true": True, "false": False}.get(str(resume).lower(), resume)
-    with using_flags(), weights_in(training_args.output_dir):
+    resumed = [resume] if isinstance(resume, str) else []
+    with using_flags(), weights_in(training_args.output_dir, *resumed):
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")

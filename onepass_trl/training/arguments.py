@@ -90,7 +90,7 @@ def config_of(model: str | PreTrainedModel, args: OnePassSFTConfig) -> PreTraine
 
 def check_class(model: str, config: PreTrainedConfig) -> None:
     """Raise for a model whose class, of which SFTTrainer makes it, doesn't generate text."""
-    for name in config.architectures or ():
+    for name in (config.architectures or ())[:1]:
         kind = getattr(transformers, name, None)  # None: of code that comes with the model
         if kind is not None and not kind.can_generate():
             raise ValueError(
@@ -102,9 +102,12 @@ def check_class(model: str, config: PreTrainedConfig) -> None:
 def check_dataset(name: str, dataset: Any) -> None:
     """Raise for a dataset of another kind, such as a list, and for one without a record."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
+        advice = "make one, with Dataset.from_list for instance"
+        if isinstance(dataset, dict):
+            advice = f"give one of {', '.join(map(repr, dataset))}, as dataset[..]"
         raise TypeError(
             f"the {name} dataset must be a datasets.Dataset or IterableDataset, got "
-            f"{type(dataset).__name__}: make one, with Dataset.from_list for instance"
+            f"{type(dataset).__name__}: {advice}"
         )
     if next(iter(dataset), None) is None:
         raise ValueError(f"the {name} dataset is empty: it needs at least one conversation")

@@ -316,7 +316,7 @@ def test_verify_names_the_class_of_another_kind_of_model(tiny_model_dir, chats, 
     T5Config().save_pretrained(model)
     assert main(["verify", str(chats), f"--model_name_or_path={model}"]) == 2
     error = capsys.readouterr().err
-    assert f"'{model}' can't be read: Unrecognized configuration class" in error
+    assert f"'{model}' can't be loaded: Unrecognized configuration class" in error
     assert "Model type should be one of" not in error
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from onepass_trl.cli import VERBS, main, report_errors, setsft, sft
+from onepass_trl.cli.arguments import reading
 from onepass_trl.cli.sft import launch, make_parser
 from tests.chats import CHATS, write_jsonl
 
@@ -100,6 +101,15 @@ def test_output_that_nobody_reads_ends_quietly(chats, tiny_model_dir):
         assert ended.returncode in statuses
         assert "Error" not in ended.stderr
     os.close(writer)
+
+
+def test_a_full_disk_is_no_fault_of_the_model_that_is_loaded():
+    def from_pretrained(pretrained_model_name_or_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError) as found, reading("the weights of", "tiny"):
+        from_pretrained("tiny")
+    assert found.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "estimate", "bench"])
@@ -232,8 +242,8 @@ def test_flags_that_cannot_be_met(flag, expected, chats, tiny_model_dir, tmp_pat
         ("--output_dir={file}", "no files can be written to --output_dir {file}: File exists"),
         ("--output_dir={file}/out", "no files can be written to --output_dir {file}/out: Not a d"),
         ("--chat_template_path={file}.jinja", "No such file or directory: '{file}.jinja'"),
-        ("--chat_template_path={folder}", "'{folder}' can't be read: "),
-        ("--model_name_or_path={folder}", "'{folder}' can't be read: "),
+        ("--chat_template_path={folder}", "'{folder}' can't be loaded: "),
+        ("--model_name_or_path={folder}", "'{folder}' can't be loaded: "),
     ],
 )
 def test_what_a_training_cannot_use_is_named(
@@ -250,7 +260,7 @@ def test_what_a_training_cannot_use_is_named(
 @pytest.mark.parametrize("verb", ["inspect", "estimate", "verify"])
 def test_a_folder_without_a_model_is_named(verb, chats, tmp_path, capsys):
     assert main([verb, str(chats), f"--model_name_or_path={tmp_path}"]) == 2
-    assert f"'{tmp_path}' can't be read: " in capsys.readouterr().err
+    assert f"'{tmp_path}' can't be loaded: " in capsys.readouterr().err
 
 
 def test_training_resumes_from_the_last_checkpoint(chats, tiny_model_dir, tmp_path, capsys):
@@ -282,6 +292,7 @@ def test_a_full_disk_says_where_files_are_written(capsys):
     error = capsys.readouterr().err
     assert "No space left on device: make room, or choose another folder; prepared data" in error
     assert f" in {datasets.config.HF_DATASETS_CACHE} (HF_DATASETS_CACHE), temporary " in error
+    assert "(TMPDIR), outputs where flags say" in error
     assert report_errors(full_file, []) == 2
     assert "No space left on device: 'model.safetensors'\n" in capsys.readouterr().err
 

@@ -1,7 +1,7 @@
 """Which datasets the trainer takes, and that its options reach their preparation."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from tests.training.conversations import RECORDS, history
 
@@ -47,6 +47,10 @@ def test_other_datasets_are_errors(train):
     for other in (RECORDS, {"a": Dataset.from_list(RECORDS)}):
         with pytest.raises(TypeError, match=r"test dataset must be a datasets\.Dataset or .*got "):
             trainer.predict(other)
+    with pytest.raises(
+        TypeError, match=r"got DatasetDict: give one of 'train', as dataset\[\.\.\]"
+    ):
+        trainer.predict(DatasetDict(train=Dataset.from_list(RECORDS)))
     with pytest.raises(TypeError, match=r"the eval dataset must be .* got list: make one"):
         train(eval_dataset=RECORDS)
 
