@@ -33,7 +33,7 @@ help:
 	@echo "                 PAIRS=1.12.0/5.17.0 for one of them"
 	@echo "make test-fla    run the kernels of fla and mamba-ssm along trees in Triton's interpreter, in .venv-fla (6 minutes)"
 	@echo "make test-images images with every family of models, and with torchvision (5 minutes)"
-	@echo "make test-zero   train with DeepSpeed ZeRO in two processes (2 minutes)"
+	@echo "make test-zero   train with DeepSpeed ZeRO in two processes (3 minutes)"
 	@echo "make test-all    run them all, and record what the long ones guard in tests/long.json"
 	@echo "make check       formatting, lint, types, layers"
 	@echo "make format      format Python and C++"

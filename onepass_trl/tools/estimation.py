@@ -281,12 +281,13 @@ def _count(
     one_pass, n_pass = Work(), Work()
     windows = {None, *(kind.window for kind in layers)}
     vision = vision_of(tokenizer)
+    sees_blocks = any(kind.sees_blocks for kind in layers)
     for layout in layouts:
         one_pass.add(work_of_row(layout, windows, visible_begins(layout, layers, vision)))
     for pass_ in passes:
-        alone = linearize(build_tree([pass_])) if pass_.images else None
-        if alone is not None and (begins := visible_begins(alone, layers, vision)):
-            n_pass.add(work_of_row(alone, windows, begins))
+        if pass_.images and sees_blocks:
+            alone = linearize(build_tree([pass_]))
+            n_pass.add(work_of_row(alone, windows, visible_begins(alone, layers, vision)))
         else:
             n_pass.add(work_of_pass(len(pass_), pass_.num_trained, windows, pass_.images))
     return _Count(

@@ -291,10 +291,11 @@ def check_images_of_processes(has_images: bool, accelerator: Accelerator) -> Non
 
     Where weights are divided over the processes, those of the encoder are gathered by all or none.
     """
-    own = torch.tensor([has_images], device=accelerator.device)
-    if (with_images := accelerator.gather(own)).any() and not with_images.all():
+    own = torch.tensor([int(has_images)], device=accelerator.device)
+    number = int(accelerator.gather(own).sum())
+    if number not in (0, accelerator.num_processes):
         raise ValueError(
-            f"the batches of {int(with_images.sum())} of {accelerator.num_processes} processes "
+            f"the batches of {number} of {accelerator.num_processes} processes "
             "have images, and FSDP2 and ZeRO-3, which divide the encoder of images over the "
             "processes, need them in all or in none: train conversations with images and those "
             "without one after the other, give each batch an image by a larger "
