@@ -182,7 +182,7 @@ def test_dry_run_of_all_steps(tmp_path, tiny_model_dir):
         "PYTEST_PLUGINS": "faults",
     }
     run = subprocess.run(
-        ["tests/gpu/validate.sh", "--dry-run", "--seconds=1800", "--test-limit=60", *folders],
+        ["tests/gpu/validate.sh", "--dry-run", "--seconds=1800", "--parity-limit=12", *folders],
         cwd=ROOT,
         env={**os.environ, **variables},
         capture_output=True,

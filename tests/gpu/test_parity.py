@@ -25,7 +25,7 @@ OPTIONS = {
 }
 ROWS = {
     "causal": causal_row(900),
-    "chat": chat_row(10, 5, 90),
+    "chat": chat_row(10, 5, 30 if DRY_RUN else 90),
     "chat of short messages": chat_row(30, 1, 12),
     "packed": packed_row(1000, 5, 60),
 }

@@ -250,7 +250,13 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="small shapes on the CPU")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "validate")
     parser.add_argument("--carried", type=Path, default=ROOT / "build" / "carried")
-    parser.add_argument("--test-limit", type=int, metavar="SECONDS", help="of one test")
+    parser.add_argument(
+        "--parity-limit",
+        type=int,
+        default=Setting.parity_limit,
+        metavar="SECONDS",
+        help="of one test of test_parity.py",
+    )
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     signal.signal(signal.SIGTERM, _stop)
@@ -258,7 +264,7 @@ def main() -> int:
     if commit.exists():
         os.environ.setdefault("ONEPASS_COMMIT", commit.read_text().strip())
     setting = Setting(
-        args.results.absolute(), args.carried.absolute(), args.dry_run, args.test_limit
+        args.results.absolute(), args.carried.absolute(), args.dry_run, args.parity_limit
     )
     out = os.environ.get("OUT")
     return 0 if Run(setting, None if out is None else Path(out), deadline).all() else 1
