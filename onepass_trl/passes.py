@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from onepass_trl.wording import counted
+
 IGNORE_INDEX = -100
 """The label of a token that isn't trained."""
 
@@ -111,8 +113,9 @@ class Pass:
         for span in images:
             if not end <= span.begin < span.end <= ids.size:
                 raise ValueError(
-                    f"the images of a pass must be in order, each within its {ids.size} tokens and "
-                    f"after the one before it, got tokens {span.begin} to {span.end} after {end}"
+                    f"the images of a pass of {counted(ids.size, 'token')} must be in order, each "
+                    "within it and after the one before it, got tokens "
+                    f"{span.begin} to {span.end} after {end}"
                 )
             end = span.end
             if mask[span.begin : end + 1].any():

@@ -35,6 +35,7 @@ from onepass_trl.attention.implementations.registry import Impl
 from onepass_trl.attention.layer_inputs import check_not_required, layer_name
 from onepass_trl.attention.model_check import base_model, carries_state, check_model
 from onepass_trl.attention.remembered import Remembered
+from onepass_trl.wording import counted
 
 __all__ = [
     "check_model",
@@ -180,8 +181,9 @@ def _check_layer(
 
     if key.shape[2] != query.shape[2]:
         raise refuse(
-            f"{key.shape[2]} keys for {query.shape[2]} queries: visible_end describes a whole row, "
-            "so pass no cache (past_key_values) with it, nor a number as logits_to_keep"
+            f"{counted(key.shape[2], 'key')} for "
+            f"{counted(query.shape[2], 'query', 'queries')}: visible_end describes a whole row, so "
+            "pass no cache (past_key_values) with it, nor a number as logits_to_keep"
         )
     if dropout > 0 and module.training:
         raise refuse(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onepass_trl.wording import counted
+
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, visible_end: Tensor) -> None:
     """Raise ValueError unless shapes, dtypes and devices of the tensors fit each other."""
@@ -27,8 +29,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, visible_end: Tensor) -> None:
         raise ValueError(f"k has head_dim {k.shape[3]} and q {d_qk}, expected the same, at least 1")
     if k.shape[1] != v.shape[1] or k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(
-            f"q has {heads} heads, k {k.shape[1]} and v {v.shape[1]}: expected k and v to have the "
-            "same number, dividing the number of q"
+            f"q has {counted(heads, 'head')}, k {k.shape[1]} and v {v.shape[1]}: expected k and v "
+            "to have the same number, dividing the number of q"
         )
     if visible_end.dtype != torch.int32 or visible_end.shape != (batch, seq):
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 from onepass_trl.chat.errors import TurnError
 from onepass_trl.chat.marks import THINK_CLOSE, THINK_OPEN, closes_reasoning
 from onepass_trl.chat.messages import REASONING_KEYS, Message, as_text
+from onepass_trl.wording import counted
 
 _INLINE = re.compile(rf"\s*{THINK_OPEN}\s*")
 
@@ -136,8 +137,9 @@ def check_marks(context: str, completion: str) -> None:
     num_closed = completion.count(THINK_CLOSE) + closed
     if num_opened != num_closed or num_opened > 1:
         raise TurnError(
-            f"its reasoning would be opened {num_opened} times with {THINK_OPEN!r} and closed "
-            f"{num_closed} times with {THINK_CLOSE!r}: the prompt ends in {context[-20:]!r}, and "
+            f"its reasoning would be opened {counted(num_opened, 'time')} with {THINK_OPEN!r} and "
+            f"closed {counted(num_closed, 'time')} with {THINK_CLOSE!r}: the prompt ends in "
+            f"{context[-20:]!r}, and "
             f"the model would learn to generate {_short(completion)}. Use a template that opens "
             "reasoning once, or add its family with onepass_trl.register_family"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from onepass_trl.wording import counted
+
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 _QUOTED = re.compile(rf"(?<=[`'\"]){THINK_CLOSE}(?=[`'\"])")
@@ -64,9 +66,9 @@ def split_inline(content: str) -> tuple[str, str] | None:
         )
     if len(marks - quoted) != 1:
         raise ValueError(
-            f"has content that opens {THINK_OPEN} and has {THINK_CLOSE} {len(marks)} times after "
-            f"it, {len(quoted)} of them in quotation marks, so it can't be told where the "
-            "reasoning ends; give the reasoning as 'reasoning_content'"
+            f"has content that opens {THINK_OPEN} and has {THINK_CLOSE} "
+            f"{counted(len(marks), 'time')} after it, {len(quoted)} of them in quotation marks, so "
+            "it can't be told where the reasoning ends; give the reasoning as 'reasoning_content'"
         )
     [end] = marks - quoted
     return text[:end].strip("\n"), text[end + len(THINK_CLOSE) :].lstrip("\n")

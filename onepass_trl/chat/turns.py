@@ -423,8 +423,8 @@ def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> dict[int, 
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise ChatFormatError(
-            f"none of the {len(messages)} messages is from the assistant, so there is nothing to "
-            "train; remove the conversation or add an assistant message"
+            f"the conversation has {counted(len(messages), 'message')}, none from the assistant, "
+            "so there is nothing to train; remove the conversation or add an assistant message"
         )
     chosen = chosen_turns(train_on, len(turns))
     trained = {
@@ -434,8 +434,8 @@ def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> dict[int, 
     }
     if not trained:
         raise ChatFormatError(
-            f"train_on={train_on!r} and the messages' 'train' flags leave none of the {len(turns)} "
-            "assistant turns to train; remove the conversation or change them"
+            f"train_on={train_on!r} and the messages' 'train' flags leave nothing to train of "
+            f"{counted(len(turns), 'assistant turn')}; remove the conversation or change them"
         )
     return trained
 
@@ -478,7 +478,7 @@ def chosen_turns(train_on: TrainOn, num_turns: int) -> set[int]:
             raise ChatFormatError(f"train_on must list whole turn numbers, got {number!r}")
         if not -num_turns <= number < num_turns:
             raise ChatFormatError(
-                f"train_on lists turn {number}, but the conversation has {num_turns} assistant "
-                f"turns, {-num_turns}..{num_turns - 1}"
+                f"train_on lists turn {number}, but the conversation has "
+                f"{counted(num_turns, 'assistant turn')}, {-num_turns}..{num_turns - 1}"
             )
     return {int(number) % num_turns for number in train_on}

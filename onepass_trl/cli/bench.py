@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onepass_trl.cli import Parser
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -225,7 +226,7 @@ def _device_name(device: torch.device) -> str:
 
     facts = machine()
     if device.type == "cpu":
-        return f"{facts['cpu']} ({facts['isa']}), {facts['threads']} threads"
+        return f"{facts['cpu']} ({facts['isa']}), {counted(facts['threads'], 'thread')}"
     return facts["accelerator"] or str(device)
 
 
@@ -239,13 +240,14 @@ def _describe(
     name = options.model_name_or_path or "a small Qwen3"
     if options.dataset is None:
         turn = ", ".join(f"{getattr(options, name)} of {name}" for name in list(_TURN)[1:])
-        what = f"a chat of random tokens, {options.turns} turns (tokens of a turn: {turn})"
+        turns = counted(options.turns, "turn")
+        what = f"a chat of random tokens, {turns} (tokens of a turn: {turn})"
     else:
-        number = len(conversations)
-        what = f"{number} conversation{'s' * (number > 1)} of {options.dataset}"
+        what = f"{counted(len(conversations), 'conversation')} of {options.dataset}"
     return visible_text(
         f"conversations: {what}\n"
-        f"model: {name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
+        f"model: {name}: {counted(text.num_hidden_layers, 'layer')}, "
+        f"hidden size {text.hidden_size}, "
         f"{text.vocab_size:,} tokens of vocabulary; random weights"
     )
 

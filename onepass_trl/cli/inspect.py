@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onepass_trl.cli import Parser
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -90,7 +91,7 @@ def _inspect(options: argparse.Namespace, layers: Sequence[AttentionLayers]) -> 
     if not 0 <= options.row < len(dataset):
         raise ValueError(
             f"--row {options.row} is out of range: split {options.dataset_split!r} of "
-            f"{options.dataset!r} has {len(dataset)} rows, 0..{len(dataset) - 1}"
+            f"{options.dataset!r} has {counted(len(dataset), 'row')}, 0..{len(dataset) - 1}"
         )
     processing_class = load_processing_class(options)
     preparation = preparation_options(options)

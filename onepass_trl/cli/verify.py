@@ -47,9 +47,9 @@ def main(argv: list[str]) -> int:
         return 0
     worst = max(failed, key=lambda index: comparisons[index].gradient_difference)
     print(
-        f"One pass differs from N-pass: {len(failed)} of {len(comparisons)} conversations are not "
-        f"{limits}. Largest gradient difference: conversation {worst}, "
-        f"{comparisons[worst].worst_parameter}."
+        f"One pass differs from N-pass: it is not {limits} on {len(failed)} of "
+        f"{counted(len(comparisons), 'conversation')}. Largest gradient difference: "
+        f"conversation {worst}, {comparisons[worst].worst_parameter}."
     )
     if options.dtype != "float32":
         print(

@@ -15,6 +15,7 @@ from onepass_trl.data.layout import TOKEN_COLUMNS, Layout, concatenate
 from onepass_trl.data.row_check import check_rows
 from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.vision import Vision
+from onepass_trl.wording import counted
 
 ABOUT_ROWS = ("weights", "multiplicity", "attention_mask", "num_turns", "row_lengths")
 """What a batch has for the loss and the metrics. The model gets all else."""
@@ -209,7 +210,7 @@ def as_layout(row: Mapping[str, Any], name: str = "the row") -> Layout:
         if not end <= span.begin < span.end <= len(layout):
             raise ValueError(
                 f"{name} has an image in tokens {span.begin} to {span.end}, expected images in "
-                f"order within its {len(layout)} tokens"
+                f"order within the row of {counted(len(layout), 'token')}"
             )
         end = span.end
     return layout

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from onepass_trl.data.layout import Layout
 from onepass_trl.visibility import check_visible_begin
+from onepass_trl.wording import counted
 
 
 def position_planes(
@@ -45,7 +46,8 @@ def position_planes(
     for span, (frames, high, wide) in zip(row.images, shapes, strict=True):
         if frames * high * wide != span.end - span.begin:
             raise ValueError(
-                f"the image ({span.source}) has {span.end - span.begin} tokens in its row, but "
+                f"the image ({span.source}) has "
+                f"{counted(span.end - span.begin, 'token')} in its row, but "
                 f"{frames} x {high} x {wide} by the processor: prepare the dataset with the same "
                 "processor"
             )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onepass_trl.data.layout import TOKEN_COLUMNS
 from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.visibility import VisibilityError, check_visible_end
+from onepass_trl.wording import counted
 
 _LARGEST = np.iinfo(np.int32).max
 
@@ -97,7 +98,8 @@ def _check_lengths(
         if differs.any():
             row = int(differs.argmax())
             raise ValueError(
-                f"{name(row)} has {lengths[column][row]} values of {column} and {sizes[row]} of "
+                f"{name(row)} has {counted(lengths[column][row], 'value')} of {column} and "
+                f"{sizes[row]} of "
                 "input_ids, expected one of each for every token, and at least one token"
             )
 

@@ -20,6 +20,7 @@ from onepass_trl.chat.records import CONVERSATIONS, form_of
 from onepass_trl.passes import Pass
 from onepass_trl.preparation.given_passes import trained_by_labels
 from onepass_trl.preparation.options import PreparationOptions
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,8 +147,8 @@ def _of_ids(record: Mapping[str, Any], options: PreparationOptions) -> Pass:
     for column, values in given.items():
         if values.size != ids.size:
             raise ChatFormatError(
-                f"'input_ids' has {ids.size} tokens and {column!r} {values.size}: they need one "
-                "value for each token"
+                f"'input_ids' has {counted(ids.size, 'token')} and {column!r} {values.size}: they "
+                "need one value for each token"
             )
     if record.get("attention_mask") and not all(record["attention_mask"]):
         raise ChatFormatError(

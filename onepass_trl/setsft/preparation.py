@@ -99,9 +99,10 @@ class SetMaker(Maker):
         num_tokens = len(self.tokens.ids)
         if len(traces) > num_tokens and self.excess_traces == "error":
             raise ValueError(
-                f"it has {len(traces)} completions, but there are only {num_tokens} forking "
-                f"tokens: raise num_forking_tokens to at least {len(traces)}, remove completions, "
-                'or set excess_traces="split" to match them in groups'
+                f"it has {len(traces)} completions, more than "
+                f"{counted(num_tokens, 'forking token')}: raise num_forking_tokens to at least "
+                f"{len(traces)}, remove completions, or set "
+                'excess_traces="split" to match them in groups'
             )
         distinct = {(t.pass_.token_ids.tobytes(), t.pass_.trained.tobytes()) for t in traces}
         kept, lost = _limit(traces, self.options)

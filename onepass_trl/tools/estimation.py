@@ -30,6 +30,7 @@ from onepass_trl.tools.flops import (
 from onepass_trl.tools.single_rendering import Training, train_on_one_rendering
 from onepass_trl.visibility import TILE, causal_visible_end, num_executed_pairs, num_visible_pairs
 from onepass_trl.vision import Vision, vision_of
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -217,9 +218,9 @@ def estimate(
         raise ValueError(describe_invalid(invalid))
     if one_pass.tokens == 0:
         raise ValueError(
-            f"nothing is left to train: the shortest of the {lost.num_passes} turns is longer than "
-            f"max_length {options.max_length} (the longest has {lost.longest} tokens with its "
-            "context). Raise max_length"
+            f"nothing is left to train: {counted(lost.num_passes, 'turn is', 'turns are all')} "
+            f"longer than max_length {options.max_length} (the longest has {lost.longest} tokens "
+            "with its context). Raise max_length"
         )
     reasoning = [count.has_reasoning for count in counts if count.has_reasoning is not None]
     return Estimate(

@@ -11,6 +11,7 @@ from onepass_trl.tools import plots
 from onepass_trl.tools.estimation import Estimate
 from onepass_trl.tools.estimation_report import PARTS, turn_bins
 from onepass_trl.tools.single_rendering import Training
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -60,7 +61,7 @@ def _draw_ways(figure: SubFigure, ways: Mapping[str, Training]) -> None:
         ax.bar_label(bars, [f"{n:,}" if n else "" for n in counts], label_type="center", color="w")
         left += counts
     ax.invert_yaxis()
-    ax.set_title(f"how {turns:,} turns would be trained")
+    ax.set_title(f"how {counted(turns, 'turn')} would be trained")
     ax.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, ncols=4, loc="outside lower center")
 

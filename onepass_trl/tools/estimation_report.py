@@ -13,6 +13,7 @@ from onepass_trl.attention.implementations.varlen import MAX_KEYS_PER_TOKEN
 from onepass_trl.preparation.report import describe_invalid
 from onepass_trl.tools.estimation import Estimate, Work, weighted_pairs
 from onepass_trl.tools.single_rendering import Training
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from onepass_trl.tools.step_time import StepTime
@@ -69,7 +70,7 @@ def report(found: Estimate, *, times: tuple[StepTime, StepTime] | None = None) -
 def single_rendering(ways: Mapping[str, Training]) -> Iterator[str]:
     """Yield what ways of training make of turns as lines of text, one pass last."""
     turns = next(iter(ways.values())).turns
-    yield f"How one rendering of each conversation would train the {turns:,} turns (tokens):"
+    yield f"How one rendering of each conversation would train {counted(turns, 'turn')} (tokens):"
     columns = ("as at inference", "not at all", "without reasoning", "in another context")
     yield " " * 16 + "".join(f"{column:>24}" for column in columns)
     for way, made in {**ways, "one pass": Training(turns, faithful=turns)}.items():
@@ -102,9 +103,9 @@ def _prediction(found: Estimate, times: tuple[StepTime, StepTime] | None) -> Ite
         errors = [time.largest_error for time in times if time.num_rows > num_coefficients]
         fitted = f" (fitted to within {max(errors):.0%})" if errors else ""
         yield (
-            f"Predicted: N-pass takes {n / one:.2f} times as long, from {times[0].num_rows} rows "
-            f"and {times[1].num_rows} turns of up to {max(time.longest for time in times):,} "
-            f"tokens that ran on this device{fitted}."
+            f"Predicted: N-pass takes {n / one:.2f} times as long, from "
+            f"{counted(times[0].num_rows, 'row')} and {counted(times[1].num_rows, 'turn')} of up "
+            f"to {max(time.longest for time in times):,} tokens that ran on this device{fitted}."
         )
     if found.cost is None:
         yield (
@@ -141,21 +142,25 @@ def _rows(found: Estimate) -> Iterator[str]:
     lost = found.overflow
     if lost.num_passes:
         yield (
-            f"Overflow: {lost.num_passes:,} turns are longer than max_length {found.max_length:,}; "
-            f"{lost.num_lost_tokens:,} trained tokens are lost, {lost.num_lost_turns:,} turns "
-            f"whole, {(found.num_turns == 0).sum():,} conversations whole. max_length "
+            f"Overflow: {counted(lost.num_passes, 'turn is', 'turns are')} longer than max_length "
+            f"{found.max_length:,}; "
+            f"{counted(lost.num_lost_tokens, 'trained token is', 'trained tokens are')} lost, "
+            f"{counted(lost.num_lost_turns, 'turn')} whole, "
+            f"{counted((found.num_turns == 0).sum(), 'conversation')} whole. max_length "
             f"{lost.longest:,} keeps them all."
         )
     else:
         yield f"No turn is longer than max_length {found.max_length:,}."
     if found.num_split:
-        yield f"{found.num_split:,} conversations are split into several rows; nothing is lost."
+        split = counted(found.num_split, "conversation is", "conversations are")
+        yield f"{split} split into several rows; nothing is lost."
     assert found.packed_rows is not None
     room = found.packed_rows * found.max_length
     yield (
-        f"Packing: {found.one_pass.rows:,} rows become {found.packed_rows:,}, "
-        f"{found.one_pass.tokens / room:.1%} full ({room - found.one_pass.tokens:,} tokens of "
-        "padding if rows were padded to max_length)."
+        f"Packing: {counted(found.one_pass.rows, 'row becomes', 'rows become')} "
+        f"{found.packed_rows:,}, {found.one_pass.tokens / room:.1%} full ("
+        f"{counted(room - found.one_pass.tokens, 'token')} of padding if rows were padded to "
+        "max_length)."
     )
 
 
@@ -172,9 +177,10 @@ def _remarks(found: Estimate) -> Iterator[str]:
         )
     else:
         tokens = [x[found.branches].sum() for x in (found.n_pass_tokens, found.row_tokens)]
+        verb = "branches" if num_branching == 1 else "branch"
         yield (
-            f"{num_branching:,} of {len(found.branches):,} conversations branch: turns occur twice "
-            f"in them, and N-pass computes {tokens[0] / tokens[1]:.2f} times the tokens."
+            f"{num_branching:,} of {counted(len(found.branches), 'conversation')} {verb}: turns "
+            f"occur twice there, and N-pass computes {tokens[0] / tokens[1]:.2f} times the tokens."
         )
     if found.has_reasoning is False:
         yield (

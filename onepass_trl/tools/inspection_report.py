@@ -59,7 +59,7 @@ def _in_window(found: Inspection, window: int, num_layers: int) -> str:
         f"in the {f'{num_layers} layers' if num_layers > 1 else 'layer'} with a window of "
         f"{window:,}: one pass {pairs:,} pairs, N-pass "
         f"{n_pass_pairs:,} = {n_pass_pairs / pairs:.2f} x; "
-        f"{one_pass.executed[window] // TILE**2:,} tiles executed"
+        f"{counted(one_pass.executed[window] // TILE**2, 'tile')} executed"
     )
 
 

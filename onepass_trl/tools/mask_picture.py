@@ -242,7 +242,7 @@ def _describe(figure: Figure, axes: Axes, found: Inspection, title: str) -> None
     turns = len(found.pass_lengths)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     axes.set_title(
-        f"{len(found.row):,} tokens in one pass; {counted(turns, 'turn')}; "
+        f"{counted(len(found.row), 'token')} in one pass; {counted(turns, 'turn')}; "
         f"N-pass computes {found.token_ratio:.2f} times the tokens\n"
         f"{found.pairs:,} useful pairs in layers without a window; tiles of {TILE} x {TILE} "
         f"compute {executed / found.pairs:.2f} times those",
@@ -251,10 +251,10 @@ def _describe(figure: Figure, axes: Axes, found: Inspection, title: str) -> None
         pad=26,
     )
     entries = [
-        (_FULL, f"full tile: every pair is visible ({full:,} tiles)"),
-        (_SEEN, f"visible pair of a partial tile ({partial:,} tiles)"),
+        (_FULL, f"full tile: every pair is visible ({counted(full, 'tile')})"),
+        (_SEEN, f"visible pair of a partial tile ({counted(partial, 'tile')})"),
         (_MASKED, "masked pair of a partial tile: computed in vain"),
-        (_SKIPPED, f"not computed ({skipped:,} tiles below the diagonal)"),
+        (_SKIPPED, f"not computed ({counted(skipped, 'tile')} below the diagonal)"),
         (_TRUNK, "trunk: what later turns see"),
         (_BRANCHES[0], "branch: hidden from later turns"),
         *([(_IMAGE, "tokens of an image")] if found.row.images else []),

@@ -14,6 +14,7 @@ from onepass_trl.data import build_tree, linearize
 from onepass_trl.passes import Pass
 from onepass_trl.tools.bench.timing import seconds_of
 from onepass_trl.vision import Vision, ordinary_inputs, vision_of
+from onepass_trl.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,7 +111,7 @@ def compare(
     num_trained = sum(pass_.num_trained for pass_ in passes)
     if num_trained == 0:
         raise ValueError(
-            f"nothing to compare: none of the {len(passes)} passes has a trained token"
+            f"nothing to compare: no token is trained in {counted(len(passes), 'pass', 'passes')}"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("nothing to compare: no parameter of the model requires a gradient")

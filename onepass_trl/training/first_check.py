@@ -23,6 +23,7 @@ from onepass_trl.attention.transformers_backend import set_attention
 from onepass_trl.data.layout import Layout, images_on, separate, target_paths
 from onepass_trl.passes import IGNORE_INDEX
 from onepass_trl.vision import Vision, ordinary_inputs
+from onepass_trl.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +70,12 @@ class Difference:
             return  # a model without finite log-probabilities is reported by its first loss
         raise ValueError(
             f"{type(base_model(model)).__name__} does not compute in one pass what it computes in "
-            f"{self.num_passes} passes: the log-probabilities of a row of {self.num_tokens} tokens "
-            f"differ by {self.one_pass:.2g} on average, where rounding in {dtype} explains up to "
-            f"{allowed:.2g}. So it would be trained with another loss. A layer may ignore "
-            "visible_end, visible_begin or position_ids, or a kernel may be wrong: try "
-            "attention_impl='flex' or 'dense', and please report it with the output of "
-            "`onepass-trl env`. "
-            "verify_model=False trains without this check"
+            f"{counted(self.num_passes, 'pass', 'passes')}: the log-probabilities of a row of "
+            f"{counted(self.num_tokens, 'token')} differ by {self.one_pass:.2g} on average, where "
+            f"rounding in {dtype} explains up to {allowed:.2g}. So it would be trained with "
+            "another loss. A layer may ignore visible_end, visible_begin or position_ids, or a "
+            "kernel may be wrong: try attention_impl='flex' or 'dense', and please report it with "
+            "the output of `onepass-trl env`. verify_model=False trains without this check"
         )
 
 
@@ -119,10 +119,10 @@ def verify(
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
     found.check(model, autocast.get(accelerator.mixed_precision, model.dtype))
     logger.info(
-        "One pass gives the log-probabilities of %d passes: on a row of %d tokens they differ "
-        "by %.2g on average (%.1f s)",
-        found.num_passes,
-        found.num_tokens,
+        "One pass gives the log-probabilities of %s: on a row of %s they differ by %.2g on average "
+        "(%.1f s)",
+        counted(found.num_passes, "pass", "passes"),
+        counted(found.num_tokens, "token"),
         found.one_pass,
         time.perf_counter() - begin,
     )

@@ -223,9 +223,9 @@ def test_inline_reasoning_after_a_prompt_that_excludes_it():
 def test_marks_that_a_template_writes_twice_or_not_at_all():
     fields = "<think>\n{{ m.reasoning_content }}\n</think>\n\n{{ m.content }}"
     for written, match in (
-        (chatml("<think>\n" + fields, OPENED), "opened 2 times .* closed 1 times"),
-        (chatml(fields.replace("</think>", ""), OPENED), "opened 1 times .* closed 0 times"),
-        (chatml(fields.replace("<think>", "")), "opened 0 times .* closed 1 times"),
+        (chatml("<think>\n" + fields, OPENED), "opened 2 times .* closed 1 time with"),
+        (chatml(fields.replace("</think>", ""), OPENED), "opened 1 time .* closed 0 times"),
+        (chatml(fields.replace("<think>", "")), "opened 0 times .* closed 1 time with"),
         (chatml(fields + "<think></think>"), "opened 2 times .* closed 2 times"),
     ):
         with pytest.raises(ChatFormatError, match=match):

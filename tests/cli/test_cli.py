@@ -325,7 +325,7 @@ def test_verify_names_the_row_and_an_id_without_an_embedding(tiny_model_dir, tmp
     flags = [str(path), f"--model_name_or_path={tiny_model_dir}"]
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
     assert main(["verify", *flags]) == 2
-    assert "row 0 of the dataset: none of the 1 messages" in capsys.readouterr().err
+    assert "row 0 of the dataset: the conversation has 1 message, none" in capsys.readouterr().err
     path.write_text(json.dumps({"passes": [{"input_ids": [1, 9**9], "labels": [-100, 9**9]}]}))
     assert main(["verify", *flags]) == 2
     assert "the conversation has the token id 387420489, but the" in capsys.readouterr().err

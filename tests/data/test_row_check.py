@@ -16,7 +16,7 @@ from tests.data.strategies import pass_lists
 PASSES = [Pass([1, 2, 3], [0, 0, 1]), Pass([1, 2, 4, 5], [0, 0, 1, 1])]
 
 WRONG = {
-    "one element": ("weights", [1.0], "1 values of weights and 6 of input_ids"),
+    "one element": ("weights", [1.0], "1 value of weights and 6 of input_ids"),
     "an element less": ("multiplicity", [1] * 5, "5 values of multiplicity and 6 of input_ids"),
     "no element": ("shift_labels", [], "0 values of shift_labels and 6 of input_ids"),
     "negative id": ("input_ids", {4: -5}, r"input_ids\[4\] = -5, expected a token id"),

@@ -128,7 +128,7 @@ def test_a_subset_of_prepared_rows_is_checked_alone():
 @pytest.mark.parametrize(
     ("column", "change", "message"),
     [
-        ("weights", lambda values: values[:1], "has 1 values of weights and .* of input_ids"),
+        ("weights", lambda values: values[:1], "has 1 value of weights and .* of input_ids"),
         ("weights", lambda values: [-w for w in values], r"has weights\[\d+\] = -1.0, expected a "),
         (
             "shift_labels",
@@ -173,7 +173,7 @@ def test_invalid_turns_are_left_out_where_asked(streaming, caplog):
     assert [int(row["num_turns"]) for row in rows] == [1, 1]
     assert set(next(iter(rows))) == {*ROW_FEATURES, "labels"}
     assert "row 0: assistant turn 0 (message 1, template family composable)" in caplog.text
-    assert "row 1: none of the 1 messages is from the assistant" in caplog.text
+    assert "row 1: the conversation has 1 message, none from the assistant" in caplog.text
     assert ("of 2 turns or rows, which are left out" in caplog.text) != streaming
 
 

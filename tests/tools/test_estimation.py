@@ -231,7 +231,7 @@ def test_conversations_that_branch_are_counted_apart(tiny_tokenizer):
     assert found.branches.tolist() == [False, True]
     ratio = (3 + 5) / build_tree(fork).num_row_tokens()
     text = text_of(found)
-    assert "1 of 2 conversations branch" in text
+    assert "1 of 2 conversations branches:" in text
     assert f"N-pass computes {ratio:.2f} times the tokens" in text
 
 

@@ -160,7 +160,7 @@ def test_an_estimate_adds_them_up(qwen3):
         9, faithful=5, unreasoned=4, unreasoned_tokens=14, displaced=1, displaced_tokens=9
     )
     lines = list(report(found))
-    at = next(at for at, line in enumerate(lines) if "would train the 9 turns" in line)
+    at = next(at for at, line in enumerate(lines) if "would train 9 turns" in line)
     assert lines[at + 2].split() == ["all", "turns", "5", "-", "4", "(14)", "1", "(9)"]
     assert lines[at + 5].split() == ["one", "pass", "9", "-", "-", "-"]
     assert as_json(found)["single_rendering"][LAST_TURN]["untrained"] == 6

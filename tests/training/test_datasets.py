@@ -77,7 +77,7 @@ def test_wrong_rows_are_named_before_anything_is_trained(train, skip):
         )
 
     broadcast = changed("weights", lambda values: values[:1])
-    with pytest.raises(ValueError, match="row 1 of the prepared train dataset has 1 values of wei"):
+    with pytest.raises(ValueError, match="row 1 of the prepared train dataset has 1 value of wei"):
         train(dataset=broadcast, dataset_kwargs=skip)
     unknown = changed("shift_labels", lambda values: [*values[:-1], 99999])
     with pytest.raises(ValueError, match="the train dataset has the token id 99999, but the model"):

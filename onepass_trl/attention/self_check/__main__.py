@@ -20,6 +20,7 @@ from onepass_trl.attention.self_check.cases import hostile_cases
 from onepass_trl.attention.self_check.comparison import mistake_in
 from onepass_trl.attention.self_check.process import BEGINS, ENDS, TIME_LIMIT
 from onepass_trl.attention.self_check.verdicts import Verdict
+from onepass_trl.wording import counted
 
 
 def main(arguments: list[str]) -> None:
@@ -69,7 +70,7 @@ def _device_of(uuid: str, likely: torch.device) -> torch.device:
     for device in sorted(devices, key=lambda device: device != likely):
         if str(torch.cuda.get_device_properties(device).uuid) == uuid:
             return device
-    raise RuntimeError(f"of {len(devices)} visible devices none is {uuid}")
+    raise RuntimeError(f"no device is {uuid}, of {counted(len(devices), 'visible device')}")
 
 
 def _first_line(error: BaseException) -> str:

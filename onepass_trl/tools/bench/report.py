@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onepass_trl.visibility import TILE
+from onepass_trl.wording import counted
 
 _TIMES = ("forward", "backward", "total")
 
@@ -15,11 +16,12 @@ def attention_table(results: Sequence[Mapping[str, Any]]) -> str:
     first = results[0]
     groups = "" if first["heads"] == first["kv_heads"] else f" ({first['kv_heads']} of keys)"
     lines = [
-        f"Attention of one layer without a window: {first['seq']:,} tokens, {first['heads']} heads"
-        f"{groups} of size {first['head_dim']}, {first['dtype']}",
+        "Attention of one layer without a window: "
+        f"{counted(first['seq'], 'token')}, {counted(first['heads'], 'head')}{groups} of size "
+        f"{first['head_dim']}, {first['dtype']}",
         f"useful pairs: {first['useful_share_of_causal']:.3f} of the causal ones; executed / "
         f"useful: {first['executed_over_useful']:.2f} (tiles of {TILE} x {TILE}, onepass cpu)",
-        f"ms, smallest and median of {first['repeats']} repeats; x: times as long as "
+        f"ms, smallest and median of {counted(first['repeats'], 'repeat')}; x: times as long as "
         f"{first['implementation']}",
         "",
         f"{'':16}{'forward':>15}{'backward':>20}{'both':>18}{'x':>13}",
@@ -40,10 +42,9 @@ def attention_table(results: Sequence[Mapping[str, Any]]) -> str:
 def step_table(result: Mapping[str, Any]) -> str:
     """Return the result of `measure_step` as lines of text."""
     lines = [
-        f"Training step on {result['conversations']} "
-        f"conversation{'s' * (result['conversations'] > 1)}, smallest and median of "
-        f"{result['repeats']} repeats: forward, loss and backward of each row, one row per batch, "
-        "and AdamW",
+        f"Training step on {counted(result['conversations'], 'conversation')}, smallest and median "
+        f"of {counted(result['repeats'], 'repeat')}: forward, loss and backward of each row, one "
+        "row per batch, and AdamW",
         f"turns: {result['turns']:,}; executed / useful pairs of one pass: "
         f"{result['executed_over_useful']:.2f} (tiles of {TILE} x {TILE}, layers without a window)",
         "",
