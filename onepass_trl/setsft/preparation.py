@@ -99,7 +99,7 @@ class SetMaker(Maker):
         num_tokens = len(self.tokens.ids)
         if len(traces) > num_tokens and self.excess_traces == "error":
             raise ValueError(
-                f"it has {len(traces)} completions, more than "
+                f"it has {len(traces)} completions for "
                 f"{counted(num_tokens, 'forking token')}: raise num_forking_tokens to at least "
                 f"{len(traces)}, remove completions, or set "
                 'excess_traces="split" to match them in groups'
