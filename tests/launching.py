@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from multiprocessing.forkserver import ensure_running
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
 
 from tests.training.sharding import ENVIRONMENT, SHARDED
 
-REPOSITORY = Path(__file__).parents[1]
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.training.image_worker", "tests.setsft.distributed_worker"])
+
 FSDP2 = dict(
     **SHARDED,
     fsdp=True,
@@ -63,24 +74,45 @@ def run(
 
 
 def launch(num_processes: int, worker: str, *arguments: str, **environment: str) -> None:
-    """Run a worker in several processes of one thread each."""
+    """Run a worker in several processes of one thread each, as torchrun would.
+
+    They are forked from a process that has imported what they need, which takes most of the time
+    of a short run.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(num_processes),
-        "--master-port",
-        str(port),
-    ]
-    command = [sys.executable, *launcher, "-m", worker, *arguments]
-    own = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    environment = {**os.environ, **ENVIRONMENT, **own, **environment}
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
-    )
-    # What the processes said, before the launcher's own lines about them.
-    own = result.stderr.partition("torch/distributed/elastic/multiprocessing")[0] or result.stderr
-    assert result.returncode == 0, own[-8000:]
+    size = str(num_processes)
+    environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    environment |= dict(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    with patch.dict(os.environ, OMP_NUM_THREADS="1", **ENVIRONMENT):
+        ensure_running()
+    with tempfile.TemporaryFile() as said:
+        processes = []
+        for rank in map(str, range(num_processes)):
+            own = environment | dict(RANK=rank, LOCAL_RANK=rank)
+            what = (worker, arguments, own, DupFd(said.fileno()))
+            process = _SERVER.Process(target=_work, args=what)
+            process.start()
+            processes.append(process)
+        running = processes
+        while running:
+            wait([process.sentinel for process in running])
+            if any(process.exitcode for process in processes):  # the others would wait for it
+                for process in processes:
+                    process.kill()
+            running = [process for process in running if process.exitcode is None]
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    assert not any(process.exitcode for process in processes), text[-8000:]
+
+
+def _work(worker: str, arguments: Sequence[str], environment: dict[str, str], said: Any) -> None:
+    """Be a process of a run; what it says goes to a file."""
+    number = said.detach()
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(number, stream.fileno())
+    faulthandler.enable()
+    os.environ.update(environment)
+    sys.argv = [worker, *arguments]
+    runpy.run_module(worker, run_name="__main__")

@@ -114,6 +114,11 @@ def test_all_processes_refuse_what_is_spoiled(options, spoiled, message, tmp_pat
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_what_processes_say_that_fail_is_shown(tmp_path):
+    with pytest.raises(AssertionError, match="unexpected keyword argument 'no_such_option'"):
+        run(tmp_path / "run", 2, no_such_option=1)
+
+
 def check_evaluation(actual_run, expected_run):
     """Compare the evaluations of two runs, in which every row counts once."""
     actual, expected = actual_run[0][-1], expected_run[0][-1]
