@@ -206,10 +206,11 @@ def refuse_media(
 
 def _message_list(record: Mapping[str, Any], column: str) -> list[Message]:
     value = record[column]
+    remedy = ", or give text in both 'prompt' and 'completion'" if column == "prompt" else ""
     if not isinstance(value, (list, tuple)) or not all(isinstance(m, Mapping) for m in value):
         raise ChatFormatError(
             f"column {column!r} must be a list of message dicts, got {type(value).__name__}: "
-            f"{str(value)[:80]!r}"
+            f"{str(value)[:80]!r}; convert it{remedy}"
         )
     messages = [dict(message) for message in value]
     if column == "conversations":
@@ -219,13 +220,19 @@ def _message_list(record: Mapping[str, Any], column: str) -> list[Message]:
 
 def _with_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """Return the messages after the record's system prompt, if it has one."""
-    if not record.get("system"):
+    system = record.get("system")
+    if system in (None, "", []):
         return messages
+    if not isinstance(system, str):
+        raise ChatFormatError(
+            f"column 'system' must be text, got {type(system).__name__}: {str(system)[:80]!r}; "
+            "convert it, or give it as the first message"
+        )
     if messages and messages[0].get("role") == "system":
         raise ChatFormatError(
             "the row has a 'system' column and a system message among its messages; keep one"
         )
-    return [{"role": "system", "content": record["system"]}, *messages]
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _from_sharegpt_message(message: Message, index: int) -> Message:

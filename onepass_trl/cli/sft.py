@@ -150,7 +150,9 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
         **(training_args.model_init_kwargs or {}),
     }
     wants_eval = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = load_datasets(script_args, mixture, wants_eval)
+    train_dataset, eval_dataset = load_datasets(
+        script_args, mixture, wants_eval, training_args.dataset_text_field
+    )
     model_files = reading("the model", model_args.model_name_or_path, among_others=True)
     with model_files, using_flags():
         trainer = trainer_class(
@@ -183,10 +185,13 @@ def run(argv: list[str], parser: Any, trainer_class: Any) -> int:
     return 0
 
 
-def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any, Any | None]:
+def load_datasets(
+    script_args: Any, mixture: Any, wants_eval: bool, text_field: str
+) -> tuple[Any, Any | None]:
     """Return the training split and, where `wants_eval`, the evaluation split.
 
-    Datasets that the mixture names are used instead of the one of `script_args`.
+    Datasets that the mixture names are used instead of the one of `script_args`. `text_field` is
+    the column of plain text.
     """
     from trl import get_dataset
 
@@ -214,6 +219,7 @@ def load_datasets(script_args: Any, mixture: Any, wants_eval: bool) -> tuple[Any
             split,
             config=script_args.dataset_config,
             streaming=script_args.dataset_streaming,
+            text_field=text_field,
         )
 
     test = load(script_args.dataset_test_split) if wants_eval else None

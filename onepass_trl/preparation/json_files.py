@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -26,6 +26,8 @@ JSON_SUFFIXES = (
 """How the names of files of JSON end."""
 UNREADABLE = "unreadable record"
 """The only column of a record that can't be read: where it is, and why."""
+NOT_TEXT = "columns without text"
+"""The column that lists those of a record in which text is expected and something else is."""
 
 _LARGEST_RATIO = 200
 _LEAST_LIMIT = 2**30
@@ -58,6 +60,25 @@ def read_json(file: str) -> Iterator[dict[str, Any]]:
         except _UnreadableError as error:
             value = {UNREADABLE: str(error)}
         yield _as_record(value, where, line)
+
+
+def not_text(record: Mapping[str, Any], text_field: str) -> list[str]:
+    """Return the columns in which text is expected and something else is.
+
+    >>> not_text({"text": ["a"], "prompt": [{"role": "user", "content": "Hi"}], "id": 5}, "text")
+    ['text']
+    """
+    found = [column for column in (text_field, "system") if _is_other(record.get(column))]
+    for column in ("prompt", "completion"):
+        value = record.get(column)
+        is_messages = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+        if _is_other(value) and not is_messages and column != text_field:
+            found.append(column)
+    return found
+
+
+def _is_other(value: Any) -> bool:
+    return value is not None and not isinstance(value, str)
 
 
 class _UnreadableError(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from onepass_trl.preparation.cache import code_digest, files_digest
-from onepass_trl.preparation.json_files import JSON_SUFFIXES, read_json
+from onepass_trl.preparation.json_files import JSON_SUFFIXES, NOT_TEXT, not_text, read_json
 from onepass_trl.wording import counted
 
 _SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -35,7 +35,12 @@ _UNREAD = {
 
 
 def load_conversations(
-    name: str, split: str = "train", *, config: str | None = None, streaming: bool = False
+    name: str,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    streaming: bool = False,
+    text_field: str = "text",
 ) -> Any:
     """Return the split as a `datasets.Dataset` (or `IterableDataset` where `streaming`).
 
@@ -51,6 +56,9 @@ def load_conversations(
             have one split, ``train``; a folder has those that the names of its files say.
         config: the dataset's configuration, where it has several.
         streaming: read records as they are needed; slices are then not possible.
+        text_field: the column of plain text, as ``dataset_text_field``. Where it holds something
+            else in a local JSON file, or ``prompt``, ``completion`` or ``system`` does, that is not
+            taken for its JSON text: it is an error when the record is prepared.
 
     Raises:
         FileNotFoundError: if `name` ends like a file and there is none.
@@ -67,7 +75,7 @@ def load_conversations(
         splits = _folder_splits(name, config)
         files = [file for of_split in splits.values() for file in of_split]
         if files and all(_suffix(file) in JSON_SUFFIXES for file in files):
-            return _load_json(name, splits, split, streaming)
+            return _load_json(name, splits, split, streaming, text_field)
         local = [file for file in files if Path(file).is_file()]
         return _load_split(name, split, {"path": name, "name": config}, local, streaming)
     if suffix is None:
@@ -93,7 +101,7 @@ def load_conversations(
     if suffix == ".parquet":
         source = {"path": "parquet", "data_files": {"train": list(map(glob.escape, files))}}
         return _load_split(name, split, source, files, streaming)
-    return _load_json(name, {"train": files}, split, streaming)
+    return _load_json(name, {"train": files}, split, streaming, text_field)
 
 
 def _suffix(name: str) -> str | None:
@@ -132,7 +140,9 @@ def _no_split(name: str, split: str, error: Exception) -> ValueError:
     )
 
 
-def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: bool) -> Any:
+def _load_json(
+    name: str, splits: dict[str, list[str]], split: str, streaming: bool, text_field: str
+) -> Any:
     """Return the records of JSON files, what is nested in them as JSON text."""
     wanted = {part.partition("[")[0].strip() for part in split.split("+")}
     if not wanted <= splits.keys():
@@ -140,8 +150,8 @@ def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: b
     if streaming:
         if split not in splits:
             raise _no_split(name, split, ValueError("a stream can't be sliced."))
-        return _records_of_json(name, splits[split], streaming)
-    whole = {one: _records_of_json(name, splits[one], streaming) for one in wanted}
+        return _records_of_json(name, splits[split], streaming, text_field)
+    whole = {one: _records_of_json(name, splits[one], streaming, text_field) for one in wanted}
     lengths = {one: len(dataset) for one, dataset in whole.items()}
     try:
         parts = ReadInstruction.from_spec(split).to_absolute(lengths)
@@ -159,13 +169,13 @@ def _load_json(name: str, splits: dict[str, list[str]], split: str, streaming: b
     return concatenate_datasets(chosen)
 
 
-def _records_of_json(name: str, files: list[str], streaming: bool) -> Any:
-    records = (record for file in files for record in read_json(file))
-    columns = list(dict.fromkeys(key for record in records for key in record))
+def _records_of_json(name: str, files: list[str], streaming: bool, text_field: str) -> Any:
+    columns = list(dict.fromkeys(key for record in _read(files, text_field) for key in record))
     if not columns:
         raise ValueError(f"{name!r} holds no rows: it needs one JSON object a line")
     features = Features({column: Value("string") for column in columns})
     arguments: dict[str, Any] = {"files": tuple(files), "columns": tuple(columns)}
+    arguments["text_field"] = text_field
     if streaming:
         return IterableDataset.from_generator(
             _text_records, features=features, gen_kwargs=arguments
@@ -180,11 +190,18 @@ def _records_of_json(name: str, files: list[str], streaming: bool) -> Any:
 
 
 def _text_records(
-    files: tuple[str, ...], columns: tuple[str, ...], version: Any = None
+    files: tuple[str, ...], columns: tuple[str, ...], text_field: str, version: Any = None
 ) -> Iterator[dict[str, Any]]:
+    for record in _read(files, text_field):
+        yield {column: _as_text(record.get(column)) for column in columns}
+
+
+def _read(files: Iterable[str], text_field: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of the files, with `NOT_TEXT` where there is something to list."""
     for file in files:
         for record in read_json(file):
-            yield {column: _as_text(record.get(column)) for column in columns}
+            others = not_text(record, text_field)
+            yield {**record, NOT_TEXT: others} if others else record
 
 
 def _as_text(value: Any) -> str | None:

@@ -16,7 +16,7 @@ from datasets import Features, LargeList, List
 from onepass_trl.chat.errors import ChatFormatError, errors_named
 from onepass_trl.chat.json_text import unique
 from onepass_trl.chat.records import CONVERSATIONS, Form, form_of
-from onepass_trl.preparation.json_files import UNREADABLE
+from onepass_trl.preparation.json_files import NOT_TEXT, UNREADABLE
 from onepass_trl.preparation.options import NullArguments
 
 _ARROW_LISTS = (List, LargeList)
@@ -71,7 +71,12 @@ def read_record(
         )
     if record.get(UNREADABLE):
         raise ChatFormatError(record[UNREADABLE])
-    record = {column: value for column, value in record.items() if column not in ignored}
+    others = json.loads(record.get(NOT_TEXT) or "[]")
+    record = {
+        column: _decoded(value) if column in others else value
+        for column, value in record.items()
+        if column not in (NOT_TEXT, *ignored)
+    }
     types = features or {}
     decoded = {column: _json_list(record.get(column), column) for column in _LISTS}
     decoded = {
@@ -98,6 +103,15 @@ def read_record(
             read[column] = _settled(read[column], position, nulls)
             position += len(read[column]) if isinstance(read[column], list) else 0
     return read
+
+
+def _decoded(value: Any) -> Any:
+    """Return what was stored as JSON text; what has been converted to text since, as it is."""
+    try:
+        decoded = json.loads(value)
+    except (TypeError, ValueError):
+        return value
+    return value if isinstance(decoded, str) else decoded
 
 
 def _json_list(value: Any, column: str) -> list[Any] | None:

@@ -117,8 +117,9 @@ def _of_prompt(
     prompt, completion = record["prompt"], record["completion"]
     if not isinstance(completion, str):
         raise ChatFormatError(
-            f"'prompt' is text, so 'completion' must be text too, got {str(completion)[:80]!r}; "
-            "give both as text, or both as lists of messages"
+            "'prompt' is text, so 'completion' must be text too, got "
+            f"{type(completion).__name__}: {str(completion)[:80]!r}; give both as text, or both as "
+            "lists of messages"
         )
     if isinstance(record.get(options.text_field), str):
         raise ChatFormatError(

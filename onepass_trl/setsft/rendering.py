@@ -211,8 +211,8 @@ def _text_parts(
 ) -> _Parts:
     if not isinstance(completion, str):
         raise ChatFormatError(
-            f"the prompt is text, so it must be a string, got {str(completion)[:80]!r}; give the "
-            "prompt as a list of messages"
+            f"the prompt is text, so it must be a string, got {type(completion).__name__}: "
+            f"{str(completion)[:80]!r}; convert it, or give the prompt as a list of messages"
         )
     if not completion.strip():
         raise ChatFormatError("it is empty, so there is nothing to train; remove it")

@@ -42,6 +42,13 @@ def test_without_a_verb_the_verbs_are_listed(capsys):
     assert all(verb in out for verb in ("sft", "verify", "env"))
 
 
+def test_sft_names_the_row_whose_column_of_text_holds_something_else(sft_flags, tmp_path):
+    path = write_jsonl(tmp_path / "body.jsonl", [{"body": "Two."}, {"body": [2]}])
+    flags = ["--dataset_name", str(path), *sft_flags[1:], "--dataset_text_field=body"]
+    with pytest.raises(ValueError, match="row 1 of the train dataset: column 'body' must be text"):
+        train(flags)
+
+
 def test_an_unknown_verb_is_refused(capsys):
     with pytest.raises(SystemExit) as error:
         main(["trian"])

@@ -8,13 +8,15 @@ import json
 import lzma
 
 import pytest
+from datasets import Dataset
 
 from onepass_trl import load_conversations
+from onepass_trl.chat.errors import ChatFormatError
 from onepass_trl.preparation import json_files
 from onepass_trl.preparation.datasets import prepare_dataset
 from onepass_trl.preparation.json_files import UNREADABLE, read_json
 from onepass_trl.preparation.options import PreparationOptions
-from onepass_trl.preparation.rows import RowMaker
+from onepass_trl.preparation.rows import RowMaker, render_record
 from tests.chat.tokenizers import SHARED, SHARED_REASON
 
 GOOD = json.dumps(
@@ -127,3 +129,81 @@ def test_a_file_that_unpacks_without_end_is_named(tmp_path, monkeypatch, packing
         ValueError, match=f"{path.name} holds more than {limit} bytes, over 200 times"
     ):
         list(read_json(str(path)))
+
+
+CHAT = json.loads(GOOD)["messages"]
+NOT_TEXT_BUT = {
+    "text is a list": ({"text": ["a", "b"]}, "column 'text' must be text, got list: .*convert it"),
+    "text is a number": ({"text": 5}, "column 'text' must be text, got int: '5'"),
+    "text is a truth value": ({"text": True}, "column 'text' must be text, got bool: 'True'"),
+    "text is an object": ({"text": {"a": 1}}, "column 'text' must be text, got dict"),
+    "text is a conversation": ({"text": CHAT}, "got list: .* in the column 'messages'"),
+    "prompt": ({"prompt": 5, "completion": "a"}, "column 'prompt' must be a list .*, got int: '5'"),
+    "prompt is a list": ({"prompt": ["a"], "completion": "b"}, "'prompt' must be .*, got list"),
+    "prompt is an object": (
+        {"prompt": CHAT[0], "completion": "b"},
+        "'prompt' must be a list of message dicts, got dict: .* or give text in both",
+    ),
+    "completion": ({"prompt": "a", "completion": 5}, "'completion' must be text too, got int: '5'"),
+    "completion is a list": (
+        {"prompt": "a", "completion": ["b"]},
+        "'completion' must be text too, got list",
+    ),
+    "system": ({"messages": CHAT, "system": 5}, "column 'system' must be text, got int: '5'"),
+    "system is a list": ({"messages": CHAT, "system": ["a"]}, "'system' must be text, got list"),
+    "content": (
+        {"messages": [{"role": "user", "content": 5}, CHAT[1]]},
+        "message 0 has content of type int, expected a string or a list of parts",
+    ),
+    "value": (
+        {"conversations": [{"from": "human", "value": 5}, {"from": "gpt", "value": "a"}]},
+        "message 0 has content of type int",
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "problem"), NOT_TEXT_BUT.values(), ids=NOT_TEXT_BUT)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_not_text_is_not_trained_as_its_json(
+    tmp_path, tiny_tokenizer, record, problem, streaming
+):
+    """As where the record doesn't come from a file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(record)}\n{GOOD}\n")
+    dataset = load_conversations(str(path), streaming=streaming)
+    with pytest.raises(ValueError, match=f"row 0 of the train dataset: .*{problem}"):
+        list(prepared(dataset, tiny_tokenizer))
+    rows = prepared(dataset, tiny_tokenizer, invalid_turns="drop")
+    assert [row["num_turns"] for row in rows] == [1]
+    with pytest.raises(ChatFormatError, match=problem):
+        render_record(record, tiny_tokenizer)
+
+
+def test_a_column_of_text_may_have_another_name(tmp_path, tiny_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": ["a"], "text": 5}\n{"body": "[1]", "text": null}\n')
+    dataset = load_conversations(str(path), text_field="body")
+    with pytest.raises(ValueError, match=r"row 0 of .*: column 'body' must be text, got list"):
+        prepared(dataset, tiny_tokenizer, text_field="body")
+    converted = dataset.map(lambda row: {"body": row["body"].strip("[]")})
+    rows = prepared(converted, tiny_tokenizer, text_field="body")
+    assert tiny_tokenizer.decode(rows[0]["input_ids"]).startswith('"a"')
+
+
+def test_text_that_is_json_too_is_trained(tmp_path, tiny_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": '["a"]'}))
+    [row] = prepared(load_conversations(str(path)), tiny_tokenizer)
+    assert tiny_tokenizer.decode(row["input_ids"]).startswith('["a"]')
+
+
+def test_columns_that_are_not_read_may_hold_anything(tmp_path, tiny_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    messages = json.loads(GOOD)
+    path.write_text(json.dumps({**messages, "text": ["a"], "prompt": 5, "id": 7}))
+    [row] = prepared(load_conversations(str(path)), tiny_tokenizer)
+    [expected] = prepared(Dataset.from_list([messages]), tiny_tokenizer)
+    assert row["input_ids"].tolist() == expected["input_ids"].tolist()
+    path.write_text(json.dumps({**messages, "system": 5}))
+    [row] = prepared(load_conversations(str(path)), tiny_tokenizer, ignored_columns=["system"])
+    assert row["input_ids"].tolist() == expected["input_ids"].tolist()
