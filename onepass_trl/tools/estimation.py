@@ -15,7 +15,7 @@ from onepass_trl.attention.implementations.varlen import chains_of
 from onepass_trl.chat.processing import ProcessingClass
 from onepass_trl.data import Layout, Overflow, build_tree, linearize, pack
 from onepass_trl.data.image_positions import image_blocks
-from onepass_trl.passes import IGNORE_INDEX, ImageSpan
+from onepass_trl.passes import IGNORE_INDEX, ImageSpan, Pass
 from onepass_trl.preparation.datasets import PACK_BATCH_SIZE
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.report import describe_invalid
@@ -282,15 +282,11 @@ def _count(
     one_pass, n_pass = Work(), Work()
     windows = {None, *(kind.window for kind in layers)}
     vision = vision_of(tokenizer)
-    sees_blocks = any(kind.sees_blocks for kind in layers)
     for layout in layouts:
         one_pass.add(work_of_row(layout, windows, visible_begins(layout, layers, vision)))
+    seeing = [kind.window for kind in layers if kind.sees_blocks]
     for pass_ in passes:
-        if pass_.images and sees_blocks:
-            alone = linearize(build_tree([pass_]))
-            n_pass.add(work_of_row(alone, windows, visible_begins(alone, layers, vision)))
-        else:
-            n_pass.add(work_of_pass(len(pass_), pass_.num_trained, windows, pass_.images))
+        n_pass.add(work_of_pass(pass_, windows, seeing, vision))
     return _Count(
         index=index,
         one_pass=one_pass,
@@ -313,11 +309,14 @@ def visible_begins(row: Layout, layers: Sequence[AttentionLayers], vision: Visio
         layers: of the model.
         vision: of the model's processor, for a row with images.
     """
-    windows = [kind.window for kind in layers if kind.sees_blocks]
-    if not windows or not row.images:
+    return _begins(row, [kind.window for kind in layers if kind.sees_blocks], vision)
+
+
+def _begins(row: Layout, seeing: Sequence[int | None], vision: Vision | None) -> Begins:
+    if not seeing or not row.images:
         return {}
     assert vision is not None
-    return dict.fromkeys(windows, image_blocks(row, vision.is_image(row.input_ids)))
+    return dict.fromkeys(seeing, image_blocks(row, vision.is_image(row.input_ids)))
 
 
 def work_of_row(row: Layout, windows: Iterable[int | None], begins: Begins = NO_BLOCKS) -> Work:
@@ -337,12 +336,32 @@ def work_of_row(row: Layout, windows: Iterable[int | None], begins: Begins = NO_
 
 
 def work_of_pass(
+    pass_: Pass,
+    windows: Iterable[int | None],
+    seeing: Sequence[int | None],
+    vision: Vision | None,
+) -> Work:
+    """Return what N-pass computes for one pass, if its kernels skip tiles no query sees.
+
+    Args:
+        pass_: the pass.
+        windows: of layers.
+        seeing: the windows of those that see images in both directions.
+        vision: of the model's processor, for a pass with images.
+    """
+    if pass_.images and seeing:
+        alone = linearize(build_tree([pass_]))
+        return work_of_row(alone, windows, _begins(alone, seeing, vision))
+    return work_of_causal_pass(len(pass_), pass_.num_trained, windows, pass_.images)
+
+
+def work_of_causal_pass(
     num_tokens: int,
     num_trained: int,
     windows: Iterable[int | None],
     images: Sequence[ImageSpan] = (),
 ) -> Work:
-    """Return what N-pass computes for one causal pass, if its kernels skip tiles no query sees."""
+    """Return what N-pass computes for a pass in layers that see it causally."""
     work = Work(
         rows=1,
         tokens=num_tokens,

@@ -19,7 +19,7 @@ from onepass_trl.data.tree import ROOT, TokenTree
 from onepass_trl.passes import ImageSource, Pass
 from onepass_trl.preparation.options import PreparationOptions
 from onepass_trl.preparation.rows import render_record
-from onepass_trl.tools.estimation import Begins, visible_begins, work_of_pass
+from onepass_trl.tools.estimation import Begins, visible_begins, work_of_causal_pass
 from onepass_trl.tools.flops import AttentionLayers
 from onepass_trl.tools.transcript import message_starts, token_texts
 from onepass_trl.visibility import count_tiles, num_visible_pairs
@@ -135,7 +135,7 @@ class Inspection:
 
     def n_pass_pairs(self, window: int | None = None) -> int:
         """Return how many pairs of query and key N-pass needs in layers with this window."""
-        causal = sum(work_of_pass(n, 0, [window]).pairs[window] for n in self.pass_lengths)
+        causal = sum(work_of_causal_pass(n, 0, [window]).pairs[window] for n in self.pass_lengths)
         if window not in self.begins:
             return causal
         in_blocks = np.arange(len(self.row)) - self.begins[window]

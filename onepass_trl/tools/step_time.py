@@ -167,7 +167,11 @@ def measure(
     Raises:
         ValueError: if one-pass attention doesn't support the model.
     """
-    from onepass_trl.attention.image_models import collator_options
+    from onepass_trl.attention.image_models import (
+        collator_options,
+        layer_sees_image_blocks,
+        sees_image_blocks,
+    )
     from onepass_trl.attention.model_check import reference_attention
     from onepass_trl.attention.transformers_backend import set_attention, use_onepass_attention
     from onepass_trl.training.freed_memory import keep_freed_memory
@@ -195,9 +199,12 @@ def measure(
                 if repeat:
                     best[index] = min(best[index], seconds)
                 progress()
-    n_pass_works = [
-        work_of_pass(len(pass_), pass_.num_trained, [None], pass_.images) for pass_ in passes
-    ]
+    config = model.config
+    sees_blocks = sees_image_blocks(config)
+    seeing = (
+        [None] if sees_blocks and layer_sees_image_blocks(config.get_text_config(), None) else []
+    )
+    n_pass_works = [work_of_pass(pass_, [None], seeing, vision) for pass_ in passes]
     works = [
         work_of_row(row, weights, _visible_begins(model, batch, weights))
         for row, batch in zip(rows, one_pass, strict=True)

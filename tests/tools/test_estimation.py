@@ -53,7 +53,7 @@ def test_work_is_that_of_the_dense_mask(turns, seed, window):
     for pass_ in passes:
         alone = linearize(build_tree([pass_]))
         work, expected = (
-            work_of_pass(len(pass_), pass_.num_trained, [window]),
+            work_of_pass(pass_, [window], [], None),
             work_of_row(alone, [window]),
         )
         assert work == expected

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from onepass_trl import build_tree, linearize
 from onepass_trl.tools import step_time
-from onepass_trl.tools.estimation import Work, work_of_pass, work_of_row
+from onepass_trl.tools.estimation import Work, estimate, work_of_causal_pass, work_of_row
+from onepass_trl.tools.flops import model_cost
 from onepass_trl.tools.step_time import choose_probes, fit, measure, spread
 from tests.conversations import as_record, random_chat
 from tests.images import CHATS, make_image_model, make_processor
@@ -21,7 +22,7 @@ from .test_estimation import OPTIONS
 def test_a_fit_finds_times_that_follow_the_model(coefficients, seed):
     rng = np.random.default_rng(seed)
     works = [
-        work_of_pass(int(length), 1, [None, 50])
+        work_of_causal_pass(int(length), 1, [None, 50])
         for length in rng.choice(np.arange(1, 3000), 8, replace=False)
     ]
     weights = {None: 3, 50: 1}
@@ -96,6 +97,27 @@ def test_rows_with_images_are_measured():
         measure(model, rows, passes, {None: 2})
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "qwen3_vl"])
+def test_the_passes_of_the_fit_are_counted_as_those_that_it_predicts(name, monkeypatch):
+    """With images that are seen in both directions, in layers without a window."""
+    model, processor = make_image_model(name), make_processor(name)
+    record = {"messages": CHATS["four turns"]}
+    cost, fitted = model_cost(model.config), []
+    found = estimate([(0, record)], processor, OPTIONS, cost)
+    _, passes = choose_probes([record], processor, OPTIONS)
+    assert len(passes) == found.n_pass.rows
+    monkeypatch.setattr(step_time, "_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(step_time, "fit", lambda works, *_: fitted.append(works))
+    measure(model, [], passes, {None: 2}, processing_class=processor, repeats=1)
+    total = Work()
+    for work in fitted[1]:
+        total.add(work)
+    assert total.pairs[None] == found.n_pass.pairs[None]
+    assert total.executed[None] == found.n_pass.executed[None]
+    causal = sum(len(pass_) * (len(pass_) + 1) // 2 for pass_ in passes)
+    assert (total.pairs[None] > causal) is (name == "gemma3")
+
+
 def test_images_that_are_seen_in_both_directions_are_measured_so(monkeypatch):
     model, processor = make_image_model("gemma3"), make_processor("gemma3")
     rows, passes = choose_probes([{"messages": CHATS["four turns"]}], processor, OPTIONS)
@@ -108,6 +130,6 @@ def test_images_that_are_seen_in_both_directions_are_measured_so(monkeypatch):
     works = []
     monkeypatch.setattr(step_time, "work_of_row", lambda *args: works.append(args) or Work(1, 1, 1))
     measure(model, rows, passes, {None: 2, 9: 1}, processing_class=processor, repeats=1)
-    assert [{window: list(own) for window, own in args[2].items()} for args in works[:1]] == [
+    assert [{window: list(own) for window, own in args[2].items()} for args in works[-1:]] == [
         {None: begins, 9: begins}
     ]
