@@ -142,8 +142,9 @@ def overlap_errors(folder: Path) -> Iterator[str]:
             continue
         # After the wait for the scores; each thread has half as many as a tile has keys
         # (ForwardConfig::kKeys), of which each takes an exponential for the softmax and one for the
-        # softcap.
-        meanwhile = body.partition("DEPBAR.LE gsb0, 0x1")[2].partition("DEPBAR.LE gsb0, 0x0")[0]
+        # softcap. A tile without products to overlap with has a wait of its own before them.
+        in_loop = body.partition("DEPBAR.LE gsb0, 0x1")[2].partition("HGMMA")[0]
+        meanwhile = in_loop.rpartition("DEPBAR.LE gsb0, 0x0")[0]
         keys = 128 if int(match[1]) <= 128 else 64
         found = meanwhile.count("MUFU.EX2")
         if found < keys:

@@ -148,22 +148,24 @@ __device__ __forceinline__ KeyBlock key_block(const BackwardParams& params) {
           first_head + (part + 1) * group / parts};
 }
 
-struct alignas(8) Visit {
-  int32_t tile;  // index of the key tile, -1 if none is left
-  bool full;     // every query sees every key of it
+// A tile of keys and which parts of the queries see it: bit i is that of part i.
+struct alignas(16) Visit {
+  int32_t tile;         // index of the key tile, -1 if none is left
+  uint32_t seen, full;  // parts of which some query sees some key, or every query every key
 };
 
 // The tiles of kKeys keys that kQueries queries from `first` visit, in ascending order, found 32 at
-// a time by a warp. Where all warps of a block walk (portable kernels), they agree without
-// synchronizing. A walk keeps little state and reads the rest again for every 32 tiles: registers
-// are scarce in their main loops, and in the warp that walks for others (Hopper).
-template <int kQueries, int kKeys = kTile>
+// a time by a warp, and which of kParts equal parts of the queries see them. Where all warps of a
+// block walk (portable kernels), they agree without synchronizing. A walk keeps little state and
+// reads the rest again for every 32 tiles: registers are scarce in their main loops, and in the
+// warp that walks for others (Hopper).
+template <int kQueries, int kKeys = kTile, int kParts = 1>
 class KeyTileWalk {
   static_assert(kQueries == kTile || kQueries == 2 * kTile);
 
  public:
   __device__ __forceinline__ KeyTileWalk(const Params& params, int32_t b, int32_t first)
-      : params_(params), b_(b), first_(first), visited_(0), full_(0) {
+      : params_(params), b_(b), first_(first), visited_(0), seen_{}, full_{} {
     const Plan plan = plan_of_row(params.plan, b, params.seq);
     const int32_t* begin = kQueries == kTile ? plan.query_begin : plan.query_begin_2;
     base_ = begin[first / kQueries] * kTile / kKeys - 32;
@@ -173,27 +175,39 @@ class KeyTileWalk {
     while (visited_ == 0) {
       const int32_t seq = params_.seq;
       const TileRange* ranges = plan_of_row(params_.plan, b_, seq).ranges;
-      const QueryTile query = query_tile<kQueries>(ranges, first_, seq);
+      const int32_t last = min_of(first_ + kQueries, seq) - 1;
       base_ += 32;
-      if (base_ > query.last / kKeys) return {-1, false};
+      if (base_ > last / kKeys) return {-1, 0, 0};
       const int32_t first_key = (base_ + threadIdx.x % 32) * kKeys;
-      const Coverage covered =
-          first_key <= query.last
-              ? coverage(query, key_tile<kKeys>(ranges, first_key, seq), params_.scoring.window)
-              : Coverage::skipped;
-      visited_ = ballot(covered != Coverage::skipped);
-      full_ = ballot(covered == Coverage::full);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        constexpr int kOfPart = kQueries / kParts;
+        const Coverage covered =
+            first_key <= last
+                ? coverage(query_tile<kOfPart>(ranges, first_ + part * kOfPart, seq),
+                           key_tile<kKeys>(ranges, first_key, seq), params_.scoring.window)
+                : Coverage::skipped;
+        seen_[part] = ballot(covered != Coverage::skipped);
+        full_[part] = ballot(covered == Coverage::full);
+        visited_ |= seen_[part];
+      }
     }
     const int bit = first_bit(visited_);
     visited_ &= visited_ - 1;
-    return {base_ + bit, ((full_ >> bit) & 1) != 0};
+    Visit visit{base_ + bit, 0, 0};
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      visit.seen |= (seen_[part] >> bit & 1) << part;
+      visit.full |= (full_[part] >> bit & 1) << part;
+    }
+    return visit;
   }
 
  private:
   const Params& params_;
   const int32_t b_, first_;
   int32_t base_;
-  uint32_t visited_, full_;
+  uint32_t visited_, seen_[kParts], full_[kParts];
 };
 
 struct QueryStep {

@@ -48,6 +48,7 @@ template <int kTokens>
 struct TileValues {
   int32_t values[kTokens / 32];
 
+  TileValues() = default;
   __device__ __forceinline__ TileValues(const int32_t* of_row, int32_t first, int32_t seq) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -64,16 +65,20 @@ struct TileValues {
   }
 };
 
-// Of the queries from `first_query` (of the warp) and the keys of a tile: the score of a key that a
-// query does not see becomes -inf.
+template <int kKeys>
+__device__ __forceinline__ TileValues<kKeys> ends_of_keys(const Params& params, int32_t b,
+                                                          int32_t first_key) {
+  const int64_t row_begin = static_cast<int64_t>(b) * params.seq;
+  return {params.visible_end + row_begin, first_key, params.seq};
+}
+
+// Of the queries from `first_query` (of the warp) and the keys of a tile, with their `ends`: the
+// score of a key that a query does not see becomes -inf.
 template <int kSlices, int kBlocks>
 __device__ __forceinline__ void mask_keys(Accumulator<kSlices, kBlocks>& scores,
-                                          const Params& params, int32_t b, int32_t first_query,
-                                          int32_t first_key) {
+                                          const TileValues<8 * kBlocks>& ends, const Params& params,
+                                          int32_t b, int32_t first_query, int32_t first_key) {
   const int lane = threadIdx.x % 32;
-  const int32_t seq = params.seq;
-  const int64_t row_begin = static_cast<int64_t>(b) * seq;
-  const TileValues<8 * kBlocks> ends(params.visible_end + row_begin, first_key, seq);
 #pragma unroll
   for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
@@ -88,6 +93,8 @@ __device__ __forceinline__ void mask_keys(Accumulator<kSlices, kBlocks>& scores,
     }
   }
   if (params.scoring.window == 0) return;
+  const int32_t seq = params.seq;
+  const int64_t row_begin = static_cast<int64_t>(b) * seq;
   const TileValues<8 * kBlocks> positions(params.positions + row_begin, first_key, seq);
   int32_t query_positions[2 * kSlices];
 #pragma unroll
@@ -148,9 +155,9 @@ __device__ __forceinline__ void mask_queries(Accumulator<1, kBlocks>& scores, co
   }
 }
 
-// Turns the products of queries from `first_query` (of the warp) and the keys of one or more whole
-// tiles into scores, in units of 1 / `score_scale.factor`; masks them unless the queries see all
-// keys (`full`).
+// Turns the products of queries from `first_query` (of the warp) and the keys of a tile into
+// scores, in units of 1 / `score_scale.factor`; masks them unless the queries see all keys
+// (`full`).
 template <int kSlices, int kBlocks>
 __device__ __forceinline__ void score_keys(Accumulator<kSlices, kBlocks>& products,
                                            const ScoreScale& score_scale, const Params& params,
@@ -158,16 +165,8 @@ __device__ __forceinline__ void score_keys(Accumulator<kSlices, kBlocks>& produc
                                            bool full) {
   score_scale.cap(products);
   if (full) return;
-  if constexpr (8 * kBlocks <= kTile) {
-    mask_keys(products, params, b, first_query, first_key);
-  } else {
-    static_assert(kSlices == 1);
-#pragma unroll
-    for (int i = 0; i < 8 * kBlocks / kTile; ++i) {
-      auto& tile = reinterpret_cast<Accumulator<1, kTile / 8>&>(products[0][i * kTile / 8]);
-      mask_keys(tile, params, b, first_query, first_key + i * kTile);
-    }
-  }
+  mask_keys(products, ends_of_keys<8 * kBlocks>(params, b, first_key), params, b, first_query,
+            first_key);
 }
 
 // The same for 16 keys and the queries of a tile.

@@ -12,6 +12,21 @@ namespace {
 
 ElementType element(bool is_bf16) { return is_bf16 ? ElementType::bf16 : ElementType::fp16; }
 
+// A warp for each block of the Hopper forward pass: what its producer finds, until there is no tile
+// left.
+template <int kKeys>
+void visits_kernel(const Params params, Visit* visits) {
+  constexpr int kQueries = 128;
+  const int32_t block = blockIdx.z * gridDim.x + blockIdx.x;
+  Visit* of_block = visits + block * (ceil_div(params.seq, kKeys) + 1);
+  KeyTileWalk<kQueries, kKeys, sm90::kConsumers> walk(params, blockIdx.z, blockIdx.x * kQueries);
+  Visit visit;
+  do {
+    visit = walk.next();
+    if (threadIdx.x == 0) *of_block++ = visit;
+  } while (visit.tile >= 0);
+}
+
 }  // namespace
 
 extern "C" {
@@ -52,6 +67,13 @@ void onepass_counters(int64_t* values) {
 
 void onepass_plan(const PlanParams* params, int32_t* counts) {
   launch_plan(*params, counts, nullptr);
+}
+
+// For every row and block of 128 queries, ceil(seq / keys) + 1 visits.
+void onepass_hopper_visits(const Params* params, int keys, Visit* visits) {
+  const auto kernel = keys == 64 ? visits_kernel<64> : visits_kernel<128>;
+  const Grid grid{ceil_div(params->seq, 128), 1, params->batch};
+  launch(kernel, grid, 32, 0, Stream{}, *params, visits);
 }
 
 int onepass_forward(int major, bool is_bf16, int d_qk, int d_v, const Params* params) {

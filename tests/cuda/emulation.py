@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -258,9 +258,41 @@ def places(entries: int, heads: int) -> NDArray[np.int32]:
     return found
 
 
+def hopper_visits(visible_end: Tensor, positions: Tensor | None, window: int, keys: int) -> NDArray:
+    """Return which tiles of 64 or 128 keys a Hopper forward pass tells its consumers to visit,
+    ``(batch, blocks, tiles + 1)`` of (tile, seen, full) until tile is -1: blocks are of 128
+    queries, and bit i of `seen` and `full` is that of 64 of them.
+    """
+    batch, seq = visible_end.shape
+    plan = make_plan(visible_end, positions, window)
+    shape = (batch, -(-seq // 128), -(-seq // keys) + 1)
+    visit = np.dtype([(name, np.int32) for name in ("tile", "seen", "full", "padding")])
+    visits = np.full(shape, 2**30, visit)
+    params = _Params(batch=batch, seq=seq, scoring=_Scoring(window=window))
+    params.visible_end, params.positions, params.plan = map(
+        _pointer, (visible_end, positions, plan)
+    )
+    library().onepass_hopper_visits(
+        ctypes.byref(params), keys, visits.ctypes.data_as(ctypes.c_void_p)
+    )
+    return visits
+
+
 def guarded_copy(x: Tensor) -> Tensor:
     """Return x as models lay it out, between rows of NaN."""
     return guarded(x, x.shape[3]).copy_(x)
+
+
+def run_forward(
+    case: Case,
+    dtype: torch.dtype,
+    family: Family = "sm80",
+    *,
+    lay_out: Callable[[Tensor], Tensor] = guarded_copy,
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of a case, by the CUDA kernels of a family."""
+    q, k, v, options = _arguments(case, dtype, family, lay_out)
+    return forward(q, k, v, case.visible_end, **options)[:2]
 
 
 def run(
@@ -272,6 +304,17 @@ def run(
     through_lse: bool = True,
 ) -> dict[str, Tensor]:
     """Return what `Case.run` returns, by the CUDA kernels of a family."""
+    q, k, v, options = _arguments(case, dtype, family, lay_out)
+    out, lse, plan = forward(q, k, v, case.visible_end, **options)
+    dout, dlse = lay_out(case.dout.to(dtype)), case.dlse.float() if through_lse else None
+    dq, dk, dv, dsinks = backward(dout, dlse, q, k, v, out, lse, case.visible_end, plan, **options)
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return results if dsinks is None else {**results, "dsinks": dsinks}
+
+
+def _arguments(
+    case: Case, dtype: torch.dtype, family: Family, lay_out: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     q, k, v = (lay_out(case.inputs[name].to(dtype)) for name in "qkv")
     window = case.options["window"] or 0
     options = {
@@ -282,11 +325,7 @@ def run(
         "sinks": case.inputs["sinks"].float() if "sinks" in case.inputs else None,
         "family": family,
     }
-    out, lse, plan = forward(q, k, v, case.visible_end, **options)
-    dout, dlse = lay_out(case.dout.to(dtype)), case.dlse.float() if through_lse else None
-    dq, dk, dv, dsinks = backward(dout, dlse, q, k, v, out, lse, case.visible_end, plan, **options)
-    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    return results if dsinks is None else {**results, "dsinks": dsinks}
+    return q, k, v, options
 
 
 def _fill(

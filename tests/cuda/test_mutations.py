@@ -79,13 +79,13 @@ MUTATIONS = {
     ),
     "partial tiles are taken for full ones": (
         "cuda/plan.h",
-        "full_ = ballot(covered == Coverage::full);",
-        "full_ = ballot(true);",
+        " = ballot(covered == Coverage::full);",
+        " = ballot(true);",
     ),
     "the walk of the keys ends a tile early": (
         "cuda/plan.h",
-        "first_key <= query.last\n",
-        "first_key + kKeys <= query.last\n",
+        "first_key <= last\n",
+        "first_key + kKeys <= last\n",
     ),
     "Hopper forward gives K back before its product is done": (
         "cuda/sm90/forward.cuh",
@@ -104,8 +104,44 @@ MUTATIONS = {
     ),
     "Hopper forward does not give back the stage that ends a head": (
         "cuda/sm90/forward.cuh",
-        "    give_back_k();\n    if constexpr",
-        "    k.advance();\n    if constexpr",
+        "        give_back_k();\n        if constexpr",
+        "        k.advance();\n        if constexpr",
+    ),
+    "Hopper forward judges both halves of the queries by the first": (
+        "cuda/plan.h",
+        "first_ + part * kOfPart",
+        "first_",
+    ),
+    "Hopper forward masks nothing if one half of the queries sees all keys": (
+        "cuda/sm90/forward.cuh",
+        "    if (of_consumer(visit.full)) return;\n",
+        "    if (visit.full != 0) return;\n",
+    ),
+    "Hopper forward masks with the ends of another tile": (
+        "cuda/sm90/forward.cuh",
+        "if (!of_consumer(visit.full)) ends",
+        "if (!pending) ends",
+    ),
+    "Hopper forward does not take its turn for a tile that it does not see": (
+        "cuda/sm90/forward.cuh",
+        "        turns.wait_for_mine();\n        if (pending) start_values();\n"
+        "        turns.pass_on();\n",
+        "        if (pending) start_values();\n",
+    ),
+    "Hopper forward forgets the last tile when it does not see the next": (
+        "cuda/sm90/forward.cuh",
+        "        if (pending) start_values();\n",
+        "        if (pending && is_end) start_values();\n",
+    ),
+    "Hopper forward adds the last tile again after one that it does not see": (
+        "cuda/sm90/forward.cuh",
+        "        pending = false;\n",
+        "",
+    ),
+    "Hopper forward gives back V, which it does not see, before the other consumer's last": (
+        "cuda/sm90/forward.cuh",
+        "        wait(memory.v_full(v.index), v.parity);  //",
+        "        //",
     ),
     "Hopper forward changes probabilities that are still read": (
         "cuda/sm90/forward.cuh",
@@ -184,8 +220,9 @@ MUTATIONS_OF_WIDE_HEADS = {
 PROGRAM = """
 import sys, torch
 from pathlib import Path
-from tests.attention.cases import Shape, assert_errs_little_more_than_eager, make_case
+from tests.attention.cases import Shape, assert_errs_little_more_than_eager, error, make_case
 from tests.cuda import emulation
+from tests.cuda.rows import HALF_SEEN
 head_dim = int(sys.argv[2])
 mutated = emulation.load(emulation.build(Path(sys.argv[1]), [(head_dim, head_dim)]))
 emulation.library = lambda: mutated
@@ -199,6 +236,11 @@ for seed in range(6):
             continue
         result = emulation.run(case, torch.bfloat16, family)
         assert_errs_little_more_than_eager(case, result, torch.bfloat16)
+    row, window = list(HALF_SEEN.values())[seed % len(HALF_SEEN)]
+    shape = Shape(1, 2, 1, row.shape[1], head_dim, head_dim)
+    case = make_case(shape, dtype=torch.bfloat16, visible_end=row, window=window)
+    out, _ = emulation.run_forward(case, torch.bfloat16, "sm90")
+    assert error(out, case.run("dense")["out"]) < 0.02
 print("nothing was found")
 """
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from onepass_trl.attention.ops import plan_size
 from onepass_trl.visibility import count_tiles, dense_mask
-from tests.attention.cases import Shape, make_case, random_visible_end, tree_positions
+from tests.attention.cases import Shape, error, make_case, random_visible_end, tree_positions
 from tests.attention.rows import causal_row, chat_row, packed_chats
 
 from . import emulation
+from .rows import HALF_SEEN
 
 TILE = 64
 SEQS = (1, 3, 63, 64, 65, 129, 700, 2200)
@@ -207,6 +208,55 @@ def test_kernels_compute_the_tiles_that_are_not_skipped_and_no_other(seq, window
         for queries, count in ((2 * TILE, pairs), (TILE, single)):
             counts = [count_tiles(row, query_tile=queries) for row in ends.numpy()]
             assert sum(partial + full for _, partial, full in counts) == count
+
+
+@pytest.mark.parametrize("keys", [TILE, 2 * TILE])
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("seq", SEQS)
+def test_hopper_blocks_know_which_half_of_their_queries_sees_a_tile(seq, window, keys):
+    ends, positions = random_rows(2, seq, seed=seq + 2)
+    visits = emulation.hopper_visits(ends, positions if window else None, window, keys)
+    for of_row, *row in zip(visits, ends.numpy(), positions.numpy(), strict=True):
+        seen = visited_tiles(*row, window, TILE, keys)
+        # A walk begins with the first 64 keys that are visited: with a window, a tile of 128 keys
+        # may be visited of which neither half is.
+        begins = visited_tiles(*row, window, 2 * TILE).argmax(1) * TILE // keys
+        mask = dense_mask(*row, window) if window else dense_mask(row[0])
+        whole = [[x.all() for x in tiles_of(part.T, keys)] for part in tiles_of(mask, TILE)]
+        is_full = np.array(whole)
+        is_full[:, -1] &= seq % keys == 0  # beyond the row are keys that nobody sees
+        for first, begin, of_block in zip(range(0, len(seen), 2), begins, of_row, strict=True):
+            of_halves = 1 << np.arange(len(seen[first : first + 2]))
+            expected = of_halves @ seen[first : first + 2]
+            expected[:begin] = 0
+            found = of_block[: np.argmin(of_block["tile"])]
+            assert of_block[len(found)].tolist()[:3] == (-1, 0, 0)
+            assert found["tile"].tolist() == expected.nonzero()[0].tolist()
+            assert found["seen"].tolist() == expected[found["tile"]].tolist()
+            full = (of_halves @ is_full[first : first + 2])[found["tile"]]
+            assert not (found["full"] & ~full).any()
+            if window == 0:
+                assert found["full"].tolist() == full.tolist()
+
+
+@pytest.mark.parametrize(("d", "keys"), [(64, 2 * TILE), (256, TILE)])
+@pytest.mark.parametrize(("row", "window"), HALF_SEEN.values(), ids=HALF_SEEN)
+def test_half_of_a_hopper_block_computes_the_tiles_that_it_sees_and_no_other(row, window, d, keys):
+    heads = 2
+    shape = Shape(1, heads, 1, row.shape[1], d, d)
+    case = make_case(shape, dtype=torch.bfloat16, visible_end=row, window=window)
+    positions = case.options["positions"][0].numpy()
+    seen = visited_tiles(row[0].numpy(), positions, window or 0, TILE, keys)
+    of_blocks = visited_tiles(row[0].numpy(), positions, window or 0, 2 * TILE, keys)
+    assert seen.sum() < 2 * of_blocks.sum()
+    expected = case.run("dense")
+    for seed in range(2):
+        emulation.set_seed(seed)
+        emulation.counters()
+        out, lse = emulation.run_forward(case, torch.bfloat16, "sm90")
+        assert emulation.counters().products == heads * seen.sum() * 2 * products_of(TILE, keys, d)
+        assert error(out, expected["out"]) < 0.02
+        assert error(lse, expected["lse"]) < 1e-5
 
 
 def test_a_chat_takes_fewer_products_than_a_causal_row():

@@ -9,6 +9,9 @@
 // take turns in starting their products, so that one computes exponentials while the products of
 // the other run. P stays in registers. While they finish a head, Q, K and V of the next are being
 // copied. Deterministic.
+//
+// Which tiles are visited, and masked, is judged for each consumer's 64 queries. For a tile of
+// which its queries see nothing, a consumer takes its turn and gives K and V back.
 #pragma once
 
 #include "../softmax.h"
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (lane == 0) memory.copy_v(v.index, maps.v, visit.tile * kKeys, kv_head, b);
         v.advance();
       };
-      KeyTileWalk<kQueries, kKeys> walk(params, b, first_query);
+      KeyTileWalk<kQueries, kKeys, kConsumers> walk(params, b, first_query);
       Visit visit = walk.next();  // at least the tile on the diagonal
       bring_k(visit);
       wait(memory.q_empty(), i % 2 ^ 1);
@@ -103,8 +106,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   Accumulator<1, kKeys / 8> scores;
   Accumulator<1, kHeadV / 8> out;
   LeftFactor<1, kKeys / 16> probabilities;
+  TileValues<kKeys> ends;
   Stage<Config::kStages> k, v;
 
+  const auto of_consumer = [&](uint32_t parts) { return (parts >> consumer & 1) != 0; };
   const auto next_visit = [&] {
     wait(memory.k_full(k.index), k.parity);
     return *memory.visit(k.index);
@@ -123,15 +128,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     start_add<Element, TileV>(out[0], probabilities[0], memory.v(v.index));
     commit_products();
   };
-  const auto finish_values = [&] {
-    wait_products<0>();
-    hold(out[0]);
+  const auto give_back_v = [&] {
     release(memory.v_empty(v.index));
     v.advance();
   };
+  const auto finish_values = [&] {
+    wait_products<0>();
+    hold(out[0]);
+  };
   const auto finish_scores = [&](const Visit& visit) {
     hold(scores[0]);
-    score_keys(scores, score_scale, params, b, warp_query, visit.tile * kKeys, visit.full);
+    score_scale.cap(scores);
+    if (of_consumer(visit.full)) return;
+    mask_keys(scores, ends, params, b, warp_query, visit.tile * kKeys);
   };
 
   float rescale[1][2];
@@ -147,37 +156,50 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = 0; i < num_heads; ++i) {
     softmax = {};
     clear(out);
-    Visit visit = next_visit();
     wait(memory.q_full(), i % 2);
-    turns.wait_for_mine();
-    start_scores();
-    turns.pass_on();
-    wait_products<0>();
-    give_back_k();
-    finish_scores(visit);
-    exponentiate();
-    round_to_factor<Element>(probabilities, scores);
+    bool pending = false;  // probabilities whose product with V has not been started
     while (true) {
-      visit = next_visit();
-      if (visit.tile < 0) break;
+      const Visit visit = next_visit();
+      if (!of_consumer(visit.seen)) {  // a tile of the other consumer alone, or the head's end
+        const bool is_end = visit.tile < 0;
+        give_back_k();
+        if constexpr (Config::kOutApart) {
+          if (is_end) release(memory.q_empty());
+        }
+        turns.wait_for_mine();
+        if (pending) start_values();
+        turns.pass_on();
+        finish_values();
+        if (pending) give_back_v();
+        if (is_end) break;
+        pending = false;
+        wait(memory.v_full(v.index), v.parity);  // both are done with the stage's last tile
+        give_back_v();
+        continue;
+      }
+      // Read now: they arrive while the products run.
+      if (!of_consumer(visit.full)) ends = ends_of_keys<kKeys>(params, b, visit.tile * kKeys);
       turns.wait_for_mine();
       start_scores();
-      start_values();
-      turns.pass_on();
-      wait_products<1>();
+      if (pending) {
+        start_values();
+        turns.pass_on();
+        wait_products<1>();
+      } else {
+        turns.pass_on();
+        wait_products<0>();
+      }
       give_back_k();
       finish_scores(visit);
       exponentiate();  // in place: the products still read the probabilities of the last tile
       finish_before_wait(memory.finished(threadIdx.x % kConsumerThreads),
                          softmax.sum[0][0] + softmax.sum[0][1]);
       finish_values();
+      if (pending) give_back_v();
       softmax.rescale_out(out, rescale);
       round_to_factor<Element>(probabilities, scores);
+      pending = true;
     }
-    give_back_k();
-    if constexpr (Config::kOutApart) release(memory.q_empty());
-    start_values();
-    finish_values();
 
     const int32_t head = first_head + i;
     float* lse = params.lse + index_of_head(params, b, head) * seq;

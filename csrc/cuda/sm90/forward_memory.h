@@ -15,7 +15,7 @@ struct ForwardMaps {
 
 // Shared memory of the forward kernel: the queries, the stages of keys and those of values, the
 // output (in the queries' place if there is no other), which tile a stage of keys holds (-1 after a
-// head's last), a float for each thread of the consumers, and the barriers.
+// head's last) and which consumers see it, a float for each thread of theirs, and the barriers.
 template <typename Config>
 struct ForwardMemory {
   using TileQ = typename Config::TileQ;
