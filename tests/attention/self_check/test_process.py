@@ -225,5 +225,5 @@ def test_the_device_is_the_one_that_the_other_process_means(monkeypatch):
         assert _device_of(uuid, torch.device("cuda", likely)).index == index
     verdict = check(torch.device("cuda", 0), torch.bfloat16, (64, 64), "c")
     assert verdict == Verdict(
-        "not run", "cuda:0 can't be used: RuntimeError: of 3 visible devices none is c"
+        "not run", "cuda:0 can't be used: RuntimeError: no device is c, of 3 visible devices"
     )
