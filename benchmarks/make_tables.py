@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from onepass_trl.wording import counted
+
 HERE = Path(__file__).parent
 CURVES = ("loss_curves",)  # a line per step: for make_plots.py only
 
@@ -31,7 +33,7 @@ def device_of(run: dict[str, Any]) -> str:
     machine = run["machine"]
     if machine.get("accelerator"):
         return machine["accelerator"]
-    return f"{machine['cpu']} ({machine['isa']}), {machine['threads']} threads"
+    return f"{machine['cpu']} ({machine['isa']}), {counted(machine['threads'], 'thread')}"
 
 
 def format_cell(value: Any) -> str:

@@ -151,7 +151,7 @@ class TestCommands:
         assert program == "onepass-trl"
         words = [str(tiny_model_dir) if word in PLACEHOLDERS else word for word in words]
         if verb == "bench" and not words:
-            words += ["--turns=2"]
+            words += ["--turns=2", "--user=20", "--reasoning=50", "--response=30"]
         words += FLAGS.get(verb, "").format(model=tiny_model_dir).split()
         monkeypatch.setattr("accelerate.commands.launch.launch_command", train_in_this_process)
         assert main([verb, *words]) == 0
