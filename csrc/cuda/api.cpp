@@ -219,12 +219,16 @@ std::tuple<StableTensor, StableTensor, StableTensor, StableTensor> tree_attentio
   p.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, call.device);
   const auto* kernel = find_backward(major, call.element, d_qk, d_v);
-  OptionalTensor dq_sums;
-  if (kernel != nullptr && kernel->adds_dq && !deterministic) {
+  OptionalTensor dq_sums, dq_order;
+  if (kernel != nullptr && kernel->adds_dq) {
     dq_sums = new_empty(own_lse, {batch, heads, padded, d_qk}, ScalarType::Float);
     p.dq_sums = static_cast<float*>(dq_sums->mutable_data_ptr());
+    if (deterministic) {
+      dq_order = new_empty(own_lse, {dq_order_size(p.batch, p.heads, p.seq)}, ScalarType::Int);
+      p.dq_order = static_cast<int32_t*>(dq_order->mutable_data_ptr());
+    }
   }
-  p.group_parts = parts_of_group(p.batch, p.heads, p.kv_heads, p.seq);
+  p.group_parts = parts_of_group(p.batch, p.heads, p.kv_heads, p.seq, p.dq_order != nullptr);
   OptionalTensor dk_parts, dv_parts;
   if (p.group_parts > 1) {
     const auto parts = [&](int64_t d) {

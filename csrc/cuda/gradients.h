@@ -2,9 +2,9 @@
 // gradient of the sinks, in separate launches, and the gradient of the scores.
 #pragma once
 
+#include "key_block.h"
 #include "launch.h"
 #include "scores.h"
-#include "tokens.h"
 
 namespace onepass::cuda {
 
@@ -13,20 +13,23 @@ constexpr int kLanesPerQuery = 8;
 constexpr int kQueriesPerBlock = kStatisticsThreads / kLanesPerQuery;
 
 // The statistics of every query; the score gradients are P * (dP - delta). Eight lanes per query.
-// This also sets the sums of dq to zero. Each translation unit has a copy, since they are compiled
-// for different devices.
+// This also sets the sums of dq and their order to zero. Each translation unit has a copy, since
+// they are compiled for different devices.
 template <typename Element>
 static __global__ void __launch_bounds__(kStatisticsThreads)
     statistics_kernel(const BackwardParams params, int32_t head_qk, int32_t head_v) {
   const int32_t query = blockIdx.x * kQueriesPerBlock + threadIdx.x / kLanesPerQuery;
   const int32_t head = blockIdx.y, b = blockIdx.z;
-  const int64_t head_index = index_of_head(params, b, head);
-  const int64_t padded_query = head_index * padded(params.seq) + query;
+  const int64_t padded_query = padded_index(params, b, head, query);
   if (params.dq_sums != nullptr) {
     uint4* sums = reinterpret_cast<uint4*>(params.dq_sums + padded_query * head_qk);
     for (int32_t i = threadIdx.x % kLanesPerQuery; i < head_qk / 4; i += kLanesPerQuery) {
       sums[i] = uint4{0, 0, 0, 0};
     }
+  }
+  if (params.dq_order != nullptr && threadIdx.x == 0) {
+    if (query % kTile == 0) params.dq_order[params.batch + padded_query / kTile] = 0;
+    if (head == 0 && query == 0) params.dq_order[b] = 0;
   }
   float delta = 0;
   if (query < params.seq) {
@@ -49,7 +52,7 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
   if (threadIdx.x % kLanesPerQuery == 0) {
     Statistics statistics{INFINITY, 0};
     if (query < params.seq) {
-      const int64_t index = head_index * params.seq + query;
+      const int64_t index = index_of_head(params, b, head) * params.seq + query;
       if (params.dlse != nullptr) delta -= params.dlse[index];
       statistics = {params.lse[index] * kLog2E, delta};
     }
@@ -65,8 +68,7 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
   const float sink = params.sinks[head] * kLog2E;
   float total = 0;
   for (int32_t b = 0; b < params.batch; ++b) {
-    const Statistics* of_head =
-        params.statistics + index_of_head(params, b, head) * padded(params.seq);
+    const Statistics* of_head = params.statistics + padded_index(params, b, head, 0);
     for (int32_t query = threadIdx.x; query < params.seq; query += kStatisticsThreads) {
       total -= fast_exp2(sink - of_head[query].lse) * of_head[query].delta;
     }
@@ -137,9 +139,9 @@ __device__ __forceinline__ float* part_of_gradient(float* parts, const BackwardP
 template <typename Element, int kCols>
 __device__ __forceinline__ void store_gradient_of_keys(Element* staging, const Tensor& gradient,
                                                        float* parts, const BackwardParams& params,
-                                                       int32_t b, int32_t first, float factor,
+                                                       const KeyBlock& block, int32_t b,
+                                                       int32_t first, float factor,
                                                        Accumulator<1, kCols / 8>& values) {
-  const KeyBlock block = key_block(params);
   multiply_by(values, factor);
   if (parts == nullptr) {
     store_gradient<Element, kCols>(staging, gradient, b, block.kv_head, first, params.seq, values);

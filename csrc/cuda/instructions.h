@@ -132,6 +132,22 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 // Adds to a float in global memory to which others add at the same time.
 __device__ __forceinline__ void add_to(float* sum, float value) { atomicAdd(sum, value); }
 
+// What a counter in global memory was before others and this thread have added 1 each.
+__device__ __forceinline__ int32_t take_number(int32_t* counter) { return atomicAdd(counter, 1); }
+
+// Of a number in global memory by which blocks wait for each other: sets it, after what this thread
+// has written or has seen written.
+__device__ __forceinline__ void set_after_writes(int32_t* number, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" : : "l"(number), "r"(value) : "memory");
+}
+// Waits until it is `value`, and sees what was written before.
+__device__ __forceinline__ void wait_until(const int32_t* number, int32_t value) {
+  int32_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(number) : "memory");
+  } while (seen != value);
+}
+
 // Starts to copy 16 bytes from global to shared memory; zeros unless `valid`.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"

@@ -52,12 +52,12 @@ const Kernel<Params> kForward[] = {
 const Kernel<BackwardParams> kBackward[] = {
 #define HEAD_DIMS(d_qk, d_v)                                                                     \
   KERNELS(sm90, launch_backward, d_qk, d_v, (sm90::BackwardConfig<d_qk, d_v>::kMostSharedBytes), \
-          (sm90::BackwardConfig<d_qk, d_v>::kCanFuse))
+          (sm90::BackwardConfig<d_qk, d_v>::kFused))
     ONEPASS_SM90_BACKWARD
 #undef HEAD_DIMS
-#define HEAD_DIMS(d_qk, d_v)                                                                 \
-  KERNELS(sm80, launch_backward, d_qk, d_v, (sm80::BackwardConfig<d_qk, d_v>::kSharedBytes), \
-          (sm80::BackwardConfig<d_qk, d_v>::kCanFuse))
+#define HEAD_DIMS(d_qk, d_v)                                                                     \
+  KERNELS(sm80, launch_backward, d_qk, d_v, (sm80::BackwardConfig<d_qk, d_v>::kMostSharedBytes), \
+          (sm80::BackwardConfig<d_qk, d_v>::kFused))
         ONEPASS_SM80_BACKWARD
 #undef HEAD_DIMS
 };

@@ -44,9 +44,13 @@ struct BackwardParams : Params {
   const float* dlse;       // (batch, heads, seq), or null
   Statistics* statistics;  // (batch, heads, padded_seq): scratch
   float* dsinks;           // (heads,), or null
-  // (batch, heads, padded_seq, d_qk): scratch to which blocks add dq, in any order; null to get the
-  // same bits every time.
+  // (batch, heads, padded_seq, d_qk): scratch to which blocks add dq; null where a launch of its
+  // own computes it.
   float* dq_sums;
+  // Scratch by which they add in the same order every time, null to add in any: how many blocks of
+  // each row have started, (batch,), and for each tile of queries which block was last, (batch,
+  // heads, padded_seq / kTile).
+  int32_t* dq_order;
   // Into how many parts the query heads of a group are cut, each with blocks of its own. Of
   // several, each has its part of the gradients of the keys and values in scratch, (group_parts,
   // batch, kv_heads, padded_seq, d_qk or d_v), null for one.

@@ -122,10 +122,16 @@ int64_t plan_size(int32_t seq) { return plan_stride(seq); }
 
 int32_t padded_seq(int32_t seq) { return padded(seq); }
 
-int32_t parts_of_group(int32_t batch, int32_t heads, int32_t kv_heads, int32_t seq) {
+int64_t dq_order_size(int32_t batch, int32_t heads, int32_t seq) {
+  return batch * (1 + int64_t{heads} * (padded(seq) / kTile));
+}
+
+int32_t parts_of_group(int32_t batch, int32_t heads, int32_t kv_heads, int32_t seq, bool in_order) {
   // Of pairs of tiles: blocks of portable kernels have one tile, and run two at a time.
   const int64_t blocks = int64_t{batch} * kv_heads * ceil_div(seq, 2 * kTile);
-  return parts_for_balance(blocks, heads / kv_heads);
+  const int32_t group = heads / kv_heads;
+  const int32_t parts = parts_for_balance(blocks, group);
+  return in_order ? max_of(parts, parts_for_balance(kv_heads, group, kHeadsInOrder)) : parts;
 }
 
 void launch_plan(const PlanParams& params, int32_t* counts, Stream stream) {

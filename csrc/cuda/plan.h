@@ -125,6 +125,9 @@ __device__ __forceinline__ Place place_of_block() {
   return place_of(recomputed(blockIdx.x), recomputed(blockIdx.y), gridDim.x, gridDim.y);
 }
 
+// Heads that advance together where blocks of a head wait for each other: with fewer, too many do.
+constexpr int32_t kHeadsInOrder = 4;
+
 // Into how many parts to cut the query heads of a group so that `blocks` become `balanced`, or
 // nearly.
 ONEPASS_INLINE int32_t parts_for_balance(int64_t blocks, int32_t group,
@@ -132,20 +135,6 @@ ONEPASS_INLINE int32_t parts_for_balance(int64_t blocks, int32_t group,
   int32_t parts = 1;
   while (parts < group && parts * blocks < balanced) parts *= 2;
   return min_of(parts, group);
-}
-
-// What a block that computes dk and dv takes: keys, and of the query heads of their group one part.
-struct KeyBlock {
-  int32_t entry, kv_head, part, first_head, end_head;
-};
-
-__device__ __forceinline__ KeyBlock key_block(const BackwardParams& params) {
-  const Place place = place_of_block();
-  const int32_t parts = params.group_parts, group = params.heads / params.kv_heads;
-  const int32_t kv_head = place.head / parts, part = place.head % parts;
-  const int32_t first_head = kv_head * group;
-  return {place.entry, kv_head, part, first_head + part * group / parts,
-          first_head + (part + 1) * group / parts};
 }
 
 // A tile of keys and which parts of the queries see it: bit i is that of part i.
@@ -208,60 +197,6 @@ class KeyTileWalk {
   const int32_t b_, first_;
   int32_t base_;
   uint32_t visited_, seen_[kParts], full_[kParts];
-};
-
-struct QueryStep {
-  int32_t head;   // -1 if none is left
-  int32_t first;  // query
-  bool full;      // every query sees every key
-};
-
-// The tiles of kQueries queries that visit a tile of kKeys keys, for each query head of the block
-// in turn, found as in KeyTileWalk.
-template <int kQueries, int kKeys = kTile>
-class QueryTileWalk {
-  static_assert((kKeys == kTile || kKeys == 2 * kTile) && kKeys % kQueries == 0);
-
- public:
-  __device__ __forceinline__ QueryTileWalk(const BackwardParams& params, int32_t b, int32_t tile)
-      : params_(params),
-        b_(b),
-        first_key_(tile * kKeys),
-        head_(key_block(params).first_head),
-        first_(first_key_ - 32 * kQueries),
-        visited_(0),
-        full_(0) {}
-
-  __device__ __forceinline__ QueryStep next() {
-    while (visited_ == 0) {
-      const int32_t seq = params_.seq;
-      const Plan plan = plan_of_row(params_.plan, b_, seq);
-      const int32_t* ends = kKeys == kTile ? plan.key_end : plan.key_end_2;
-      const int32_t end = min_of(ends[first_key_ / kKeys] * kTile, seq);
-      first_ += 32 * kQueries;
-      if (first_ >= end) {
-        first_ = first_key_ - 32 * kQueries;
-        if (++head_ >= key_block(params_).end_head) return {-1, 0, false};
-        continue;
-      }
-      const KeyTile key = key_tile<kKeys>(plan.ranges, first_key_, seq);
-      const int32_t first = first_ + threadIdx.x % 32 * kQueries;
-      const Coverage covered = first < end ? coverage(query_tile<kQueries>(plan.ranges, first, seq),
-                                                      key, params_.scoring.window)
-                                           : Coverage::skipped;
-      visited_ = ballot(covered != Coverage::skipped);
-      full_ = ballot(covered == Coverage::full);
-    }
-    const int bit = first_bit(visited_);
-    visited_ &= visited_ - 1;
-    return {head_, first_ + bit * kQueries, ((full_ >> bit) & 1) != 0};
-  }
-
- private:
-  const BackwardParams& params_;
-  const int32_t b_, first_key_;
-  int32_t head_, first_;
-  uint32_t visited_, full_;
 };
 
 }  // namespace onepass::cuda

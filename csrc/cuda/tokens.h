@@ -3,13 +3,19 @@
 #pragma once
 
 #include "accumulator.h"
-#include "params.h"
+#include "plan.h"
 
 namespace onepass::cuda {
 
 // The number of a head in (batch, heads).
 __device__ __forceinline__ int64_t index_of_head(const Params& params, int32_t b, int32_t head) {
   return static_cast<int64_t>(b) * params.heads + head;
+}
+
+// The number of a query in (batch, heads, padded_seq), the shape of the backward pass's scratch.
+__device__ __forceinline__ int64_t padded_index(const Params& params, int32_t b, int32_t head,
+                                                int32_t query) {
+  return index_of_head(params, b, head) * padded(recomputed(params.seq)) + query;
 }
 
 template <typename Element>

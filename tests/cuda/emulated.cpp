@@ -10,6 +10,18 @@ using namespace onepass::cuda;
 
 namespace {
 
+// Of every block of keys, the tiles of queries that it visits, in this order.
+__global__ void walk_kernel(const BackwardParams params, int32_t* tiles) {
+  KeyBlock& block = *reinterpret_cast<KeyBlock*>(shared_memory());
+  if (threadIdx.x == 0) block = take_key_block<kTile, 2 * kTile>(params);
+  sync_block();
+  QueryTileWalk<kTile, 2 * kTile> walk(params, block);
+  int32_t* next = tiles + block.entry * num_tiles(params.seq);
+  for (QueryStep step = walk.next(); step.head >= 0; step = walk.next()) {
+    if (threadIdx.x == 0) *next++ = step.first / kTile;
+  }
+}
+
 ElementType element(bool is_bf16) { return is_bf16 ? ElementType::bf16 : ElementType::fp16; }
 
 // A warp for each block of the Hopper forward pass: what its producer finds, until there is no tile
@@ -34,14 +46,21 @@ extern "C" {
 int64_t onepass_size_of_params() { return sizeof(Params); }
 int64_t onepass_size_of_backward_params() { return sizeof(BackwardParams); }
 int64_t onepass_plan_size(int32_t seq) { return plan_size(seq); }
+int64_t onepass_dq_order_size(int32_t batch, int32_t heads, int32_t seq) {
+  return dq_order_size(batch, heads, seq);
+}
 
-int32_t onepass_parts_of_group(int32_t batch, int32_t heads, int32_t kv_heads, int32_t seq) {
-  return parts_of_group(batch, heads, kv_heads, seq);
+int32_t onepass_parts_of_group(int32_t batch, int32_t heads, int32_t kv_heads, int32_t seq,
+                               bool in_order) {
+  return parts_of_group(batch, heads, kv_heads, seq, in_order);
 }
 
 // The same with as many blocks as the compiled kernels aim at.
 int32_t onepass_parts_for_balance(int64_t blocks, int32_t group) {
   return parts_for_balance(blocks, group, kBalancedBlocks);
+}
+int32_t onepass_parts_in_order(int32_t kv_heads, int32_t group) {
+  return parts_for_balance(kv_heads, group, kHeadsInOrder);
 }
 
 // For every block of a grid in the order in which they start, its entry and its head.
@@ -53,6 +72,12 @@ void onepass_places(int32_t entries, int32_t heads, int32_t* places) {
       *places++ = place.head;
     }
   }
+}
+
+// Of every entry of the order of pairs of tiles, the tiles of queries that its block visits.
+void onepass_walks(const BackwardParams* params, int32_t* tiles) {
+  launch(walk_kernel, Grid{ceil_div(params->seq, 2 * kTile), 1, 1}, 32,
+         static_cast<int>(sizeof(KeyBlock)), nullptr, *params, tiles);
 }
 
 void onepass_seed(uint64_t seed) { emulator::seed = seed; }

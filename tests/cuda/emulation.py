@@ -27,17 +27,17 @@ import cuda_build  # noqa: E402
 
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 FUSED_HEAD_DIMS = {
-    "sm80 fused": ((32, 32), (64, 64), (96, 96), (128, 128)),
-    "sm90 fused": ((64, 64), (128, 128)),
+    "sm80": ((32, 32), (64, 64), (96, 96), (128, 128)),
+    "sm90": ((64, 64), (128, 128)),
 }
-"""Head sizes of which all gradients can be computed at once."""
+"""Head sizes of which all gradients are computed at once."""
 GUARD = 64
 """Rows of NaN around every operand: what a kernel must not read and must not write."""
 
 
-Family = Literal["sm80", "sm80 fused", "sm90", "sm90 fused"]
-"""Portable or Hopper, with dq in a launch of its own, or added up in global memory."""
-_MAJOR: dict[Family, int] = {"sm80": 8, "sm80 fused": 8, "sm90": 9, "sm90 fused": 9}
+Family = Literal["sm80", "sm80 in order", "sm90", "sm90 in order"]
+"""Portable or Hopper; blocks add to dq in any order, or in the same one every time."""
+_MAJOR: dict[Family, int] = {"sm80": 8, "sm80 in order": 8, "sm90": 9, "sm90 in order": 9}
 """Compute capability at which a family is taken."""
 _PADDING = 128
 """Queries of whole pairs of tiles: what scratch is made for."""
@@ -69,7 +69,8 @@ class _BackwardParams(ctypes.Structure):
     _fields_ = [
         *_Params._fields_,
         *((name, _Tensor) for name in ("dout", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("dlse", "statistics", "dsinks", "dq_sums")),
+        *((name, ctypes.c_void_p) for name in ("dlse", "statistics", "dsinks")),
+        *((name, ctypes.c_void_p) for name in ("dq_sums", "dq_order")),
         ("group_parts", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("dk_parts", "dv_parts")),
     ]
@@ -114,6 +115,7 @@ def load(path: Path) -> ctypes.CDLL:
     """Return what `build` has built."""
     loaded = ctypes.CDLL(str(path))
     loaded.onepass_plan_size.restype = ctypes.c_int64
+    loaded.onepass_dq_order_size.restype = ctypes.c_int64
     assert loaded.onepass_size_of_params() == ctypes.sizeof(_Params)
     assert loaded.onepass_size_of_backward_params() == ctypes.sizeof(_BackwardParams)
     return loaded
@@ -209,14 +211,16 @@ def backward(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     family: Family = "sm80",
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (dq, dk, dv, dsinks) of the emulated backward kernels."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return (dq, dk, dv, dsinks, dq_sums) of the emulated backward kernels."""
     gradients = tuple(guarded(x, x.shape[3]) for x in (q, k, v))
     rows = (*lse.shape[:2], -(-lse.shape[2] // _PADDING) * _PADDING)
     statistics = guarded(lse.new_empty(1, 1, math.prod(rows), 1), 2)
-    dq_sums = None
-    if family in FUSED_HEAD_DIMS:
+    dq_sums = dq_order = None
+    if (q.shape[3], v.shape[3]) in FUSED_HEAD_DIMS[family.removesuffix(" in order")]:
         dq_sums = guarded(lse.new_empty(1, 1, math.prod(rows), 1), q.shape[3])
+        if family.endswith("in order"):
+            dq_order = torch.full((library().onepass_dq_order_size(*lse.shape),), -1).int()
     dsinks = None if sinks is None else torch.full_like(sinks, torch.nan)
     params = _BackwardParams()
     scoring = _Scoring(scale, softcap, window)
@@ -224,8 +228,8 @@ def backward(
     for name, x in zip(("dout", "dq", "dk", "dv"), (dout, *gradients), strict=True):
         setattr(params, name, _tensor(x))
     params.dlse, params.statistics, params.dsinks = map(_pointer, (dlse, statistics, dsinks))
-    params.dq_sums = _pointer(dq_sums)
-    params.group_parts = parts_of_group(q, k)
+    params.dq_sums, params.dq_order = _pointer(dq_sums), _pointer(dq_order)
+    params.group_parts = parts_of_group(q, k, dq_order is not None)
     parts = []
     if params.group_parts > 1:
         of_keys = (params.group_parts, *k.shape[:2], rows[2])
@@ -235,18 +239,23 @@ def backward(
     assert library().onepass_backward(_MAJOR[family], *_kind(q, v), ctypes.byref(params))
     for x in (*gradients, statistics, *parts, *([] if dq_sums is None else [dq_sums])):
         assert_guards_untouched(x)
-    return *gradients, dsinks
+    return *gradients, dsinks, dq_sums
 
 
-def parts_of_group(q: Tensor, k: Tensor) -> int:
+def parts_of_group(q: Tensor, k: Tensor, in_order: bool) -> int:
     """Return into how many parts a backward pass cuts the query heads of a group."""
     batch, heads, seq, _ = q.shape
-    return library().onepass_parts_of_group(batch, heads, k.shape[1], seq)
+    return library().onepass_parts_of_group(batch, heads, k.shape[1], seq, in_order)
 
 
 def parts_for_balance(blocks: int, group: int) -> int:
     """Return into how many parts the compiled kernels cut a group if they had `blocks` without."""
     return library().onepass_parts_for_balance(ctypes.c_int64(blocks), group)
+
+
+def parts_in_order(kv_heads: int, group: int) -> int:
+    """Return into how many parts they cut it at least if dq is added in order."""
+    return library().onepass_parts_in_order(kv_heads, group)
 
 
 def places(entries: int, heads: int) -> NDArray[np.int32]:
@@ -278,6 +287,19 @@ def hopper_visits(visible_end: Tensor, positions: Tensor | None, window: int, ke
     return visits
 
 
+def walks(visible_end: Tensor) -> list[NDArray[np.int32]]:
+    """Return for each block of 128 keys, in the order in which they start, the tiles of 64 queries
+    that it visits, one after the other.
+    """
+    seq = visible_end.shape[1]
+    tiles = np.full((-(-seq // _PADDING), -(-seq // 64)), -1, np.int32)
+    plan = make_plan(visible_end, None, 0)
+    params = _BackwardParams(batch=1, heads=1, kv_heads=1, seq=seq, group_parts=1)
+    params.plan = _pointer(plan)
+    library().onepass_walks(ctypes.byref(params), tiles.ctypes.data_as(ctypes.c_void_p))
+    return [visited[visited >= 0] for visited in tiles]
+
+
 def guarded_copy(x: Tensor) -> Tensor:
     """Return x as models lay it out, between rows of NaN."""
     return guarded(x, x.shape[3]).copy_(x)
@@ -302,14 +324,19 @@ def run(
     *,
     lay_out: Callable[[Tensor], Tensor] = guarded_copy,
     through_lse: bool = True,
+    with_sums: bool = False,
 ) -> dict[str, Tensor]:
-    """Return what `Case.run` returns, by the CUDA kernels of a family."""
+    """Return what `Case.run` returns, by the CUDA kernels, and ``"dq_sums"`` if asked."""
     q, k, v, options = _arguments(case, dtype, family, lay_out)
     out, lse, plan = forward(q, k, v, case.visible_end, **options)
     dout, dlse = lay_out(case.dout.to(dtype)), case.dlse.float() if through_lse else None
-    dq, dk, dv, dsinks = backward(dout, dlse, q, k, v, out, lse, case.visible_end, plan, **options)
-    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    return results if dsinks is None else {**results, "dsinks": dsinks}
+    dq, dk, dv, dsinks, sums = backward(
+        dout, dlse, q, k, v, out, lse, case.visible_end, plan, **options
+    )
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dsinks": dsinks}
+    if with_sums:
+        results["dq_sums"] = sums
+    return {name: x for name, x in results.items() if x is not None}
 
 
 def _arguments(

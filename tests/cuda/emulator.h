@@ -3,9 +3,10 @@
 //
 // Every CUDA thread is a fiber, and one runs at a time. Where the threads of a warp or a block must
 // meet they wait for each other; who goes on next is drawn at random, so that a missing barrier
-// shows. Memory tells of mistakes too: shared memory starts as NaN, and an asynchronous copy makes
-// its destination NaN until its group has been waited for. Addresses of matrix rows are checked for
-// alignment and, in `Counters`, for bank conflicts.
+// shows. So are how many blocks run at a time, and the order in which they start. Memory tells of
+// mistakes too: shared memory starts as NaN, and an asynchronous copy makes its destination NaN
+// until its group has been waited for. Addresses of matrix rows are checked for alignment and, in
+// `Counters`, for bank conflicts.
 #pragma once
 
 #include <setjmp.h>
@@ -97,8 +98,8 @@ struct Thread {
   std::vector<std::function<void()>> open_products;  // the same for products of a warpgroup
   std::vector<std::vector<std::function<void()>>> product_groups;
   std::vector<std::pair<uint8_t*, std::vector<uint8_t>>> unpublished;  // written for the engine
-  int additions = 0;                                                   // not done yet
-  uint64_t additions_done = 0;
+  int unread = 0, unfinished = 0;  // additions that have not read shared memory, or are not done
+  uint64_t additions_advanced = 0;
 };
 
 // Threads that wait for each other by number.
@@ -122,8 +123,12 @@ struct Block {
   std::mt19937_64 random;
   std::vector<std::function<void()>> later;  // what the copy engine has not done yet
   Meeting meetings[16];
+  std::vector<unsigned> pace;  // of warps
+  unsigned engine_pace;
+  int left;  // threads that are not done
 };
 inline Block* block = nullptr;
+inline std::vector<std::function<void()>> in_flight;  // additions on their way to global memory
 
 inline Thread& thread() { return block->threads[block->current]; }
 inline Exchange& warp() { return block->warps[block->current / 32]; }
@@ -135,6 +140,11 @@ inline void wait_for_change(const uint64_t& generation) {
   self.waits_for = &generation;
   self.seen = generation;
   if (_setjmp(self.paused) == 0) _longjmp(block->scheduler, 1);
+}
+
+// Lets others run.
+inline void pause() {
+  if (_setjmp(thread().paused) == 0) _longjmp(block->scheduler, 1);
 }
 
 // Runs a thread until it waits or is done.
@@ -153,7 +163,7 @@ inline void run_thread() {
   EMULATOR_CHECK(self.open.empty());
   for (const auto& group : self.groups) EMULATOR_CHECK(group.empty());
   EMULATOR_CHECK(self.open_products.empty() && self.product_groups.empty());
-  EMULATOR_CHECK(self.unpublished.empty() && self.additions == 0);
+  EMULATOR_CHECK(self.unpublished.empty() && self.unread == 0);
   self.done = true;
   _longjmp(block->scheduler, 1);
 }
@@ -214,12 +224,20 @@ inline float widen<Fp16>(uint16_t bits) {
   return half;
 }
 
-// One thread after the other, drawn at random, until all are done.
-inline void run_block(Block& running) {
-  block = &running;
-  const int threads = static_cast<int>(running.threads.size());
+// One of some functions, drawn at random, is called and removed.
+inline void call_one(std::vector<std::function<void()>>& functions, std::mt19937_64& random) {
+  std::swap(functions[random() % functions.size()], functions.back());
+  const std::function<void()> chosen = std::move(functions.back());
+  functions.pop_back();
+  chosen();
+}
+
+inline void start_block(Block& started, Index index) {
+  started.index = index;
+  std::memset(started.shared.data(), 0xff, started.shared.size());
+  const int threads = static_cast<int>(started.threads.size());
   for (int t = 0; t < threads; ++t) {
-    Thread& self = running.threads[t];
+    Thread& self = started.threads[t];
     self.started = self.done = false;
     self.waits_for = nullptr;
     self.groups.clear();
@@ -232,68 +250,92 @@ inline void run_block(Block& running) {
   // Warps in random order, each for one round of its threads, some far more often than others: what
   // a GPU may do, too.
   const int warps = threads / 32;
-  std::vector<unsigned> pace(warps);
+  started.pace.resize(warps);
   for (int begin = 0; begin < warps; begin += 4) {  // four warps in step: a warpgroup on Hopper
-    const unsigned of_four = running.random() % 2 == 0 ? 1 : 64;
+    const unsigned of_four = started.random() % 2 == 0 ? 1 : 64;
     for (int i = begin; i < std::min(begin + 4, warps); ++i) {
-      pace[i] = running.random() % 4 == 0 ? 8 : of_four;
+      started.pace[i] = started.random() % 4 == 0 ? 8 : of_four;
     }
   }
   // The copy engine is slow, and for some blocks very slow.
-  const unsigned engine_pace = running.random() % 4 == 0 ? 16384 : 512;
-  int left = threads;
-  int64_t idle = 0;
-  while (left > 0) {
-    if (!running.later.empty() && running.random() % engine_pace == 0) {
-      auto& later = running.later;
-      std::swap(later[running.random() % later.size()], later.back());
-      const std::function<void()> copy = std::move(later.back());
-      later.pop_back();
-      copy();
-    }
-    const int chosen = static_cast<int>(running.random() % warps);
-    if (running.random() % pace[chosen] != 0) continue;
-    const int begin = static_cast<int>(running.random() % 32);
-    for (int i = 0; i < 32; ++i) {
-      running.current = chosen * 32 + (begin + i) % 32;
-      if (thread().done) continue;
-      resume(thread());
-      if (thread().done) {
-        --left;
-        idle = 0;
-      }
-    }
-    EMULATOR_CHECK(++idle < 5'000'000);  // a deadlock
+  started.engine_pace = started.random() % 4 == 0 ? 16384 : 512;
+  started.left = threads;
+}
+
+// Lets the threads of one warp, drawn at random, run until they wait. Returns whether any is done.
+inline bool advance(Block& running) {
+  block = &running;
+  if (!running.later.empty() && running.random() % running.engine_pace == 0) {
+    call_one(running.later, running.random);
   }
-  EMULATOR_CHECK(running.arrived == 0 && running.later.empty());
-  for (const Meeting& meeting : running.meetings) EMULATOR_CHECK(meeting.arrived == 0);
-  for (const Exchange& shared : running.warps) EMULATOR_CHECK(shared.arrived == 0);
+  if (!in_flight.empty() && running.random() % (4 * running.engine_pace) == 0) {
+    call_one(in_flight, running.random);
+  }
+  const int chosen = static_cast<int>(running.random() % running.pace.size());
+  if (running.random() % running.pace[chosen] != 0) return false;
+  const int begin = static_cast<int>(running.random() % 32), before = running.left;
+  for (int i = 0; i < 32; ++i) {
+    running.current = chosen * 32 + (begin + i) % 32;
+    if (thread().done) continue;
+    resume(thread());
+    running.left -= thread().done;
+  }
+  return running.left < before;
+}
+
+inline void check_end(const Block& ended) {
+  EMULATOR_CHECK(ended.arrived == 0 && ended.later.empty());
+  for (const Meeting& meeting : ended.meetings) EMULATOR_CHECK(meeting.arrived == 0);
+  for (const Exchange& shared : ended.warps) EMULATOR_CHECK(shared.arrived == 0);
 }
 
 template <typename... Params, typename Stream, typename... Arguments>
 void launch(void (*kernel)(Params...), Grid grid, int threads, int shared_bytes, Stream,
             const Arguments&... arguments) {
   EMULATOR_CHECK(threads % 32 == 0 && shared_bytes <= 227 * 1024);
-  Block running;
-  running.grid = grid;
-  running.threads.resize(threads);
-  for (int t = 0; t < threads; ++t) {
-    running.threads[t].stack = std::make_unique<uint8_t[]>(kStackBytes);
-    running.threads[t].index = {t, 0, 0};
-  }
-  running.warps.resize(threads / 32);
-  running.random.seed(seed);
-  running.shared.resize(shared_bytes + 1024);
-  running.body = [&] { kernel(arguments...); };
+  std::mt19937_64 random(seed);
+  std::vector<Index> waiting;
   for (int32_t z = 0; z < grid.z; ++z) {
     for (int32_t y = 0; y < grid.y; ++y) {
-      for (int32_t x = 0; x < grid.x; ++x) {
-        running.index = {x, y, z};
-        std::memset(running.shared.data(), 0xff, running.shared.size());
-        run_block(running);
-      }
+      for (int32_t x = 0; x < grid.x; ++x) waiting.push_back({x, y, z});
     }
   }
+  std::shuffle(waiting.begin(), waiting.end(), random);
+  std::vector<std::unique_ptr<Block>> running, ended;
+  const size_t most = 1 + random() % 3;
+  for (size_t i = 0; i < std::min(most, waiting.size()); ++i) {
+    auto created = std::make_unique<Block>();
+    created->grid = grid;
+    created->threads.resize(threads);
+    for (int t = 0; t < threads; ++t) {
+      created->threads[t].stack.reset(new uint8_t[kStackBytes]);
+      created->threads[t].index = {t, 0, 0};
+    }
+    created->warps.resize(threads / 32);
+    created->random.seed(random());
+    created->shared.resize(shared_bytes + 1024);
+    created->body = [&] { kernel(arguments...); };
+    start_block(*created, waiting.back());
+    waiting.pop_back();
+    running.push_back(std::move(created));
+  }
+  int64_t idle = 0;
+  while (!running.empty()) {
+    std::unique_ptr<Block>& chosen = running[random() % running.size()];
+    if (advance(*chosen)) idle = 0;
+    EMULATOR_CHECK(++idle < 15'000'000);  // a deadlock
+    if (chosen->left > 0) continue;
+    check_end(*chosen);
+    if (waiting.empty()) {
+      std::swap(chosen, running.back());
+      ended.push_back(std::move(running.back()));  // additions in flight know their threads
+      running.pop_back();
+    } else {
+      start_block(*chosen, waiting.back());
+      waiting.pop_back();
+    }
+  }
+  while (!in_flight.empty()) call_one(in_flight, random);
 }
 
 }  // namespace emulator
@@ -452,6 +494,12 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* matrix_row) {
 }
 
 inline void add_to(float* sum, float value) { *sum += value; }
+
+inline int32_t take_number(int32_t* counter) { return (*counter)++; }
+inline void set_after_writes(int32_t* number, int32_t value) { *number = value; }
+inline void wait_until(const int32_t* number, int32_t value) {
+  while (*number != value) emulator::pause();
+}
 
 inline void copy_async(void* to, const void* from, bool valid) {
   emulator::Copy copy{static_cast<uint8_t*>(to), {}};

@@ -119,18 +119,29 @@ inline void add_floats(float* to, const void* from, int bytes) {
   EMULATOR_CHECK(bytes % 16 == 0 && shared_address(from) % 16 == 0);
   EMULATOR_CHECK(reinterpret_cast<uintptr_t>(to) % 16 == 0);
   emulator::Thread& self = emulator::thread();
-  ++self.additions;
+  ++self.unread;
+  ++self.unfinished;
   block->later.push_back([to, from, bytes, &self] {
-    const float* values = static_cast<const float*>(from);
-    for (size_t i = 0; i < bytes / sizeof(float); ++i) to[i] += values[i];
-    --self.additions;
-    ++self.additions_done;
+    const float* begin = static_cast<const float*>(from);
+    emulator::in_flight.push_back(
+        [to, values = std::vector<float>(begin, begin + bytes / sizeof(float)), &self] {
+          for (size_t i = 0; i < values.size(); ++i) to[i] += values[i];
+          --self.unfinished;
+          ++self.additions_advanced;
+        });
+    --self.unread;
+    ++self.additions_advanced;
   });
+}
+inline void wait_read() {
+  emulator::Thread& self = emulator::thread();
+  while (self.unread > 0) wait_for_change(self.additions_advanced);
 }
 inline void wait_added() {
   emulator::Thread& self = emulator::thread();
-  while (self.additions > 0) wait_for_change(self.additions_done);
+  while (self.unfinished > 0) wait_for_change(self.additions_advanced);
 }
+inline void order_additions() {}
 
 inline bool complete(emulator::Meeting& meeting, int threads) {
   if (++meeting.arrived < threads) return false;

@@ -23,7 +23,7 @@ OPTIONS = {
 BF16 = torch.bfloat16
 
 
-FAMILIES = pytest.mark.parametrize("family", ["sm80", "sm80 fused", "sm90", "sm90 fused"])
+FAMILIES = pytest.mark.parametrize("family", ["sm80", "sm80 in order", "sm90", "sm90 in order"])
 
 
 def check(case: Case, family: emulation.Family, dtype: torch.dtype = BF16) -> None:
@@ -41,7 +41,7 @@ def test_every_option(family, dtype, options):
 HEAD_DIMS = {
     "sm80": emulation.HEAD_DIMS,
     "sm90": emulation.cuda_build.HOPPER_HEAD_DIMS,
-    **emulation.FUSED_HEAD_DIMS,
+    **{f"{family} in order": dims for family, dims in emulation.FUSED_HEAD_DIMS.items()},
 }
 
 
@@ -65,10 +65,13 @@ def test_rows_on_both_sides_of_the_tiles(family, seq):
     check(make_case(Shape(batch, 2, 1, seq, 64, 64), dtype=BF16, seed=seq, sinks=True), family)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "seq"), [(3, 3, 70), (6, 2, 70), (4, 1, 70), (6, 2, 600), (8, 1, 600)]
+)
 @FAMILIES
-def test_groups_of_heads(family, heads, kv_heads):
-    check(make_case(Shape(2, heads, kv_heads, 70, 64, 64), dtype=BF16, seed=6), family)
+def test_groups_of_heads_as_a_whole_and_in_parts(family, heads, kv_heads, seq):
+    batch = 2 if seq < 100 else 1
+    check(make_case(Shape(batch, heads, kv_heads, seq, 64, 64), dtype=BF16, seed=6), family)
 
 
 ROWS = {
@@ -131,32 +134,50 @@ def test_any_strides_give_the_same_bits(family, lay_out):
 
 
 @every_head_size(*HEAD_DIMS)
-def test_any_order_of_warps_gives_the_same_bits(family, head_dims):
+def test_any_order_of_warps_and_blocks_gives_the_same_bits(family, head_dims):
     shape = Shape(1, 4, 2, 300, *head_dims)
     case = make_case(shape, dtype=BF16, seed=9, window=100, softcap=3.0, sinks=True)
+    any_order = head_dims in emulation.FUSED_HEAD_DIMS.get(family, ())
     results = []
     for seed in range(4):
         emulation.set_seed(seed)
         results.append(emulation.run(case, BF16, family))
     for result in results[1:]:
         for name, x in results[0].items():
-            # Blocks run one after the other here, but the copy engine adds dq up in any order.
-            if (family, name) == ("sm90 fused", "dq"):
+            if any_order and name == "dq":
                 assert error(result[name], x) <= torch.finfo(BF16).eps
             else:
                 assert torch.equal(result[name], x), name
 
 
-@every_head_size(*emulation.FUSED_HEAD_DIMS)
-def test_all_gradients_at_once_take_five_products_of_seven(family, head_dims):
+@pytest.mark.parametrize(
+    "row", [causal_row(700), packed_row(700, 8, 60, seed=3)], ids=["causal", "packed"]
+)
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_bits_of_dq_depend_on_the_order_in_which_blocks_add_unless_it_is_requested(family, row):
+    case = make_case(Shape(1, 4, 2, row.shape[1], 64, 64), dtype=BF16, seed=9, visible_end=row)
+    for way, same in ((family, False), (f"{family} in order", True)):
+        results = []
+        for seed in range(3):
+            emulation.set_seed(seed)
+            results.append(emulation.run(case, BF16, way, with_sums=True)["dq_sums"])
+        assert all(torch.equal(result, results[0]) for result in results) == same
+
+
+@every_head_size("sm80", "sm90")
+def test_products_of_a_backward_pass(family, head_dims):
+    """S, dP, dq, dv and dk at once; or S and dP for dq, S for dv, and S and dP for dk."""
     # One tile of every kernel; that of the portable forward kernel has twice the queries.
-    seq, forward = (64, 2 * 2) if family == "sm80 fused" else (128, 2)
+    d_qk, d_v = head_dims
+    seq = 64 if family == "sm80" else 128
+    queries = 128 if family == "sm90" or (d_qk <= 192 and d_v <= 128) else 64
     case = make_case(Shape(1, 1, 1, seq, *head_dims), dtype=BF16, visible_end=causal_row(seq))
-    one_product = seq * seq * head_dims[0] // (16 * 8 * 16)
-    for way, backward in ((family.removesuffix(" fused"), 7), (family, 5)):
-        emulation.counters()
-        emulation.run(case, BF16, way)
-        assert emulation.counters().products == (forward + backward) * one_product
+    emulation.counters()
+    emulation.run(case, BF16, family)
+    fused = head_dims in emulation.FUSED_HEAD_DIMS[family]
+    deep, wide = (3, 2) if fused else (5, 3)  # products of d_qk and of d_v columns
+    expected = queries * seq * (d_qk + d_v) + seq * seq * (deep * d_qk + wide * d_v)
+    assert emulation.counters().products == expected // (16 * 8 * 16)
 
 
 @FAMILIES
@@ -177,7 +198,7 @@ def test_large_scores_do_not_overflow(family):
     assert error(result["out"], case.run("dense")["out"]) < 0.05
 
 
-@every_head_size("sm80", "sm80 fused")
+@every_head_size("sm80")
 def test_matrix_loads_have_no_bank_conflict(family, head_dims):
     emulation.counters()
     emulation.run(make_case(Shape(1, 1, 1, 70, *head_dims), dtype=BF16), BF16, family)

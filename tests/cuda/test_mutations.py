@@ -49,7 +49,7 @@ MUTATIONS = {
     ),
     "backward, fused, does not wait for the other warps' copies": (
         "cuda/sm80/fused_backward.cuh",
-        "    sync_block();  // this tile has arrived, and every warp is done with the last dS\n",
+        "    sync_block();  // this tile has arrived, and every warp has added the last dq\n",
         "",
     ),
     "backward, fused, does not wait for the other warps' dS": (
@@ -59,12 +59,12 @@ MUTATIONS = {
     ),
     "backward, fused, overwrites Q that others still read": (
         "cuda/sm80/fused_backward.cuh",
-        "    sync_block();  // every warp is done with Q\n",
+        "    sync_block();  // every warp is done with Q, and this block may add to dq\n",
         "",
     ),
     "backward, fused, overwrites K that others still read": (
         "cuda/sm80/fused_backward.cuh",
-        "  sync_block();  // every warp is done with K\n",
+        "  sync_block();  // every warp is done with K and dq\n",
         "",
     ),
     "only the first part of dk and dv is taken": (
@@ -175,18 +175,70 @@ MUTATIONS = {
     ),
     "Hopper backward, fused, overwrites dq that the copy engine still reads": (
         "cuda/sm90/fused_backward.cuh",
-        "    if (lane == 0) wait_added();\n    sync_warp();\n",
-        "    sync_warp();\n",
+        "    wait(memory.dq_empty(), stage.index ^ 1);  // returns at once in the first round\n",
+        "",
+    ),
+    "Hopper backward, fused, says too early that the copy engine has read dq": (
+        "cuda/sm90/fused_backward.cuh",
+        "      wait_read();\n",
+        "",
+    ),
+    "Hopper backward, fused, adds dq before it is there": (
+        "cuda/sm90/fused_backward.cuh",
+        "    wait(memory.dq_full(), parity);\n",
+        "",
     ),
     "Hopper backward, fused, does not publish dq": (
         "cuda/sm90/fused_backward.cuh",
-        "    publish_writes();\n    sync_warp();\n",
-        "    sync_warp();\n",
+        "    publish_writes();\n    release(memory.dq_full());\n",
+        "    release(memory.dq_full());\n",
     ),
-    "Hopper backward, fused, ends before the copy engine has read dq": (
+    "Hopper backward in order lets the next block add before it has added": (
         "cuda/sm90/fused_backward.cuh",
-        "  if (lane == 0) wait_added();\n  sync_warp();\n  sync_threads",
-        "  sync_threads",
+        "        wait_added();\n",
+        "",
+    ),
+    "Hopper backward in order does not wait for its turn": (
+        "cuda/sm90/fused_backward.cuh",
+        "    if (in_order) order.wait_for_turn(step);\n",
+        "",
+    ),
+    "backward in order does not wait for its turn": (
+        "cuda/key_block.h",
+        "      wait_until(block_.last, block_.before);\n",
+        "",
+    ),
+    "backward in order lets the next block add before all warps have added": (
+        "cuda/sm80/fused_backward.cuh",
+        "    sync_block();  // this tile has arrived, and every warp has added the last dq\n"
+        "    if (threadIdx.x == 0) order.end_turn();\n",
+        "    if (threadIdx.x == 0) order.end_turn();\n"
+        "    sync_block();  // this tile has arrived, and every warp has added the last dq\n",
+    ),
+    "backward in order keeps its last turn": (
+        "cuda/sm80/fused_backward.cuh",
+        "  if (threadIdx.x == 0) order.end_turn();\n  const int32_t",
+        "  const int32_t",
+    ),
+    "backward in order waits for a block that does not add": (
+        "cuda/key_block.h",
+        "return end - first_bit(visiting);",
+        "return end - first_bit(visiting) - 1;",
+    ),
+    "backward in order waits for itself": (
+        "cuda/key_block.h",
+        "const int32_t entry = end - 1 - threadIdx.x % 32;",
+        "const int32_t entry = end - threadIdx.x % 32;",
+    ),
+    "backward in order lets blocks of two heads take turns with each other": (
+        "cuda/key_block.h",
+        "padded_index(params_, blockIdx.z, step.head, step.first)",
+        "padded_index(params_, blockIdx.z, 0, step.first)",
+    ),
+    "the walk of the queries leaves out heads of a group": (
+        "cuda/key_block.h",
+        "head_ = block_.first_head;",
+        "head_ = block_.end_head - 1;",
     ),
     "Hopper backward, fused, overwrites K that the other consumer still reads": (
         "cuda/sm90/fused_backward.cuh",
@@ -221,19 +273,19 @@ PROGRAM = """
 import sys, torch
 from pathlib import Path
 from tests.attention.cases import Shape, assert_errs_little_more_than_eager, error, make_case
+from tests.attention.rows import causal_row
 from tests.cuda import emulation
 from tests.cuda.rows import HALF_SEEN
 head_dim = int(sys.argv[2])
 mutated = emulation.load(emulation.build(Path(sys.argv[1]), [(head_dim, head_dim)]))
 emulation.library = lambda: mutated
+in_order = ("sm80 in order", "sm90 in order") if head_dim <= 128 else ()
 for seed in range(6):
     emulation.set_seed(seed)
     kv_heads = 1 + seed % 2  # groups cut into parts, and whole ones
     shape = Shape(1, 2, kv_heads, 270, head_dim, head_dim)
     case = make_case(shape, dtype=torch.bfloat16, seed=seed)
-    for family in ("sm80", "sm80 fused", "sm90", "sm90 fused"):
-        if "fused" in family and head_dim > 128:
-            continue
+    for family in ("sm80", "sm90", *in_order):
         result = emulation.run(case, torch.bfloat16, family)
         assert_errs_little_more_than_eager(case, result, torch.bfloat16)
     row, window = list(HALF_SEEN.values())[seed % len(HALF_SEEN)]
@@ -241,6 +293,18 @@ for seed in range(6):
     case = make_case(shape, dtype=torch.bfloat16, visible_end=row, window=window)
     out, _ = emulation.run_forward(case, torch.bfloat16, "sm90")
     assert error(out, case.run("dense")["out"]) < 0.02
+for family in in_order:
+    case = make_case(Shape(1, 8, 1, 400, head_dim, head_dim), dtype=torch.float16, seed=9)
+    result = emulation.run(case, torch.float16, family)  # several heads for each block
+    assert_errs_little_more_than_eager(case, result, torch.float16)
+    shape = Shape(1, 1, 1, 700, head_dim, head_dim)  # blocks that run together are of one head
+    case = make_case(shape, dtype=torch.float16, seed=9, visible_end=causal_row(700))
+    results = []
+    for seed in range(6):
+        emulation.set_seed(seed)
+        sums = emulation.run(case, torch.float16, family, with_sums=True)["dq_sums"]
+        results.append(sums)
+        assert torch.equal(sums, results[0]), "other bits"
 print("nothing was found")
 """
 

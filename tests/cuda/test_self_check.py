@@ -42,17 +42,15 @@ class _Emulated(torch.autograd.Function):
             *ctx.saved_tensors,
             **ctx.options,
         )
-        return *gradients, None, None
+        return *gradients[:4], None, None
 
 
 def emulated(family: str) -> Run:
-    """Return attention by the kernels of a family, with dq in a launch of its own or added up."""
+    """Return attention by the kernels of a family, with dq added up in any order or in one."""
 
     def run(call: Call) -> tuple[Tensor, Tensor]:
-        fused = not torch.are_deterministic_algorithms_enabled()
-        name: Any = f"{family} fused"
-        fused = fused and (call.q.shape[3], call.v.shape[3]) in emulation.FUSED_HEAD_DIMS[name]
-        return _Emulated.apply(call.q, call.k, call.v, call.sinks, call, name if fused else family)
+        in_order = " in order" if torch.are_deterministic_algorithms_enabled() else ""
+        return _Emulated.apply(call.q, call.k, call.v, call.sinks, call, family + in_order)
 
     return run
 

@@ -1,6 +1,6 @@
-// Portable backward, where the same bits are requested or the gradients don't all fit into the
-// registers (otherwise fused_backward.cuh), in four launches: the queries' statistics (and the
-// sinks' gradient), dq, and dk with dv.
+// Portable backward for head sizes of which not all gradients fit into the registers (otherwise
+// fused_backward.cuh), in launches: the queries' statistics (and the sinks' gradient), dq, and dk
+// with dv, or one after the other.
 //
 // dq has a block per tile of queries that streams the key tiles they see; dk and dv have a block
 // per tile of keys that streams the query tiles that see them, through all query heads of the key's
@@ -53,11 +53,10 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(const BackwardParams pa
   commit_copies();
 
   Statistics statistics[2];
-  const int64_t head_index = index_of_head(params, b, head);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     statistics[half] =
-        params.statistics[head_index * padded(seq) + warp_query + 8 * half + lane / 4];
+        params.statistics[padded_index(params, b, head, warp_query + 8 * half + lane / 4)];
   }
   const ScoreScale score_scale(params.scoring);
   Accumulator<1, kHeadQk / 8> dq;
@@ -98,13 +97,11 @@ template <typename Element, int kHeadQk, int kHeadV, Want kWant>
 __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams params) {
   using Config = BackwardConfig<kHeadQk, kHeadV>;
   constexpr int kStreamed = Config::kStreamed;
-  using Walk = QueryTileWalk<kStreamed>;
   constexpr bool kWantDk = kWant != Want::dv, kWantDv = kWant != Want::dk;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const KeyBlock block = key_block(params);
+  const KeyBlock& block = key_block_of<kStreamed>(params, Config::kSharedBytes);
   const int32_t b = blockIdx.z, seq = params.seq;
-  const int32_t tile = plan_of_row(params.plan, b, seq).key_order[block.entry];
-  const int32_t first_key = tile * kTile, warp_key = first_key + warp * 16;
+  const int32_t first_key = block.keys.first, warp_key = first_key + warp * 16;
 
   Element* k_tile = reinterpret_cast<Element*>(shared_memory());
   Element* v_tile = k_tile + kTile * kHeadQk;
@@ -124,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
     load_statistics<kStreamed>(statistics_stage(stage), params, b, step.head, step.first);
   };
 
-  Walk walk(params, b, tile);
+  QueryTileWalk<kStreamed> walk(params, block);
   load_tile<Element, kTile, kHeadQk>(k_tile, params.k, b, block.kv_head, first_key, seq);
   if constexpr (kWantDk) {
     load_tile<Element, kTile, kHeadV>(v_tile, params.v, b, block.kv_head, first_key, seq);
@@ -180,36 +177,37 @@ __global__ void __launch_bounds__(kThreads, 2) dk_dv_kernel(const BackwardParams
   }
   if constexpr (kWantDk) {
     store_gradient_of_keys<Element, kHeadQk>(k_tile + warp * 16 * kHeadQk, params.dk,
-                                             params.dk_parts, params, b, warp_key,
+                                             params.dk_parts, params, block, b, warp_key,
                                              params.scoring.scale, dk);
   }
   if constexpr (kWantDv) {
     store_gradient_of_keys<Element, kHeadV>(v_tile + warp * 16 * kHeadV, params.dv, params.dv_parts,
-                                            params, b, warp_key, 1, dv);
+                                            params, block, b, warp_key, 1, dv);
   }
 }
 
 template <typename Element, int kHeadQk, int kHeadV>
 void launch_backward(const BackwardParams& params, Stream stream) {
   using Config = BackwardConfig<kHeadQk, kHeadV>;
-  if constexpr (Config::kCanFuse) {
-    if (params.dq_sums != nullptr) return launch_fused_backward<Element, kHeadQk>(params, stream);
-  }
-  const int32_t tiles = num_tiles(params.seq);
-  launch_statistics<Element>(params, kHeadQk, kHeadV, stream);
-  launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{tiles, params.heads, params.batch}, kThreads,
-         Config::kSharedBytes, stream, params);
-  const Grid by_key_tile{tiles, params.kv_heads * params.group_parts, params.batch};
-  if constexpr (Config::kSeparate) {
-    launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dv>, by_key_tile, kThreads,
-           Config::kSharedBytes, stream, params);
-    launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dk>, by_key_tile, kThreads,
-           Config::kSharedBytes, stream, params);
+  if constexpr (Config::kFused) {
+    launch_fused_backward<Element, kHeadQk>(params, stream);
   } else {
-    launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dk_and_dv>, by_key_tile, kThreads,
+    const int32_t tiles = num_tiles(params.seq);
+    launch_statistics<Element>(params, kHeadQk, kHeadV, stream);
+    launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{tiles, params.heads, params.batch}, kThreads,
            Config::kSharedBytes, stream, params);
+    const Grid by_keys{tiles, params.kv_heads * params.group_parts, params.batch};
+    if constexpr (Config::kSeparate) {
+      launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dv>, by_keys, kThreads,
+             Config::kSharedBytes, stream, params);
+      launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dk>, by_keys, kThreads,
+             Config::kSharedBytes, stream, params);
+    } else {
+      launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dk_and_dv>, by_keys, kThreads,
+             Config::kSharedBytes, stream, params);
+    }
+    launch_add_parts<Element>(params, kHeadQk, kHeadV, stream);
   }
-  launch_add_parts<Element>(params, kHeadQk, kHeadV, stream);
 }
 
 }  // namespace onepass::cuda::sm80

@@ -2,8 +2,8 @@
 // the smaller devices (8.6, 8.9, 12.0).
 #pragma once
 
+#include "../key_block.h"
 #include "../launch.h"
-#include "../plan.h"
 
 namespace onepass::cuda::sm80 {
 
@@ -40,7 +40,8 @@ struct FusedBackwardConfig {
   static constexpr int kTileBytes = kTile * kHead * kElementBytes;
   static constexpr int kDsBytes = kTile * kTile * kElementBytes;
   static constexpr int kStatisticsBytes = kTile * static_cast<int>(sizeof(Statistics));
-  static constexpr int kSharedBytes = 4 * kTileBytes + kDsBytes + kStatisticsBytes;
+  static constexpr int kSharedBytes =
+      4 * kTileBytes + kDsBytes + kStatisticsBytes + static_cast<int>(sizeof(KeyBlock));
 };
 
 // Other backward passes: a block keeps a tile of kTile queries (for dq) or keys (for dk and dv), 16
@@ -54,13 +55,18 @@ struct BackwardConfig {
   static constexpr int kStatisticsBytes = kStreamed * static_cast<int>(sizeof(Statistics));
   static constexpr int kStageBytes =
       kStreamed * (kHeadQk + kHeadV) * kElementBytes + kStatisticsBytes;
-  static constexpr int kSharedBytes = kKeptBytes + kStages * kStageBytes;
+  static constexpr int kSharedBytes =
+      kKeptBytes + kStages * kStageBytes + static_cast<int>(sizeof(KeyBlock));
   static_assert(kSharedBytes <= kMaxSharedBytes);
   // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
   static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
-  // Whether dq can be computed together with them: the registers also hold a quarter of its tile.
-  static constexpr bool kCanFuse = kHeadQk == kHeadV && kHeadQk <= 128;
-  static_assert(!kCanFuse || FusedBackwardConfig<kHeadQk>::kSharedBytes <= kSharedBytes);
+  // Whether dq is computed together with them: the registers can also hold a quarter of its tile.
+  static constexpr bool kFused = kHeadQk == kHeadV && kHeadQk <= 128;
+  // Of the kernel that needs the most.
+  static constexpr int kMostSharedBytes = [] {
+    if constexpr (kFused) return FusedBackwardConfig<kHeadQk>::kSharedBytes;
+    return BackwardConfig::kSharedBytes;
+  }();
 };
 
 }  // namespace onepass::cuda::sm80

@@ -4,8 +4,9 @@
 // As in dk_dv_kernel a block keeps a tile of keys, 16 for each warp, and streams tiles of queries.
 // dS^T also goes through shared memory, where all warps meet: each then multiplies the dS of 32
 // queries and all keys with half the columns of K, and adds that quarter of dq to sums in global
-// memory. Blocks of other keys add to the same sums, so the bits of dq depend on their order; those
-// of dk and dv do not. A last launch scales and rounds the sums.
+// memory. Blocks of other keys add to the same sums: in any order, on which the bits of dq depend,
+// or where the same bits are requested in that of their entries, one waiting for the other. A last
+// launch scales and rounds the sums.
 //
 // There is one stage: the next dO is loaded while dk and dq are multiplied, the next Q while dq is.
 #pragma once
@@ -24,8 +25,7 @@ using DqOfWarp = Accumulator<2, kHead / 16>;
 template <int kHead>
 __device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t b, int32_t head,
                                              int32_t first, int warp) {
-  const int64_t head_index = index_of_head(params, b, head);
-  return params.dq_sums + (head_index * padded(params.seq) + first + 16 * warp) * kHead +
+  return params.dq_sums + padded_index(params, b, head, first + 16 * warp) * kHead +
          threadIdx.x % 32;
 }
 
@@ -38,11 +38,9 @@ __device__ __forceinline__ int dq_offset(int m, int n, int e) {
 template <typename Element, int kHead>
 __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
     dq_dk_dv_kernel(const BackwardParams params) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const KeyBlock block = key_block(params);
-  const int32_t b = blockIdx.z, seq = params.seq;
-  const int32_t tile = plan_of_row(params.plan, b, seq).key_order[block.entry];
-  const int32_t first_key = tile * kTile;
+  const int warp = threadIdx.x / 32;
+  const int32_t b = blockIdx.z;
+  KeyBlock& block = key_block_of<kTile>(params, FusedBackwardConfig<kHead>::kSharedBytes);
 
   Element* k_tile = reinterpret_cast<Element*>(shared_memory());
   Element* v_tile = k_tile + kTile * kHead;
@@ -52,21 +50,25 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
   Statistics* statistics = reinterpret_cast<Statistics*>(ds_tile + kTile * kTile);
   const auto load_q = [&](const QueryStep& step) {
     if (step.head >= 0) {
-      load_tile<Element, kTile, kHead>(q_tile, params.q, b, step.head, step.first, seq);
+      load_tile<Element, kTile, kHead>(q_tile, params.q, b, step.head, step.first, params.seq);
     }
     commit_copies();
   };
   const auto load_dout = [&](const QueryStep& step) {
     if (step.head >= 0) {
-      load_tile<Element, kTile, kHead>(dout_tile, params.dout, b, step.head, step.first, seq);
+      load_tile<Element, kTile, kHead>(dout_tile, params.dout, b, step.head, step.first,
+                                       params.seq);
       load_statistics<kTile>(statistics, params, b, step.head, step.first);
     }
     commit_copies();
   };
 
-  QueryTileWalk<kTile> walk(params, b, tile);
-  load_tile<Element, kTile, kHead>(k_tile, params.k, b, block.kv_head, first_key, seq);
-  load_tile<Element, kTile, kHead>(v_tile, params.v, b, block.kv_head, first_key, seq);
+  QueryTileWalk<kTile> walk(params, block);
+  DqOrder<kTile> order(params, block);
+  load_tile<Element, kTile, kHead>(k_tile, params.k, b, block.kv_head, block.keys.first,
+                                   params.seq);
+  load_tile<Element, kTile, kHead>(v_tile, params.v, b, block.kv_head, block.keys.first,
+                                   params.seq);
   QueryStep step = walk.next();  // at least the tile on the diagonal
   load_q(step);
   load_dout(step);
@@ -77,15 +79,17 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
   clear(dv);
   while (step.head >= 0) {
     wait_copies<0>();
-    sync_block();  // this tile has arrived, and every warp is done with the last dS
+    sync_block();  // this tile has arrived, and every warp has added the last dq
+    if (threadIdx.x == 0) order.end_turn();
 
     Accumulator<1, kTile / 8> scores, dp;
     multiply_transposed<Element, kHead>(scores, k_tile, warp * 16, q_tile);
-    score_queries(scores, score_scale, params, b, first_key + warp * 16, step.first, step.full);
+    score_queries(scores, score_scale, params, b, block.keys.first + warp * 16, step.first,
+                  step.full);
     multiply_transposed<Element, kHead>(dp, v_tile, warp * 16, dout_tile);
-    differentiate(scores, dp, score_scale, [&](int n, int, int column) {
-      return statistics[8 * n + 2 * (lane % 4) + column];
-    });
+    const Statistics* of_queries = statistics + 2 * (recomputed(threadIdx.x) % 4);
+    differentiate(scores, dp, score_scale,
+                  [&](int n, int, int column) { return of_queries[8 * n + column]; });
     LeftFactor<1, kTile / 16> probabilities, ds;
     round_to_factor<Element>(probabilities, scores);
     round_product_to_factor<Element>(ds, scores, dp);
@@ -97,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
     load_dout(next);
     multiply_add<Element, kHead>(dk, ds, q_tile);
 
-    sync_block();  // every warp is done with Q
+    if (params.dq_order != nullptr && warp == 0) order.wait_for_turn(step);
+    sync_block();  // every warp is done with Q, and this block may add to dq
     load_q(next);
     DqOfWarp<kHead> dq;
     clear(dq);
@@ -118,12 +123,13 @@ __global__ void __launch_bounds__(kThreads, backward_blocks(kHead))
     }
     step = next;
   }
-  sync_block();  // every warp is done with K
-  const int32_t warp_key = recomputed(first_key) + warp * 16;
+  sync_block();  // every warp is done with K and dq
+  if (threadIdx.x == 0) order.end_turn();
+  const int32_t warp_key = block.keys.first + warp * 16;
   store_gradient_of_keys<Element, kHead>(k_tile + warp * 16 * kHead, params.dk, params.dk_parts,
-                                         params, b, warp_key, params.scoring.scale, dk);
+                                         params, block, b, warp_key, params.scoring.scale, dk);
   store_gradient_of_keys<Element, kHead>(v_tile + warp * 16 * kHead, params.dv, params.dv_parts,
-                                         params, b, warp_key, 1, dv);
+                                         params, block, b, warp_key, 1, dv);
 }
 
 // dq from its sums: a block per tile of queries, 16 of them for each warp.

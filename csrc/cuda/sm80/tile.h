@@ -36,9 +36,17 @@ __device__ __forceinline__ void load_statistics(Statistics* to, const BackwardPa
                                                 int32_t b, int32_t head, int32_t first) {
   constexpr int kAtOnce = 16 / sizeof(Statistics);
   if (threadIdx.x >= kQueries / kAtOnce) return;
-  const int64_t query =
-      index_of_head(params, b, head) * padded(params.seq) + first + threadIdx.x * kAtOnce;
+  const int64_t query = padded_index(params, b, head, first + threadIdx.x * kAtOnce);
   copy_async(to + threadIdx.x * kAtOnce, params.statistics + query, true);
+}
+
+// What the block takes, at the end of its shared memory. Called by all threads.
+template <int kQueries>
+__device__ __forceinline__ KeyBlock& key_block_of(const BackwardParams& params, int shared_bytes) {
+  KeyBlock* block = reinterpret_cast<KeyBlock*>(shared_memory() + shared_bytes - sizeof(KeyBlock));
+  if (threadIdx.x == 0) *block = take_key_block<kQueries, kTile>(params);
+  sync_block();
+  return *block;
 }
 
 // c = a b^T: the tokens of tile `a` from `first`, with all tokens of tile `b`, over kCols.

@@ -1,6 +1,6 @@
-// Hopper backward, in launches as in sm80/backward.cuh: statistics, dq, and dk with dv. The scores
-// are computed twice, nothing is summed in global memory, and the bits are the same every time:
-// used where that is requested, and for the head sizes that fused_backward.cuh does not have.
+// Hopper backward for the head sizes that fused_backward.cuh does not have, in launches as in
+// sm80/backward.cuh: statistics, dq, dv and dk. The scores are computed three times, nothing is
+// summed in global memory, and the bits are the same every time.
 //
 // Three warpgroups. One warp of the first starts the copies of tiles: first, for each of the other
 // two warpgroups, the 64 tokens that it keeps (Q and dO for dq, K and V for dk and dv), then the
@@ -65,13 +65,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int consumer = consumer_of_warp(), warp = threadIdx.x / 32 % 4;
   const int32_t warp_query = first_query + consumer * kStreamed + warp * 16;
   const ScoreScale score_scale(params.scoring);
-  const int64_t head_index = index_of_head(params, b, head);
   Statistics statistics[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int32_t query = warp_query + 8 * half + lane / 4;
-    statistics[half] =
-        query < seq ? params.statistics[head_index * padded(seq) + query] : Statistics{INFINITY, 0};
+    statistics[half] = query < seq ? params.statistics[padded_index(params, b, head, query)]
+                                   : Statistics{INFINITY, 0};
   }
   Accumulator<1, kHeadQk / 8> dq;
   clear(dq);
@@ -111,6 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   store_gradient<Element, kHeadQk>(staging, params.dq, b, head, warp_query, seq, dq);
 }
 
+// dk or dv: the registers don't hold both.
 template <typename Element, int kHeadQk, int kHeadV, Want kWant>
 __global__ void __launch_bounds__(kThreads, 1)
     dk_dv_kernel(const BackwardParams params, const __grid_constant__ BackwardMaps maps) {
@@ -118,22 +118,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   using TileQk = typename Config::TileQk;
   using TileV = typename Config::TileV;
   constexpr int kStreamed = Config::kStreamed;
-  constexpr bool kWantDk = kWant != Want::dv, kWantDv = kWant != Want::dk;
+  static_assert(kWant != Want::dk_and_dv);
+  constexpr bool kWantDk = kWant == Want::dk;
   const int warpgroup = threadIdx.x / kWarpgroup;
   const int32_t b = blockIdx.z;
   const BackwardMemory<Config> memory;
-  memory.init_barriers();
+  memory.init_barriers_and_block(params);
 
   if (warpgroup == 0) {
-    bring_keys_and_queries(memory, params, maps, b, kWantDk);
+    release_registers<kProducerRegisters>();
+    if (threadIdx.x < 32) bring_keys_and_queries(memory, params, maps, kWantDk);
     return;
   }
 
   take_registers<kConsumerRegisters>();
   const int consumer = consumer_of_warp(), warp = threadIdx.x / 32 - 4;  // of eight
+  const KeyBlock& block = memory.block();
   const ScoreScale score_scale(params.scoring);
   Accumulator<1, kWantDk ? kHeadQk / 8 : 1> dk;
-  Accumulator<1, kWantDv ? kHeadV / 8 : 1> dv;
+  Accumulator<1, kWantDk ? 1 : kHeadV / 8> dv;
   clear(dk);
   clear(dv);
   wait(memory.kept_full(), 0);
@@ -141,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Stage<Config::kStagesV> v;
   while (true) {
     wait(memory.full_qk(qk.index), qk.parity);
-    const auto [step, first_key] = *memory.step(qk.index);
+    const QueryStep step = *memory.step(qk.index);
     if (step.head < 0) break;
     Accumulator<1, kStreamed / 8> scores, dp;
     start_transposed<Element, TileQk, TileQk>(scores[0], memory.kept_qk(consumer), 0,
@@ -157,47 +160,44 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_products<0>();
     hold(scores[0]);
     hold(dp[0]);
-    if constexpr (!kWantDv) release(memory.empty_v(v.index));
-    score_queries(scores, score_scale, params, b, first_key + warp * 16, step.first, step.full);
+    if constexpr (kWantDk) release(memory.empty_v(v.index));
+    score_queries(scores, score_scale, params, b, block.keys.first + warp * 16, step.first,
+                  step.full);
     const Statistics* of_queries = memory.statistics(qk.index) + 2 * (recomputed(threadIdx.x) % 4);
     differentiate(scores, dp, score_scale,
                   [&](int n, int, int column) { return of_queries[8 * n + column]; });
-    if constexpr (!kWantDk) {
+    LeftFactor<1, kStreamed / 16> factor;
+    if constexpr (kWantDk) {
+      round_product_to_factor<Element>(factor, scores, dp);
+      start_add<Element, TileQk>(dk[0], factor[0], memory.stage_qk(qk.index));
+    } else {
       release(memory.empty_qk(qk.index));
       wait(memory.full_v(v.index), v.parity);
+      round_to_factor<Element>(factor, scores);
+      start_add<Element, TileV>(dv[0], factor[0], memory.stage_v(v.index));
     }
-    if constexpr (kWantDv) {
-      LeftFactor<1, kStreamed / 16> probabilities;
-      round_to_factor<Element>(probabilities, scores);
-      start_add<Element, TileV>(dv[0], probabilities[0], memory.stage_v(v.index));
-      commit_products();
-      wait_products<0>();
-      hold(dv[0]);
-      release(memory.empty_v(v.index));
-    }
+    commit_products();
+    wait_products<0>();
     if constexpr (kWantDk) {
-      LeftFactor<1, kStreamed / 16> ds;
-      round_product_to_factor<Element>(ds, scores, dp);
-      start_add<Element, TileQk>(dk[0], ds[0], memory.stage_qk(qk.index));
-      commit_products();
-      wait_products<0>();
       hold(dk[0]);
       release(memory.empty_qk(qk.index));
+    } else {
+      hold(dv[0]);
+      release(memory.empty_v(v.index));
     }
     qk.advance();
     v.advance();
   }
-  const int32_t warp_key = memory.step(qk.index)->first_key + warp * 16;
+  const int32_t warp_key = block.keys.first + warp * 16;
   sync_threads(1 + consumer, kWarpgroup);  // the whole consumer is done with its kept tiles
   if constexpr (kWantDk) {
     Element* staging =
         reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp % 4 * 16 * kHeadQk;
-    store_gradient_of_keys<Element, kHeadQk>(staging, params.dk, params.dk_parts, params, b,
+    store_gradient_of_keys<Element, kHeadQk>(staging, params.dk, params.dk_parts, params, block, b,
                                              warp_key, params.scoring.scale, dk);
-  }
-  if constexpr (kWantDv) {
+  } else {
     Element* staging = reinterpret_cast<Element*>(memory.kept_v(consumer)) + warp % 4 * 16 * kHeadV;
-    store_gradient_of_keys<Element, kHeadV>(staging, params.dv, params.dv_parts, params, b,
+    store_gradient_of_keys<Element, kHeadV>(staging, params.dv, params.dv_parts, params, block, b,
                                             warp_key, 1, dv);
   }
 }
@@ -205,31 +205,27 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename Element, int kHeadQk, int kHeadV>
 void launch_backward(const BackwardParams& params, Stream stream) {
   using Config = BackwardConfig<kHeadQk, kHeadV>;
-  if constexpr (Config::kCanFuse) {
-    if (params.dq_sums != nullptr) return launch_fused_backward<Element, kHeadQk>(params, stream);
-  }
-  constexpr int kStreamed = Config::kStreamed;
-  const auto map = [&](const Tensor& tensor, int32_t heads, int32_t head_dim) {
-    return make_tensor_map<Element>(tensor, params.batch, heads, params.seq, head_dim, kStreamed);
-  };
-  const BackwardMaps maps{
-      map(params.q, params.heads, kHeadQk), map(params.k, params.kv_heads, kHeadQk),
-      map(params.v, params.kv_heads, kHeadV), map(params.dout, params.heads, kHeadV)};
-  const int32_t pairs = ceil_div(params.seq, kConsumers * kStreamed);
-  launch_statistics<Element>(params, kHeadQk, kHeadV, stream);
-  launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{pairs, params.heads, params.batch}, kThreads,
-         Config::kSharedBytes, stream, params, maps);
-  const Grid by_keys{pairs, params.kv_heads * params.group_parts, params.batch};
-  if constexpr (Config::kSeparate) {
+  if constexpr (Config::kFused) {
+    launch_fused_backward<Element, kHeadQk>(params, stream);
+  } else {
+    constexpr int kStreamed = Config::kStreamed;
+    const auto map = [&](const Tensor& tensor, int32_t heads, int32_t head_dim) {
+      return make_tensor_map<Element>(tensor, params.batch, heads, params.seq, head_dim, kStreamed);
+    };
+    const BackwardMaps maps{
+        map(params.q, params.heads, kHeadQk), map(params.k, params.kv_heads, kHeadQk),
+        map(params.v, params.kv_heads, kHeadV), map(params.dout, params.heads, kHeadV)};
+    const int32_t pairs = ceil_div(params.seq, kConsumers * kStreamed);
+    launch_statistics<Element>(params, kHeadQk, kHeadV, stream);
+    launch(dq_kernel<Element, kHeadQk, kHeadV>, Grid{pairs, params.heads, params.batch}, kThreads,
+           Config::kSharedBytes, stream, params, maps);
+    const Grid by_keys{pairs, params.kv_heads * params.group_parts, params.batch};
     launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dv>, by_keys, kThreads,
            Config::kSharedBytes, stream, params, maps);
     launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dk>, by_keys, kThreads,
            Config::kSharedBytes, stream, params, maps);
-  } else {
-    launch(dk_dv_kernel<Element, kHeadQk, kHeadV, Want::dk_and_dv>, by_keys, kThreads,
-           Config::kSharedBytes, stream, params, maps);
+    launch_add_parts<Element>(params, kHeadQk, kHeadV, stream);
   }
-  launch_add_parts<Element>(params, kHeadQk, kHeadV, stream);
 }
 
 }  // namespace onepass::cuda::sm90

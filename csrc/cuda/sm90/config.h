@@ -1,8 +1,8 @@
 // Shapes of the Hopper kernels (sm_90a), by head size.
 #pragma once
 
+#include "../key_block.h"
 #include "../launch.h"
-#include "../plan.h"
 
 namespace onepass::cuda::sm90 {
 
@@ -69,13 +69,6 @@ inline int32_t heads_of_block(int32_t heads, int64_t tiles) {
   return 1;
 }
 
-// What the producer tells the consumers: for a streamed tile of queries, which it is and which keys
-// they keep; for a tile of keys, its Visit.
-struct StreamedStep {
-  QueryStep queries;
-  int32_t first_key;
-};
-
 // A backward kernel keeps tiles of 64 tokens for each consumer (Q and dO, or K and V) and streams
 // tiles of kStreamed others (K and V, or Q and dO).
 template <int kHeadQk, int kHeadV, int kStreamedTokens, int kScratch>
@@ -91,10 +84,12 @@ struct BackwardShape {
   static constexpr int kScratchBytes = kScratch;
   // Every streamed tile of Q comes with statistics and a step.
   static constexpr int kStatisticsBytes = kStreamed * static_cast<int>(sizeof(Statistics));
-  static constexpr int kStepBytes = static_cast<int>(sizeof(StreamedStep));
+  static constexpr int kStepBytes = 16;
+  static_assert(sizeof(QueryStep) <= kStepBytes && sizeof(Visit) <= kStepBytes);
   static constexpr int kSharedBytes =
       kConsumers * kPairBytes + kStagesQk * (TileQk::kBytes + kStatisticsBytes + kStepBytes) +
-      kStagesV * TileV::kBytes + kScratchBytes + (1 + 2 * kStagesQk + 2 * kStagesV) * kBarrierBytes;
+      kStagesV * TileV::kBytes + kScratchBytes +
+      (3 + 2 * kStagesQk + 2 * kStagesV) * kBarrierBytes + static_cast<int>(sizeof(KeyBlock));
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
@@ -112,13 +107,11 @@ struct FusedBackwardConfig
 
 template <int kHeadQk, int kHeadV>
 struct BackwardConfig : BackwardShape<kHeadQk, kHeadV, kTile, 0> {
-  // Accumulators of dk and dv together, 64 registers per 128 columns, or one after the other.
-  static constexpr bool kSeparate = kHeadQk + kHeadV > 256;
-  // Whether dq can be computed together with them: the registers also hold half a tile of it.
-  static constexpr bool kCanFuse = kHeadQk == kHeadV && kHeadQk <= 128;
+  // Whether dq, dk and dv are computed at once: the registers hold dk, dv and half a tile of dq.
+  static constexpr bool kFused = kHeadQk == kHeadV && kHeadQk <= 128;
   // Of the kernel that needs the most.
   static constexpr int kMostSharedBytes = [] {
-    if constexpr (kCanFuse) return FusedBackwardConfig<kHeadQk>::kSharedBytes;
+    if constexpr (kFused) return FusedBackwardConfig<kHeadQk>::kSharedBytes;
     return BackwardConfig::kSharedBytes;
   }();
 };

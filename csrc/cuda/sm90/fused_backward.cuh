@@ -1,14 +1,16 @@
 // Hopper backward in one launch after the statistics, for head sizes whose dk and dv fit into the
-// registers together: five products where dq_kernel and dk_dv_kernel need seven.
+// registers together: five products where dq_kernel and dk_dv_kernel need eight.
 //
 // As in dk_dv_kernel two consumers keep 64 keys each and stream queries. dS^T also goes through
 // shared memory, where both meet once per tile: each then multiplies the dS of all 128 keys with K
-// for its half of the tile's dq (of the columns, or of the queries), and the copy engine adds that
-// to sums in global memory. Blocks of other keys add to the same sums, so the bits of dq depend on
-// their order; those of dk and dv do not. A last launch scales and rounds the sums.
+// for its half of the tile's dq (of the columns, or of the queries). A second warp of the
+// producer's warpgroup lets the copy engine add the tile of dq to sums in global memory. Blocks of
+// other keys add to the same sums: in any order, on which the bits of dq depend, or where the same
+// bits are requested in that of their entries, one waiting for the other. A last launch scales and
+// rounds the sums.
 //
 // dP is multiplied while a consumer exponentiates, dv while it computes dS, and dk while it passes
-// dq to the copy engine.
+// on dq.
 #pragma once
 
 #include "../gradients.h"
@@ -21,12 +23,44 @@ namespace onepass::cuda::sm90 {
 constexpr int kDqBlocks = kBlockColumns / 8;
 constexpr int kDqOfWarp = 16 * kBlockColumns;
 
-// The floats of one of the eight warps, of the tile of queries that starts at `first`.
+// The floats of the tile of queries that starts at `first`.
 template <int kHead>
-__device__ __forceinline__ float* dq_of_warp(const BackwardParams& params, int32_t b, int32_t head,
-                                             int32_t first, int warp) {
-  const int64_t head_index = index_of_head(params, b, head);
-  return params.dq_sums + (head_index * padded(params.seq) + first) * kHead + warp * kDqOfWarp;
+__device__ __forceinline__ float* sums_of_tile(const BackwardParams& params, int32_t b,
+                                               int32_t head, int32_t first) {
+  return params.dq_sums + padded_index(params, b, head, first) * kHead;
+}
+
+// Adds every tile of dq that the consumers pass on. Called by a warp.
+template <int kHead>
+__device__ __forceinline__ void add_dq(const BackwardMemory<FusedBackwardConfig<kHead>>& memory,
+                                       const BackwardParams& params) {
+  using Config = FusedBackwardConfig<kHead>;
+  constexpr int kKeys = kConsumers * kTile;
+  const int lane = threadIdx.x % 32;
+  const int32_t b = blockIdx.z;
+  const bool in_order = params.dq_order != nullptr;
+  KeyBlock& block = memory.block();
+  QueryTileWalk<Config::kStreamed, kKeys> walk(params, block);
+  DqOrder<Config::kStreamed, kKeys> order(params, block);
+  int parity = 0;
+  while (true) {
+    const QueryStep step = walk.next();
+    if (step.head < 0) break;
+    if (in_order) order.wait_for_turn(step);
+    wait(memory.dq_full(), parity);
+    if (lane == 0) {
+      if (in_order) order_additions();
+      add_floats(sums_of_tile<kHead>(params, b, step.head, step.first), memory.dq(), kFusedDqBytes);
+      wait_read();
+      arrive(memory.dq_empty());
+      if (in_order) {
+        wait_added();
+        order.end_turn();
+      }
+    }
+    sync_warp();
+    parity ^= 1;
+  }
 }
 
 // P as the factor of dv. The scores become the factor by which dP - delta is multiplied to give dS.
@@ -90,24 +124,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Tile = TileShape<kTile, kHead>;  // kept, or part of a streamed tile
   using TileDs = typename Config::TileDs;
   constexpr int kParts = Config::kStreamed / kTile;
-  const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
+  const int warpgroup = threadIdx.x / kWarpgroup;
   const int32_t b = blockIdx.z;
   const BackwardMemory<Config> memory;
-  memory.init_barriers();
+  memory.init_barriers_and_block(params);
 
   if (warpgroup == 0) {
-    bring_keys_and_queries(memory, params, maps, b, true);
+    release_registers<kProducerRegisters>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) bring_keys_and_queries(memory, params, maps, true);
+    if (warp == 1) add_dq<kHead>(memory, params);
     return;
   }
 
   take_registers<kConsumerRegisters>();
   const int consumer = consumer_of_warp(), warp = threadIdx.x / 32 - 4;  // of eight
+  const KeyBlock& block = memory.block();
   const auto ds_tile = [&](int stage, int of_consumer) {
     return memory.scratch() + stage * Config::kDsBytes + of_consumer * TileDs::kBytes;
-  };
-  const auto staging = [&] {
-    return memory.scratch() + 2 * Config::kDsBytes +
-           (recomputed(threadIdx.x) / 32 - 4) * kDqOfWarp * 4;
   };
   // Which 64 x 64 of dq are this consumer's.
   const int query_block = kParts == 2 ? consumer : 0, column_block = kParts == 2 ? 0 : consumer;
@@ -123,10 +157,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait(memory.full_qk(stage.index), stage.parity);
     return *memory.step(stage.index);
   };
-  StreamedStep streamed = next_step();
-  while (streamed.queries.head >= 0) {
-    const auto [step, first_key] = streamed;
-    LeftFactor<1, kTile / 16> ds[kParts];
+  QueryStep step = next_step();
+  while (step.head >= 0) {
+    LeftFactor<1, kTile / 16> probabilities[kParts], ds[kParts];  // products read them until waits
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const uint8_t* q_tile = memory.stage_qk(stage.index) + part * Tile::kBytes;
@@ -141,17 +174,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       commit_products();
       wait_products<1>();
       hold(scores[0]);
-      score_queries(scores, score_scale, params, b, first_key + warp * 16,
+      score_queries(scores, score_scale, params, b, block.keys.first + warp * 16,
                     step.first + part * kTile, step.full);
-      LeftFactor<1, kTile / 16> probabilities;
       if (!score_scale.capped()) {
-        exponentiate<Element, kTile / 8, false>(probabilities, scores, score_scale.factor,
+        exponentiate<Element, kTile / 8, false>(probabilities[part], scores, score_scale.factor,
                                                 of_queries);
       } else {
-        exponentiate<Element, kTile / 8, true>(probabilities, scores, score_scale.factor,
+        exponentiate<Element, kTile / 8, true>(probabilities[part], scores, score_scale.factor,
                                                of_queries);
       }
-      start_add<Element, Tile>(dv[0], probabilities[0], dout_tile);
+      start_add<Element, Tile>(dv[0], probabilities[part][0], dout_tile);
       commit_products();
       wait_products<1>();
       hold(dp[0]);
@@ -190,38 +222,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     release(memory.empty_v(stage.index));
     wait_products<1>();
     hold(dq[0]);
-    if (lane == 0) wait_added();
-    sync_warp();
-    uint8_t* of_lane = staging() + lane * 16;
+    wait(memory.dq_empty(), stage.index ^ 1);  // returns at once in the first round
+    const int thread = recomputed(threadIdx.x);
+    uint8_t* of_lane = memory.dq() + (thread / 32 - 4) * kDqOfWarp * 4 + thread % 32 * 16;
 #pragma unroll
     for (int n = 0; n < kDqBlocks; ++n) {
       const float4 four{dq[0][n][0], dq[0][n][1], dq[0][n][2], dq[0][n][3]};
       write_shared(of_lane + n * 32 * 16, four);
     }
     publish_writes();
-    sync_warp();
-    if (lane == 0) {
-      add_floats(dq_of_warp<kHead>(params, b, step.head, step.first, warp), staging(),
-                 kDqOfWarp * 4);
-    }
-    sync_warp();
+    release(memory.dq_full());
     Barrier* empty = memory.empty_qk(stage.index);
     stage.advance();
-    streamed = next_step();  // while dk is multiplied
+    step = next_step();  // while dk is multiplied
     wait_products<0>();
     hold(dk[0]);
     release(empty);
   }
-  const int32_t warp_key = streamed.first_key + warp * 16;
-  if (lane == 0) wait_added();
-  sync_warp();
+  const int32_t warp_key = block.keys.first + warp * 16;
   sync_threads(1, kConsumerThreads);  // both are done with the kept tiles
   Element* kept_k = reinterpret_cast<Element*>(memory.kept_qk(consumer)) + warp % 4 * 16 * kHead;
-  store_gradient_of_keys<Element, kHead>(kept_k, params.dk, params.dk_parts, params, b, warp_key,
-                                         params.scoring.scale, dk);
+  store_gradient_of_keys<Element, kHead>(kept_k, params.dk, params.dk_parts, params, block, b,
+                                         warp_key, params.scoring.scale, dk);
   Element* kept_v = reinterpret_cast<Element*>(memory.kept_v(consumer)) + warp % 4 * 16 * kHead;
-  store_gradient_of_keys<Element, kHead>(kept_v, params.dv, params.dv_parts, params, b, warp_key, 1,
-                                         dv);
+  store_gradient_of_keys<Element, kHead>(kept_v, params.dv, params.dv_parts, params, block, b,
+                                         warp_key, 1, dv);
 }
 
 // dq from its sums: a block per tile of queries, with a warp for the sums of each warp.
@@ -233,7 +258,8 @@ __global__ void __launch_bounds__(kRoundThreads) round_dq_kernel(const BackwardP
   const int32_t first = blockIdx.x * Config::kStreamed, head = blockIdx.y, b = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float4* sums =
-      reinterpret_cast<const float4*>(dq_of_warp<kHead>(params, b, head, first, warp));
+      reinterpret_cast<const float4*>(sums_of_tile<kHead>(params, b, head, first)) +
+      warp * kDqOfWarp / 4;
   Accumulator<1, kDqBlocks> dq;
 #pragma unroll
   for (int n = 0; n < kDqBlocks; ++n) {

@@ -85,7 +85,15 @@ __device__ __forceinline__ void add_floats(float* to, const void* from, int byte
       : "memory");
 }
 // Waits until all such additions that this thread has started have read shared memory.
-__device__ __forceinline__ void wait_added() { cute::tma_store_wait<0>(); }
+__device__ __forceinline__ void wait_read() { cute::tma_store_wait<0>(); }
+// Waits until they are done and this thread sees them.
+__device__ __forceinline__ void wait_added() {
+  asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
+}
+// Additions that this thread starts later come after what it has seen in global memory.
+__device__ __forceinline__ void order_additions() {
+  asm volatile("fence.proxy.async.global;" : : : "memory");
+}
 
 // A barrier of `threads` threads, by number; 0 is the block's own.
 __device__ __forceinline__ void sync_threads(int number, int threads) {
