@@ -109,6 +109,20 @@ void write_shared(void* to, const T& value) {
   emulator::thread().unpublished.emplace_back(target,
                                               std::vector<uint8_t>(bytes, bytes + sizeof(T)));
 }
+inline void store_matrices(void* matrix_row, const uint32_t (&r)[4]) {
+  EMULATOR_CHECK(shared_address(matrix_row) % 16 == 0);
+  const uint64_t in[5] = {reinterpret_cast<uintptr_t>(matrix_row), r[0], r[1], r[2], r[3]};
+  const uint64_t* rows = emulator::exchange(in, 5, [](emulator::Exchange& warp) {
+    for (int lane = 0; lane < 32; ++lane) {  // of each of its four elements, its matrix row
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        warp.out[lane][matrix] = warp.in[8 * matrix + lane / 4][0];
+      }
+    }
+  });
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    write_shared(reinterpret_cast<uint8_t*>(rows[matrix]) + emulator::lane() % 4 * 4, r[matrix]);
+  }
+}
 inline void publish_writes() {
   auto& written = emulator::thread().unpublished;
   for (const auto& [to, bytes] : written) std::memcpy(to, bytes.data(), bytes.size());

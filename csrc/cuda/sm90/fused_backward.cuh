@@ -108,12 +108,10 @@ __device__ __forceinline__ void write_factor(uint8_t* block,
                                              const LeftFactor<1, kBlockColumns / 16>& factor,
                                              int first) {
   const int lane = recomputed(threadIdx.x) % 32;
-  uint8_t* line = block + (first + lane / 4) * kLineBytes + lane % 4 * 4;
+  uint8_t* line = block + (first + lane % 16) * kLineBytes;
 #pragma unroll
-  for (int n = 0; n < kBlockColumns / 8; ++n) {
-    uint8_t* chunk = line + (n ^ lane / 4) * 16;
-    write_shared(chunk, factor[0][n / 2][n % 2 * 2]);
-    write_shared(chunk + 8 * kLineBytes, factor[0][n / 2][n % 2 * 2 + 1]);
+  for (int k = 0; k < kBlockColumns / 16; ++k) {
+    store_matrices(line + ((2 * k + lane / 16) ^ lane % 8) * 16, factor[0][k]);
   }
 }
 

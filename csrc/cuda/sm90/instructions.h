@@ -69,6 +69,14 @@ template <typename T>
 __device__ __forceinline__ void write_shared(void* to, const T& value) {
   *static_cast<T*>(to) = value;
 }
+// The same for four 8 x 8 matrices of 16-bit elements, in the layout of load_matrices: lane l gives
+// the address of matrix row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(void* matrix_row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+               :
+               : "r"(shared_address(matrix_row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 __device__ __forceinline__ void publish_writes() {
   asm volatile("" ::: "memory");  // CuTe does not declare that its fence orders memory
   cutlass::arch::fence_view_async_shared();
