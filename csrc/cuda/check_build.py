@@ -38,6 +38,8 @@ class Family(NamedTuple):
     """False if only some head sizes have such a kernel."""
 
 
+# How blocks wait for each other: they read until a number is there, and set it after their writes.
+IN_ORDER = (r"LD\S*\.STRONG\.GPU", r"MEMBAR\.\S*GPU")
 # Hopper kernels in which one warpgroup copies and the others compute.
 SPECIALIZED = r"sm90::(forward|dq|dk_dv|dq_dk_dv)_kernel"
 FAMILIES = (
@@ -49,7 +51,7 @@ FAMILIES = (
     Family(
         r"sm80::dq_dk_dv_kernel",
         r"sm_\d+a?",
-        (r"RED\S*\.ADD\.F32",),
+        (r"RED\S*\.ADD\.F32", *IN_ORDER),
         of_all_builds=False,
     ),
     Family(
@@ -60,7 +62,7 @@ FAMILIES = (
     Family(
         r"sm90::dq_dk_dv_kernel",
         r"sm_90a",
-        (r"HGMMA.*\.tnspA\.tnspB", r"UBLKRED\S*\.ADD\.F32"),
+        (r"HGMMA.*\.tnspA\.tnspB", r"UBLKRED\S*\.ADD\.F32", r"STSM", *IN_ORDER),
         of_all_builds=False,
     ),
 )

@@ -145,7 +145,7 @@ def test_missing_instructions_are_found(tmp_path, monkeypatch):
 def test_only_some_head_sizes_have_a_kernel_that_adds_up_dq(tmp_path, monkeypatch):
     complete = (
         " HMMA.16816 LDSM LDGSTS HGMMA.64x64x16.F32 R8, gdesc[UR4].tnspA.tnspB UTMALDG.4D WARPGROUP"
-        " USETMAXREG.TRY_ALLOC USETMAXREG.DEALLOC"
+        " USETMAXREG.TRY_ALLOC USETMAXREG.DEALLOC STSM.16.M88.4 LDG.E.STRONG.GPU MEMBAR.ALL.GPU "
     )
     names = ["sm80::dq_kernel<__half, 256, 256>", "sm90::dq_kernel<__half, 256, 256>"]
     code = {(name, "sm_90a"): complete for name in names}
