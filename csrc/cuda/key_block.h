@@ -37,10 +37,11 @@ __device__ __forceinline__ KeyBlock take_key_block(const BackwardParams& params)
   const Plan plan = plan_of_row(params.plan, b, seq);
   const bool pairs = kKeys == 2 * kTile;
   const int32_t* order = pairs ? plan.key_order_2 : plan.key_order;
-  const int32_t index = order[place.entry];
-  const int32_t end = (pairs ? plan.key_end_2 : plan.key_end)[index] * kTile;
-  const int32_t first_key = index * kKeys;
-  const int32_t num_tiles = ceil_div(min_of(end, seq) - first_key, kQueries);
+  const int32_t index = order[place.entry], first_key = index * kKeys;
+  // As far as the tree lets queries see a key: a window shortens the walk by coverage alone, as
+  // DqOrder judges it, which would otherwise wait for blocks whose walk has ended.
+  const KeyTile keys = key_tile<kKeys>(plan.ranges, first_key, seq);
+  const int32_t num_tiles = ceil_div(min_of(keys.max_end, seq) - first_key, kQueries);
   // Blocks start together and visit the last queries first, as far as they see the same. But the
   // end of a packed document is seen together with the next one by a block that has keys of both:
   // it visits its own tiles first, so that the other blocks of the document don't wait for it.
@@ -58,7 +59,7 @@ __device__ __forceinline__ KeyBlock take_key_block(const BackwardParams& params)
           kv_head * group + (part + 1) * group / parts,
           num_tiles,
           min_of(of_two_documents ? kKeys / kQueries : num_tiles, num_tiles) - 1,
-          key_tile<kKeys>(plan.ranges, first_key, seq),
+          keys,
           nullptr,
           -1,
           0};
@@ -149,8 +150,8 @@ class DqOrder {
     if (block_.last != nullptr) set_after_writes(block_.last, block_.entry + 1);
   }
 
- private:
   // The number, from 1, of the entry that adds to a tile of queries before this block; 0 for none.
+  // Called by a warp.
   __device__ __forceinline__ int32_t find_before(int32_t first) const {
     const int32_t seq = params_.seq;
     const QueryTile query = query_tile<kQueries>(block_.ranges, first, seq);
@@ -167,6 +168,7 @@ class DqOrder {
     return 0;
   }
 
+ private:
   const BackwardParams& params_;
   KeyBlock& block_;
 };

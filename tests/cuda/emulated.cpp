@@ -10,15 +10,23 @@ using namespace onepass::cuda;
 
 namespace {
 
+// A tile of queries that a block of keys visits, and which entry, from 1, adds to its dq before.
+struct TileOfWalk {
+  int32_t tile, before;
+};
+
 // Of every block of keys, the tiles of queries that it visits, in this order.
-__global__ void walk_kernel(const BackwardParams params, int32_t* tiles) {
+template <int kQueries, int kKeys>
+__global__ void walk_kernel(const BackwardParams params, TileOfWalk* walks) {
   KeyBlock& block = *reinterpret_cast<KeyBlock*>(shared_memory());
-  if (threadIdx.x == 0) block = take_key_block<kTile, 2 * kTile>(params);
+  if (threadIdx.x == 0) block = take_key_block<kQueries, kKeys>(params);
   sync_block();
-  QueryTileWalk<kTile, 2 * kTile> walk(params, block);
-  int32_t* next = tiles + block.entry * num_tiles(params.seq);
+  QueryTileWalk<kQueries, kKeys> walk(params, block);
+  const DqOrder<kQueries, kKeys> order(params, block);
+  TileOfWalk* next = walks + block.entry * ceil_div(params.seq, kQueries);
   for (QueryStep step = walk.next(); step.head >= 0; step = walk.next()) {
-    if (threadIdx.x == 0) *next++ = step.first / kTile;
+    const TileOfWalk visited{step.first / kQueries, order.find_before(step.first)};
+    if (threadIdx.x == 0) *next++ = visited;
   }
 }
 
@@ -74,10 +82,13 @@ void onepass_places(int32_t entries, int32_t heads, int32_t* places) {
   }
 }
 
-// Of every entry of the order of pairs of tiles, the tiles of queries that its block visits.
-void onepass_walks(const BackwardParams* params, int32_t* tiles) {
-  launch(walk_kernel, Grid{ceil_div(params->seq, 2 * kTile), 1, 1}, 32,
-         static_cast<int>(sizeof(KeyBlock)), nullptr, *params, tiles);
+// For every entry of the order of keys, ceil(seq / queries) tiles of its block's walk.
+void onepass_walks(const BackwardParams* params, int queries, int keys, TileOfWalk* walks) {
+  const auto kernel = keys == 64      ? walk_kernel<64, 64>
+                      : queries == 64 ? walk_kernel<64, 128>
+                                      : walk_kernel<128, 128>;
+  launch(kernel, Grid{ceil_div(params->seq, keys), 1, 1}, 32, static_cast<int>(sizeof(KeyBlock)),
+         nullptr, *params, walks);
 }
 
 void onepass_seed(uint64_t seed) { emulator::seed = seed; }

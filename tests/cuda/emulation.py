@@ -287,17 +287,28 @@ def hopper_visits(visible_end: Tensor, positions: Tensor | None, window: int, ke
     return visits
 
 
-def walks(visible_end: Tensor) -> list[NDArray[np.int32]]:
-    """Return for each block of 128 keys, in the order in which they start, the tiles of 64 queries
-    that it visits, one after the other.
+def walks(
+    visible_end: Tensor,
+    positions: Tensor | None = None,
+    window: int = 0,
+    *,
+    queries: int = 64,
+    keys: int = 128,
+) -> list[NDArray]:
+    """Return for each block of `keys`, in the order in which they start, the tiles of `queries`
+    that it visits one after the other, as (tile, before): the block that adds to dq before it, as a
+    number from 1, is 0 if there is none.
     """
     seq = visible_end.shape[1]
-    tiles = np.full((-(-seq // _PADDING), -(-seq // 64)), -1, np.int32)
-    plan = make_plan(visible_end, None, 0)
+    walk = np.dtype([("tile", np.int32), ("before", np.int32)])
+    found = np.full((-(-seq // keys), -(-seq // queries)), -1, walk)
+    plan = make_plan(visible_end, positions, window)
     params = _BackwardParams(batch=1, heads=1, kv_heads=1, seq=seq, group_parts=1)
-    params.plan = _pointer(plan)
-    library().onepass_walks(ctypes.byref(params), tiles.ctypes.data_as(ctypes.c_void_p))
-    return [visited[visited >= 0] for visited in tiles]
+    params.scoring, params.plan = _Scoring(window=window), _pointer(plan)
+    library().onepass_walks(
+        ctypes.byref(params), queries, keys, found.ctypes.data_as(ctypes.c_void_p)
+    )
+    return [visited[visited["tile"] >= 0] for visited in found]
 
 
 def guarded_copy(x: Tensor) -> Tensor:

@@ -93,6 +93,16 @@ def test_rows_of_the_package(family, row, window):
 
 
 @FAMILIES
+def test_documents_that_meet_within_a_pair_of_tiles(family):
+    """With a window, tiles of 128 queries cannot be told apart as those of 64 can: here the first
+    half of one is too far from early keys, and the second half is of another document.
+    """
+    visible_end = torch.tensor([448] * 448 + [648] * 200, dtype=torch.int32)[None]
+    shape = Shape(1, 2, 1, 648, 64, 64)
+    check(make_case(shape, dtype=BF16, seed=3, visible_end=visible_end, window=40), family)
+
+
+@FAMILIES
 def test_tiles_far_apart(family):
     """Kernels look for tiles 32 at a time: here those of some are further from each other, and the
     first of some further from the row's begin.

@@ -200,7 +200,30 @@ ROWS = {
 
 @functools.cache
 def walks_of(row: str) -> list[Ints]:
-    return emulation.walks(ROWS[row])
+    return [walk["tile"] for walk in emulation.walks(ROWS[row])]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(64, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize("window", [0, 1, 40, 200])
+@pytest.mark.parametrize("seq", [65, 448, 700, 2200])
+def test_every_block_knows_which_one_adds_to_dq_before_it(seq, window, queries, keys):
+    """Otherwise it would wait forever."""
+    generator = torch.Generator().manual_seed(seq + window)
+    documents = [[448] * 448, *(random_visible_end(64 * length, generator) for length in (3, 1))]
+    packed: list[int] = []
+    for ends in documents:
+        packed += [end + len(packed) for end in ends]
+    for ends in (random_visible_end(seq, generator), [min(end, seq) for end in packed][:seq]):
+        visible_end = torch.tensor(ends).int()[None]
+        positions = tree_positions(visible_end) if window else None
+        before = {}
+        walks = emulation.walks(visible_end, positions, window, queries=queries, keys=keys)
+        for number, walk in enumerate(walks, 1):
+            assert len(np.unique(walk["tile"])) == len(walk) > 0
+            for tile, found in walk:
+                assert found == before.get(tile, 0)
+                before[tile] = number
+        assert len(before) == -(-len(ends) // queries)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (16, 2), (28, 4), (32, 32), (64, 8)])
