@@ -27,21 +27,6 @@ MUTATIONS = {
         "    sync_block();  // V has arrived, and every warp is done with K\n",
         "",
     ),
-    "backward does not wait for the other warps' copies": (
-        "cuda/sm80/backward.cuh",
-        "    sync_block();  // this stage has arrived\n",
-        "",
-    ),
-    "backward overwrites a stage that others still read": (
-        "cuda/sm80/backward.cuh",
-        "    sync_block();  // every warp is done with this stage\n",
-        "",
-    ),
-    "backward waits for one group of copies too few": (
-        "cuda/sm80/backward.cuh",
-        "wait_copies<Config::kStages - 1>();",
-        "wait_copies<Config::kStages>();",
-    ),
     "backward, fused, does not wait for its copies": (
         "cuda/sm80/fused_backward.cuh",
         "    wait_copies<0>();\n",
@@ -148,16 +133,6 @@ MUTATIONS = {
         "    wait_products<0>();\n    hold(out[0]);\n",
         "    hold(out[0]);\n",
     ),
-    "Hopper backward overwrites a stage that is still read": (
-        "cuda/sm90/backward.cuh",
-        "wait(memory.empty_qk(qk.index), qk.parity ^ 1);",
-        "",
-    ),
-    "Hopper backward does not wait for V or dO": (
-        "cuda/sm90/backward.cuh",
-        "wait(memory.full_v(v.index), v.parity);",
-        "",
-    ),
     "Hopper backward, fused, does not publish dS": (
         "cuda/sm90/fused_backward.cuh",
         "    publish_writes();\n    // Also",
@@ -256,8 +231,33 @@ MUTATIONS = {
         "Tile::kBlockBytes, 8 * k * kLineBytes",
     ),
 }
-# With wide heads the output goes through the queries' place.
+# With wide heads the output goes through the queries' place, and dq has a launch of its own.
 MUTATIONS_OF_WIDE_HEADS = {
+    "backward does not wait for the other warps' copies": (
+        "cuda/sm80/backward.cuh",
+        "    sync_block();  // this stage has arrived\n",
+        "",
+    ),
+    "backward overwrites a stage that others still read": (
+        "cuda/sm80/backward.cuh",
+        "    sync_block();  // every warp is done with this stage\n",
+        "",
+    ),
+    "backward waits for one group of copies too few": (
+        "cuda/sm80/backward.cuh",
+        "wait_copies<Config::kStages - 1>();",
+        "wait_copies<Config::kStages>();",
+    ),
+    "Hopper backward overwrites a stage that is still read": (
+        "cuda/sm90/backward.cuh",
+        "wait(memory.empty_qk(qk.index), qk.parity ^ 1);",
+        "",
+    ),
+    "Hopper backward does not wait for V or dO": (
+        "cuda/sm90/backward.cuh",
+        "wait(memory.full_v(v.index), v.parity);",
+        "",
+    ),
     "Hopper forward brings the next head's Q before the output has left its place": (
         "cuda/sm90/forward.cuh",
         "      wait(memory.q_empty(), i % 2 ^ 1);\n",
